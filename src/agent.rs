@@ -1,0 +1,143 @@
+//! Floor 3: the agent, one per host. It owns the ledger, starts VMMs and speaks to guests; it never maps a guest's
+//! memory and never touches KVM. What is above it comes in by [`Door`] only.
+//!
+//! Start-up: lock the state directory, open the ledger, take the next epoch, give every recorded VM its actor (which
+//! looks for its VMM and continues what is unfinished), sweep what no record knows in the background; then the door is
+//! open. A VM is not waited for.
+#![forbid(unsafe_code)]
+
+mod admit;
+pub mod config;
+mod door;
+mod effect;
+mod exec;
+mod guest;
+mod host_disk;
+mod host_vmm;
+mod host_world;
+mod images;
+mod launch;
+mod ledger;
+pub mod log;
+mod metrics;
+mod record;
+mod recover;
+mod serve;
+mod shared;
+mod vm_actor;
+mod vm_state;
+mod work;
+pub mod world;
+
+use std::sync::Arc;
+
+pub use door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, VmStats};
+pub use effect::Effect;
+pub use exec::{
+    AnyStream, ExecError, ExecExit, ExecInput, ExecOutput, ExecReceiver, ExecSender, ExecSession, ExecSpec,
+};
+pub use guest::GuestError;
+pub use host_world::{HostWorld, OpenHostError};
+pub use images::{Image, ImageError, NAME_BYTES_MAX};
+pub use launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
+pub use ledger::{EVENTS_PAGE, KeyRow, LedgerError, Loaded, Store, StoredAnswer, Taken, Write};
+pub use record::{
+    DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
+    StepState, Timings, VmRecord, VmSpec,
+};
+pub use vm_actor::{Verb, VerbError};
+pub use vm_state::{Denied, FailureCause, Goal, VmState};
+
+pub use world::{HostFacts, ImageImport, ProcessUsage};
+
+use shared::{Shared, VmHandle};
+use world::{Records, VmDisk, World};
+
+/// An agent over a world. Clones are the same agent.
+pub struct Agent<W: World> {
+    shared: Arc<Shared<W>>,
+    /// One launch is admitted at a time.
+    admission: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl<W: World> Clone for Agent<W> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), admission: Arc::clone(&self.admission) }
+    }
+}
+
+impl<W: World> std::fmt::Debug for Agent<W> {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Agent").field("epoch", &self.shared.epoch).finish_non_exhaustive()
+    }
+}
+
+impl<W: World> Agent<W> {
+    /// Starts an agent: takes the next epoch and gives every recorded VM its actor. Runs inside a tokio runtime.
+    pub async fn start(world: W, config: config::Config) -> Result<Self, LedgerError> {
+        let loaded = world.records().with(Store::begin).await?;
+        let Loaded { vms, mut operations, epoch, last_event } = loaded;
+        let shared = Arc::new(Shared::new(world, config, epoch, last_event));
+        tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
+        for vm in vms {
+            let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
+            let operation = unfinished.map(|index| operations.remove(index));
+            let recovered = Box::new(vm_actor::Recovered { operation });
+            vm_actor::start(&shared, vm, vm_actor::Begin::Recover(recovered));
+        }
+        recover::end_orphans(&shared, operations).await?;
+        tokio::spawn(recover::sweep(Arc::clone(&shared)));
+        Ok(Self { shared, admission: Arc::default() })
+    }
+
+    /// All records, oldest first.
+    fn records(&self) -> Vec<Arc<VmRecord>> {
+        let mut records: Vec<_> = self.shared.vms().values().map(|vm| vm.record.borrow().clone()).collect();
+        records.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
+        records
+    }
+
+    /// The VM a word means.
+    fn find(&self, word: &str) -> Result<VmHandle, FindError> {
+        let vms = self.shared.vms();
+        let exact = vms.values().find(|vm| vm.id.as_str() == word || vm.name.as_deref() == Some(word));
+        if let Some(vm) = exact {
+            return Ok(vm.clone());
+        }
+        let start = word.strip_prefix(crate::ids::VmId::PREFIX).unwrap_or(word);
+        let short = |vm: &&VmHandle| {
+            let id = vm.id.as_str().trim_start_matches(crate::ids::VmId::PREFIX);
+            !start.is_empty() && id.starts_with(start)
+        };
+        let mut found: Vec<&VmHandle> = vms.values().filter(short).collect();
+        match (found.pop(), found.len()) {
+            (Some(vm), 0) => Ok(vm.clone()),
+            (Some(_), more) => Err(FindError::Ambiguous { word: word.to_owned(), count: more + 1 }),
+            (None, _) => Err(FindError::Unknown { word: word.to_owned() }),
+        }
+    }
+
+    async fn remove_unused_image(&self, name: &str) -> Result<(), ImageError> {
+        let vms = self.records().iter().filter(|vm| vm.state.holds_resources() && vm.spec.image == name).count();
+        if vms > 0 {
+            return Err(ImageError::InUse { name: name.to_owned(), vms });
+        }
+        self.shared.world.disk().remove_image(name).await
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod golden {
+    //! Golden files: what a test makes has to be what is checked in. `HEARTH_BLESS=1` writes them anew.
+
+    /// Compares `text` with `tests/golden/NAME`.
+    pub(crate) fn check(name: &str, text: &str) {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+        if std::env::var_os("HEARTH_BLESS").is_some() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            crate::sys::file::replace(&path, text.as_bytes()).unwrap();
+        }
+        let golden = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(golden == text, "{name} is not as in {}; if it should be: HEARTH_BLESS=1\n{text}", path.display());
+    }
+}

@@ -1,0 +1,157 @@
+//! Pure: may this VM be made? Decided before anything is made, so a refusal leaves nothing behind.
+
+use super::config::Limits;
+use super::images::{Image, is_name};
+use super::launch::{LaunchError, LaunchRequest};
+use super::record::{DiskSpec, VmRecord, VmSpec};
+use super::work::command_line;
+use super::world::HostFacts;
+use crate::units::MIB;
+use crate::wire::control::COMMAND_LINE_BYTES_MAX;
+
+/// Most disks of one VM: the block slots of the guest-physical map.
+pub(crate) const DISKS_MAX: usize = 6;
+
+/// Bytes of command line the VMM needs for the words that announce devices: 19 slots at most, of up to 48 bytes each.
+pub(crate) const DEVICE_WORDS_BYTES_MAX: usize = 19 * 48;
+
+/// What a decision is made from.
+pub(crate) struct Facts<'a> {
+    pub(crate) limits: &'a Limits,
+    pub(crate) host: &'a HostFacts,
+    pub(crate) image: &'a Image,
+    /// Words guests on this host need.
+    pub(crate) additions: &'a str,
+    /// The VMs there are.
+    pub(crate) vms: &'a [std::sync::Arc<VmRecord>],
+}
+
+/// The VM to make, or why not.
+pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec, LaunchError> {
+    let Facts { limits, host, image, additions, vms } = facts;
+    if let Some(name) = &request.name {
+        if !is_name(name) {
+            return Err(LaunchError::Name { name: name.clone() });
+        }
+        if vms.iter().any(|vm| vm.name.as_ref() == Some(name)) {
+            return Err(LaunchError::NameTaken { name: name.clone() });
+        }
+    }
+    let vcpus = match u8::try_from(request.vcpus) {
+        Ok(vcpus) if vcpus >= 1 && request.vcpus <= limits.vcpus_max => vcpus,
+        Ok(_) | Err(_) => return Err(LaunchError::Vcpus { found: request.vcpus, max: limits.vcpus_max }),
+    };
+    let memory_mib = memory(request.memory_mib, facts)?;
+    let whole = command_line(additions, &image.command_line).len();
+    let max = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX;
+    if whole > max {
+        return Err(LaunchError::CommandLine { image: image.name.clone(), found: whole, max });
+    }
+    disks(&request.disks, vms)?;
+    if vms.len() >= limits.vms_max as usize {
+        return Err(LaunchError::TooManyVms { max: limits.vms_max });
+    }
+    let _ = host;
+    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks: request.disks.clone() })
+}
+
+/// Guest memory of the VMs that live, in bytes.
+pub(crate) fn promised_bytes(vms: &[std::sync::Arc<VmRecord>]) -> u64 {
+    let living = vms.iter().filter(|vm| vm.state.holds_resources());
+    living.map(|vm| u64::from(vm.spec.memory_mib).saturating_mul(MIB)).sum()
+}
+
+fn memory(asked_mib: u64, facts: &Facts<'_>) -> Result<u32, LaunchError> {
+    let Facts { limits, host, image, vms, .. } = facts;
+    if asked_mib < image.memory_mib_min {
+        let (image, min_mib) = (image.name.clone(), image.memory_mib_min);
+        return Err(LaunchError::MemoryTooSmall { image, found_mib: asked_mib, min_mib });
+    }
+    // Promised memory is not all touched yet, so both are asked: what the host has in all, and what it has now.
+    let unpromised = (host.memory_bytes / MIB).saturating_sub(limits.memory_reserve_mib);
+    let unpromised = unpromised.saturating_sub(promised_bytes(vms) / MIB);
+    let available = (host.memory_available_bytes / MIB).saturating_sub(limits.memory_reserve_mib);
+    let free_mib = unpromised.min(available);
+    match u32::try_from(asked_mib) {
+        Ok(memory_mib) if asked_mib <= free_mib => Ok(memory_mib),
+        Ok(_) | Err(_) => {
+            Err(LaunchError::MemoryTooLarge { found_mib: asked_mib, free_mib, total_mib: host.memory_bytes / MIB })
+        }
+    }
+}
+
+fn disks(asked: &[DiskSpec], vms: &[std::sync::Arc<VmRecord>]) -> Result<(), LaunchError> {
+    if asked.len() > DISKS_MAX {
+        return Err(LaunchError::TooManyDisks { found: asked.len() });
+    }
+    for (index, disk) in asked.iter().enumerate() {
+        if !disk.path.starts_with('/') || disk.path.contains('\0') {
+            return Err(LaunchError::DiskPath { path: disk.path.clone() });
+        }
+        let living = vms.iter().filter(|vm| vm.state.holds_resources()).flat_map(|vm| &vm.spec.disks);
+        let others = living.chain(&asked[..index]);
+        let clash = others.filter(|other| other.path == disk.path).any(|other| !(other.read_only && disk.read_only));
+        if clash {
+            return Err(LaunchError::DiskInUse { path: disk.path.clone() });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::UnixNanos;
+
+    fn image() -> Image {
+        Image {
+            name: "demo".to_owned(),
+            digest: String::new(),
+            kernel_bytes: 1,
+            initrd_bytes: None,
+            command_line: String::new(),
+            memory_mib_min: 64,
+            created_at: UnixNanos(0),
+        }
+    }
+
+    fn request() -> LaunchRequest {
+        LaunchRequest { name: None, image: "demo".to_owned(), vcpus: 1, memory_mib: 128, disks: Vec::new(), key: None }
+    }
+
+    fn decide(request: &LaunchRequest, image: &Image) -> Result<VmSpec, LaunchError> {
+        let host = HostFacts { memory_bytes: 1 << 30, memory_available_bytes: 1 << 30, ..HostFacts::default() };
+        let limits = Limits::default();
+        admit(request, &Facts { limits: &limits, host: &host, image, additions: "", vms: &[] })
+    }
+
+    #[test]
+    fn limits_hold_at_their_edges() {
+        for (vcpus, fits) in [(0, false), (1, true), (32, true), (33, false), (1000, false)] {
+            assert_eq!(decide(&LaunchRequest { vcpus, ..request() }, &image()).is_ok(), fits, "{vcpus}");
+        }
+        for (memory_mib, fits) in [(0, false), (63, false), (64, true), (768, true), (769, false), (u64::MAX, false)] {
+            assert_eq!(decide(&LaunchRequest { memory_mib, ..request() }, &image()).is_ok(), fits, "{memory_mib}");
+        }
+        let room = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX - "console=ttyS0 ".len();
+        for (length, fits) in [(room, true), (room + 1, false)] {
+            let image = Image { command_line: "x".repeat(length), ..image() };
+            assert_eq!(decide(&request(), &image).is_ok(), fits, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_written_by_one_vm_only() {
+        let disk = |path: &str, read_only| DiskSpec { path: path.to_owned(), read_only };
+        for (disks, fits) in [
+            (vec![disk("/a", false)], true),
+            (vec![disk("a", false)], false),
+            (vec![disk("/a", true), disk("/a", true)], true),
+            (vec![disk("/a", true), disk("/a", false)], false),
+            (vec![disk("/a", true); DISKS_MAX], true),
+            (vec![disk("/a", true); DISKS_MAX + 1], false),
+        ] {
+            assert_eq!(decide(&LaunchRequest { disks, ..request() }, &image()).is_ok(), fits);
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The agent's configuration: words checked once, at start. Nothing here depends on the host.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// Where the configuration is looked for when no path is given. It may be absent.
+pub const PATH_DEFAULT: &str = "/etc/hearth/hearth.toml";
+
+/// Where state is kept.
+pub const STATE_DIR_DEFAULT: &str = "/var/lib/hearth";
+
+/// Where the API is served.
+pub const SOCKET_DEFAULT: &str = "/run/hearth/api.sock";
+
+/// Longest configuration file in bytes.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+
+/// A checked configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// This host's name; the kernel's host name when absent.
+    pub host_name: Option<String>,
+    /// Where state is kept.
+    pub state_dir: PathBuf,
+    /// Where images are kept.
+    pub images_dir: PathBuf,
+    /// Where the API is served.
+    pub socket: PathBuf,
+    /// Bounds on what users may ask for.
+    pub limits: Limits,
+    /// Which user ids VMMs get.
+    pub uids: Uids,
+    /// How long things may take.
+    pub waits: Waits,
+}
+
+/// Bounds on what users may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Most VMs, ended ones that were not removed included.
+    pub vms_max: u32,
+    /// Most vCPUs of one VM.
+    pub vcpus_max: u32,
+    /// Memory in MiB that VMs may not use up.
+    pub memory_reserve_mib: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        // 4096 slots of uids per host; 32 vCPUs is the most the machine floor tests. 256 MiB is room for the agent,
+        // its page cache and an administrator's shell.
+        Self { vms_max: 1024, vcpus_max: VCPUS_MAX, memory_reserve_mib: 256 }
+    }
+}
+
+/// Most vCPUs the VMM takes.
+pub const VCPUS_MAX: u32 = 32;
+
+/// User ids per host number: host numbers share one uid space where hosts are namespaces of one machine.
+pub const UIDS_PER_HOST: u32 = 4096;
+
+/// Which user ids VMMs get: `base + host_number * 4096 + slot`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Uids {
+    /// The first user id.
+    pub base: u32,
+    /// This host's number among those that share user ids.
+    pub host_number: u32,
+    /// Seconds a user id rests after its VMM is gone.
+    pub quarantine_s: u32,
+}
+
+impl Default for Uids {
+    fn default() -> Self {
+        // Above what distributions (up to 60,000), systemd (up to 61,439 and 1,879,048,192) and subordinate ids
+        // (from 100,000 in blocks of 65,536 for the first users) take by default.
+        Self { base: 1_610_612_736, host_number: 0, quarantine_s: 10 }
+    }
+}
+
+impl Uids {
+    /// The first user id of this host.
+    pub const fn first(&self) -> u32 {
+        self.base + self.host_number * UIDS_PER_HOST
+    }
+
+    /// How long a user id rests.
+    pub fn quarantine(&self) -> Duration {
+        Duration::from_secs(self.quarantine_s.into())
+    }
+}
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Waits {
+    /// Seconds from the guest's first instruction until its agent has to answer.
+    pub guest_ready_s: u32,
+    /// Seconds a VMM has to answer a request other than a launch.
+    pub vmm_answer_s: u32,
+    /// Seconds a VMM has to build a machine.
+    pub vmm_launch_s: u32,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        // A guest under an emulating KVM boots in 12 to 20 seconds, six at once on two processors in a minute.
+        Self { guest_ready_s: 120, vmm_answer_s: 10, vmm_launch_s: 60 }
+    }
+}
+
+/// What the command line says: wins over the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// `--config`.
+    pub config: Option<PathBuf>,
+    /// `--state-dir`.
+    pub state_dir: Option<PathBuf>,
+    /// `--socket`.
+    pub socket: Option<PathBuf>,
+    /// `$HEARTH_IMAGES`.
+    pub images_dir: Option<PathBuf>,
+}
+
+/// The file as it is written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Written {
+    host_name: Option<String>,
+    state_dir: Option<PathBuf>,
+    images_dir: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    limits: Limits,
+    uids: Uids,
+    waits: Waits,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not what a configuration looks like.
+    #[error("understand the configuration {}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value is out of range.
+    #[error("{what} is {found}, {wanted}")]
+    Range {
+        /// Which value.
+        what: &'static str,
+        /// What it is.
+        found: String,
+        /// What it may be.
+        wanted: String,
+    },
+}
+
+/// Reads and checks the configuration.
+pub fn load(overrides: Overrides) -> Result<Config, ConfigError> {
+    let written = match &overrides.config {
+        Some(path) => parse(path, &read(path)?)?,
+        None => {
+            let path = Path::new(PATH_DEFAULT);
+            match read(path) {
+                Ok(text) => parse(path, &text)?,
+                Err(ConfigError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                    Written::default()
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    check(written, overrides)
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    use std::io::Read;
+    let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(failed(std::io::ErrorKind::FileTooLarge.into()));
+    }
+    Ok(text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<Written, ConfigError> {
+    toml::from_str(text).map_err(|source| ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) })
+}
+
+fn in_range(what: &'static str, found: u64, from: u64, to: u64) -> Result<(), ConfigError> {
+    if (from..=to).contains(&found) {
+        return Ok(());
+    }
+    Err(ConfigError::Range { what, found: found.to_string(), wanted: format!("{from} to {to} are possible") })
+}
+
+fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> {
+    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits } = written;
+    in_range("limits.vms_max", limits.vms_max.into(), 1, UIDS_PER_HOST.into())?;
+    in_range("limits.vcpus_max", limits.vcpus_max.into(), 1, VCPUS_MAX.into())?;
+    in_range("limits.memory_reserve_mib", limits.memory_reserve_mib, 0, 1 << 40)?;
+    in_range("uids.base", uids.base.into(), 1000, 0x7fff_ffff)?;
+    in_range("uids.host_number", uids.host_number.into(), 0, 0xffff)?;
+    in_range("uids.quarantine_s", uids.quarantine_s.into(), 0, 86_400)?;
+    in_range("waits.guest_ready_s", waits.guest_ready_s.into(), 1, 86_400)?;
+    in_range("waits.vmm_answer_s", waits.vmm_answer_s.into(), 1, 3600)?;
+    in_range("waits.vmm_launch_s", waits.vmm_launch_s.into(), 1, 3600)?;
+    let state_dir = overrides.state_dir.or(state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
+    let images_dir = overrides.images_dir.or(images_dir).unwrap_or_else(|| state_dir.join("images"));
+    let socket = overrides.socket.or(socket).unwrap_or_else(|| SOCKET_DEFAULT.into());
+    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(text: &str) -> Result<Config, String> {
+        let written = parse(Path::new("hearth.toml"), text).map_err(|error| crate::report::chain(&error))?;
+        check(written, Overrides::default()).map_err(|error| crate::report::chain(&error))
+    }
+
+    #[test]
+    fn an_empty_file_is_the_defaults() {
+        let config = checked("").unwrap();
+        assert_eq!(config.state_dir, Path::new(STATE_DIR_DEFAULT));
+        assert_eq!(config.images_dir, Path::new("/var/lib/hearth/images"));
+        assert_eq!(config.limits, Limits::default());
+        assert_eq!(config.uids.first(), Uids::default().base);
+    }
+
+    #[test]
+    fn unknown_keys_and_values_out_of_range_are_refused() {
+        assert!(checked("stat_dir = '/x'").unwrap_err().contains("stat_dir"));
+        assert!(checked("[limits]\nvms = 3").unwrap_err().contains("vms"));
+        assert!(checked("[limits]\nvcpus_max = 33").unwrap_err().contains("limits.vcpus_max is 33"));
+        assert!(checked("[limits]\nvcpus_max = 32").is_ok());
+        assert!(checked("[uids]\nbase = 0").is_err());
+    }
+
+    #[test]
+    fn the_command_line_wins() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hearth.toml");
+        crate::sys::file::replace(&path, b"state_dir = '/a'\nsocket = '/b'").unwrap();
+        let overrides = Overrides { config: Some(path), state_dir: Some("/c".into()), ..Overrides::default() };
+        let config = load(overrides).unwrap();
+        assert_eq!((config.state_dir.as_path(), config.socket.as_path()), (Path::new("/c"), Path::new("/b")));
+        let absent = Overrides { config: Some(dir.path().join("absent")), ..Overrides::default() };
+        assert!(matches!(load(absent), Err(ConfigError::Read { .. })), "a file that was named has to be there");
+    }
+}

@@ -1,0 +1,97 @@
+//! The closed list of things an actor does to the world for its VM. Each looks first and is then a no-op where its
+//! result is already there, so performing a list again after a crash is always right.
+
+use serde::{Deserialize, Serialize};
+
+/// Something done to the world.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Effect {
+    /// Make the VM's directory. Inverse: [`Effect::RemoveDirectory`].
+    MakeDirectory,
+    /// Have a VMM process that knows this VM's nonce, and its pid in the record. Inverse: [`Effect::EndVmm`].
+    StartVmm,
+    /// Have the machine built in the VMM. Inverse: [`Effect::EndVmm`].
+    BuildMachine,
+    /// Let the vCPUs run. Inverse: [`Effect::HoldMachine`].
+    RunMachine,
+    /// Hold the vCPUs. Inverse: [`Effect::RunMachine`].
+    HoldMachine,
+    /// Wait until the guest agent answers and give it its identity. Nothing to undo: it ends with the VMM.
+    GreetGuest,
+    /// Set the guest's wall clock. Nothing to undo.
+    SetGuestClock,
+    /// Ask the guest to power off and wait for it, up to a bound. Nothing to undo: it leads to [`Effect::EndVmm`].
+    ShutDownGuest,
+    /// Have no VMM process. Nothing undoes it.
+    EndVmm,
+    /// Copy what the VMM left behind (last words, last serial lines, log) into the record.
+    KeepRemains,
+    /// Have no directory. Nothing undoes it.
+    RemoveDirectory,
+    /// Give the uid back, in quarantine first. Nothing undoes it.
+    ReleaseUid,
+    /// Delete the record. Nothing undoes it.
+    Forget,
+}
+
+impl Effect {
+    /// The effect's name, as in operations and in the ledger.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MakeDirectory => "make_directory",
+            Self::StartVmm => "start_vmm",
+            Self::BuildMachine => "build_machine",
+            Self::RunMachine => "run_machine",
+            Self::HoldMachine => "hold_machine",
+            Self::GreetGuest => "greet_guest",
+            Self::SetGuestClock => "set_guest_clock",
+            Self::ShutDownGuest => "shut_down_guest",
+            Self::EndVmm => "end_vmm",
+            Self::KeepRemains => "keep_remains",
+            Self::RemoveDirectory => "remove_directory",
+            Self::ReleaseUid => "release_uid",
+            Self::Forget => "forget",
+        }
+    }
+
+    /// What takes it back, if anything does.
+    pub const fn inverse(self) -> Option<Self> {
+        match self {
+            Self::MakeDirectory => Some(Self::RemoveDirectory),
+            Self::StartVmm | Self::BuildMachine => Some(Self::EndVmm),
+            Self::RunMachine => Some(Self::HoldMachine),
+            Self::HoldMachine => Some(Self::RunMachine),
+            Self::GreetGuest
+            | Self::SetGuestClock
+            | Self::ShutDownGuest
+            | Self::EndVmm
+            | Self::KeepRemains
+            | Self::RemoveDirectory
+            | Self::ReleaseUid
+            | Self::Forget => None,
+        }
+    }
+
+    /// Whether it takes away what a VM held.
+    pub const fn is_cleaning(self) -> bool {
+        matches!(self, Self::EndVmm | Self::KeepRemains | Self::RemoveDirectory | Self::ReleaseUid | Self::Forget)
+    }
+
+    /// Whether the work goes on when this effect fails: the failure is noted in the operation's step.
+    pub const fn is_best_effort(self) -> bool {
+        matches!(self, Self::SetGuestClock | Self::ShutDownGuest | Self::KeepRemains)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_effect_in_the_ledger_is_its_name() {
+        let text = serde_json::to_string(&Effect::ShutDownGuest).unwrap();
+        assert_eq!(text, format!("{:?}", Effect::ShutDownGuest.name()));
+        assert_eq!(Effect::RunMachine.inverse().and_then(Effect::inverse), Some(Effect::RunMachine));
+    }
+}

@@ -1,0 +1,356 @@
+//! Files of this host: one directory per VM that has a VMM, the images, and what the host says of itself.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+
+use super::host_vmm::names;
+use super::images::{Image, ImageError, ImageStore};
+use super::record::{DiskSpec, Remains};
+use super::world::{HostFacts, ImageImport, VmDisk};
+use crate::ids::VmId;
+use crate::sys::file;
+use crate::wire::console_ring::{self, RING_BYTES};
+use crate::wire::last_words::{self, LastWords};
+
+/// Lines of console and log kept of a VM that ended.
+const LINES_KEPT: usize = 20;
+
+/// Longest line kept, in bytes.
+const LINE_BYTES_MAX: usize = 512;
+
+/// Bytes of the end of a VMM's log that are looked at.
+const LOG_BYTES: u64 = 16 * 1024;
+
+/// Longest answer of the probe.
+const PROBE_BYTES_MAX: u64 = 256 * 1024;
+
+/// Longest run of the probe: it tries KVM with tiny guests.
+const PROBE_LIMIT: Duration = Duration::from_secs(30);
+
+/// The directories of VMs.
+#[derive(Debug, Clone)]
+pub(super) struct VmDirs {
+    root: PathBuf,
+}
+
+impl VmDirs {
+    /// The directories below `root`.
+    pub(super) fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    fn path(&self, vm: &VmId) -> PathBuf {
+        self.root.join(vm.as_str())
+    }
+
+    /// A VM's directory, held open.
+    pub(super) fn open(&self, vm: &VmId) -> io::Result<File> {
+        File::open(self.path(vm))
+    }
+
+    /// A new, empty file in a VM's directory.
+    pub(super) fn create(&self, vm: &VmId, name: &str) -> io::Result<File> {
+        file::create(&self.path(vm).join(name))
+    }
+
+    fn make(&self, vm: &VmId) -> io::Result<()> {
+        file::make_directories(&self.path(vm))
+    }
+
+    fn remove(&self, vm: &VmId) -> io::Result<()> {
+        match std::fs::remove_dir_all(self.path(vm)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn list(&self) -> io::Result<Vec<VmId>> {
+        let entries = std::fs::read_dir(&self.root)?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        Ok(names.filter_map(|name| name.parse().ok()).collect())
+    }
+
+    fn read(&self, vm: &VmId, name: &str, bytes_max: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(self.path(vm).join(name))?.take(bytes_max).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn console(&self, vm: &VmId) -> io::Result<Vec<u8>> {
+        let bytes = self.read(vm, names::CONSOLE_RING, (console_ring::HEADER_BYTES + RING_BYTES) as u64)?;
+        Ok(console_ring::history(&bytes).unwrap_or_default())
+    }
+
+    fn log_end(&self, vm: &VmId) -> io::Result<Vec<u8>> {
+        let mut file = File::open(self.path(vm).join(names::LOG))?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(LOG_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn remains(&self, vm: &VmId) -> (Remains, Option<LastWords>) {
+        let words = self.read(vm, names::LAST_WORDS, last_words::BYTES_MAX as u64).unwrap_or_default();
+        let parsed = LastWords::parse(&words);
+        let console = self.console(vm).unwrap_or_default();
+        let log = self.log_end(vm).unwrap_or_default();
+        let line = |bytes: &[u8]| console_ring::last_lines(bytes, 1).pop().map(bounded);
+        let remains = Remains {
+            at: None,
+            cause: parsed.as_ref().map(|words| cause(words).to_owned()),
+            exit: None,
+            last_words: line(&words),
+            console: console_ring::last_lines(&console, LINES_KEPT).into_iter().map(bounded).collect(),
+            log: console_ring::last_lines(&log, LINES_KEPT).into_iter().map(bounded).collect(),
+        };
+        (remains, parsed)
+    }
+}
+
+/// The name of last words, as in their JSON.
+const fn cause(words: &LastWords) -> &'static str {
+    match words {
+        LastWords::Stopped => "stopped",
+        LastWords::GuestPoweredOff => "guest_powered_off",
+        LastWords::GuestRebooted => "guest_rebooted",
+        LastWords::GuestPanic => "guest_panic",
+        LastWords::GuestFault { .. } => "guest_fault",
+        LastWords::VmmError { .. } => "vmm_error",
+    }
+}
+
+fn bounded(mut line: String) -> String {
+    let mut end = LINE_BYTES_MAX.min(line.len());
+    while !line.is_char_boundary(end) {
+        end -= 1;
+    }
+    line.truncate(end);
+    line
+}
+
+/// Files of this host.
+#[derive(Debug)]
+pub struct HostDisk {
+    dirs: VmDirs,
+    images: ImageStore,
+    host_name: Option<String>,
+    probe: watch::Receiver<Probe>,
+}
+
+/// How far the probe is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Probe {
+    Running,
+    Done(Option<serde_json::Value>),
+}
+
+impl HostDisk {
+    /// Starts the probe in the background. Call inside the runtime.
+    pub(super) fn new(dirs: VmDirs, images: ImageStore, host_name: Option<String>) -> Self {
+        let (said, probe) = watch::channel(Probe::Running);
+        tokio::spawn(async move {
+            let found = match tokio::time::timeout(PROBE_LIMIT, run_probe()).await {
+                Ok(Ok(found)) => Some(found),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "the host probe failed");
+                    None
+                }
+                Err(_) => {
+                    tracing::warn!(limit = ?PROBE_LIMIT, "the host probe did not end in time");
+                    None
+                }
+            };
+            said.send_replace(Probe::Done(found));
+        });
+        Self { dirs, images, host_name, probe }
+    }
+
+    async fn on_images<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(ImageStore) -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        let images = self.images.clone();
+        let done = spawn_blocking(move || job(images)).await;
+        done.unwrap_or_else(|_| {
+            let source = io::Error::other("the agent is ending");
+            Err(ImageError::File { name: String::new(), file: String::new(), source })
+        })
+    }
+
+    async fn on_dirs<T: Send + 'static>(&self, job: impl FnOnce(VmDirs) -> T + Send + 'static) -> io::Result<T> {
+        let dirs = self.dirs.clone();
+        spawn_blocking(move || job(dirs)).await.map_err(|_| io::Error::other("the agent is ending"))
+    }
+}
+
+async fn run_probe() -> io::Result<serde_json::Value> {
+    let mut command = tokio::process::Command::new("/proc/self/exe");
+    command.args(["vmm", "--probe"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.kill_on_drop(true).spawn()?;
+    let mut text = Vec::new();
+    if let Some(out) = child.stdout.take() {
+        out.take(PROBE_BYTES_MAX).read_to_end(&mut text).await?;
+    }
+    child.wait().await?;
+    serde_json::from_slice(&text).map_err(io::Error::from)
+}
+
+impl VmDisk for HostDisk {
+    async fn make(&self, vm: &VmId) -> io::Result<()> {
+        let vm = vm.clone();
+        self.on_dirs(move |dirs| dirs.make(&vm)).await?
+    }
+
+    async fn remove(&self, vm: &VmId) -> io::Result<()> {
+        let vm = vm.clone();
+        self.on_dirs(move |dirs| dirs.remove(&vm)).await?
+    }
+
+    async fn list(&self) -> io::Result<Vec<VmId>> {
+        self.on_dirs(|dirs| dirs.list()).await?
+    }
+
+    async fn remains(&self, vm: &VmId) -> (Remains, Option<LastWords>) {
+        let vm = vm.clone();
+        self.on_dirs(move |dirs| dirs.remains(&vm)).await.unwrap_or_default()
+    }
+
+    async fn console_history(&self, vm: &VmId, bytes_max: usize) -> io::Result<Vec<u8>> {
+        let vm = vm.clone();
+        let history = self.on_dirs(move |dirs| dirs.console(&vm)).await??;
+        Ok(history[history.len().saturating_sub(bytes_max)..].to_vec())
+    }
+
+    async fn images(&self) -> Result<Vec<Image>, ImageError> {
+        self.on_images(|images| Ok(images.list())).await
+    }
+
+    async fn image(&self, name: &str) -> Result<Image, ImageError> {
+        let name = name.to_owned();
+        self.on_images(move |images| images.image(&name)).await
+    }
+
+    async fn import_image(&self, import: ImageImport) -> Result<Image, ImageError> {
+        self.on_images(move |images| images.import(&import)).await
+    }
+
+    async fn remove_image(&self, name: &str) -> Result<(), ImageError> {
+        let name = name.to_owned();
+        self.on_images(move |images| images.remove(&name)).await
+    }
+
+    async fn check_disk(&self, disk: &DiskSpec) -> io::Result<()> {
+        let disk = disk.clone();
+        self.on_dirs(move |_| check_disk(&disk)).await?
+    }
+
+    async fn command_line_additions(&self) -> String {
+        let mut probe = self.probe.clone();
+        let found = match probe.wait_for(|probe| *probe != Probe::Running).await {
+            Ok(found) => found.clone(),
+            Err(_) => Probe::Done(None),
+        };
+        let Probe::Done(Some(found)) = found else { return String::new() };
+        let additions = found.get("command_line_additions").and_then(|additions| additions.as_str());
+        additions.unwrap_or_default().to_owned()
+    }
+
+    async fn host(&self) -> io::Result<HostFacts> {
+        let mut facts = self.on_dirs(|_| host_facts()).await??;
+        if let Some(name) = &self.host_name {
+            facts.name.clone_from(name);
+        }
+        if let Probe::Done(found) = &*self.probe.borrow() {
+            facts.probe.clone_from(found);
+        }
+        Ok(facts)
+    }
+}
+
+fn check_disk(disk: &DiskSpec) -> io::Result<()> {
+    // Looked at before it is opened: opening a FIFO would wait for its writer.
+    let kind = std::fs::metadata(Path::new(&disk.path))?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::other("neither a regular file nor a block device"));
+    }
+    let mut file = File::options().read(true).write(!disk.read_only).open(&disk.path)?;
+    let length = file.seek(SeekFrom::End(0))?;
+    if length < 512 || length % 512 != 0 {
+        return Err(io::Error::other(format!("{length} bytes long, which is not a number of 512-byte sectors")));
+    }
+    Ok(())
+}
+
+fn host_facts() -> io::Result<HostFacts> {
+    let memory = std::fs::read_to_string("/proc/meminfo")?;
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    Ok(HostFacts {
+        name: name.trim().to_owned(),
+        cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
+        memory_bytes: kib_field(&memory, "MemTotal:") * 1024,
+        memory_available_bytes: kib_field(&memory, "MemAvailable:") * 1024,
+        probe: None,
+    })
+}
+
+fn kib_field(text: &str, name: &str) -> u64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id() -> VmId {
+        VmId::from_random([7; 10])
+    }
+
+    #[test]
+    fn what_a_vmm_left_is_read_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = VmDirs::new(dir.path().to_owned());
+        assert_eq!(dirs.remains(&id()), (Remains::default(), None));
+        dirs.make(&id()).unwrap();
+        dirs.make(&id()).unwrap();
+        let at = |name: &str| dirs.path(&id()).join(name);
+        file::replace(&at(names::LAST_WORDS), &LastWords::GuestPanic.to_line()).unwrap();
+        let console = format!("{}\nlast\n", "x".repeat(10_000));
+        let mut ring = console_ring::header(console.len() as u64).to_vec();
+        ring.extend(console.as_bytes());
+        file::replace(&at(names::CONSOLE_RING), &ring).unwrap();
+        file::replace(&at(names::LOG), "line\n".repeat(10_000).as_bytes()).unwrap();
+        let (remains, words) = dirs.remains(&id());
+        assert_eq!(words, Some(LastWords::GuestPanic));
+        assert_eq!(remains.console.iter().map(String::len).collect::<Vec<_>>(), [LINE_BYTES_MAX, 4]);
+        assert_eq!(remains.log.len(), LINES_KEPT);
+        assert_eq!(dirs.list().unwrap(), [id()]);
+        dirs.remove(&id()).unwrap();
+        dirs.remove(&id()).unwrap();
+        assert!(dirs.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn disks_are_files_of_whole_sectors() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let disk = |path: &Path| DiskSpec { path: path.to_str().unwrap().to_owned(), read_only: false };
+        assert!(check_disk(&disk(&path)).is_err());
+        for (length, fits) in [(0, false), (511, false), (512, true), (513, false), (4096, true)] {
+            file::replace(&path, &vec![0; length]).unwrap();
+            assert_eq!(check_disk(&disk(&path)).is_ok(), fits, "{length}");
+        }
+        assert!(check_disk(&disk(dir.path())).is_err());
+        assert!(check_disk(&disk(Path::new("/dev/null"))).is_err());
+    }
+}

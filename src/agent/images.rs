@@ -1,0 +1,396 @@
+//! Images on disk: one directory each, with `image.json` and the files it names beside it. They come from scripts and
+//! from people, so nothing in them is believed before it is checked.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::world::ImageImport;
+use crate::clock::UnixNanos;
+use crate::report::Retry;
+use crate::sys::file;
+
+/// Version of `image.json`.
+const FORMAT: u32 = 1;
+
+/// Longest `image.json` in bytes.
+const DESCRIPTION_BYTES_MAX: u64 = 64 * 1024;
+
+/// Longest name of an image or VM in bytes: a DNS label (RFC 1035 section 2.3.4).
+pub const NAME_BYTES_MAX: usize = 63;
+
+/// Memory an image needs when it does not say, in MiB.
+const MEMORY_MIB_MIN_DEFAULT: u64 = 64;
+
+/// An image as `image.json` describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    format: u32,
+    name: String,
+    kernel: String,
+    #[serde(default)]
+    initrd: Option<String>,
+    #[serde(default)]
+    command_line: String,
+    #[serde(default)]
+    memory_mib_min: Option<u64>,
+    /// blake3 of the files, by file name.
+    #[serde(default)]
+    digests: BTreeMap<String, String>,
+    /// What it was made of; for people.
+    #[serde(default)]
+    built_from: serde_json::Value,
+}
+
+/// A usable image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Its name.
+    pub name: String,
+    /// blake3 over the digests of its files and its command line, in hexadecimal.
+    pub digest: String,
+    /// Size of the kernel.
+    pub kernel_bytes: u64,
+    /// Size of the initrd, if there is one.
+    pub initrd_bytes: Option<u64>,
+    /// Words for the kernel's command line.
+    pub command_line: String,
+    /// Memory a guest needs, in MiB.
+    pub memory_mib_min: u64,
+    /// When it came to this host.
+    pub created_at: UnixNanos,
+}
+
+/// An image's files, open.
+#[derive(Debug)]
+pub(super) struct ImageFiles {
+    /// The kernel.
+    pub kernel: File,
+    /// The initrd, if there is one.
+    pub initrd: Option<File>,
+}
+
+/// Why an image cannot be used, made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Names are DNS labels.
+    #[error("{name:?} is not a name: 1 to {NAME_BYTES_MAX} of a-z, 0-9 and -, starting with a letter")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// There is none of this name.
+    #[error("there is no image {name:?}")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// There is one of this name.
+    #[error("there is an image {name:?} already")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// VMs were made of it.
+    #[error("image {name:?} is used by {vms} VMs")]
+    InUse {
+        /// The name.
+        name: String,
+        /// How many.
+        vms: usize,
+    },
+    /// Its description says what it may not.
+    #[error("image {name:?}: {reason}")]
+    Malformed {
+        /// The name.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Its description is not JSON of the right shape.
+    #[error("image {name:?}: image.json")]
+    Syntax {
+        /// The name.
+        name: String,
+        /// Where and what.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// One of its files cannot be used.
+    #[error("image {name:?}: {file}")]
+    File {
+        /// The name.
+        name: String,
+        /// Which file.
+        file: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ImageError {
+    /// Whether the same request may succeed later.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::File { .. } => Retry::Later,
+            Self::Name { .. }
+            | Self::Unknown { .. }
+            | Self::Exists { .. }
+            | Self::InUse { .. }
+            | Self::Malformed { .. }
+            | Self::Syntax { .. } => Retry::WithChange,
+        }
+    }
+}
+
+/// Whether this may be the name of an image or VM: a DNS label, as it becomes a host name.
+pub(super) fn is_name(name: &str) -> bool {
+    let label = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    name.len() <= NAME_BYTES_MAX
+        && name.starts_with(|first: char| first.is_ascii_lowercase())
+        && !name.ends_with('-')
+        && name.bytes().all(label)
+}
+
+/// Opens `name` below an open directory: what the directory's path leads to meanwhile does not matter.
+fn open_in(dir: &File, name: &str) -> io::Result<File> {
+    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a file's name cannot lead elsewhere"));
+    }
+    File::open(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()))
+}
+
+fn open_regular(dir: &File, name: &str) -> io::Result<File> {
+    let file = open_in(dir, name)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
+}
+
+/// The images of this host. All calls block on the disk.
+#[derive(Debug, Clone)]
+pub(super) struct ImageStore {
+    dir: PathBuf,
+}
+
+impl ImageStore {
+    /// The images below `dir`, which may be made later.
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// The usable images, by name. Directories that are none are left out.
+    pub(super) fn list(&self) -> Vec<Image> {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else { return Vec::new() };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let mut images: Vec<Image> = names.filter_map(|name| self.image(&name).ok()).collect();
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        images
+    }
+
+    /// One image.
+    pub(super) fn image(&self, name: &str) -> Result<Image, ImageError> {
+        let (dir, description) = self.describe(name)?;
+        let files = open_files(&dir, &description)?;
+        let failed = |file: &str| {
+            let (name, file) = (name.to_owned(), file.to_owned());
+            move |source| ImageError::File { name, file, source }
+        };
+        let kernel = files.kernel.metadata().map_err(failed(&description.kernel))?;
+        let initrd = files.initrd.as_ref().map(File::metadata).transpose().map_err(failed("initrd"))?;
+        let digest = digest(&description, &files).map_err(failed("digest"))?;
+        let created = kernel.created().or_else(|_| kernel.modified()).ok();
+        let created = created.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
+        Ok(Image {
+            name: name.to_owned(),
+            digest,
+            kernel_bytes: kernel.len(),
+            initrd_bytes: initrd.map(|initrd| initrd.len()),
+            command_line: description.command_line,
+            memory_mib_min: description.memory_mib_min.unwrap_or(MEMORY_MIB_MIN_DEFAULT),
+            created_at: UnixNanos(u64::try_from(created.as_nanos()).unwrap_or(0)),
+        })
+    }
+
+    /// An image's files, to hand to a VMM.
+    pub(super) fn open(&self, name: &str) -> Result<ImageFiles, ImageError> {
+        let (dir, description) = self.describe(name)?;
+        open_files(&dir, &description)
+    }
+
+    fn describe(&self, name: &str) -> Result<(File, Description), ImageError> {
+        if !is_name(name) {
+            return Err(ImageError::Name { name: name.to_owned() });
+        }
+        let dir = match File::open(self.dir.join(name)) {
+            Ok(dir) => dir,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::Unknown { name: name.to_owned() });
+            }
+            Err(source) => return Err(ImageError::File { name: name.to_owned(), file: ".".to_owned(), source }),
+        };
+        let mut text = Vec::new();
+        open_regular(&dir, "image.json")
+            .and_then(|file| file.take(DESCRIPTION_BYTES_MAX + 1).read_to_end(&mut text))
+            .map_err(|source| ImageError::File { name: name.to_owned(), file: "image.json".to_owned(), source })?;
+        parse(name, &text).map(|description| (dir, description))
+    }
+
+    /// Copies files of this host into a new image.
+    pub(super) fn import(&self, import: &ImageImport) -> Result<Image, ImageError> {
+        let name = &import.name;
+        if !is_name(name) {
+            return Err(ImageError::Name { name: name.clone() });
+        }
+        let failed = |file: &str| {
+            let (name, file) = (name.clone(), file.to_owned());
+            move |source| ImageError::File { name, file, source }
+        };
+        let place = self.dir.join(name);
+        if place.exists() {
+            return Err(ImageError::Exists { name: name.clone() });
+        }
+        // A name that is no image's: what a crash leaves here is never listed, and replaced by the next try.
+        let staging = self.dir.join(format!(".{name}.new"));
+        remove_tree(&staging).map_err(failed("staging"))?;
+        file::make_directories(&staging).map_err(failed("staging"))?;
+        let made = fill(&staging, import).and_then(|()| {
+            std::fs::rename(&staging, &place).map_err(failed("rename"))?;
+            file::sync_parent(&place).map_err(failed("sync"))
+        });
+        if let Err(error) = made {
+            // The first error is the one to tell; the next import of this name tries again.
+            let _ = remove_tree(&staging);
+            return Err(error);
+        }
+        self.image(name)
+    }
+
+    /// Removes an image.
+    pub(super) fn remove(&self, name: &str) -> Result<(), ImageError> {
+        if !is_name(name) {
+            return Err(ImageError::Name { name: name.to_owned() });
+        }
+        let place = self.dir.join(name);
+        let failed = |source| ImageError::File { name: name.to_owned(), file: "directory".to_owned(), source };
+        match std::fs::symlink_metadata(&place) {
+            Ok(found) if found.is_symlink() => std::fs::remove_file(&place).map_err(failed),
+            Ok(_) => remove_tree(&place).map_err(failed),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ImageError::Unknown { name: name.to_owned() }),
+            Err(error) => Err(failed(error)),
+        }
+    }
+}
+
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn parse(name: &str, text: &[u8]) -> Result<Description, ImageError> {
+    let malformed = |reason: String| Err(ImageError::Malformed { name: name.to_owned(), reason });
+    if text.len() as u64 > DESCRIPTION_BYTES_MAX {
+        return malformed(format!("image.json is longer than {DESCRIPTION_BYTES_MAX} bytes"));
+    }
+    let description: Description =
+        serde_json::from_slice(text).map_err(|source| ImageError::Syntax { name: name.to_owned(), source })?;
+    if description.format != FORMAT {
+        return malformed(format!("format {}, this program reads {FORMAT}", description.format));
+    }
+    if description.name != name {
+        return malformed(format!("image.json names it {:?}", description.name));
+    }
+    if !description.command_line.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return malformed("the command line has characters that are not printable ASCII".to_owned());
+    }
+    Ok(description)
+}
+
+fn open_files(dir: &File, description: &Description) -> Result<ImageFiles, ImageError> {
+    let open = |file: &String| {
+        open_regular(dir, file).map_err(|source| ImageError::File {
+            name: description.name.clone(),
+            file: file.clone(),
+            source,
+        })
+    };
+    Ok(ImageFiles { kernel: open(&description.kernel)?, initrd: description.initrd.as_ref().map(open).transpose()? })
+}
+
+/// The image's digest. Files whose digest the description does not give are read.
+fn digest(description: &Description, files: &ImageFiles) -> io::Result<String> {
+    let mut whole = blake3::Hasher::new();
+    let named =
+        [(Some(&description.kernel), Some(&files.kernel)), (description.initrd.as_ref(), files.initrd.as_ref())];
+    for (name, file) in named {
+        let (Some(name), Some(file)) = (name, file) else { continue };
+        match description.digests.get(name) {
+            Some(digest) => whole.update(digest.as_bytes()),
+            None => {
+                let mut hasher = blake3::Hasher::new();
+                hasher.update_reader(file)?;
+                whole.update(hasher.finalize().to_hex().as_bytes())
+            }
+        };
+        whole.update(b"\n");
+    }
+    whole.update(description.command_line.as_bytes());
+    Ok(whole.finalize().to_hex().to_string())
+}
+
+fn fill(staging: &Path, import: &ImageImport) -> Result<(), ImageError> {
+    let failed = |file: &str| {
+        let (name, file) = (import.name.clone(), file.to_owned());
+        move |source| ImageError::File { name, file, source }
+    };
+    let mut digests = BTreeMap::new();
+    let mut copy = |from: &str, to: &str| {
+        let digest = copy_file(Path::new(from), &staging.join(to)).map_err(failed(from))?;
+        digests.insert(to.to_owned(), digest);
+        Ok(())
+    };
+    copy(&import.kernel_path, "kernel")?;
+    if let Some(initrd) = &import.initrd_path {
+        copy(initrd, "initrd")?;
+    }
+    let description = Description {
+        format: FORMAT,
+        name: import.name.clone(),
+        kernel: "kernel".to_owned(),
+        initrd: import.initrd_path.as_ref().map(|_| "initrd".to_owned()),
+        command_line: import.command_line.clone(),
+        memory_mib_min: None,
+        digests,
+        built_from: serde_json::Value::Null,
+    };
+    let text = serde_json::to_vec_pretty(&description)
+        .map_err(|source| ImageError::Syntax { name: import.name.clone(), source })?;
+    // Checked before it is there: what cannot be read back is refused now.
+    parse(&import.name, &text)?;
+    file::replace(&staging.join("image.json"), &text).map_err(failed("image.json"))
+}
+
+fn copy_file(from: &Path, to: &Path) -> io::Result<String> {
+    if !from.is_absolute() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an absolute path"));
+    }
+    let mut source = File::open(from)?;
+    if !source.metadata()?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let mut target = file::create(to)?;
+    io::copy(&mut source, &mut target)?;
+    target.sync_all()?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open(to)?)?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,363 @@
+//! The ledger: what the agent knows across its own restarts, in SQLite (WAL, FULL). [`Store`] is the file, used by one
+//! thread at a time; [`writer`] is the thread that owns it in a running agent.
+//!
+//! Whatever changes together is one [`Store::commit`], so an event and the change it tells of are there both or not
+//! at all. Intent comes before the act: an operation and its steps are committed before the first step is performed.
+
+mod rows;
+mod schema;
+pub(super) mod writer;
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
+
+use super::record::{EventRecord, OperationRecord, OperationState, StepRecord, VmRecord};
+use crate::clock::UnixNanos;
+use crate::ids::{OperationId, VmId};
+use crate::report::Retry;
+
+/// Events that are kept; older ones are dropped. A client that polls once a minute at ten events a second misses none.
+pub(super) const EVENTS_KEPT: u64 = 10_000;
+
+/// Ended operations that are kept.
+pub(super) const OPERATIONS_KEPT: u64 = 1_000;
+
+/// Most events read at once.
+pub const EVENTS_PAGE: u32 = 256;
+
+/// Why the ledger could not be opened, read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The file could not be opened.
+    #[error("open the ledger {}", path.display())]
+    Open {
+        /// Where it is.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The file is not a ledger: not SQLite, or another program's.
+    #[error("{} is not a ledger of this program; move it away or choose another state directory", path.display())]
+    Foreign {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// A newer program wrote it.
+    #[error("the ledger {} has version {found}, this program knows up to {known}; use the newer program", path.display())]
+    Newer {
+        /// Where it is.
+        path: PathBuf,
+        /// Its version.
+        found: i64,
+        /// The newest version this program knows.
+        known: i64,
+    },
+    /// The file is damaged.
+    #[error("the ledger {} is damaged ({detail}); restore it or move it away", path.display())]
+    Damaged {
+        /// Where it is.
+        path: PathBuf,
+        /// What the check says.
+        detail: String,
+    },
+    /// A statement failed.
+    #[error("use the ledger")]
+    Sql(#[from] rusqlite::Error),
+    /// A row does not hold what it must.
+    #[error("read {table} {id:?} from the ledger")]
+    Row {
+        /// The table.
+        table: &'static str,
+        /// The row.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The name, uid or key is in use.
+    #[error("{what} is in use")]
+    Taken {
+        /// What.
+        what: Taken,
+    },
+    /// The thread that owns the ledger has ended.
+    #[error("the ledger is closed")]
+    Closed,
+}
+
+/// What only one may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// A VM's name.
+    Name,
+    /// A VMM's user id.
+    Uid,
+    /// An idempotency key.
+    Key,
+}
+
+impl std::fmt::Display for Taken {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::Name => "the name",
+            Self::Uid => "the uid",
+            Self::Key => "the idempotency key",
+        })
+    }
+}
+
+impl LedgerError {
+    /// Whether the same request may succeed later.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Foreign { .. } | Self::Newer { .. } | Self::Damaged { .. } | Self::Taken { .. } => Retry::WithChange,
+            Self::Open { .. } | Self::Sql(_) | Self::Closed => Retry::Later,
+            Self::Row { .. } => Retry::Never,
+        }
+    }
+}
+
+/// One thing to write.
+#[derive(Debug, Clone)]
+pub enum Write {
+    /// A VM, whole.
+    Vm(Box<VmRecord>),
+    /// A VM's row is deleted.
+    NoVm(VmId),
+    /// An operation with its steps, whole.
+    Operation(Box<OperationRecord>),
+    /// One step of an operation.
+    Step {
+        /// The operation.
+        operation: OperationId,
+        /// Which step, from 0.
+        index: usize,
+        /// How it is now.
+        step: StepRecord,
+    },
+    /// Something happened.
+    Event(NewEvent),
+    /// A uid belongs to a VM; fails when it belongs to another.
+    Lease {
+        /// The uid.
+        uid: u32,
+        /// Whose it is.
+        vm: VmId,
+    },
+    /// A VM's uid is not used any more, and may be again from then on.
+    Release {
+        /// Whose it was.
+        vm: VmId,
+        /// When it may be used again.
+        quarantine_until: UnixNanos,
+    },
+    /// A create with an idempotency key began; fails when the key is known.
+    Key(KeyRow),
+    /// The answer to a create with an idempotency key.
+    Answer {
+        /// The client's key.
+        key: String,
+        /// Method and path.
+        route: String,
+        /// Status and body.
+        answer: StoredAnswer,
+    },
+}
+
+/// An event before it has its number.
+#[derive(Debug, Clone)]
+pub struct NewEvent {
+    /// When.
+    pub at: UnixNanos,
+    /// What.
+    pub kind: &'static str,
+    /// The VM it is about.
+    pub vm: VmId,
+    /// The operation it belongs to.
+    pub operation: Option<OperationId>,
+    /// What is worth knowing about it.
+    pub body: serde_json::Value,
+}
+
+/// A create with an idempotency key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyRow {
+    /// The client's key.
+    pub key: String,
+    /// Method and path.
+    pub route: String,
+    /// blake3 of the body.
+    pub body_hash: [u8; 32],
+    /// What it made.
+    pub object: String,
+    /// When it may be forgotten.
+    pub expires: UnixNanos,
+    /// What was answered, once it was.
+    pub answer: Option<StoredAnswer>,
+}
+
+/// An answer that is given again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredAnswer {
+    /// HTTP status.
+    pub status: u16,
+    /// JSON body.
+    pub body: String,
+}
+
+/// What a new agent starts from.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// All VMs, oldest first.
+    pub vms: Vec<VmRecord>,
+    /// The operations that were not ended.
+    pub operations: Vec<OperationRecord>,
+    /// The number of this agent among those that had this ledger.
+    pub epoch: u64,
+    /// Number of the last event.
+    pub last_event: u64,
+}
+
+/// The ledger file.
+#[derive(Debug)]
+pub struct Store {
+    connection: Connection,
+}
+
+impl Store {
+    /// Opens the ledger, making or migrating it as needed.
+    pub fn open(path: &Path) -> Result<Self, LedgerError> {
+        Ok(Self { connection: schema::open(path)? })
+    }
+
+    /// A ledger in memory, for simulations.
+    pub fn in_memory() -> Result<Self, LedgerError> {
+        Ok(Self { connection: schema::open(Path::new(":memory:"))? })
+    }
+
+    /// Takes the next epoch and reads what there is.
+    pub fn begin(&mut self) -> Result<Loaded, LedgerError> {
+        let epoch = "INSERT INTO meta(key, value) VALUES ('epoch', 1)
+                     ON CONFLICT(key) DO UPDATE SET value = value + 1 RETURNING value";
+        let epoch: i64 = self.connection.query_row(epoch, [], |row| row.get(0))?;
+        Ok(Loaded {
+            vms: rows::vms(&self.connection)?,
+            operations: rows::operations(&self.connection, "WHERE state = 'running' ORDER BY rowid", u32::MAX)?,
+            epoch: epoch.cast_unsigned(),
+            last_event: rows::last_event(&self.connection)?,
+        })
+    }
+
+    /// Writes all or nothing. Returns the number of the last event.
+    pub fn commit(&mut self, writes: &[Write]) -> Result<u64, LedgerError> {
+        let transaction = self.connection.transaction()?;
+        for write in writes {
+            apply(&transaction, write)?;
+        }
+        let last = rows::last_event(&transaction)?;
+        transaction.commit()?;
+        Ok(last)
+    }
+
+    /// Events after `since`, oldest first, at most [`EVENTS_PAGE`].
+    pub fn events(&self, since: u64) -> Result<Vec<EventRecord>, LedgerError> {
+        rows::events(&self.connection, since, EVENTS_PAGE)
+    }
+
+    /// One operation.
+    pub fn operation(&self, id: &str) -> Result<Option<OperationRecord>, LedgerError> {
+        // A prefix is compared by range, so that the index serves; ids hold no character above 'z'.
+        let found = rows::operations_by_prefix(&self.connection, id)?;
+        Ok(match found.len() {
+            1 => found.into_iter().next(),
+            _ => found.into_iter().find(|operation| operation.id.as_str() == id),
+        })
+    }
+
+    /// The newest operations, newest first.
+    pub fn operations(&self) -> Result<Vec<OperationRecord>, LedgerError> {
+        rows::operations(&self.connection, "ORDER BY rowid DESC", 1000)
+    }
+
+    /// The lowest uid from `base` on that is neither in use nor in quarantine, among `count`.
+    pub fn free_uid(&mut self, base: u32, count: u32, now: UnixNanos) -> Result<Option<u32>, LedgerError> {
+        let sweep = "DELETE FROM leases WHERE quarantine_until IS NOT NULL AND quarantine_until <= ?1";
+        self.connection.execute(sweep, [rows::nanos(now)])?;
+        let mut taken = self.connection.prepare_cached("SELECT uid FROM leases WHERE uid >= ?1 ORDER BY uid")?;
+        let mut free = base;
+        for uid in taken.query_map([base], |row| row.get::<_, u32>(0))? {
+            if uid? != free {
+                break;
+            }
+            free = free.saturating_add(1);
+        }
+        Ok((free - base < count).then_some(free))
+    }
+
+    /// Drops what has run out: quarantines and idempotency keys.
+    pub fn sweep(&mut self, now: UnixNanos) -> Result<(), LedgerError> {
+        let now = rows::nanos(now);
+        self.connection.execute("DELETE FROM leases WHERE quarantine_until <= ?1", [now])?;
+        self.connection.execute("DELETE FROM idempotency WHERE expires <= ?1", [now])?;
+        Ok(())
+    }
+
+    /// What is known of an idempotency key.
+    pub fn key(&self, key: &str, route: &str, now: UnixNanos) -> Result<Option<KeyRow>, LedgerError> {
+        rows::key(&self.connection, key, route, now)
+    }
+
+    /// The uids in use: by a VM, or in quarantine.
+    pub fn leases(&self) -> Result<Vec<(u32, VmId)>, LedgerError> {
+        rows::leases(&self.connection)
+    }
+}
+
+fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
+    match write {
+        Write::Vm(vm) => rows::put_vm(to, vm),
+        Write::NoVm(id) => {
+            to.execute("DELETE FROM vms WHERE id = ?1", [id.as_str()])?;
+            Ok(())
+        }
+        Write::Operation(operation) => rows::put_operation(to, operation),
+        Write::Step { operation, index, step } => rows::put_step(to, operation, *index, step),
+        Write::Event(event) => rows::put_event(to, event),
+        Write::Lease { uid, vm } => lease(to, *uid, vm),
+        Write::Release { vm, quarantine_until } => {
+            let until = rows::nanos(*quarantine_until);
+            let release = "UPDATE leases SET quarantine_until = ?2 WHERE vm = ?1 AND quarantine_until IS NULL";
+            to.execute(release, params![vm.as_str(), until])?;
+            Ok(())
+        }
+        Write::Key(key) => rows::put_key(to, key),
+        Write::Answer { key, route, answer } => {
+            let put = "UPDATE idempotency SET status = ?3, answer = ?4 WHERE key = ?1 AND route = ?2";
+            to.execute(put, params![key, route, answer.status, answer.body])?;
+            Ok(())
+        }
+    }
+}
+
+fn lease(to: &Transaction<'_>, uid: u32, vm: &VmId) -> Result<(), LedgerError> {
+    let owner =
+        to.query_row("SELECT vm FROM leases WHERE uid = ?1", [uid], |row| row.get::<_, String>(0)).optional()?;
+    match owner {
+        Some(owner) if owner == vm.as_str() => Ok(()),
+        Some(_) => Err(LedgerError::Taken { what: Taken::Uid }),
+        None => {
+            to.execute("INSERT INTO leases(uid, vm) VALUES (?1, ?2)", params![uid, vm.as_str()])?;
+            Ok(())
+        }
+    }
+}
+
+/// The word an operation's state has in its column.
+const fn state_word(state: OperationState) -> &'static str {
+    state.name()
+}
+
+#[cfg(test)]
+mod tests;

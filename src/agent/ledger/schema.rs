@@ -1,0 +1,123 @@
+//! The ledger's tables and how an older file becomes a newer one.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode};
+
+use super::LedgerError;
+
+/// "HRTH" in SQLite's application_id: tells a ledger from any other SQLite file.
+const APPLICATION_ID: i64 = 0x4852_5448;
+
+/// Each migration brings a file from the version of its index to the next one. Never changed once shipped: appended.
+const MIGRATIONS: [&str; 1] = [V1];
+
+const V1: &str = "
+CREATE TABLE meta(
+    key TEXT NOT NULL PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT;
+CREATE TABLE vms(
+    id TEXT NOT NULL PRIMARY KEY,
+    name TEXT UNIQUE,
+    state TEXT NOT NULL,
+    revision INTEGER NOT NULL,
+    record TEXT NOT NULL
+) STRICT;
+CREATE TABLE operations(
+    id TEXT NOT NULL PRIMARY KEY,
+    vm TEXT NOT NULL,
+    state TEXT NOT NULL,
+    record TEXT NOT NULL
+) STRICT;
+CREATE INDEX operations_by_state ON operations(state);
+CREATE TABLE steps(
+    op TEXT NOT NULL REFERENCES operations(id) ON DELETE CASCADE,
+    seq INTEGER NOT NULL,
+    effect TEXT NOT NULL,
+    args TEXT NOT NULL,
+    done INTEGER NOT NULL,
+    PRIMARY KEY(op, seq)
+) STRICT;
+CREATE TABLE events(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    at INTEGER NOT NULL,
+    kind TEXT NOT NULL,
+    vm TEXT NOT NULL,
+    operation TEXT,
+    body TEXT NOT NULL
+) STRICT;
+CREATE TABLE idempotency(
+    key TEXT NOT NULL,
+    route TEXT NOT NULL,
+    body_hash BLOB NOT NULL,
+    object TEXT NOT NULL,
+    status INTEGER,
+    answer TEXT,
+    expires INTEGER NOT NULL,
+    PRIMARY KEY(key, route)
+) STRICT;
+CREATE TABLE leases(
+    uid INTEGER NOT NULL PRIMARY KEY,
+    vm TEXT NOT NULL,
+    session_network_id INTEGER,
+    quarantine_until INTEGER
+) STRICT;
+";
+
+/// Version of a ledger this program writes.
+const VERSION: i64 = 1;
+const _: () = assert!(MIGRATIONS.len() == 1, "VERSION is the number of migrations");
+
+/// Opens, checks and migrates.
+pub(super) fn open(path: &Path) -> Result<Connection, LedgerError> {
+    let opening = |source: rusqlite::Error| match source.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => LedgerError::Foreign { path: path.to_owned() },
+        Some(ErrorCode::DatabaseCorrupt) => LedgerError::Damaged { path: path.to_owned(), detail: source.to_string() },
+        Some(_) | None => LedgerError::Open { path: path.to_owned(), source },
+    };
+    let mut connection = Connection::open(path).map_err(opening)?;
+    connection.busy_timeout(Duration::from_secs(5)).map_err(opening)?;
+    let word = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
+    let id = word("application_id").map_err(opening)?;
+    let version = word("user_version").map_err(opening)?;
+    let tables = "SELECT count(*) FROM sqlite_schema";
+    let tables: i64 = connection.query_row(tables, [], |row| row.get(0)).map_err(opening)?;
+    if id != APPLICATION_ID && (id != 0 || tables != 0) {
+        return Err(LedgerError::Foreign { path: path.to_owned() });
+    }
+    if version > VERSION {
+        return Err(LedgerError::Newer { path: path.to_owned(), found: version, known: VERSION });
+    }
+    let check: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(opening)?;
+    if check != "ok" {
+        return Err(LedgerError::Damaged { path: path.to_owned(), detail: check });
+    }
+    configure(&connection).map_err(opening)?;
+    migrate(&mut connection, version).map_err(opening)?;
+    Ok(connection)
+}
+
+fn configure(connection: &Connection) -> rusqlite::Result<()> {
+    // Answers "memory" for a ledger in memory, which has no journal file.
+    connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0))?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    // Records are small: a page cache of 1 MiB (negative: KiB) holds what is used.
+    connection.pragma_update(None, "cache_size", -1024)
+}
+
+fn migrate(connection: &mut Connection, from: i64) -> rusqlite::Result<()> {
+    let from = usize::try_from(from).unwrap_or(0);
+    if from >= MIGRATIONS.len() {
+        return Ok(());
+    }
+    let transaction = connection.transaction()?;
+    for migration in &MIGRATIONS[from..] {
+        transaction.execute_batch(migration)?;
+    }
+    transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+    transaction.pragma_update(None, "user_version", VERSION)?;
+    transaction.commit()
+}

@@ -1,0 +1,178 @@
+//! The ledger keeps what it was given, all or nothing, and refuses files it cannot know.
+
+use super::*;
+use crate::agent::config::Uids;
+use crate::agent::effect::Effect;
+use crate::agent::record::{SCHEMA_VERSION, StepState, Timings, VmSpec};
+use crate::agent::vm_state::{Goal, VmState};
+use crate::sys::file;
+use crate::wire::control::Nonce;
+
+fn vm(number: u8, name: &str) -> VmRecord {
+    VmRecord {
+        schema_version: SCHEMA_VERSION,
+        id: VmId::from_random([number; 10]),
+        name: Some(name.to_owned()),
+        state: VmState::Launching,
+        revision: 1,
+        spec: VmSpec { image: "demo".to_owned(), vcpus: 1, memory_mib: 128, disks: Vec::new() },
+        generation: "00".repeat(16),
+        uid: 1000,
+        nonce: Nonce([number; 16]),
+        process: None,
+        operation: None,
+        created_at: UnixNanos(7),
+        timings: Timings::default(),
+        remains: None,
+    }
+}
+
+fn operation(number: u8, state: OperationState) -> OperationRecord {
+    let step = |effect| StepRecord { effect, state: StepState::Pending, took_us: None, note: None };
+    OperationRecord {
+        id: OperationId::from_random([number; 10]),
+        vm: VmId::from_random([1; 10]),
+        goal: Goal::Launch,
+        then_remove: false,
+        state,
+        steps: vec![step(Effect::MakeDirectory), step(Effect::StartVmm)],
+        error: None,
+        created_at: UnixNanos(1),
+        ended_at: None,
+    }
+}
+
+fn event(number: u64) -> Write {
+    let body = serde_json::json!({ "number": number });
+    let vm = VmId::from_random([1; 10]);
+    Write::Event(NewEvent { at: UnixNanos(number), kind: "vm_state", vm, operation: None, body })
+}
+
+#[test]
+fn what_was_written_is_there_after_opening_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.db");
+    let mut store = Store::open(&path).unwrap();
+    assert_eq!(store.begin().unwrap().epoch, 1);
+    let failed = VmRecord {
+        state: VmState::Failed { cause: crate::agent::vm_state::FailureCause::VmmKilled { signal: 9 } },
+        ..vm(2, "two")
+    };
+    let running = operation(1, OperationState::Running);
+    let writes = [
+        Write::Vm(Box::new(vm(1, "one"))),
+        Write::Vm(Box::new(failed.clone())),
+        Write::Operation(Box::new(running.clone())),
+        Write::Operation(Box::new(operation(2, OperationState::Succeeded))),
+        event(1),
+    ];
+    assert_eq!(store.commit(&writes).unwrap(), 1);
+    drop(store);
+    let mut store = Store::open(&path).unwrap();
+    let loaded = store.begin().unwrap();
+    assert_eq!((loaded.epoch, loaded.last_event), (2, 1));
+    assert_eq!(loaded.vms, [vm(1, "one"), failed]);
+    assert_eq!(loaded.operations, [running]);
+    assert_eq!(store.operations().unwrap().len(), 2);
+    let id = OperationId::from_random([2; 10]);
+    assert_eq!(store.operation(&id.as_str()[..6]).unwrap().unwrap().id, id);
+    assert!(store.operation("op-").unwrap().is_none(), "several start like this");
+    assert!(store.operation("op-%").unwrap().is_none());
+}
+
+#[test]
+fn a_commit_is_all_or_nothing() {
+    let mut store = Store::in_memory().unwrap();
+    store.commit(&[Write::Vm(Box::new(vm(1, "one"))), event(1)]).unwrap();
+    let taken = store.commit(&[event(2), Write::Vm(Box::new(vm(2, "one")))]);
+    assert!(matches!(taken, Err(LedgerError::Taken { what: Taken::Name })));
+    assert_eq!(store.events(0).unwrap().len(), 1);
+    assert_eq!(store.commit(&[event(3)]).unwrap(), 2, "numbers have no gaps");
+}
+
+#[test]
+fn a_uid_has_one_owner_and_rests_before_the_next() {
+    let mut store = Store::in_memory().unwrap();
+    let base = Uids::default().base;
+    let (one, two) = (VmId::from_random([1; 10]), VmId::from_random([2; 10]));
+    assert_eq!(store.free_uid(base, 2, UnixNanos(0)).unwrap(), Some(base));
+    let lease = |vm: &VmId| Write::Lease { uid: base, vm: vm.clone() };
+    store.commit(&[lease(&one)]).unwrap();
+    store.commit(&[lease(&one)]).unwrap();
+    assert!(matches!(store.commit(&[lease(&two)]), Err(LedgerError::Taken { what: Taken::Uid })));
+    assert_eq!(store.free_uid(base, 2, UnixNanos(0)).unwrap(), Some(base + 1));
+    assert_eq!(store.free_uid(base, 1, UnixNanos(0)).unwrap(), None);
+    store.commit(&[Write::Release { vm: one, quarantine_until: UnixNanos(10) }]).unwrap();
+    assert_eq!(store.free_uid(base, 1, UnixNanos(9)).unwrap(), None);
+    assert_eq!(store.leases().unwrap().len(), 1);
+    assert_eq!(store.free_uid(base, 1, UnixNanos(10)).unwrap(), Some(base));
+    assert!(store.leases().unwrap().is_empty());
+}
+
+#[test]
+fn a_key_is_known_until_it_expires() {
+    let mut store = Store::in_memory().unwrap();
+    let row = |body, expires| KeyRow {
+        key: "k".to_owned(),
+        route: "POST /v1/vms".to_owned(),
+        body_hash: [body; 32],
+        object: "vm-x".to_owned(),
+        expires: UnixNanos(expires),
+        answer: None,
+    };
+    let life = crate::agent::KEY_LIFETIME_NS;
+    store.commit(&[Write::Key(row(1, life))]).unwrap();
+    assert!(matches!(store.commit(&[Write::Key(row(2, life + 5))]), Err(LedgerError::Taken { what: Taken::Key })));
+    let answer = StoredAnswer { status: 201, body: "{}".to_owned() };
+    let (key, route) = ("k".to_owned(), "POST /v1/vms".to_owned());
+    store.commit(&[Write::Answer { key, route, answer: answer.clone() }]).unwrap();
+    let found = store.key("k", "POST /v1/vms", UnixNanos(life - 1)).unwrap().unwrap();
+    assert_eq!(found.answer, Some(answer));
+    assert!(store.key("k", "POST /v1/images", UnixNanos(0)).unwrap().is_none());
+    assert!(store.key("k", "POST /v1/vms", UnixNanos(life)).unwrap().is_none());
+    // Used again after it expired.
+    store.commit(&[Write::Key(row(2, 2 * life))]).unwrap();
+}
+
+#[test]
+fn old_events_and_operations_are_dropped() {
+    let mut store = Store::in_memory().unwrap();
+    let many: Vec<Write> = (0..EVENTS_KEPT + 640).map(event).collect();
+    assert_eq!(store.commit(&many).unwrap(), EVENTS_KEPT + 640);
+    let first = store.events(0).unwrap();
+    assert_eq!(first.len(), EVENTS_PAGE as usize);
+    assert!((600..=641).contains(&first[0].seq), "{}", first[0].seq);
+}
+
+#[test]
+fn files_of_others_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.db");
+    file::replace(&path, b"this is not a database, it only lies where one should be").unwrap();
+    assert!(matches!(Store::open(&path), Err(LedgerError::Foreign { .. })));
+
+    let other = dir.path().join("other.db");
+    Connection::open(&other).unwrap().execute_batch("CREATE TABLE t(a)").unwrap();
+    assert!(matches!(Store::open(&other), Err(LedgerError::Foreign { .. })));
+
+    let newer = dir.path().join("newer.db");
+    drop(Store::open(&newer).unwrap());
+    Connection::open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    assert!(matches!(Store::open(&newer), Err(LedgerError::Newer { found: 99, .. })));
+}
+
+#[test]
+fn a_damaged_file_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.db");
+    let mut store = Store::open(&path).unwrap();
+    let many: Vec<Write> = (0..2000).map(event).collect();
+    store.commit(&many).unwrap();
+    drop(store);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 8192].fill(0xa5);
+    file::replace(&path, &bytes).unwrap();
+    let error = Store::open(&path).unwrap_err();
+    assert!(matches!(error, LedgerError::Damaged { .. } | LedgerError::Foreign { .. }), "{error:?}");
+}

@@ -1,0 +1,228 @@
+//! What the ledger keeps: VMs, operations, events. These types are the schema: each change of one that older
+//! records do not fit raises [`SCHEMA_VERSION`] and adds a migration.
+
+use serde::{Deserialize, Serialize};
+
+use super::effect::Effect;
+use super::vm_state::{Goal, VmState};
+use crate::clock::UnixNanos;
+use crate::ids::{OperationId, VmId};
+use crate::report::Retry;
+use crate::wire::control::Nonce;
+
+/// Version of the JSON in records.
+pub(super) const SCHEMA_VERSION: u32 = 1;
+
+/// A VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// [`SCHEMA_VERSION`] of the writer.
+    pub schema_version: u32,
+    /// Its id.
+    pub id: VmId,
+    /// Its name, unique on this host, if it has one.
+    pub name: Option<String>,
+    /// What it is doing.
+    pub state: VmState,
+    /// Counts the changes of this record, from 1.
+    pub revision: u64,
+    /// What was asked for.
+    pub spec: VmSpec,
+    /// 32 hexadecimal digits that differ for every launch.
+    pub generation: String,
+    /// The user id of its VMM.
+    pub uid: u32,
+    /// The secret its VMM was started with.
+    pub nonce: Nonce,
+    /// Its VMM process, once started.
+    pub process: Option<ProcessRecord>,
+    /// The operation that works on it, or the last one that did.
+    pub operation: Option<OperationId>,
+    /// When it was asked for.
+    pub created_at: UnixNanos,
+    /// Where the time of its launch went.
+    pub timings: Timings,
+    /// What was left when it ended.
+    pub remains: Option<Remains>,
+}
+
+impl VmRecord {
+    /// The guest's host name: the VM's name or, without one, its id.
+    pub fn hostname(&self) -> &str {
+        self.name.as_deref().unwrap_or(self.id.as_str())
+    }
+}
+
+/// What was asked for when a VM was created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// Name of the image.
+    pub image: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Raw files to attach as block devices, in order.
+    pub disks: Vec<DiskSpec>,
+}
+
+/// A disk of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Absolute path of a raw file or block device.
+    pub path: String,
+    /// Refuse the guest's writes.
+    pub read_only: bool,
+}
+
+/// Names a process even after its pid is used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRecord {
+    /// Process id on the host.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot.
+    pub start_ticks: u64,
+}
+
+/// Microseconds each part of a launch took. Absent: not reached, or an agent restart lies between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Timings {
+    /// From the request until the VMM process was there.
+    pub spawn_us: Option<u64>,
+    /// From sending the launch until the machine was built.
+    pub build_us: Option<u64>,
+    /// Making the VM, its memory and interrupt controllers (told by the VMM).
+    pub vm_us: Option<u64>,
+    /// Loading kernel and initrd (told by the VMM).
+    pub load_us: Option<u64>,
+    /// Making devices and vCPUs (told by the VMM).
+    pub devices_us: Option<u64>,
+    /// From the first resume to the first vCPU's entry into the guest (told by the VMM).
+    pub first_entry_us: Option<u64>,
+    /// From the guest kernel's start to the guest agent's start (told by the guest).
+    pub kernel_us: Option<u64>,
+    /// From the guest agent's start until it answered.
+    pub init_us: Option<u64>,
+    /// From the request until the VM was running.
+    pub total_us: Option<u64>,
+}
+
+/// What was left when a VM ended, bounded.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Remains {
+    /// When it was looked at.
+    pub at: Option<UnixNanos>,
+    /// Why the guest or the VMM ended, by the VMM's last words: `guest_powered_off`, `stopped` ...
+    #[serde(default)]
+    pub cause: Option<String>,
+    /// How the VMM's process ended, if known: `exit code 1`, `signal 9`.
+    pub exit: Option<String>,
+    /// Its last words.
+    pub last_words: Option<String>,
+    /// The last lines on the guest's console.
+    pub console: Vec<String>,
+    /// The last lines of the VMM's log.
+    pub log: Vec<String>,
+}
+
+/// How far an operation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// Being worked on.
+    Running,
+    /// Done.
+    Succeeded,
+    /// Not done; see its error.
+    Failed,
+    /// Given up for another operation (a stop during a launch).
+    Cancelled,
+}
+
+impl OperationState {
+    /// The state's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// A piece of work on a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationRecord {
+    /// Its id.
+    pub id: OperationId,
+    /// The VM it is for.
+    pub vm: VmId,
+    /// What it leads to.
+    pub goal: Goal,
+    /// Whether the VM is forgotten once this is done (`rm` of a VM that runs).
+    pub then_remove: bool,
+    /// How far it is.
+    pub state: OperationState,
+    /// Its steps, in order.
+    pub steps: Vec<StepRecord>,
+    /// Why it failed.
+    pub error: Option<OperationError>,
+    /// When it began.
+    pub created_at: UnixNanos,
+    /// When it ended.
+    pub ended_at: Option<UnixNanos>,
+}
+
+/// One step of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// What is done.
+    pub effect: Effect,
+    /// How far it is.
+    pub state: StepState,
+    /// How long it took, in microseconds.
+    pub took_us: Option<u64>,
+    /// What is worth knowing about it: why it failed.
+    pub note: Option<String>,
+}
+
+/// How far a step is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepState {
+    /// Recorded, not done yet as far as is known.
+    Pending,
+    /// Done.
+    Done,
+    /// Failed.
+    Failed,
+}
+
+/// Why an operation failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationError {
+    /// The cause's name.
+    pub code: String,
+    /// What happened, as a chain.
+    pub message: String,
+    /// Whether to try again.
+    pub retry: Retry,
+}
+
+/// Something that happened, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventRecord {
+    /// Its place in the order, from 1.
+    pub seq: u64,
+    /// When.
+    pub at: UnixNanos,
+    /// What, as `noun.verb`.
+    pub kind: String,
+    /// The VM it is about.
+    pub vm: VmId,
+    /// The operation it belongs to.
+    pub operation: Option<OperationId>,
+    /// What is worth knowing about it.
+    pub body: serde_json::Value,
+}

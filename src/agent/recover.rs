@@ -1,0 +1,111 @@
+//! What an agent does with what an earlier one left: a pure plan per VM. Performing it is the VM's actor's; looking for
+//! what no record knows is [`super::Agent`]'s, in the background.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::effect::Effect;
+use super::ledger::{LedgerError, Write};
+use super::record::{OperationRecord, OperationState, StepState, VmRecord};
+use super::shared::Shared;
+use super::vm_state::{Goal, VmState};
+use super::world::{Records, VmDisk, VmmHost, VmmProcess, World};
+use crate::clock::Clock;
+use crate::ids::VmId;
+
+/// What to do with a VM at the start of an agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// Nothing: it runs and is watched, or it has ended and is clean.
+    Rest,
+    /// Perform the operation's steps, again from the first: each looks before it acts.
+    Continue(OperationRecord),
+    /// Its VMM ended while no agent looked; the operation, if any, ends with that.
+    Ended(Option<OperationRecord>),
+    /// Nothing should be left of it, but an operation that saw to that is not recorded: clean up.
+    Clean,
+}
+
+/// Decides by the record, its unfinished operation and whether its VMM lives.
+pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bool) -> Plan {
+    match (&vm.state, unfinished) {
+        // A pause or resume of a VM that is gone cannot go on.
+        (VmState::Running | VmState::Paused, operation) if !lives => Plan::Ended(operation),
+        // A launch whose VMM was there and is not any more: its end says why. Without one, start over.
+        (VmState::Launching, Some(operation)) if !lives && was_started(&operation) => Plan::Ended(Some(operation)),
+        (_, Some(mut operation)) => {
+            for step in &mut operation.steps {
+                step.state = StepState::Pending;
+            }
+            if operation.goal == Goal::Stop || operation.goal == Goal::Remove {
+                // The guest was asked to power off by the agent before, which took at least as long as a restart.
+                operation.steps.retain(|step| step.effect != Effect::ShutDownGuest || lives);
+            }
+            Plan::Continue(operation)
+        }
+        (VmState::Running | VmState::Paused, None) => Plan::Rest,
+        (state, None) if state.has_ended() => Plan::Rest,
+        (_, None) => Plan::Clean,
+    }
+}
+
+fn was_started(operation: &OperationRecord) -> bool {
+    let start = operation.steps.iter().find(|step| step.effect == Effect::StartVmm);
+    start.is_some_and(|step| step.state == StepState::Done)
+}
+
+/// Ends operations whose VM's record is gone: the removal had done all but record its own end.
+pub(super) async fn end_orphans<W: World>(
+    shared: &Arc<Shared<W>>,
+    operations: Vec<OperationRecord>,
+) -> Result<(), LedgerError> {
+    for mut operation in operations {
+        operation.state =
+            if operation.goal == Goal::Remove { OperationState::Succeeded } else { OperationState::Cancelled };
+        operation.ended_at = Some(shared.world.clock().wall());
+        let writes = vec![shared.operation_event(&operation), Write::Operation(Box::new(operation))];
+        shared.commit(writes).await?;
+    }
+    Ok(())
+}
+
+/// Time between two sweeps of what has run out.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+
+/// In the background: removes directories that no living VM's record knows, then drops what has run out, for good.
+pub(super) async fn sweep<W: World>(shared: Arc<Shared<W>>) {
+    match shared.world.disk().list().await {
+        Ok(found) => {
+            for id in found {
+                let known = shared.vms().get(&id).is_some_and(|vm| vm.record.borrow().state.holds_resources());
+                if known {
+                    continue;
+                }
+                tracing::warn!(vm = %id, "removing a directory that belongs to no living VM");
+                if let Err(error) = remove_unknown(&shared, &id).await {
+                    tracing::warn!(vm = %id, %error, "cannot remove it");
+                }
+            }
+        }
+        Err(error) => tracing::warn!(%error, "cannot list the VMs' directories"),
+    }
+    loop {
+        let now = shared.world.clock().wall();
+        if let Err(error) = shared.world.records().with(move |store| store.sweep(now)).await {
+            tracing::warn!(error = %crate::report::chain(&error), "cannot sweep the ledger");
+        }
+        tokio::time::sleep(SWEEP_INTERVAL).await;
+    }
+}
+
+async fn remove_unknown<W: World>(shared: &Arc<Shared<W>>, id: &VmId) -> std::io::Result<()> {
+    if let Some(process) = shared.world.vmm().find_stray(id).await? {
+        process.kill()?;
+        process.ended().await;
+    }
+    // Looked at again: a launch may have been recorded meanwhile.
+    if shared.vms().get(id).is_some_and(|vm| vm.record.borrow().state.holds_resources()) {
+        return Ok(());
+    }
+    shared.world.disk().remove(id).await
+}

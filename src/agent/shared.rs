@@ -1,0 +1,121 @@
+//! What all parts of one agent share: its world, its configuration, its place in the line of agents.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{mpsc, watch};
+
+use super::config::Config;
+use super::ledger::{LedgerError, NewEvent, Write};
+use super::metrics::Metrics;
+use super::record::{OperationRecord, VmRecord};
+use super::vm_actor::Request;
+use super::world::{Records, World};
+use crate::clock::{Clock, UnixNanos};
+use crate::ids::VmId;
+
+/// One agent's shared parts.
+pub(crate) struct Shared<W: World> {
+    pub(crate) world: W,
+    pub(crate) config: Config,
+    /// This agent's number among those that had the ledger.
+    pub(crate) epoch: u64,
+    pub(crate) started_at: UnixNanos,
+    /// Number of the last event; readers of events wait on it.
+    pub(crate) last_event: watch::Sender<u64>,
+    /// Set once the ledger cannot be written: the agent then ends, its VMs go on, the next agent recovers.
+    pub(crate) broken: watch::Sender<Option<String>>,
+    pub(crate) metrics: Metrics,
+    vms: Mutex<BTreeMap<VmId, VmHandle>>,
+}
+
+/// The way to a VM's actor.
+#[derive(Debug, Clone)]
+pub(crate) struct VmHandle {
+    pub(crate) id: VmId,
+    pub(crate) name: Option<String>,
+    pub(crate) inbox: mpsc::Sender<Request>,
+    /// The record as it is in the ledger.
+    pub(crate) record: watch::Receiver<Arc<VmRecord>>,
+}
+
+impl<W: World> Shared<W> {
+    pub(crate) fn new(world: W, config: Config, epoch: u64, last_event: u64) -> Self {
+        let started_at = world.clock().wall();
+        Self {
+            world,
+            config,
+            epoch,
+            started_at,
+            last_event: watch::Sender::new(last_event),
+            broken: watch::Sender::new(None),
+            metrics: Metrics::new(),
+            vms: Mutex::new(BTreeMap::new()),
+        }
+    }
+
+    /// The VMs there are. Held for look-ups only, never across a wait.
+    pub(crate) fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, VmHandle>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes all or nothing and wakes the readers of events.
+    pub(crate) async fn commit(&self, writes: Vec<Write>) -> Result<(), LedgerError> {
+        let last = self.world.records().with(move |store| store.commit(&writes)).await?;
+        self.last_event.send_if_modified(|event| {
+            let newer = last > *event;
+            *event = last.max(*event);
+            newer
+        });
+        Ok(())
+    }
+
+    /// Records that the ledger cannot be written any more.
+    pub(crate) fn declare_broken(&self, error: &LedgerError) {
+        let why = crate::report::chain(error);
+        tracing::error!(error = %why, "the ledger failed; this agent ends, its VMs go on");
+        self.broken.send_if_modified(|broken| {
+            let first = broken.is_none();
+            broken.get_or_insert(why);
+            first
+        });
+    }
+
+    /// The event of a VM's new state.
+    pub(crate) fn vm_event(&self, vm: &VmRecord) -> Write {
+        let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
+        if let super::vm_state::VmState::Failed { cause } = &vm.state {
+            body["cause"] = cause.name().into();
+        }
+        Write::Event(NewEvent {
+            at: self.world.clock().wall(),
+            kind: "vm_state",
+            vm: vm.id.clone(),
+            operation: vm.operation.clone(),
+            body,
+        })
+    }
+
+    /// The event that a VM is forgotten.
+    pub(crate) fn removed_event(&self, vm: &VmRecord) -> Write {
+        Write::Event(NewEvent {
+            at: self.world.clock().wall(),
+            kind: "vm_removed",
+            vm: vm.id.clone(),
+            operation: vm.operation.clone(),
+            body: serde_json::json!({ "name": vm.name }),
+        })
+    }
+
+    /// The event of an operation's new state.
+    pub(crate) fn operation_event(&self, operation: &OperationRecord) -> Write {
+        let error = operation.error.as_ref().map(|error| error.code.clone());
+        Write::Event(NewEvent {
+            at: self.world.clock().wall(),
+            kind: "operation_state",
+            vm: operation.vm.clone(),
+            operation: Some(operation.id.clone()),
+            body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
+        })
+    }
+}

@@ -1,0 +1,567 @@
+//! One task per VM owns its record and its process; everybody else asks through its inbox and reads the record it
+//! publishes. Exec and console do not pass here: they connect to the VMM by themselves.
+//!
+//! ```text
+//! request ─▶ vm_state::step ─▶ [ledger: state, operation, steps] ─▶ work (effects) ─▶ step ─▶ [ledger] ─▶ answer
+//! ```
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::ledger::{LedgerError, Write};
+use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
+use super::shared::{Shared, VmHandle};
+use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
+use super::work::{Outcome, Report, Work, ended};
+use super::world::{Ask, ProcessEnd, VmDisk, VmmHost, World, random_array};
+use crate::clock::{Clock, Monotonic};
+use crate::ids::OperationId;
+use crate::report::Retry;
+use crate::wire::last_words::LastWords;
+
+/// Requests that may wait for one VM. More are refused at once: somebody calls in a loop.
+pub(crate) const INBOX_MAX: usize = 32;
+
+/// Time before a host is asked again for a process it could not look for.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Something asked of a VM.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) verb: Verb,
+    pub(crate) reply: Reply,
+}
+
+type Reply = oneshot::Sender<Result<Arc<VmRecord>, VerbError>>;
+
+/// What can be asked of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Hold its vCPUs.
+    Pause,
+    /// Let its vCPUs run again and set its clock.
+    Resume,
+    /// Shut its guest down, then end it. Zero grace ends it at once.
+    Stop {
+        /// How long the guest may take to power off.
+        grace: Duration,
+    },
+    /// Stop it and forget it.
+    Remove {
+        /// How long the guest may take to power off.
+        grace: Duration,
+    },
+}
+
+/// Why a verb was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum VerbError {
+    /// Not in this state.
+    #[error("{verb} {vm}")]
+    Denied {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which VM.
+        vm: String,
+        /// In which state it is.
+        #[source]
+        source: Denied,
+    },
+    /// Too many requests wait for this VM.
+    #[error("{vm} has {INBOX_MAX} requests waiting")]
+    Busy {
+        /// The VM.
+        vm: String,
+    },
+    /// It was forgotten, or the agent is ending.
+    #[error("{vm} is gone")]
+    Gone {
+        /// The VM.
+        vm: String,
+    },
+    /// It was tried and failed.
+    #[error("{verb} {vm}: {message}")]
+    Failed {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which VM.
+        vm: String,
+        /// The cause's name.
+        code: String,
+        /// What happened.
+        message: String,
+    },
+}
+
+impl VerbError {
+    /// Whether the same request may succeed later.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Denied { .. } => Retry::WithChange,
+            Self::Busy { .. } | Self::Failed { .. } => Retry::Later,
+            Self::Gone { .. } => Retry::Never,
+        }
+    }
+}
+
+impl Verb {
+    /// The verb's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Stop { .. } => "stop",
+            Self::Remove { .. } => "remove",
+        }
+    }
+}
+
+/// What an actor begins with, besides its record.
+#[derive(Debug)]
+pub(crate) enum Begin {
+    /// The launch was just recorded, with this operation, at this time.
+    Launch(OperationRecord, Monotonic),
+    /// The agent restarted: continue what is unfinished.
+    Recover(Box<Recovered>),
+}
+
+/// What recovery knows about a VM that an earlier agent left.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    /// The operation that was not ended.
+    pub(crate) operation: Option<OperationRecord>,
+}
+
+type Working<W> = Pin<Box<dyn Future<Output = Report<W>> + Send>>;
+
+struct VmActor<W: World> {
+    shared: Arc<Shared<W>>,
+    record: VmRecord,
+    published: watch::Sender<Arc<VmRecord>>,
+    process: Option<<W::Vmm as VmmHost>::Process>,
+    inbox: mpsc::Receiver<Request>,
+    /// Requests that came during work that they could only hurry.
+    waiting: VecDeque<Request>,
+    work: Option<Working<W>>,
+    hurry: watch::Sender<bool>,
+    /// Who waits for the present work.
+    asker: Option<(Verb, Reply)>,
+    over: bool,
+}
+
+/// Starts the actor of a VM that is in the ledger, and makes it known.
+pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: Begin) -> VmHandle {
+    let (inbox, requests) = mpsc::channel(INBOX_MAX);
+    let (published, view) = watch::channel(Arc::new(record.clone()));
+    let handle = VmHandle { id: record.id.clone(), name: record.name.clone(), inbox, record: view };
+    shared.vms().insert(record.id.clone(), handle.clone());
+    let actor = VmActor {
+        shared: Arc::clone(shared),
+        record,
+        published,
+        process: None,
+        inbox: requests,
+        waiting: VecDeque::new(),
+        work: None,
+        hurry: watch::Sender::new(false),
+        asker: None,
+        over: false,
+    };
+    tokio::spawn(actor.run(begin));
+    handle
+}
+
+impl<W: World> VmActor<W> {
+    async fn run(mut self, begin: Begin) {
+        if let Err(error) = self.live(begin).await {
+            self.shared.declare_broken(&error);
+        }
+        self.shared.vms().remove(&self.record.id);
+    }
+
+    async fn live(&mut self, begin: Begin) -> Result<(), LedgerError> {
+        match begin {
+            Begin::Launch(operation, asked_at) => self.perform(operation, Duration::ZERO, Some(asked_at)),
+            Begin::Recover(recovered) => self.recover(*recovered).await?,
+        }
+        while !self.over {
+            let may_take = self.work.is_none() || self.may_be_hurried();
+            tokio::select! {
+                biased;
+                // What was begun ends first: its result decides what the rest may do.
+                report = working(&mut self.work) => self.finish(report).await?,
+                // A VM that ended is told so before it is asked anything more.
+                end = ended(self.process.as_ref()), if self.work.is_none() && self.record.state.holds_resources() => {
+                    self.vmm_ended(end, None).await?;
+                }
+                request = self.inbox.recv(), if may_take && self.waiting.len() < INBOX_MAX => match request {
+                    Some(request) => self.take(request).await?,
+                    // The agent is ending: the VM goes on.
+                    None => return Ok(()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Only these two states' work can wait for a guest for long.
+    fn may_be_hurried(&self) -> bool {
+        matches!(self.record.state, VmState::Launching | VmState::Stopping)
+    }
+
+    async fn take(&mut self, request: Request) -> Result<(), LedgerError> {
+        if self.work.is_none() {
+            return self.answer(request).await;
+        }
+        let hurries = match (request.verb, &self.record.state) {
+            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching) => true,
+            (Verb::Stop { grace } | Verb::Remove { grace }, _) => grace.is_zero(),
+            (Verb::Pause | Verb::Resume, _) => {
+                // Refused now rather than after a launch of minutes.
+                let denied = Denied { state: self.record.state.clone() };
+                self.reply(request.verb, request.reply, Err(denied));
+                return Ok(());
+            }
+        };
+        if hurries {
+            self.hurry.send_replace(true);
+        }
+        self.waiting.push_back(request);
+        Ok(())
+    }
+
+    async fn answer(&mut self, request: Request) -> Result<(), LedgerError> {
+        let Request { verb, reply } = request;
+        let (event, goal, grace, then_remove) = match verb {
+            Verb::Pause => (Event::PauseAsked, Goal::Pause, Duration::ZERO, false),
+            Verb::Resume => (Event::ResumeAsked, Goal::Resume, Duration::ZERO, false),
+            Verb::Stop { grace } => (stop_event(grace), Goal::Stop, grace, false),
+            Verb::Remove { grace } if self.record.state.holds_resources() => {
+                (stop_event(grace), Goal::Stop, grace, true)
+            }
+            Verb::Remove { grace } => (Event::RemoveAsked, Goal::Remove, grace, true),
+        };
+        let next = match step(&self.record.state, &event) {
+            Ok(next) => next,
+            Err(denied) => {
+                self.reply(verb, reply, Err(denied));
+                return Ok(());
+            }
+        };
+        if next.effects.is_empty() {
+            let _ = reply.send(Ok(Arc::new(self.record.clone())));
+            return Ok(());
+        }
+        self.asker = Some((verb, reply));
+        let operation = self.new_operation(goal, then_remove, &next);
+        self.turn(next, Vec::new(), Some(&operation)).await?;
+        self.perform(operation, grace, None);
+        Ok(())
+    }
+
+    fn reply(&self, verb: Verb, reply: Reply, denied: Result<(), Denied>) {
+        if let Err(source) = denied {
+            let error = VerbError::Denied { verb: verb.name(), vm: self.record.id.to_string(), source };
+            // Whoever asked may have gone.
+            let _ = reply.send(Err(error));
+        }
+    }
+
+    fn new_operation(&self, goal: Goal, then_remove: bool, next: &Step) -> OperationRecord {
+        // An id only has to differ from others; the zeros of a host without randomness are refused by the ledger.
+        let random = random_array(&self.shared.world).unwrap_or_default();
+        operation_for(
+            &self.record,
+            OperationId::from_random(random),
+            goal,
+            then_remove,
+            next,
+            self.shared.world.clock(),
+        )
+    }
+
+    /// Goes to the next state: in the ledger first, then for all to see.
+    async fn turn(
+        &mut self,
+        next: Step,
+        mut writes: Vec<Write>,
+        begun: Option<&OperationRecord>,
+    ) -> Result<(), LedgerError> {
+        let changed = next.state != self.record.state;
+        self.record.state = next.state;
+        if let Some(operation) = begun {
+            self.record.operation = Some(operation.id.clone());
+            writes.push(Write::Operation(Box::new(operation.clone())));
+            writes.push(self.shared.operation_event(operation));
+        }
+        self.record.revision += 1;
+        writes.push(Write::Vm(Box::new(self.record.clone())));
+        if changed {
+            tracing::info!(vm = %self.record.id, state = self.record.state.name(), "vm");
+            writes.push(self.shared.vm_event(&self.record));
+        }
+        self.shared.commit(writes).await?;
+        self.published.send_replace(Arc::new(self.record.clone()));
+        Ok(())
+    }
+
+    fn perform(&mut self, operation: OperationRecord, grace: Duration, asked_at: Option<Monotonic>) {
+        self.hurry.send_replace(false);
+        let work = Work {
+            shared: Arc::clone(&self.shared),
+            record: self.record.clone(),
+            operation,
+            process: self.process.clone(),
+            hurry: self.hurry.subscribe(),
+            grace,
+            asked_at,
+        };
+        self.work = Some(Box::pin(work.run()));
+    }
+
+    /// Takes in what work did, decides, and goes on with what follows from it.
+    async fn finish(&mut self, report: Report<W>) -> Result<(), LedgerError> {
+        let Report { record, mut operation, process, outcome } = report;
+        self.work = None;
+        self.record = record;
+        self.process = process;
+        let (state, error, event) = match outcome {
+            Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
+            Outcome::Hurried => (OperationState::Cancelled, None, None),
+            Outcome::Failed(cause) => {
+                (OperationState::Failed, Some(error_of(&cause)), Some(Event::WorkFailed { cause }))
+            }
+            Outcome::VmmEnded(end) => return self.vmm_ended(end, Some(operation)).await,
+            Outcome::Broken(error) => return Err(error),
+        };
+        self.end_operation(&mut operation, state, error);
+        if operation.goal == Goal::Remove && state == OperationState::Succeeded {
+            // The row is gone; only the operation's end is left to write.
+            let writes = vec![self.shared.operation_event(&operation), Write::Operation(Box::new(operation))];
+            self.shared.commit(writes).await?;
+            self.over = true;
+            self.answer_asker(None);
+            return Ok(());
+        }
+        self.conclude(operation, event).await
+    }
+
+    /// Writes the end of an operation together with the state it leads to, then cleans up, removes, or takes the next
+    /// waiting request.
+    async fn conclude(&mut self, operation: OperationRecord, event: Option<Event>) -> Result<(), LedgerError> {
+        let stay = Step { state: self.record.state.clone(), effects: Vec::new() };
+        let next = match &event {
+            Some(event) => step(&self.record.state, event).unwrap_or(stay),
+            None => stay,
+        };
+        let writes = vec![self.shared.operation_event(&operation), Write::Operation(Box::new(operation.clone()))];
+        let cleaning = (!next.effects.is_empty()).then(|| self.new_operation(Goal::Stop, operation.then_remove, &next));
+        self.turn(next, writes, cleaning.as_ref()).await?;
+        if let Some(cleaning) = cleaning {
+            // Whoever waits is answered when nothing but the record is left.
+            self.perform(cleaning, Duration::ZERO, None);
+            return Ok(());
+        }
+        let stopped = operation.goal == Goal::Stop && self.record.state.has_ended();
+        if operation.then_remove && stopped {
+            return self.remove().await;
+        }
+        self.answer_asker(operation.error.as_ref());
+        while self.work.is_none()
+            && let Some(request) = self.waiting.pop_front()
+        {
+            self.answer(request).await?;
+        }
+        Ok(())
+    }
+
+    async fn remove(&mut self) -> Result<(), LedgerError> {
+        let Ok(next) = step(&self.record.state, &Event::RemoveAsked) else { return Ok(()) };
+        let operation = self.new_operation(Goal::Remove, true, &next);
+        self.turn(next, Vec::new(), Some(&operation)).await?;
+        self.perform(operation, Duration::ZERO, None);
+        Ok(())
+    }
+
+    fn end_operation(&self, operation: &mut OperationRecord, state: OperationState, error: Option<OperationError>) {
+        operation.state = state;
+        operation.error = error;
+        operation.ended_at = Some(self.shared.world.clock().wall());
+        self.shared.metrics.operation_ended(operation.goal, state);
+        if operation.goal == Goal::Launch && state == OperationState::Succeeded {
+            self.shared.metrics.launched(&self.record.timings);
+        }
+    }
+
+    /// Answers whoever waits for the present work, if somebody does.
+    fn answer_asker(&mut self, error: Option<&OperationError>) {
+        let Some((verb, reply)) = self.asker.take() else { return };
+        let answer = match error {
+            None => Ok(Arc::new(self.record.clone())),
+            Some(error) => Err(VerbError::Failed {
+                verb: verb.name(),
+                vm: self.record.id.to_string(),
+                code: error.code.clone(),
+                message: error.message.clone(),
+            }),
+        };
+        // Whoever asked may have gone.
+        let _ = reply.send(answer);
+    }
+
+    /// The VMM ended by itself, alone or during an operation: keeps what it left, records why, cleans up.
+    async fn vmm_ended(&mut self, end: ProcessEnd, operation: Option<OperationRecord>) -> Result<(), LedgerError> {
+        let (mut remains, words) = self.shared.world.disk().remains(&self.record.id).await;
+        remains.at = Some(self.shared.world.clock().wall());
+        remains.exit = Some(end.to_string());
+        let event = end_event(words, end);
+        self.record.remains = Some(remains);
+        self.process = None;
+        self.record.process = None;
+        match operation {
+            Some(mut operation) => {
+                let error = if let Event::VmmFailed { cause } = &event {
+                    error_of(cause)
+                } else {
+                    let (code, message) = ("guest_ended".to_owned(), "the guest ended".to_owned());
+                    OperationError { code, message, retry: Retry::Later }
+                };
+                self.end_operation(&mut operation, OperationState::Failed, Some(error));
+                self.conclude(operation, Some(event)).await
+            }
+            None => {
+                let Ok(next) = step(&self.record.state, &event) else { return Ok(()) };
+                let cleaning = self.new_operation(Goal::Stop, false, &next);
+                self.turn(next, Vec::new(), Some(&cleaning)).await?;
+                self.perform(cleaning, Duration::ZERO, None);
+                Ok(())
+            }
+        }
+    }
+
+    /// The VMM of this record. A host that cannot tell is asked again: taking a VM for dead would end it.
+    async fn look_for_vmm(&mut self) -> Option<<W::Vmm as VmmHost>::Process> {
+        if !self.record.state.holds_resources() {
+            return None;
+        }
+        loop {
+            match self.shared.world.vmm().find(&self.record).await {
+                Ok(found) => return found,
+                Err(error) => tracing::warn!(vm = %self.record.id, %error, "cannot look for the VMM"),
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Says Hello to a VMM that was found, so that it serves this agent's epoch and no earlier one's any more.
+    async fn greet_vmm(&mut self) {
+        if self.process.is_none() {
+            return;
+        }
+        match self.shared.world.vmm().ask(&self.record, self.shared.epoch, Ask::Status).await {
+            Ok(_) => tracing::info!(vm = %self.record.id, state = self.record.state.name(), "adopted"),
+            // It may answer later; until then verbs on it fail and say why.
+            Err(error) => {
+                let error = crate::report::chain(&error);
+                tracing::warn!(vm = %self.record.id, error, "a VMM that was found does not answer");
+            }
+        }
+    }
+
+    /// Continues what an earlier agent left: performs unfinished effects again, or sees to a VMM that ended meanwhile.
+    async fn recover(&mut self, recovered: Recovered) -> Result<(), LedgerError> {
+        self.process = self.look_for_vmm().await;
+        match super::recover::plan(&self.record, recovered.operation, self.process.is_some()) {
+            super::recover::Plan::Rest => {
+                self.greet_vmm().await;
+                Ok(())
+            }
+            super::recover::Plan::Continue(operation) => {
+                self.perform(operation, Duration::ZERO, None);
+                Ok(())
+            }
+            super::recover::Plan::Clean => {
+                let gone = self.record.state == VmState::Gone;
+                let (event, goal) =
+                    if gone { (Event::RemoveAsked, Goal::Remove) } else { (Event::KillAsked, Goal::Stop) };
+                let Ok(next) = step(&self.record.state, &event) else { return Ok(()) };
+                let cleaning = self.new_operation(goal, gone, &next);
+                self.turn(next, Vec::new(), Some(&cleaning)).await?;
+                self.perform(cleaning, Duration::ZERO, None);
+                Ok(())
+            }
+            super::recover::Plan::Ended(operation) => self.vmm_ended(ProcessEnd::Unknown, operation).await,
+        }
+    }
+}
+
+/// The operation that performs a step's effects.
+pub(crate) fn operation_for(
+    vm: &VmRecord,
+    id: OperationId,
+    goal: Goal,
+    then_remove: bool,
+    next: &Step,
+    clock: &impl Clock,
+) -> OperationRecord {
+    let pending = |&effect| StepRecord { effect, state: StepState::Pending, took_us: None, note: None };
+    OperationRecord {
+        id,
+        vm: vm.id.clone(),
+        goal,
+        then_remove,
+        state: OperationState::Running,
+        steps: next.effects.iter().map(pending).collect(),
+        error: None,
+        created_at: clock.wall(),
+        ended_at: None,
+    }
+}
+
+const fn stop_event(grace: Duration) -> Event {
+    if grace.is_zero() { Event::KillAsked } else { Event::StopAsked }
+}
+
+/// What a VMM's end means for its VM. Its words are untrusted: they can only choose among failures and a stop.
+fn end_event(words: Option<LastWords>, end: ProcessEnd) -> Event {
+    let cause = match words {
+        Some(LastWords::Stopped | LastWords::GuestPoweredOff | LastWords::GuestRebooted) => return Event::VmmStopped,
+        Some(LastWords::GuestPanic) => FailureCause::GuestPanic,
+        Some(LastWords::GuestFault { detail }) => FailureCause::GuestFault { detail: super::guest::printable(&detail) },
+        Some(LastWords::VmmError { detail }) => FailureCause::VmmError { detail: super::guest::printable(&detail) },
+        None => match end {
+            ProcessEnd::Exited(code) => FailureCause::VmmExited { code },
+            ProcessEnd::Signalled(signal) => FailureCause::VmmKilled { signal },
+            ProcessEnd::Unknown => FailureCause::VmmGone,
+        },
+    };
+    Event::VmmFailed { cause }
+}
+
+fn error_of(cause: &FailureCause) -> OperationError {
+    let message = cause.detail().unwrap_or_else(|| cause.name().replace('_', " "));
+    let retry = match cause {
+        FailureCause::BadImage { .. } => Retry::WithChange,
+        FailureCause::GuestPanic
+        | FailureCause::GuestFault { .. }
+        | FailureCause::GuestUnreachable { .. }
+        | FailureCause::VmmError { .. }
+        | FailureCause::VmmKilled { .. }
+        | FailureCause::VmmExited { .. }
+        | FailureCause::VmmGone
+        | FailureCause::Host { .. } => Retry::Later,
+    };
+    OperationError { code: cause.name().to_owned(), message, retry }
+}
+
+async fn working<W: World>(work: &mut Option<Working<W>>) -> Report<W> {
+    match work {
+        Some(work) => work.await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,454 @@
+//! Performing an operation's effects, one after the other, each recorded when done. Runs inside the VM's actor as a
+//! future beside its inbox, so that a stop can cut short the two effects that wait for a guest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hearth_guest_wire::{Identity, Shutdown, ToGuest};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use super::effect::Effect;
+use super::guest::{self, ANSWER_LIMIT, GuestError};
+use super::ledger::{LedgerError, Write};
+use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
+use super::shared::Shared;
+use super::vm_state::{FailureCause, Goal};
+use super::world::{
+    Ask, AskError, LaunchPlan, ProcessEnd, StartVmmError, VmDisk, VmmHost, VmmProcess, World, random_array,
+};
+use crate::clock::{Clock, Monotonic, UnixNanos};
+use crate::ids::Generation;
+use crate::report::chain;
+use crate::units::MIB;
+use crate::wire::control::{Answer, MachineState, Status};
+use crate::wire::refusal::Refusal;
+
+/// Time between two tries to reach a guest that boots. The VMM answers at once whether something listens in the guest,
+/// so this bounds how late the agent notices. Each try costs a booting guest an interrupt and a packet, which on an
+/// emulating host are some twenty milliseconds of its boot.
+const GREET_INTERVAL: Duration = Duration::from_millis(200);
+
+/// The first a guest's agent was heard of.
+#[derive(Clone, Copy)]
+struct Heard {
+    /// When it said Hello.
+    at: Monotonic,
+    /// How long it had been running by then.
+    running: Duration,
+}
+
+/// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
+const END_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a VMM may take to end after a guest that failed: its end, with last words, says more than the failure.
+const LAST_WORDS_WAIT: Duration = Duration::from_millis(500);
+
+type Process<W> = <<W as World>::Vmm as VmmHost>::Process;
+
+/// What a piece of work needs and keeps.
+pub(super) struct Work<W: World> {
+    pub(super) shared: Arc<Shared<W>>,
+    pub(super) record: VmRecord,
+    pub(super) operation: OperationRecord,
+    pub(super) process: Option<Process<W>>,
+    /// Becomes true when somebody wants this over sooner.
+    pub(super) hurry: watch::Receiver<bool>,
+    /// How long a guest may take to power off.
+    pub(super) grace: Duration,
+    /// When the request came, if it came to this agent.
+    pub(super) asked_at: Option<Monotonic>,
+}
+
+/// How a piece of work ended.
+pub(super) enum Outcome {
+    /// All effects were performed.
+    Done,
+    /// It was cut short by a later request.
+    Hurried,
+    /// The VMM ended meanwhile.
+    VmmEnded(ProcessEnd),
+    /// An effect failed for good.
+    Failed(FailureCause),
+    /// The ledger failed: nothing can be recorded any more.
+    Broken(LedgerError),
+}
+
+/// A piece of work, over.
+pub(super) struct Report<W: World> {
+    pub(super) record: VmRecord,
+    pub(super) operation: OperationRecord,
+    pub(super) process: Option<Process<W>>,
+    pub(super) outcome: Outcome,
+}
+
+impl<W: World> Work<W> {
+    /// Performs the operation's steps that are not done.
+    pub(super) async fn run(mut self) -> Report<W> {
+        let outcome = self.perform_all().await;
+        Report { record: self.record, operation: self.operation, process: self.process, outcome }
+    }
+
+    async fn perform_all(&mut self) -> Outcome {
+        for index in 0..self.operation.steps.len() {
+            let effect = self.operation.steps[index].effect;
+            let begun = self.now();
+            let before = self.record.clone();
+            let performed = self.perform(effect).await;
+            let took = self.now().since(begun);
+            let (state, note) = match &performed {
+                Ok(()) => (StepState::Done, None),
+                Err(outcome) => (StepState::Failed, note_of(outcome)),
+            };
+            let took_us = Some(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+            let step = StepRecord { effect, state, took_us, note };
+            tracing::debug!(vm = %self.record.id, step = effect.name(), ?took, done = performed.is_ok(), "step");
+            let mut writes = vec![Write::Step { operation: self.operation.id.clone(), index, step: step.clone() }];
+            self.operation.steps[index] = step;
+            if self.record != before {
+                self.record.revision += 1;
+                writes.push(Write::Vm(Box::new(self.record.clone())));
+            }
+            if effect == Effect::Forget && performed.is_ok() {
+                writes.push(Write::NoVm(self.record.id.clone()));
+                writes.push(self.shared.removed_event(&self.record));
+            }
+            if effect == Effect::ReleaseUid && performed.is_ok() {
+                writes.push(self.release());
+            }
+            if let Err(error) = self.shared.commit(writes).await {
+                return Outcome::Broken(error);
+            }
+            match performed {
+                Ok(()) => {}
+                Err(Outcome::Failed(_)) if effect.is_best_effort() => {}
+                // On the way to an end, an end that comes by itself is as good; what is left of it is cleaned up next.
+                Err(Outcome::Failed(_) | Outcome::VmmEnded(_)) if self.is_ending() && !effect.is_cleaning() => {}
+                Err(outcome) => return self.explain(outcome).await,
+            }
+        }
+        Outcome::Done
+    }
+
+    const fn is_ending(&self) -> bool {
+        matches!(self.operation.goal, Goal::Stop | Goal::Remove)
+    }
+
+    /// A failure of something in a VMM that is ending is better told by its end.
+    async fn explain(&mut self, outcome: Outcome) -> Outcome {
+        if self.is_ending() {
+            return outcome;
+        }
+        match (&outcome, &self.process) {
+            (Outcome::Failed(_), Some(process)) => match timeout(LAST_WORDS_WAIT, process.ended()).await {
+                Ok(end) => Outcome::VmmEnded(end),
+                Err(_) => outcome,
+            },
+            (_, _) => outcome,
+        }
+    }
+
+    async fn perform(&mut self, effect: Effect) -> Result<(), Outcome> {
+        match effect {
+            Effect::MakeDirectory => {
+                let made = self.shared.world.disk().make(&self.record.id).await;
+                made.map_err(|error| host(format!("make the VM's directory: {error}")))
+            }
+            Effect::StartVmm => self.start_vmm().await,
+            Effect::BuildMachine => self.build_machine().await,
+            Effect::RunMachine => self.run_machine().await,
+            Effect::HoldMachine => self.hold_machine().await,
+            Effect::GreetGuest => self.greet_guest().await,
+            Effect::SetGuestClock => self.set_guest_clock().await,
+            Effect::ShutDownGuest => self.shut_down_guest().await,
+            Effect::EndVmm => self.end_vmm().await,
+            Effect::KeepRemains => {
+                if self.record.remains.is_none() {
+                    let (remains, _) = self.shared.world.disk().remains(&self.record.id).await;
+                    self.record.remains = Some(remains);
+                }
+                Ok(())
+            }
+            Effect::RemoveDirectory => {
+                let removed = self.shared.world.disk().remove(&self.record.id).await;
+                removed.map_err(|error| host(format!("remove the VM's directory: {error}")))
+            }
+            // These two are writes, made together with the step.
+            Effect::ReleaseUid | Effect::Forget => Ok(()),
+        }
+    }
+
+    fn now(&self) -> Monotonic {
+        self.shared.world.clock().monotonic()
+    }
+
+    fn release(&self) -> Write {
+        let rest = u64::try_from(self.shared.config.uids.quarantine().as_nanos()).unwrap_or(u64::MAX);
+        let until = UnixNanos(self.shared.world.clock().wall().0.saturating_add(rest));
+        Write::Release { vm: self.record.id.clone(), quarantine_until: until }
+    }
+
+    async fn find(&mut self) -> Result<Option<Process<W>>, Outcome> {
+        if self.process.is_none() {
+            let found = self.shared.world.vmm().find(&self.record).await;
+            self.process = found.map_err(|error| host(format!("look for the VMM: {error}")))?;
+        }
+        Ok(self.process.clone())
+    }
+
+    async fn start_vmm(&mut self) -> Result<(), Outcome> {
+        let process = match self.find().await? {
+            Some(process) => process,
+            None => self.shared.world.vmm().start(&self.record).await.map_err(start_failed)?,
+        };
+        self.record.process = Some(process.record());
+        self.record.timings.spawn_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
+        self.process = Some(process);
+        Ok(())
+    }
+
+    async fn ask(&self, ask: Ask) -> Result<Answer, Outcome> {
+        let asking = self.shared.world.vmm().ask(&self.record, self.shared.epoch, ask);
+        let Some(process) = &self.process else { return asking.await.map_err(ask_failed) };
+        tokio::select! {
+            biased;
+            // First what was asked: an answer that came before the end counts.
+            answer = asking => answer.map_err(ask_failed),
+            end = process.ended() => Err(Outcome::VmmEnded(end)),
+        }
+    }
+
+    async fn status(&self) -> Result<Status, Outcome> {
+        match self.ask(Ask::Status).await? {
+            Answer::Status(status) => Ok(status),
+            Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Refused(_) => {
+                Err(ask_failed(AskError::Unexpected))
+            }
+        }
+    }
+
+    async fn build_machine(&mut self) -> Result<(), Outcome> {
+        if self.status().await?.state != MachineState::Empty {
+            return Ok(());
+        }
+        let disk = self.shared.world.disk();
+        let image = disk.image(&self.record.spec.image).await.map_err(|error| bad_image(chain(&error)))?;
+        let additions = disk.command_line_additions().await;
+        let spec = &self.record.spec;
+        let plan = LaunchPlan {
+            image: spec.image.clone(),
+            vcpus: spec.vcpus,
+            memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
+            command_line: command_line(&additions, &image.command_line),
+            disks: spec.disks.clone(),
+        };
+        let sent = self.now();
+        match self.ask(Ask::Launch(plan)).await? {
+            Answer::Launched(phases) => {
+                let timings = &mut self.record.timings;
+                timings.build_us = Some(micros(self.shared.world.clock().monotonic().since(sent)));
+                timings.vm_us = Some(phases.vm_ns / 1000);
+                timings.load_us = Some(phases.load_ns / 1000);
+                timings.devices_us = Some(phases.devices_ns / 1000);
+                Ok(())
+            }
+            Answer::Welcome(_) | Answer::Status(_) | Answer::Done | Answer::Refused(_) => {
+                Err(ask_failed(AskError::Unexpected))
+            }
+        }
+    }
+
+    async fn run_machine(&self) -> Result<(), Outcome> {
+        match self.status().await?.state {
+            MachineState::Running => Ok(()),
+            MachineState::Paused | MachineState::Empty => self.ask(Ask::Resume).await.map(|_| ()),
+        }
+    }
+
+    async fn hold_machine(&self) -> Result<(), Outcome> {
+        match self.status().await?.state {
+            MachineState::Paused => Ok(()),
+            MachineState::Running | MachineState::Empty => self.ask(Ask::Pause).await.map(|_| ()),
+        }
+    }
+
+    async fn greet_guest(&mut self) -> Result<(), Outcome> {
+        let limit = Duration::from_secs(self.shared.config.waits.guest_ready_s.into());
+        let begun = self.now();
+        let mut hurry = self.hurry.clone();
+        let process = self.process.clone();
+        let mut last = None;
+        let greeting = async {
+            loop {
+                match self.greet_once().await {
+                    Ok(heard) => return heard,
+                    Err(error) => last = Some(error),
+                }
+                sleep(GREET_INTERVAL).await;
+            }
+        };
+        let heard = tokio::select! {
+            biased;
+            _ = hurry.wait_for(|hurry| *hurry) => return Err(Outcome::Hurried),
+            end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
+            heard = greeting => heard,
+            () = sleep(limit) => {
+                let last = last.map_or_else(|| "no try ended".to_owned(), |error| chain(&error));
+                let detail = format!("no answer within {} s: {last}", limit.as_secs());
+                return Err(Outcome::Failed(FailureCause::GuestUnreachable { detail }));
+            }
+        };
+        self.keep_boot_times(begun, heard).await;
+        Ok(())
+    }
+
+    async fn greet_once(&self) -> Result<Heard, GuestError> {
+        let world = &self.shared.world;
+        let mut link = guest::connect(world.vmm(), &self.record.id).await?;
+        let heard = Heard { at: self.now(), running: Duration::from_nanos(link.running_ns) };
+        let entropy = [random_array(world), random_array(world)];
+        let [Ok(first), Ok(second)] = entropy else {
+            return Err(GuestError::Stream(std::io::Error::other("no randomness on this host")));
+        };
+        let identity = Identity {
+            vm_id: self.record.id.to_string(),
+            hostname: self.record.hostname().to_owned(),
+            generation: self.record.generation.parse::<Generation>().map_or([0; 16], |generation| generation.0),
+            entropy: [first, second],
+            unix_ns: world.clock().wall().0,
+            interfaces: Vec::new(),
+        };
+        link.done(&ToGuest::Identity(identity), ANSWER_LIMIT).await?;
+        Ok(heard)
+    }
+
+    async fn keep_boot_times(&mut self, begun: Monotonic, heard: Heard) {
+        let first_entry_ns = self.status().await.map_or(0, |status| status.first_entry_ns);
+        let first_entry = Duration::from_nanos(first_entry_ns);
+        let kernel = heard.at.since(begun).saturating_sub(first_entry).saturating_sub(heard.running);
+        let asked = self.asked_at;
+        let now = self.now();
+        let timings = &mut self.record.timings;
+        timings.first_entry_us = Some(first_entry_ns / 1000);
+        timings.kernel_us = Some(micros(kernel));
+        timings.init_us = Some(micros(now.since(begun).saturating_sub(first_entry).saturating_sub(kernel)));
+        timings.total_us = asked.map(|asked| micros(now.since(asked)));
+    }
+
+    async fn set_guest_clock(&self) -> Result<(), Outcome> {
+        let setting = async {
+            let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
+            let unix_ns = self.shared.world.clock().wall().0;
+            link.done(&ToGuest::SetClock { unix_ns }, ANSWER_LIMIT).await
+        };
+        setting.await.map_err(|error| unreachable(&error))
+    }
+
+    async fn shut_down_guest(&mut self) -> Result<(), Outcome> {
+        let mut hurry = self.hurry.clone();
+        let Some(process) = self.find().await? else { return Ok(()) };
+        let asking = async {
+            let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
+            link.done(&ToGuest::Shutdown(Shutdown::PowerOff), ANSWER_LIMIT).await
+        };
+        let leaving = async {
+            // A guest may go down before its answer gets out: the end of its VMM counts, not the answer.
+            let asked = asking.await;
+            if let Err(error) = asked {
+                return Err(unreachable(&error));
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            biased;
+            _ = process.ended() => Ok(()),
+            _ = hurry.wait_for(|hurry| *hurry) => Ok(()),
+            () = sleep(self.grace) => {
+                let detail = format!("the guest did not power off within {} ms", self.grace.as_millis());
+                Err(Outcome::Failed(FailureCause::GuestUnreachable { detail }))
+            }
+            failed = leaving => failed,
+        }
+    }
+
+    async fn end_vmm(&mut self) -> Result<(), Outcome> {
+        let Some(process) = self.find().await? else { return Ok(()) };
+        process.kill().map_err(|error| host(format!("end the VMM: {error}")))?;
+        match timeout(END_LIMIT, process.ended()).await {
+            Ok(_) => {
+                self.process = None;
+                self.record.process = None::<ProcessRecord>;
+                Ok(())
+            }
+            Err(_) => Err(host(format!("the VMM is not gone {} s after it was killed", END_LIMIT.as_secs()))),
+        }
+    }
+}
+
+/// The end of a process, or never when there is none.
+pub(super) async fn ended(process: Option<&impl VmmProcess>) -> ProcessEnd {
+    match process {
+        Some(process) => process.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The kernel's command line, but for the words that announce devices.
+pub(super) fn command_line(host_additions: &str, image: &str) -> String {
+    let words = ["console=ttyS0", host_additions.trim(), image.trim()];
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn note_of(outcome: &Outcome) -> Option<String> {
+    match outcome {
+        Outcome::Done => None,
+        Outcome::Hurried => Some("cut short by a later request".to_owned()),
+        Outcome::VmmEnded(end) => Some(format!("the VMM ended: {end}")),
+        Outcome::Failed(cause) => Some(cause.detail().unwrap_or_else(|| cause.name().to_owned())),
+        Outcome::Broken(error) => Some(chain(error)),
+    }
+}
+
+fn host(detail: String) -> Outcome {
+    Outcome::Failed(FailureCause::Host { detail })
+}
+
+fn bad_image(detail: String) -> Outcome {
+    Outcome::Failed(FailureCause::BadImage { detail })
+}
+
+fn unreachable(error: &GuestError) -> Outcome {
+    Outcome::Failed(FailureCause::GuestUnreachable { detail: chain(error) })
+}
+
+fn start_failed(error: StartVmmError) -> Outcome {
+    host(chain(&error))
+}
+
+fn ask_failed(error: AskError) -> Outcome {
+    match error {
+        AskError::Refused(Refusal::BadImage { reason }) => bad_image(reason),
+        AskError::Image(error) => bad_image(chain(&error)),
+        AskError::Refused(_)
+        | AskError::Open { .. }
+        | AskError::Socket(_)
+        | AskError::Frame(_)
+        | AskError::Unexpected
+        | AskError::TimedOut { .. } => host(chain(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::command_line;
+
+    #[test]
+    fn the_command_line_has_one_blank_between_its_parts() {
+        assert_eq!(command_line("", ""), "console=ttyS0");
+        assert_eq!(command_line(" no_x ", "quiet  panic=-1"), "console=ttyS0 no_x quiet  panic=-1");
+    }
+}

@@ -1,0 +1,300 @@
+//! What the agent is made against: the clock, VMM processes, files, records and randomness behind narrow traits. The
+//! real ones are in `host_world`, the simulated ones in `crate::sim`. Networks and peers join as later work needs them.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::images::{Image, ImageError};
+use super::ledger::{LedgerError, Store};
+use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
+use crate::clock::Clock;
+use crate::ids::VmId;
+use crate::wire::control::{Answer, Nonce};
+use crate::wire::frame::FrameError;
+use crate::wire::last_words::LastWords;
+use crate::wire::refusal::Refusal;
+
+/// Everything outside the agent.
+pub trait World: Send + Sync + 'static {
+    /// Time. Waiting is tokio's, which a simulation turns as well.
+    type Clock: Clock;
+    /// VMM processes and the sockets to them.
+    type Vmm: VmmHost;
+    /// The VMs' directories, images and facts of the host.
+    type Disk: VmDisk;
+    /// Durable records.
+    type Records: Records;
+
+    /// Time.
+    fn clock(&self) -> &Self::Clock;
+    /// VMM processes.
+    fn vmm(&self) -> &Self::Vmm;
+    /// Files.
+    fn disk(&self) -> &Self::Disk;
+    /// Durable records.
+    fn records(&self) -> &Self::Records;
+    /// Fills `bytes` with randomness fit for keys.
+    fn random(&self, bytes: &mut [u8]) -> io::Result<()>;
+}
+
+/// A stream to a guest's port or console.
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> ByteStream for S {}
+
+/// VMM processes and the sockets to them.
+pub trait VmmHost: Send + Sync + 'static {
+    /// A held process.
+    type Process: VmmProcess;
+    /// A stream through a VMM.
+    type Stream: ByteStream;
+
+    /// Starts a VMM for this record, in the VM's directory.
+    fn start(&self, vm: &VmRecord) -> impl Future<Output = Result<Self::Process, StartVmmError>> + Send;
+
+    /// The VMM of this record, if it lives: by its recorded process or, when the agent ended between the start and
+    /// the record, by the VM's id among its arguments.
+    fn find(&self, vm: &VmRecord) -> impl Future<Output = io::Result<Option<Self::Process>>> + Send;
+
+    /// The VMM of a VM that no record knows, if it lives.
+    fn find_stray(&self, vm: &VmId) -> impl Future<Output = io::Result<Option<Self::Process>>> + Send;
+
+    /// Connects as this epoch's owner, asks, and returns the answer. Refusals are errors.
+    fn ask(&self, vm: &VmRecord, epoch: u64, ask: Ask) -> impl Future<Output = Result<Answer, AskError>> + Send;
+
+    /// A stream to a port of the guest.
+    fn guest(&self, vm: &VmId, port: u32) -> impl Future<Output = Result<Self::Stream, OpenStreamError>> + Send;
+
+    /// A stream to the guest's console, which begins with the history.
+    fn console(&self, vm: &VmId) -> impl Future<Output = Result<Self::Stream, OpenStreamError>> + Send;
+}
+
+/// What to ask a VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ask {
+    /// What it is doing.
+    Status,
+    /// Build the machine.
+    Launch(LaunchPlan),
+    /// Hold the vCPUs.
+    Pause,
+    /// Let the vCPUs run.
+    Resume,
+}
+
+/// A machine to build: names of things on this host, opened by whoever sends them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchPlan {
+    /// The image's name.
+    pub image: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// The whole kernel command line, but for the words that announce devices.
+    pub command_line: String,
+    /// Raw files to attach.
+    pub disks: Vec<DiskSpec>,
+}
+
+/// A held process: its pid cannot come to mean another one.
+pub trait VmmProcess: Clone + Send + Sync + 'static {
+    /// What names it in records.
+    fn record(&self) -> ProcessRecord;
+    /// Ends it at once. Not an error if it has ended.
+    fn kill(&self) -> io::Result<()>;
+    /// Waits for its end. May be dropped and called again.
+    fn ended(&self) -> impl Future<Output = ProcessEnd> + Send;
+    /// Memory and processor time it uses, if the host says.
+    fn usage(&self) -> ProcessUsage;
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProcessEnd {
+    /// It exited with this code.
+    Exited(i32),
+    /// This signal ended it.
+    Signalled(i32),
+    /// It ended; how is known to its parent only, an agent before this one.
+    Unknown,
+}
+
+impl std::fmt::Display for ProcessEnd {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(code) => write!(out, "exit code {code}"),
+            Self::Signalled(signal) => write!(out, "signal {signal}"),
+            Self::Unknown => out.write_str("unknown: it was started by an earlier agent"),
+        }
+    }
+}
+
+/// What a process uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ProcessUsage {
+    /// Resident memory, guest memory included.
+    pub resident_bytes: Option<u64>,
+    /// Processor time so far, user and system.
+    pub cpu: Option<Duration>,
+}
+
+/// Why a VMM could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartVmmError {
+    /// One of its files or sockets could not be made or opened.
+    #[error("open {what}")]
+    File {
+        /// Which.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The process could not be started.
+    #[error("start the VMM process: {step}")]
+    Spawn {
+        /// What was tried.
+        step: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a VMM did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// A file for it could not be opened.
+    #[error("open {what}")]
+    Open {
+        /// Which.
+        what: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The image is not usable.
+    #[error("read the image")]
+    Image(#[source] ImageError),
+    /// The socket failed: usually the VMM is gone.
+    #[error("talk to the VMM")]
+    Socket(#[source] io::Error),
+    /// It said something else than an answer.
+    #[error("understand the VMM")]
+    Frame(#[source] FrameError),
+    /// It said no.
+    #[error("the VMM refused")]
+    Refused(#[source] Refusal),
+    /// It answered something that is not an answer to this.
+    #[error("the VMM answered something else than was asked")]
+    Unexpected,
+    /// It did not answer in time.
+    #[error("the VMM did not answer within {} s", limit.as_secs())]
+    TimedOut {
+        /// How long was waited.
+        limit: Duration,
+    },
+}
+
+/// Why there is no stream into a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenStreamError {
+    /// The socket failed: usually the VMM is gone.
+    #[error("connect to the VMM")]
+    Socket(#[source] io::Error),
+    /// The VMM or the guest said no: nothing listens there (yet).
+    #[error("the guest does not take the connection: {reason}")]
+    Refused {
+        /// The VMM's word for it.
+        reason: String,
+    },
+    /// The VMM's answer is not one.
+    #[error("the VMM's answer is malformed")]
+    Malformed,
+    /// No answer in time.
+    #[error("no answer within {} s", limit.as_secs())]
+    TimedOut {
+        /// How long was waited.
+        limit: Duration,
+    },
+}
+
+/// The VMs' directories, images and facts of the host.
+pub trait VmDisk: Send + Sync + 'static {
+    /// Has a directory for this VM.
+    fn make(&self, vm: &VmId) -> impl Future<Output = io::Result<()>> + Send;
+    /// Has no directory for this VM.
+    fn remove(&self, vm: &VmId) -> impl Future<Output = io::Result<()>> + Send;
+    /// The VMs that have a directory.
+    fn list(&self) -> impl Future<Output = io::Result<Vec<VmId>>> + Send;
+    /// What a VMM left in its directory, bounded; what is not there is empty.
+    fn remains(&self, vm: &VmId) -> impl Future<Output = (Remains, Option<LastWords>)> + Send;
+    /// The guest's console history, at most the last `bytes_max`.
+    fn console_history(&self, vm: &VmId, bytes_max: usize) -> impl Future<Output = io::Result<Vec<u8>>> + Send;
+    /// The usable images, by name.
+    fn images(&self) -> impl Future<Output = Result<Vec<Image>, ImageError>> + Send;
+    /// One image.
+    fn image(&self, name: &str) -> impl Future<Output = Result<Image, ImageError>> + Send;
+    /// Copies a kernel and initrd of this host into the images.
+    fn import_image(&self, import: ImageImport) -> impl Future<Output = Result<Image, ImageError>> + Send;
+    /// Removes an image.
+    fn remove_image(&self, name: &str) -> impl Future<Output = Result<(), ImageError>> + Send;
+    /// Whether a disk can be attached; the error says why not.
+    fn check_disk(&self, disk: &DiskSpec) -> impl Future<Output = io::Result<()>> + Send;
+    /// Words that guests on this host need on their kernel's command line; waits for the probe, up to a bound.
+    fn command_line_additions(&self) -> impl Future<Output = String> + Send;
+    /// What the host has and has free.
+    fn host(&self) -> impl Future<Output = io::Result<HostFacts>> + Send;
+}
+
+/// An image to make of files of this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageImport {
+    /// Its name.
+    pub name: String,
+    /// Absolute path of the kernel.
+    pub kernel_path: String,
+    /// Absolute path of the initrd.
+    pub initrd_path: Option<String>,
+    /// Words for the kernel's command line.
+    pub command_line: String,
+}
+
+/// What the host has and has free.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct HostFacts {
+    /// Its name.
+    pub name: String,
+    /// Processors online.
+    pub cpus: u32,
+    /// All its memory.
+    pub memory_bytes: u64,
+    /// Memory available without swapping.
+    pub memory_available_bytes: u64,
+    /// What the probe found; `None` until it answered.
+    pub probe: Option<serde_json::Value>,
+}
+
+/// Durable records: one store, written by one writer.
+pub trait Records: Send + Sync + 'static {
+    /// Runs `job` on the store. What it wrote is durable when this returns.
+    fn with<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Store) -> Result<T, LedgerError> + Send + 'static,
+    ) -> impl Future<Output = Result<T, LedgerError>> + Send;
+}
+
+/// Reads a nonce's worth of randomness and such.
+pub fn random_array<const N: usize>(world: &impl World) -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    world.random(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A fresh nonce.
+pub fn random_nonce(world: &impl World) -> io::Result<Nonce> {
+    random_array(world).map(Nonce)
+}

@@ -1,0 +1,219 @@
+//! Records of the agent → bodies of the API, field by field: what is inside may change, what is said may not.
+
+use jiff::Timestamp;
+
+use super::types::{
+    Cause, Disk, ErrorDetail, Event, Host, HostVms, Image, Operation, OperationState, Stats, Step, StepState, Timings,
+    Vm, VmState, VmmStats,
+};
+use crate::agent;
+use crate::clock::UnixNanos;
+
+/// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
+pub(super) fn timestamp(at: UnixNanos) -> Timestamp {
+    Timestamp::from_nanosecond(i128::from(at.0)).unwrap_or(Timestamp::MAX)
+}
+
+fn ms(us: Option<u64>) -> Option<f64> {
+    us.map(|us| std::time::Duration::from_micros(us).as_secs_f64() * 1000.0)
+}
+
+/// Why a VM ended; nothing for one that did not.
+fn cause(vm: &agent::VmRecord) -> Option<Cause> {
+    let left = vm.remains.as_ref();
+    if let agent::VmState::Failed { cause } = &vm.state {
+        let detail = [cause.detail(), left.and_then(|left| left.exit.clone())];
+        let detail = detail.into_iter().flatten().collect::<Vec<_>>().join("; VMM: ");
+        return Some(Cause { code: cause.name().to_owned(), detail });
+    }
+    if vm.state != agent::VmState::Stopped {
+        return None;
+    }
+    // A VMM that was killed after a stop was asked for has no words.
+    let code = left.and_then(|left| left.cause.clone()).unwrap_or_else(|| "killed".to_owned());
+    let detail = match code.as_str() {
+        "guest_powered_off" => "the guest powered off",
+        "guest_rebooted" => "the guest rebooted, which ends a VM",
+        _ => "it was stopped by request",
+    };
+    Some(Cause { code, detail: detail.to_owned() })
+}
+
+/// A VM.
+pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
+    let timings = &vm.timings;
+    Vm {
+        id: vm.id.clone(),
+        name: vm.name.clone(),
+        state: state(&vm.state),
+        cause: cause(vm),
+        image: Some(vm.spec.image.clone()),
+        bundle_id: None,
+        session_network_id: None,
+        addresses: Vec::new(),
+        generation: vm.generation.clone(),
+        host: host.to_owned(),
+        vcpus: vm.spec.vcpus.into(),
+        memory_mib: vm.spec.memory_mib.into(),
+        disks: vm.spec.disks.iter().map(|disk| Disk { path: disk.path.clone(), read_only: disk.read_only }).collect(),
+        created_at: timestamp(vm.created_at),
+        timings: Timings {
+            spawn_ms: ms(timings.spawn_us),
+            load_ms: ms(timings.build_us),
+            load_vm_ms: ms(timings.vm_us),
+            load_kernel_ms: ms(timings.load_us),
+            load_devices_ms: ms(timings.devices_us),
+            first_entry_ms: ms(timings.first_entry_us),
+            kernel_ms: ms(timings.kernel_us),
+            init_ms: ms(timings.init_us),
+            total_ms: ms(timings.total_us),
+        },
+        pid: vm.process.and_then(|process| u32::try_from(process.pid).ok()),
+        operation_id: vm.operation.clone(),
+        last_console_lines: vm.remains.as_ref().map(|left| left.console.clone()).unwrap_or_default(),
+    }
+}
+
+fn state(state: &agent::VmState) -> VmState {
+    match state {
+        agent::VmState::Reserved => VmState::Reserved,
+        agent::VmState::Launching => VmState::Launching,
+        agent::VmState::Registering => VmState::Registering,
+        agent::VmState::Running => VmState::Running,
+        agent::VmState::Paused => VmState::Paused,
+        agent::VmState::Saving => VmState::Saving,
+        agent::VmState::SwappingOut => VmState::SwappingOut,
+        agent::VmState::SwappedOut => VmState::SwappedOut,
+        agent::VmState::Sending => VmState::Sending,
+        agent::VmState::HandedOver => VmState::HandedOver,
+        agent::VmState::Arriving => VmState::Arriving,
+        agent::VmState::Stopping => VmState::Stopping,
+        agent::VmState::Stopped => VmState::Stopped,
+        agent::VmState::Failed { .. } => VmState::Failed,
+        agent::VmState::Gone => VmState::Gone,
+    }
+}
+
+/// An operation.
+pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
+    let kind = match operation.goal {
+        agent::Goal::Launch => "vm_launch",
+        agent::Goal::Pause => "vm_pause",
+        agent::Goal::Resume => "vm_resume",
+        agent::Goal::Stop => "vm_stop",
+        agent::Goal::Remove => "vm_remove",
+    };
+    let state = match operation.state {
+        agent::OperationState::Running => OperationState::Running,
+        agent::OperationState::Succeeded => OperationState::Succeeded,
+        agent::OperationState::Failed => OperationState::Failed,
+        agent::OperationState::Cancelled => OperationState::Cancelled,
+    };
+    let mut under_way = state == OperationState::Running;
+    let mut step = |step: &agent::StepRecord| {
+        let state = match step.state {
+            agent::StepState::Done => StepState::Done,
+            agent::StepState::Failed => StepState::Failed,
+            // The first that is not done is the one being done.
+            agent::StepState::Pending if std::mem::take(&mut under_way) => StepState::Running,
+            agent::StepState::Pending => StepState::Pending,
+        };
+        Step { name: step.effect.name().to_owned(), state, took_ms: ms(step.took_us) }
+    };
+    Operation {
+        id: operation.id.clone(),
+        kind: kind.to_owned(),
+        object: operation.vm.to_string(),
+        state,
+        steps: operation.steps.iter().map(&mut step).collect(),
+        error: operation.error.as_ref().map(|error| ErrorDetail {
+            code: error.code.clone(),
+            message: error.message.clone(),
+            detail: None,
+            retry: error.retry.into(),
+        }),
+        created_at: timestamp(operation.created_at),
+        finished_at: operation.ended_at.map(timestamp),
+    }
+}
+
+/// An event.
+pub(super) fn event(event: agent::EventRecord) -> Event {
+    let agent::EventRecord { seq, at, kind, vm, operation, body } = event;
+    // What happened to an operation is told of the operation; its VM is in the detail.
+    let mut detail = body;
+    let object = match (kind.as_str(), operation) {
+        ("operation_state", Some(operation)) => {
+            detail["vm"] = vm.to_string().into();
+            operation.to_string()
+        }
+        (_, Some(operation)) => {
+            detail["operation"] = operation.to_string().into();
+            vm.to_string()
+        }
+        (_, None) => vm.to_string(),
+    };
+    Event { seq, at: timestamp(at), kind, object, detail }
+}
+
+/// An image.
+pub(super) fn image(image: agent::Image) -> Image {
+    let agent::Image { name, digest, kernel_bytes, initrd_bytes, command_line, memory_mib_min: _, created_at } = image;
+    Image { name, digest, kernel_bytes, initrd_bytes, command_line, created_at: timestamp(created_at) }
+}
+
+/// What a VM uses and says of itself.
+pub(super) fn stats(vm: &agent::VmRecord, stats: &agent::VmStats) -> Stats {
+    let vmm = stats.process.zip(stats.vmm).map(|((pid, usage), status)| VmmStats {
+        pid: pid.cast_unsigned(),
+        memory_bytes: status.memory_bytes,
+        guest_memory_host_address: status.guest_memory_host_address,
+        stray_accesses: status.stray_accesses,
+        console_bytes: status.console_bytes,
+        resident_bytes: usage.resident_bytes,
+        cpu_ms: usage.cpu.map(|cpu| cpu.as_secs_f64() * 1000.0),
+    });
+    let guest = stats.guest.map(|guest| super::types::GuestStats {
+        uptime_ms: std::time::Duration::from_nanos(guest.uptime_ns).as_secs_f64() * 1000.0,
+        wall_clock: timestamp(UnixNanos(guest.wall_ns)),
+        memory_total_bytes: guest.memory_total_bytes,
+        memory_available_bytes: guest.memory_available_bytes,
+        processes: guest.processes,
+        load1: f64::from(guest.load1_hundredths) / 100.0,
+        execs_running: guest.execs_running,
+    });
+    Stats { id: vm.id.clone(), vmm, guest }
+}
+
+/// This host.
+pub(super) fn host(view: agent::HostView, vms: &[std::sync::Arc<agent::VmRecord>]) -> Host {
+    let agent::HostView { facts, started_at, state_dir, epoch: _ } = view;
+    let mut count = HostVms { total: u32::try_from(vms.len()).unwrap_or(u32::MAX), ..HostVms::default() };
+    for vm in vms {
+        match state(&vm.state) {
+            VmState::Running | VmState::Paused => count.alive += 1,
+            VmState::Failed => count.failed += 1,
+            VmState::Stopped | VmState::Gone | VmState::SwappedOut | VmState::HandedOver => {}
+            VmState::Reserved
+            | VmState::Launching
+            | VmState::Registering
+            | VmState::Saving
+            | VmState::SwappingOut
+            | VmState::Sending
+            | VmState::Arriving
+            | VmState::Stopping => count.changing += 1,
+        }
+    }
+    Host {
+        name: facts.name,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        agent_pid: std::process::id(),
+        started_at: timestamp(started_at),
+        state_dir,
+        cpus: facts.cpus,
+        memory_bytes: facts.memory_bytes,
+        memory_available_bytes: facts.memory_available_bytes,
+        vms: count,
+        probe: facts.probe,
+    }
+}

@@ -1,0 +1,239 @@
+//! The only place where errors of the agent become HTTP: status, code, message, retry. Each match is exhaustive, so a
+//! new error has to be given its answer here.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+use super::types::{ErrorBody, ErrorDetail};
+use crate::agent::{
+    Denied, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning,
+    VerbError, VmError, VmState,
+};
+use crate::report::{Retry, chain};
+
+/// An answer that says no.
+#[derive(Debug, Clone)]
+pub struct ApiError {
+    /// HTTP status, 400 or more.
+    pub status: StatusCode,
+    /// The body's error.
+    pub detail: ErrorDetail,
+}
+
+impl ApiError {
+    /// An error of this status and code.
+    pub fn new(status: StatusCode, code: &str, message: impl Into<String>, retry: Retry) -> Self {
+        let detail = ErrorDetail { code: code.to_owned(), message: message.into(), detail: None, retry: retry.into() };
+        Self { status, detail }
+    }
+
+    /// A request that cannot be understood.
+    pub fn bad_request(code: &str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, code, message, Retry::WithChange)
+    }
+
+    /// Adds what to do about it.
+    #[must_use]
+    pub fn with_detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail.detail = Some(detail.into());
+        self
+    }
+
+    /// The JSON body.
+    pub fn body(&self) -> ErrorBody {
+        ErrorBody { error: self.detail.clone() }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.status, Json(self.body())).into_response()
+    }
+}
+
+impl From<FindError> for ApiError {
+    fn from(error: FindError) -> Self {
+        let message = error.to_string();
+        match error {
+            FindError::Unknown { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", message, Retry::Never)
+                .with_detail("`hearth vm ls` lists the VMs of this host"),
+            FindError::Ambiguous { .. } => Self::new(StatusCode::CONFLICT, "ambiguous_id", message, Retry::WithChange),
+        }
+    }
+}
+
+impl From<Denied> for ApiError {
+    fn from(error: Denied) -> Self {
+        denied(&error, error.to_string())
+    }
+}
+
+fn denied(error: &Denied, message: String) -> ApiError {
+    let state = error.state.name();
+    ApiError::new(StatusCode::CONFLICT, "illegal_state", message, Retry::WithChange)
+        .with_detail(format!("the VM's state is {state}"))
+}
+
+impl From<VerbError> for ApiError {
+    fn from(error: VerbError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        match error {
+            VerbError::Denied { source, .. } => denied(&source, message),
+            VerbError::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "busy", message, retry),
+            VerbError::Gone { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", message, retry),
+            VerbError::Failed { code, .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, &code, message, retry),
+        }
+    }
+}
+
+impl From<GuestError> for ApiError {
+    fn from(error: GuestError) -> Self {
+        let message = chain(&error);
+        let status = match error {
+            GuestError::TimedOut { .. } => StatusCode::GATEWAY_TIMEOUT,
+            GuestError::Open(_)
+            | GuestError::Stream(_)
+            | GuestError::HungUp
+            | GuestError::Frame(_)
+            | GuestError::Version { .. }
+            | GuestError::Failed { .. }
+            | GuestError::Unexpected => StatusCode::BAD_GATEWAY,
+        };
+        Self::new(status, "guest_unreachable", message, Retry::Later)
+    }
+}
+
+/// Linux errno: no such file or directory; permission denied; exec format error.
+const NOT_A_PROGRAM: [i32; 3] = [2, 13, 8];
+
+impl From<ExecError> for ApiError {
+    fn from(error: ExecError) -> Self {
+        let message = chain(&error);
+        match error {
+            ExecError::Invalid { .. } => Self::bad_request("invalid_value", message),
+            ExecError::NotStarted { errno, .. } if NOT_A_PROGRAM.contains(&errno) => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "program_not_found", message, Retry::WithChange)
+            }
+            ExecError::NotStarted { .. } => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "program_not_started", message, Retry::WithChange)
+            }
+            ExecError::Guest { source, .. } => {
+                Self { detail: ErrorDetail { message, ..Self::from(source).detail }, status: StatusCode::BAD_GATEWAY }
+            }
+        }
+    }
+}
+
+impl From<VmError> for ApiError {
+    fn from(error: VmError) -> Self {
+        let message = chain(&error);
+        match error {
+            VmError::Find(error) => error.into(),
+            VmError::Denied(error) => error.into(),
+            VmError::Verb(error) => error.into(),
+            VmError::Exec(error) => error.into(),
+            VmError::Guest(error) => error.into(),
+            VmError::Console { .. } => Self::new(StatusCode::BAD_GATEWAY, "no_console", message, Retry::Later),
+            VmError::History { .. } => {
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "host_failure", message, Retry::Later)
+            }
+        }
+    }
+}
+
+impl From<ImageError> for ApiError {
+    fn from(error: ImageError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        let (status, code) = match error {
+            ImageError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
+            ImageError::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_image"),
+            ImageError::Exists { .. } => (StatusCode::CONFLICT, "name_taken"),
+            ImageError::InUse { .. } => (StatusCode::CONFLICT, "image_in_use"),
+            ImageError::Malformed { .. } | ImageError::Syntax { .. } | ImageError::File { .. } => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "bad_image")
+            }
+        };
+        Self::new(status, code, message, retry)
+    }
+}
+
+impl From<LedgerError> for ApiError {
+    fn from(error: LedgerError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "ledger_failure", message, retry)
+    }
+}
+
+impl From<LaunchError> for ApiError {
+    fn from(error: LaunchError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        let (status, code) = match error {
+            LaunchError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
+            LaunchError::NameTaken { .. } => (StatusCode::CONFLICT, "name_taken"),
+            LaunchError::Image(error) => {
+                // An image that is not there is the request's fault, not the path's: 404 would say the latter.
+                let unknown = matches!(error, ImageError::Unknown { .. });
+                let inner = Self::from(error);
+                let status = if unknown { StatusCode::UNPROCESSABLE_ENTITY } else { inner.status };
+                let detail = unknown.then(|| "`hearth image ls` lists the images of this host".to_owned());
+                return Self { status, detail: ErrorDetail { detail, ..inner.detail } };
+            }
+            LaunchError::Vcpus { .. } => (StatusCode::BAD_REQUEST, "invalid_vcpus"),
+            LaunchError::MemoryTooSmall { .. } => (StatusCode::BAD_REQUEST, "memory_too_small"),
+            LaunchError::MemoryTooLarge { .. } => (StatusCode::CONFLICT, "insufficient_memory"),
+            LaunchError::CommandLine { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "command_line_too_long"),
+            LaunchError::TooManyDisks { .. } => (StatusCode::BAD_REQUEST, "too_many_disks"),
+            LaunchError::DiskPath { .. } => (StatusCode::BAD_REQUEST, "invalid_disk"),
+            LaunchError::Disk { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "bad_disk"),
+            LaunchError::DiskInUse { .. } => (StatusCode::CONFLICT, "disk_in_use"),
+            LaunchError::TooManyVms { .. } => (StatusCode::CONFLICT, "too_many_vms"),
+            LaunchError::NoUid => (StatusCode::SERVICE_UNAVAILABLE, "no_uid"),
+            LaunchError::KeyMismatch => (StatusCode::CONFLICT, "idempotency_mismatch"),
+            LaunchError::Ending => (StatusCode::SERVICE_UNAVAILABLE, "agent_ending"),
+            LaunchError::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure"),
+            LaunchError::Ledger(error) => return error.into(),
+        };
+        Self::new(status, code, message, retry)
+    }
+}
+
+impl From<NotRunning> for ApiError {
+    fn from(error: NotRunning) -> Self {
+        let message = chain(&error);
+        let id = &error.vm.id;
+        let shown = format!("the VM is kept until it is removed: `hearth vm show {id}`, `hearth vm rm {id}`");
+        match &error.vm.state {
+            VmState::Failed { cause } => {
+                let (status, retry) = match cause {
+                    FailureCause::BadImage { .. } => (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange),
+                    FailureCause::GuestUnreachable { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
+                    FailureCause::GuestPanic | FailureCause::GuestFault { .. } => {
+                        (StatusCode::BAD_GATEWAY, Retry::WithChange)
+                    }
+                    FailureCause::VmmError { .. }
+                    | FailureCause::VmmKilled { .. }
+                    | FailureCause::VmmExited { .. }
+                    | FailureCause::VmmGone
+                    | FailureCause::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Retry::Later),
+                };
+                Self::new(status, cause.name(), message, retry).with_detail(shown)
+            }
+            VmState::Stopping | VmState::Stopped => {
+                Self::new(StatusCode::CONFLICT, "vm_stopped", message, Retry::WithChange).with_detail(shown)
+            }
+            VmState::Reserved
+            | VmState::Launching
+            | VmState::Registering
+            | VmState::Running
+            | VmState::Paused
+            | VmState::Saving
+            | VmState::SwappingOut
+            | VmState::SwappedOut
+            | VmState::Sending
+            | VmState::HandedOver
+            | VmState::Arriving
+            | VmState::Gone => Self::new(StatusCode::CONFLICT, "vm_gone", message, Retry::WithChange),
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! One function per route: parse, one call to the agent, answer. No decisions.
+
+pub(super) mod exec;
+pub(super) mod host;
+pub(super) mod images;
+pub(super) mod operations;
+pub(super) mod vms;

@@ -1,0 +1,128 @@
+//! The table of routes: each function's attribute says method, path and answers, and makes its part of the OpenAPI
+//! document.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, Method, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use tracing::Instrument;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::error::ApiError;
+use super::handlers::{exec, host, images, operations, vms};
+use super::http::Client;
+use super::types;
+use crate::agent::Door;
+use crate::report::Retry;
+
+/// What handlers work with.
+#[derive(Clone)]
+pub struct Served {
+    /// The agent.
+    pub door: Arc<dyn Door>,
+    /// This host's name.
+    pub host: Arc<str>,
+    /// The OpenAPI document.
+    pub document: Arc<str>,
+}
+
+impl std::fmt::Debug for Served {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Served").field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Hearth", description = "A per-host microVM agent, over a unix socket."),
+    components(schemas(types::Event)),
+    tags(
+        (name = "vms", description = "Virtual machines"),
+        (name = "images", description = "Images that VMs boot"),
+        (name = "operations", description = "Long work, and what happened"),
+        (name = "host", description = "This host and its agent"),
+    )
+)]
+struct Document;
+
+fn table() -> OpenApiRouter<Served> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(vms::launch_vm, vms::list_vms))
+        .routes(routes!(vms::show_vm, vms::remove_vm))
+        .routes(routes!(vms::stop_vm))
+        .routes(routes!(vms::pause_vm))
+        .routes(routes!(vms::resume_vm))
+        .routes(routes!(vms::vm_stats))
+        .routes(routes!(exec::exec))
+        .routes(routes!(exec::console_history, exec::console))
+        .routes(routes!(images::list_images, images::import_image))
+        .routes(routes!(images::show_image, images::remove_image))
+        .routes(routes!(operations::list_operations))
+        .routes(routes!(operations::show_operation))
+        .routes(routes!(operations::list_events))
+        .routes(routes!(host::show_host))
+        .routes(routes!(host::metrics))
+        .routes(routes!(host::openapi))
+}
+
+/// The OpenAPI document, as text that does not differ from build to build.
+pub fn document() -> String {
+    let (_, document) = table().split_for_parts();
+    // The document holds nothing that JSON cannot say.
+    document.to_pretty_json().unwrap_or_default() + "\n"
+}
+
+/// All routes over an agent.
+pub fn router(door: Arc<dyn Door>, host: &str) -> Router {
+    let served = Served { door, host: host.into(), document: document().into() };
+    let (router, _) = table().split_for_parts();
+    router
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(served.clone(), observe))
+        .with_state(served)
+}
+
+async fn unknown_route(request: Request) -> ApiError {
+    let message = format!("there is nothing at {:?}", request.uri().path());
+    ApiError::new(StatusCode::NOT_FOUND, "not_found", message, Retry::Never)
+        .with_detail("GET /v1/openapi.json describes what there is")
+}
+
+async fn wrong_method(method: Method, request: Request) -> ApiError {
+    let message = format!("{method} is not possible for {:?}", request.uri().path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message, Retry::Never)
+}
+
+/// Gives each request an id, logs who asked what and how it went, and counts it.
+async fn observe(State(served): State<Served>, request: Request, next: Next) -> Response {
+    let id = served.door.request_id();
+    let client = request.extensions().get::<Client>().copied().unwrap_or_default();
+    let matched = request.extensions().get::<axum::extract::MatchedPath>();
+    let route = matched.map_or_else(|| "unknown".to_owned(), |path| path.as_str().to_owned());
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let span = tracing::info_span!("request", id, uid = client.uid, pid = client.pid);
+    let begun = tokio::time::Instant::now();
+    let mut response = next.run(request).instrument(span.clone()).await;
+    let status = response.status().as_u16();
+    served.door.count_request(&format!("{method} {route}"), status);
+    let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    span.in_scope(|| {
+        // Reading is frequent and changes nothing; what changes or fails is worth a line.
+        if method == Method::GET && status < 400 {
+            tracing::debug!(%method, path, status, took_ms, gid = client.gid, "answered");
+        } else {
+            tracing::info!(%method, path, status, took_ms, gid = client.gid, "answered");
+        }
+    });
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response.into_response()
+}

@@ -1,0 +1,97 @@
+//! `hearth agent`: from its options to its end.
+
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use super::http;
+use super::listen::{self, ListenError};
+use super::routes::router;
+use crate::agent::config::{self, ConfigError, Overrides};
+use crate::agent::log::{self, LogFormat};
+use crate::agent::{Agent, Door, HostWorld, LedgerError, OpenHostError};
+
+/// Threads that serve the API and the VMs' actors. What blocks has threads of its own.
+const WORKERS: usize = 2;
+
+/// What the command line says.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// What wins over the configuration file.
+    pub overrides: Overrides,
+    /// Stop the VMs at the end.
+    pub drain: bool,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+/// Why the agent did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The runtime could not be made.
+    #[error("start the agent's threads")]
+    Runtime(#[source] std::io::Error),
+    /// The state directory could not be taken.
+    #[error(transparent)]
+    Open(#[from] OpenHostError),
+    /// The ledger could not be read.
+    #[error("read the ledger")]
+    Ledger(#[from] LedgerError),
+    /// There is no socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The ledger failed while the agent ran.
+    #[error("the ledger failed: {why}; the VMs go on, and the next agent finds them")]
+    Broken {
+        /// How, as a chain.
+        why: String,
+    },
+}
+
+/// Runs the agent until SIGTERM or SIGINT. VMs go on unless it drains.
+pub fn run(options: RunOptions) -> Result<(), RunError> {
+    log::start(options.log_format);
+    let config = config::load(options.overrides.clone())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
+    let runtime = runtime.map_err(RunError::Runtime)?;
+    let result = runtime.block_on(serve(config, &options));
+    // Blocking work under way (a VMM that does not answer) is not waited for: the next agent looks again.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Runtime)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Runtime)?;
+    let world = HostWorld::open(&config)?;
+    // Before the VMs are touched: an agent that cannot be asked should not act.
+    let socket = listen::bind(&config.socket).await?;
+    let path = config.socket.clone();
+    let agent: Arc<dyn Door> = Arc::new(Agent::start(world, config).await?);
+    let host = agent.host().await.map_or_else(|_| "localhost".to_owned(), |view| view.facts.name);
+    let (end, ending) = watch::channel(false);
+    let serving = tokio::spawn(http::serve(socket.listener, router(Arc::clone(&agent), &host), ending));
+    tracing::info!(socket = %path.display(), host, version = env!("CARGO_PKG_VERSION"), "serving");
+    log::say_ready(options.log_format);
+    let mut broken = agent.broken();
+    let result = tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        why = broken.wait_for(Option::is_some) => {
+            Err(RunError::Broken { why: why.ok().and_then(|why| why.clone()).unwrap_or_default() })
+        }
+    };
+    log::say_stopping();
+    if options.drain && result.is_ok() {
+        agent.drain().await;
+    }
+    end.send_replace(true);
+    // Its connections have a bound of their own.
+    let _ = serving.await;
+    drop(socket.file);
+    result
+}

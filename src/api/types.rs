@@ -1,0 +1,38 @@
+//! The JSON bodies of `/v1`: serde only, separate from the types inside, stable once shipped.
+//!
+//! * Requests and queries refuse unknown fields. Answers may gain fields: a reader ignores what it does not know.
+//! * An answer's field without a value is `null`, not absent, so that a script can rely on the key.
+//! * Times are RFC 3339 in UTC; durations are milliseconds with fraction and end in `_ms`; sizes are bytes and end in
+//!   `_bytes`, except where people give them (`memory_mib`).
+
+mod error;
+mod exec;
+mod host;
+mod image;
+mod operation;
+mod vm;
+
+pub use error::{ErrorBody, ErrorDetail, RetryHint};
+pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
+pub use host::{Host, HostVms};
+pub use image::{Image, ImageImportRequest, ImageList};
+pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
+pub use vm::{
+    Cause, ConsoleQuery, Disk, GuestStats, RemoveQuery, Stats, StopRequest, Timings, Vm, VmLaunchRequest, VmList,
+    VmState, VmmStats, Wait,
+};
+
+/// The protocol name in `Upgrade:` for exec and console.
+pub const UPGRADE_PROTOCOL: &str = "hearth-stream/1";
+
+/// The header that makes a repeated create answer what the first one answered.
+pub const IDEMPOTENCY_KEY_HEADER: &str = "idempotency-key";
+
+/// The image a launch uses when it names none.
+pub const IMAGE_DEFAULT: &str = "demo";
+
+/// Most disks of one VM: the block slots of the guest-physical map.
+pub const DISKS_MAX: usize = 6;
+
+/// Longest name of a VM or image in bytes: a DNS label, as the VM's name is also its guest's host name.
+pub const NAME_BYTES_MAX: usize = 63;

@@ -1,0 +1,286 @@
+//! Virtual machines.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::IMAGE_DEFAULT;
+use crate::ids::{OperationId, VmId};
+
+/// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmLaunchRequest {
+    /// Image to boot.
+    #[serde(default = "image_default")]
+    #[schema(example = "demo")]
+    pub image: String,
+    /// Name, unique on this host: 1 to 63 of `a-z 0-9 -`, starting with a letter. Also the guest's host name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Number of vCPUs.
+    #[serde(default = "vcpus_default")]
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    #[serde(default = "memory_mib_default")]
+    pub memory_mib: u64,
+    /// Raw files of this host to attach as block devices, in order: at most 6.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+    /// How far the VM has to be for the call to answer.
+    #[serde(default)]
+    pub wait: Wait,
+}
+
+impl Default for VmLaunchRequest {
+    fn default() -> Self {
+        Self {
+            image: image_default(),
+            name: None,
+            vcpus: vcpus_default(),
+            memory_mib: memory_mib_default(),
+            disks: Vec::new(),
+            wait: Wait::None,
+        }
+    }
+}
+
+fn image_default() -> String {
+    IMAGE_DEFAULT.to_owned()
+}
+
+const fn vcpus_default() -> u32 {
+    1
+}
+
+const fn memory_mib_default() -> u64 {
+    128
+}
+
+/// How far a launch has to be for the call to answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Wait {
+    /// Accepted and recorded.
+    #[default]
+    None,
+    /// Registered with its session's cluster; a VM without one is registered when it runs.
+    Registered,
+    /// Running, and the agent in the guest answers.
+    Running,
+}
+
+/// A disk of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Absolute path of a raw file or block device on this host.
+    pub path: String,
+    /// Refuse the guest's writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// A virtual machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// Its id.
+    #[schema(value_type = String, example = "vm-mzxw6ytbmzxw6ytb")]
+    pub id: VmId,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// What it does.
+    pub state: VmState,
+    /// Why it failed or stopped; null in other states.
+    pub cause: Option<Cause>,
+    /// Image it was booted from; null for a VM of a bundle.
+    pub image: Option<String>,
+    /// Bundle it was launched from; null for a VM of an image.
+    pub bundle_id: Option<String>,
+    /// Network id of its session; null outside sessions.
+    pub session_network_id: Option<u32>,
+    /// Its addresses.
+    pub addresses: Vec<String>,
+    /// VM generation id, 32 hexadecimal digits: differs for every launch and restore.
+    pub generation: String,
+    /// Name of the host it is on.
+    pub host: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Its disks.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// When it was asked for.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: Timestamp,
+    /// Where the time of its launch went.
+    pub timings: Timings,
+    /// Process id of its VMM on the host, while there is one.
+    pub pid: Option<u32>,
+    /// The operation that works on it, or the last one that did.
+    #[schema(value_type = Option<String>)]
+    pub operation_id: Option<OperationId>,
+    /// The last lines of its console: for failed VMs, where they tell why.
+    #[serde(default)]
+    pub last_console_lines: Vec<String>,
+}
+
+/// `GET /v1/vms`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmList {
+    /// All VMs of this host, oldest first.
+    pub vms: Vec<Vm>,
+}
+
+/// What a VM does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Recorded; nothing made yet.
+    Reserved,
+    /// Its process, machine and guest come up.
+    Launching,
+    /// Runs; its session's cluster does not know it yet.
+    Registering,
+    /// Runs and answers.
+    Running,
+    /// Its vCPUs and devices stand still.
+    Paused,
+    /// Being written into a bundle.
+    Saving,
+    /// Being written out to free memory.
+    SwappingOut,
+    /// Written out; it has no process.
+    SwappedOut,
+    /// Moving to another host.
+    Sending,
+    /// Another host owns it.
+    HandedOver,
+    /// Moving to this host.
+    Arriving,
+    /// Being ended.
+    Stopping,
+    /// Ended, by request or by its guest.
+    Stopped,
+    /// Ended by a failure: see `cause`.
+    Failed,
+    /// Removed.
+    Gone,
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Cause {
+    /// Stable snake_case word for programs.
+    #[schema(example = "guest_panic")]
+    pub code: String,
+    /// For people.
+    pub detail: String,
+}
+
+/// Where the time of a launch went. A phase that was not reached yet is null.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Timings {
+    /// Request accepted → the VMM answered Hello.
+    pub spawn_ms: Option<f64>,
+    /// Launch sent → machine built.
+    pub load_ms: Option<f64>,
+    /// Part of `load_ms`: making the VM, its memory and interrupt controllers.
+    pub load_vm_ms: Option<f64>,
+    /// Part of `load_ms`: loading kernel and initrd.
+    pub load_kernel_ms: Option<f64>,
+    /// Part of `load_ms`: making devices and vCPUs.
+    pub load_devices_ms: Option<f64>,
+    /// First resume → first vCPU's entry into the guest.
+    pub first_entry_ms: Option<f64>,
+    /// First entry → the guest's own agent started.
+    pub kernel_ms: Option<f64>,
+    /// The guest's own agent started → it answered and took its identity.
+    pub init_ms: Option<f64>,
+    /// Request accepted → running.
+    pub total_ms: Option<f64>,
+}
+
+/// `POST /v1/vms/{id}/stop`: answered with the [`Vm`] once it is stopped. The body may be left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// Milliseconds the guest has to power itself off before it is killed; 0 kills at once. Default 10000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u32>,
+}
+
+/// Query of `DELETE /v1/vms/{id}`, which stops the VM and forgets it: 204 once it is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct RemoveQuery {
+    /// As in [`StopRequest`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u32>,
+}
+
+/// Query of `/v1/vms/{id}/console`. `GET` answers with the bounded history as bytes. `POST` with
+/// `Upgrade: hearth-stream/1` attaches: `stdout` frames carry what the guest writes, `stdin` frames what it reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ConsoleQuery {
+    /// Bytes of history: all that is kept (`GET`), or none before the live output (`POST`), when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history_bytes: Option<u32>,
+}
+
+/// `GET /v1/vms/{id}/stats`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Stats {
+    /// The VM.
+    #[schema(value_type = String)]
+    pub id: VmId,
+    /// What the VMM says of itself and the host says of it; null while there is no VMM.
+    pub vmm: Option<VmmStats>,
+    /// What the guest's own agent says; null while it does not answer.
+    pub guest: Option<GuestStats>,
+}
+
+/// A VMM process.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct VmmStats {
+    /// Process id on the host.
+    pub pid: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Where guest memory starts in the process; with `/proc/PID/smaps` it tells the VMM's own memory from the guest's.
+    pub guest_memory_host_address: u64,
+    /// Accesses of the guest to ports and addresses where nothing is.
+    pub stray_accesses: u64,
+    /// Bytes the guest wrote to its console.
+    pub console_bytes: u64,
+    /// Resident memory of the process, guest memory included.
+    pub resident_bytes: Option<u64>,
+    /// Processor time used so far, user and system.
+    pub cpu_ms: Option<f64>,
+}
+
+/// A guest, as its own agent sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GuestStats {
+    /// Time since the guest's kernel started.
+    pub uptime_ms: f64,
+    /// The guest's wall clock.
+    #[schema(value_type = String, format = DateTime)]
+    pub wall_clock: Timestamp,
+    /// Memory the guest's kernel manages.
+    pub memory_total_bytes: u64,
+    /// Memory available without swapping.
+    pub memory_available_bytes: u64,
+    /// Processes, kernel threads not counted.
+    pub processes: u32,
+    /// Load average over one minute.
+    pub load1: f64,
+    /// Commands started by exec that have not ended.
+    pub execs_running: u32,
+}

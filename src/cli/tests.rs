@@ -1,0 +1,89 @@
+//! Words become values or are refused.
+
+use super::value::{duration_ms, name, variable};
+use super::*;
+use proptest::prelude::*;
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn durations_have_units() {
+    for (text, ms) in
+        [("30", 30_000), ("1.5s", 1500), ("200ms", 200), ("5m", 300_000), ("1h", 3_600_000), ("0", 0), ("0.25", 250)]
+    {
+        assert_eq!(duration_ms(text), Ok(ms), "{text}");
+    }
+    for text in ["", "s", "-1", "1.2345", "1d", "1.", ".5", "99999999h", "1 s", "4294968"] {
+        assert!(duration_ms(text).is_err(), "{text}");
+    }
+    assert_eq!(duration_ms("4294967295ms"), Ok(u32::MAX));
+    assert!(duration_ms("4294967296ms").is_err());
+}
+
+#[test]
+fn names_are_dns_labels() {
+    for good in ["a", "web-1", &"a".repeat(63)] {
+        assert!(name(good).is_ok(), "{good}");
+    }
+    for bad in ["", "1a", "-a", "a-", "A", "a_b", "a.b", "ä", &"a".repeat(64)] {
+        assert!(name(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn references_cannot_leave_their_path() {
+    for bad in ["", ".", "..", "a/b", "a?b", "a%2f", "a b", "a\0"] {
+        assert!(bad.parse::<ReferenceWord>().is_err(), "{bad:?}");
+    }
+    assert_eq!("vm-abc".parse::<ReferenceWord>().unwrap().as_str(), "vm-abc");
+}
+
+#[test]
+fn disks_and_variables() {
+    assert_eq!("a.img:ro".parse(), Ok(DiskWord { path: "a.img".into(), read_only: true }));
+    assert_eq!("a:b.img".parse(), Ok(DiskWord { path: "a:b.img".into(), read_only: false }));
+    assert!(":ro".parse::<DiskWord>().is_err() && "".parse::<DiskWord>().is_err());
+    assert!(variable("A=").is_ok() && variable("A=b=c").is_ok());
+    assert!(variable("A").is_err() && variable("=b").is_err());
+}
+
+#[test]
+fn words_after_the_dashes_are_the_commands() {
+    let cli = Cli::try_parse_from(["hearth", "vm", "exec", "web", "--", "sh", "-c", "exit 3", "--json"]).unwrap();
+    let Command::Client(ClientCommand::Vm(VmCommand::Exec(args))) = cli.command else { panic!("an exec") };
+    assert_eq!(args.command, ["sh", "-c", "exit 3", "--json"]);
+    assert!(!cli.global.json);
+    assert!(Cli::try_parse_from(["hearth", "vm", "exec", "web", "uname"]).is_err());
+}
+
+#[test]
+fn global_words_go_anywhere() {
+    for words in [["hearth", "--json", "vm", "ls"], ["hearth", "vm", "--json", "ls"], ["hearth", "vm", "ls", "--json"]]
+    {
+        assert!(Cli::try_parse_from(words).unwrap().global.json);
+    }
+}
+
+#[test]
+fn six_disks_and_no_more() {
+    let launch = |count: usize| {
+        let words = ["hearth", "vm", "launch"].into_iter().chain(std::iter::repeat_n("--disk=d", count));
+        Cli::parse_checked(words)
+    };
+    assert!(launch(6).is_ok());
+    assert!(launch(7).is_err());
+}
+
+proptest! {
+    #[test]
+    fn any_word_is_taken_or_refused(text in ".{0,80}") {
+        let _ = duration_ms(&text);
+        let _ = name(&text);
+        let _ = variable(&text);
+        let _ = text.parse::<ReferenceWord>();
+        let _ = text.parse::<DiskWord>();
+    }
+}

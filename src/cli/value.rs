@@ -1,0 +1,122 @@
+//! Single words: names, references, durations, disks, `NAME=value`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::api::types::NAME_BYTES_MAX;
+
+/// Longest idempotency key in bytes.
+const KEY_BYTES_MAX: usize = 128;
+
+/// A word that is not what it has to be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WordError {
+    /// Not a name.
+    #[error("a name is 1 to {NAME_BYTES_MAX} of a-z, 0-9 and `-`, starts with a letter and does not end with `-`")]
+    Name,
+    /// Not an id, prefix of an id, or name.
+    #[error("an id or name is 1 to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`")]
+    Reference,
+    /// Not an idempotency key.
+    #[error("a key is 1 to {KEY_BYTES_MAX} visible ASCII characters")]
+    Key,
+    /// Not a duration.
+    #[error("a duration is a number of seconds, or a number with ms, s, m or h behind it, up to 49 days")]
+    Duration,
+    /// Not `NAME=value`.
+    #[error("expected NAME=value")]
+    Variable,
+    /// No path.
+    #[error("expected FILE or FILE:ro")]
+    Disk,
+}
+
+/// A VM, image or operation by id, unique prefix of an id, or name. Safe to put into a path as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReferenceWord(String);
+
+impl ReferenceWord {
+    /// The word.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ReferenceWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'));
+        let dots = text.bytes().all(|byte| byte == b'.');
+        if plain && !dots && (1..=NAME_BYTES_MAX).contains(&text.len()) {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(WordError::Reference)
+        }
+    }
+}
+
+/// A disk: `FILE`, or `FILE:ro` to refuse the guest's writes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskWord {
+    /// The file, as given.
+    pub path: PathBuf,
+    /// Refuse writes.
+    pub read_only: bool,
+}
+
+impl FromStr for DiskWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (path, read_only) = match text.strip_suffix(":ro") {
+            Some(path) => (path, true),
+            None => (text, false),
+        };
+        if path.is_empty() { Err(WordError::Disk) } else { Ok(Self { path: PathBuf::from(path), read_only }) }
+    }
+}
+
+/// A new name of a VM or image: a DNS label that starts with a letter.
+pub(super) fn name(text: &str) -> Result<String, WordError> {
+    let plain = text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+    let starts = text.bytes().next().is_some_and(|byte| byte.is_ascii_lowercase());
+    if plain && starts && !text.ends_with('-') && text.len() <= NAME_BYTES_MAX {
+        Ok(text.to_owned())
+    } else {
+        Err(WordError::Name)
+    }
+}
+
+/// An idempotency key: it becomes a header's value.
+pub(super) fn key(text: &str) -> Result<String, WordError> {
+    let visible = text.bytes().all(|byte| byte.is_ascii_graphic());
+    if visible && (1..=KEY_BYTES_MAX).contains(&text.len()) { Ok(text.to_owned()) } else { Err(WordError::Key) }
+}
+
+/// `NAME=value` for an environment.
+pub(super) fn variable(text: &str) -> Result<String, WordError> {
+    match text.split_once('=') {
+        Some((name, _)) if !name.is_empty() && !text.contains('\0') => Ok(text.to_owned()),
+        Some(_) | None => Err(WordError::Variable),
+    }
+}
+
+/// Milliseconds from `30`, `1.5s`, `200ms`, `5m`, `1h`.
+pub(super) fn duration_ms(text: &str) -> Result<u32, WordError> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit_ms = match &text[digits.len()..] {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 60 * 60 * 1000,
+        _ => return Err(WordError::Duration),
+    };
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
+    let all_digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    if !all_digits(whole) || !all_digits(fraction) || fraction.len() > 3 {
+        return Err(WordError::Duration);
+    }
+    let thousandths: u64 = format!("{fraction:0<3}").parse().map_err(|_| WordError::Duration)?;
+    let whole: u64 = whole.parse().map_err(|_| WordError::Duration)?;
+    let ms = whole.checked_mul(unit_ms).and_then(|ms| ms.checked_add(thousandths * unit_ms / 1000));
+    ms.and_then(|ms| u32::try_from(ms).ok()).ok_or(WordError::Duration)
+}

@@ -1,0 +1,190 @@
+//! `hearth vm`.
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::value::{DiskWord, ReferenceWord, duration_ms, key, name, variable};
+use crate::api::types::{DISKS_MAX, IMAGE_DEFAULT, Wait};
+
+const LAUNCH_HELP: &str = "\
+Examples:
+  hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
+  hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
+  hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
+
+When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
+
+const EXEC_HELP: &str = "\
+Standard input, output and error are the command's own, and so is the exit code: 128+N when signal N ended it, 124 when
+it ran past --timeout. Exit code 1 with a message that starts with `error:` means that Hearth could not run it.
+Ctrl-C is passed on to the command; a second one leaves it. When this client goes away, the command is killed.
+With --json, the output is collected (16 MiB each of standard output and error) and printed as one value.
+
+Examples:
+  hearth vm exec web -- uname -a
+  hearth vm exec web --timeout 30s -- sh -c 'make test 2>&1'
+  tar c . | hearth vm exec web --cwd /srv -- tar x
+  hearth vm exec -t web -- sh                           a shell on a terminal";
+
+const CONSOLE_HELP: &str = "\
+Ctrl-] leaves the console; the VM goes on. Several clients may be attached at once: all see the output.
+
+Examples:
+  hearth vm console web
+  hearth vm console web --history | tail -50            why did it not boot?
+  hearth vm console web </dev/null                      only watch";
+
+/// `hearth vm`.
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Boot a VM and wait until its guest answers
+    #[command(after_help = LAUNCH_HELP)]
+    Launch(LaunchArgs),
+    /// List the VMs of this host
+    Ls,
+    /// Show one VM: state, timings of its launch, and why it failed
+    Show {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
+    /// Stop VMs and forget them; their names are free again
+    Rm(RemoveArgs),
+    /// Ask the guest to power off, kill it if it does not; the VM stays listed
+    Stop(StopArgs),
+    /// Stop a VM's vCPUs and devices where they are
+    Pause {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
+    /// Let a paused VM go on
+    Resume {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
+    /// Memory and CPU of a VM, seen from the host and from the guest
+    Stats {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
+    /// Run a command in a VM
+    #[command(after_help = EXEC_HELP)]
+    Exec(ExecArgs),
+    /// Attach to a VM's serial console
+    #[command(after_help = CONSOLE_HELP)]
+    Console(ConsoleArgs),
+}
+
+/// `hearth vm launch`.
+#[derive(Debug, Clone, Args)]
+pub struct LaunchArgs {
+    /// Image to boot
+    #[arg(long, value_name = "NAME", default_value = IMAGE_DEFAULT, value_parser = name)]
+    pub image: String,
+    /// Name: 1 to 63 of a-z, 0-9 and `-`, starting with a letter; also the guest's host name
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub name: Option<String>,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub vcpus: u32,
+    /// Memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    pub memory: u64,
+    /// Raw file to attach as a block device; `:ro` refuses the guest's writes. May be given up to 6 times
+    #[arg(long = "disk", value_name = "FILE[:ro]")]
+    pub disks: Vec<DiskWord>,
+    /// What to wait for
+    #[arg(long, value_enum, default_value_t = WaitWord::Running)]
+    pub wait: WaitWord,
+    /// A repeated launch with the same key answers with the first one's VM
+    #[arg(long, value_name = "KEY", value_parser = key)]
+    pub idempotency_key: Option<String>,
+}
+
+impl LaunchArgs {
+    /// What clap cannot say: the number of disks.
+    pub(super) fn check(&self) -> Result<(), String> {
+        if self.disks.len() > DISKS_MAX {
+            return Err(format!("--disk was given {} times: a VM takes at most {DISKS_MAX}", self.disks.len()));
+        }
+        Ok(())
+    }
+}
+
+/// What a launch waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WaitWord {
+    /// Nothing: the launch is accepted
+    None,
+    /// Registered with its session's cluster (a VM without one: running)
+    Registered,
+    /// The guest's agent answers
+    Running,
+}
+
+impl From<WaitWord> for Wait {
+    fn from(word: WaitWord) -> Self {
+        match word {
+            WaitWord::None => Self::None,
+            WaitWord::Registered => Self::Registered,
+            WaitWord::Running => Self::Running,
+        }
+    }
+}
+
+/// `hearth vm rm`.
+#[derive(Debug, Clone, Args)]
+pub struct RemoveArgs {
+    /// Ids, unique prefixes of ids, or names of the VMs
+    #[arg(required_unless_present = "all", value_name = "VM")]
+    pub vms: Vec<ReferenceWord>,
+    /// All VMs of this host
+    #[arg(long, conflicts_with = "vms")]
+    pub all: bool,
+    /// How long each guest has to power itself off before it is killed; 0 kills at once [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = duration_ms)]
+    pub timeout: Option<u32>,
+}
+
+/// `hearth vm stop`.
+#[derive(Debug, Clone, Args)]
+pub struct StopArgs {
+    /// Id of the VM, a unique prefix of it, or its name
+    pub vm: ReferenceWord,
+    /// How long the guest has to power itself off before it is killed; 0 kills at once [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = duration_ms)]
+    pub timeout: Option<u32>,
+}
+
+/// `hearth vm exec`.
+#[derive(Debug, Clone, Args)]
+pub struct ExecArgs {
+    /// Id of the VM, a unique prefix of it, or its name
+    pub vm: ReferenceWord,
+    /// The command and its arguments, after `--`
+    #[arg(required = true, last = true, value_name = "CMD")]
+    pub command: Vec<String>,
+    /// Give the command a terminal: for shells and editors
+    #[arg(long, short)]
+    pub tty: bool,
+    /// Variable to add to the command's environment; may be repeated
+    #[arg(long, short, value_name = "NAME=value", value_parser = variable)]
+    pub env: Vec<String>,
+    /// Directory to run the command in
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// Kill the command after this long: seconds, or with ms, s, m or h behind the number
+    #[arg(long, value_name = "TIME", value_parser = duration_ms)]
+    pub timeout: Option<u32>,
+    /// Leave standard input alone: the command reads nothing (for loops that read standard input themselves)
+    #[arg(long, short, conflicts_with = "tty")]
+    pub no_stdin: bool,
+}
+
+/// `hearth vm console`.
+#[derive(Debug, Clone, Args)]
+pub struct ConsoleArgs {
+    /// Id of the VM, a unique prefix of it, or its name
+    pub vm: ReferenceWord,
+    /// Print what the console kept of the past, and end
+    #[arg(long)]
+    pub history: bool,
+}

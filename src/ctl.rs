@@ -1,0 +1,177 @@
+//! Floor 4: the client side of `/v1`. Knows HTTP, terminals and tables; knows of the agent only what goes over its
+//! socket (`api::types`, `api::stream`).
+//!
+//! One process runs one command on one thread. Results go to standard output, as a table or as one JSON value; progress,
+//! notes and errors go to standard error. A command whose output nobody reads any more ends without complaint.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod call;
+mod console;
+mod event;
+mod exec;
+mod host;
+mod image;
+mod launch;
+mod link;
+mod operation;
+mod output;
+mod progress;
+mod signal;
+mod table;
+mod terminal;
+mod vm;
+
+use std::future::Future;
+use std::io;
+
+use crate::cli::{ClientCommand, Global, HostCommand, VmCommand};
+
+pub use bench::BenchError;
+pub use call::CallError;
+pub use console::ConsoleError;
+pub use event::EventsError;
+pub use exec::ExecError;
+pub use host::ProbeError;
+pub use image::ImportError;
+pub use launch::LaunchError;
+pub use link::LinkError;
+pub use output::OutputError;
+
+use call::Agent;
+use output::Output;
+
+/// Exit code of a command that did what it was asked.
+pub const EXIT_DONE: u8 = 0;
+
+/// Added to a signal's number for the exit code of what that signal ended, as shells do.
+pub const EXIT_SIGNAL_BASE: u8 = 128;
+
+/// Exit code of a command that ran past its time-out, as timeout(1) does.
+pub const EXIT_TIMED_OUT: u8 = 124;
+
+/// Exit code after Ctrl-C: SIGINT is 2.
+pub const EXIT_INTERRUPTED: u8 = EXIT_SIGNAL_BASE + 2;
+
+/// Exit code of an exec whose output nobody reads any more: SIGPIPE is 13.
+pub const EXIT_NOT_READ: u8 = EXIT_SIGNAL_BASE + 13;
+
+/// Why a command was not carried out.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub enum Error {
+    /// A plain call.
+    Call(#[from] CallError),
+    /// Writing the result.
+    Output(#[from] OutputError),
+    /// `vm launch`.
+    Launch(#[from] LaunchError),
+    /// `vm exec`.
+    Exec(#[from] ExecError),
+    /// `vm console`.
+    Console(#[from] ConsoleError),
+    /// `image import`.
+    Import(#[from] ImportError),
+    /// `events`.
+    Events(#[from] EventsError),
+    /// `host probe`.
+    Probe(#[from] ProbeError),
+    /// `bench boot`.
+    Bench(#[from] BenchError),
+    /// The event loop could not be made.
+    #[error("set up the event loop")]
+    Runtime(#[source] io::Error),
+}
+
+impl Error {
+    /// What to do about it, for people.
+    pub fn advice(&self) -> Option<String> {
+        match self {
+            Self::Call(error) => error.advice(),
+            Self::Launch(error) => error.advice(),
+            Self::Exec(error) => error.advice(),
+            Self::Console(error) => error.advice(),
+            Self::Import(error) => error.advice(),
+            Self::Events(error) => error.advice(),
+            Self::Probe(error) => error.advice(),
+            Self::Bench(error) => error.advice(),
+            Self::Output(_) | Self::Runtime(_) => None,
+        }
+    }
+
+    /// The exit code: 1, or what a shell expects after Ctrl-C.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Launch(LaunchError::Interrupted { .. }) | Self::Bench(BenchError::Interrupted) => EXIT_INTERRUPTED,
+            Self::Call(_)
+            | Self::Output(_)
+            | Self::Launch(_)
+            | Self::Exec(_)
+            | Self::Console(_)
+            | Self::Import(_)
+            | Self::Events(_)
+            | Self::Probe(_)
+            | Self::Bench(_)
+            | Self::Runtime(_) => 1,
+        }
+    }
+
+    /// Whether it only says that nobody reads the output any more.
+    fn is_unread(&self) -> bool {
+        match self {
+            Self::Output(error) | Self::Events(EventsError::Output(error)) => error.is_unread(),
+            Self::Launch(LaunchError::Output(error)) | Self::Console(ConsoleError::Output(error)) => error.is_unread(),
+            Self::Import(ImportError::Output(error)) | Self::Probe(ProbeError::Output(error)) => error.is_unread(),
+            Self::Bench(BenchError::Output(error)) | Self::Exec(ExecError::Output(error)) => error.is_unread(),
+            Self::Call(_)
+            | Self::Launch(_)
+            | Self::Exec(_)
+            | Self::Console(_)
+            | Self::Import(_)
+            | Self::Events(_)
+            | Self::Probe(_)
+            | Self::Bench(_)
+            | Self::Runtime(_) => false,
+        }
+    }
+}
+
+/// Carries out one command and says the exit code.
+pub fn run(global: &Global, command: ClientCommand) -> Result<u8, Error> {
+    let agent = Agent::at(global.socket_or_default());
+    let out = Output::new(global.json);
+    match block_on(dispatch(&agent, out, command))? {
+        Err(error) if error.is_unread() => Ok(EXIT_DONE),
+        outcome => outcome,
+    }
+}
+
+/// Runs to the end of `work`. Reads of standard input that are still waiting are left behind: they cannot be cancelled.
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_background();
+    Ok(outcome)
+}
+
+async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<u8, Error> {
+    match command {
+        ClientCommand::Vm(VmCommand::Launch(args)) => launch::run(agent, out, args).await?,
+        ClientCommand::Vm(VmCommand::Exec(args)) => return Ok(exec::run(agent, out, args).await?),
+        ClientCommand::Vm(VmCommand::Console(args)) => console::run(agent, out, &args).await?,
+        ClientCommand::Vm(VmCommand::Ls) => vm::list(agent, out).await?,
+        ClientCommand::Vm(VmCommand::Show { vm }) => vm::show(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::Rm(args)) => vm::remove(agent, out, &args).await?,
+        ClientCommand::Vm(VmCommand::Stop(args)) => vm::stop(agent, out, &args).await?,
+        ClientCommand::Vm(VmCommand::Pause { vm }) => vm::pause(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::Resume { vm }) => vm::resume(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
+        ClientCommand::Image(command) => image::run(agent, out, command).await?,
+        ClientCommand::Operation(command) => operation::run(agent, out, command).await?,
+        ClientCommand::Events(args) => event::run(agent, out, args).await?,
+        ClientCommand::Host(HostCommand::Probe) => host::probe(out).await?,
+        ClientCommand::Host(HostCommand::Show) => host::show(agent, out).await?,
+        ClientCommand::Bench(command) => bench::run(agent, out, command).await?,
+    }
+    Ok(EXIT_DONE)
+}

@@ -1,0 +1,62 @@
+//! `hearth bench`: measures on this host, through the same API everyone uses, and removes what it made, also after
+//! Ctrl-C or a failure.
+
+mod boot;
+mod process;
+mod summary;
+
+use super::call::{Agent, CallError};
+use super::exec::ExecError;
+use super::output::{Output, OutputError};
+use crate::api::stream::Exit;
+use crate::cli::BenchCommand;
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The agent refused, or does not answer.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The guest does not run commands.
+    #[error("run `true` in {vm}")]
+    Exec {
+        /// The VM.
+        vm: String,
+        /// Why not.
+        source: ExecError,
+    },
+    /// `true` did not end with success.
+    #[error("`true` in {vm} ended with {exit:?}")]
+    NotTrue {
+        /// The VM.
+        vm: String,
+        /// How it ended.
+        exit: Exit,
+    },
+    /// Ctrl-C.
+    #[error("interrupted; the VMs of the bench were removed")]
+    Interrupted,
+    /// Nobody takes the output.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+}
+
+impl BenchError {
+    pub(super) fn advice(&self) -> Option<String> {
+        match self {
+            Self::Call(error) => error.advice(),
+            Self::Exec { source, .. } => source.advice(),
+            Self::NotTrue { .. } | Self::Interrupted | Self::Output(_) => None,
+        }
+    }
+}
+
+pub(super) async fn run(agent: &Agent, out: Output, command: BenchCommand) -> Result<(), BenchError> {
+    match command {
+        BenchCommand::Boot(args) => {
+            let report = boot::measure(agent, &args).await?;
+            out.value(&report, boot::table)?;
+            Ok(())
+        }
+    }
+}

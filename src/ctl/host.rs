@@ -1,0 +1,196 @@
+//! `hearth host`: what this host can do, and what its agent has.
+//!
+//! The probe asks KVM, which this floor must not: it runs `hearth vmm --probe` and shows what that prints.
+
+use std::io;
+use std::process::{Output as Finished, Stdio};
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+use tokio::process::Command;
+
+use super::Error;
+use super::call::Agent;
+use super::output::{Output, OutputError};
+use super::progress::shown;
+use super::table::{age, bytes, pairs, plain};
+use crate::api::types::Host;
+
+/// How long a probe may take; it is meant to take two seconds.
+const PROBE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Why there is no usable answer from the probe.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// This program cannot find or start itself.
+    #[error("start the probe")]
+    Start(#[source] io::Error),
+    /// It does not end.
+    #[error("the probe did not end within {} s", PROBE_LIMIT.as_secs())]
+    Silent,
+    /// It ended without an answer.
+    #[error("the probe failed ({status}): {said}")]
+    Failed {
+        /// Exit status.
+        status: std::process::ExitStatus,
+        /// What it wrote to standard error.
+        said: String,
+    },
+    /// It answered: this host cannot run VMs.
+    #[error("this host cannot run VMs: {}", .problems.join("; "))]
+    Unusable {
+        /// Each reason, with what to do.
+        problems: Vec<String>,
+    },
+    /// Nobody takes the output.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+}
+
+impl ProbeError {
+    pub(super) fn advice(&self) -> Option<String> {
+        match self {
+            Self::Unusable { problems } if problems.is_empty() => Some(
+                "the table above shows what was found; /dev/kvm has to exist and to be open to this user".to_owned(),
+            ),
+            Self::Start(_) | Self::Silent | Self::Failed { .. } | Self::Unusable { .. } | Self::Output(_) => None,
+        }
+    }
+}
+
+pub(super) async fn probe(out: Output) -> Result<(), ProbeError> {
+    let finished = shown("probe this host", run_probe()).await?;
+    let Ok(facts @ Value::Object(_)) = serde_json::from_slice::<Value>(&finished.stdout) else {
+        let said = plain(String::from_utf8_lossy(&finished.stderr).trim());
+        return Err(ProbeError::Failed { status: finished.status, said });
+    };
+    out.value(&facts, table)?;
+    if facts.get("usable").and_then(Value::as_bool) == Some(false) {
+        let problems = facts.get("problems").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+        return Err(ProbeError::Unusable { problems: problems.iter().map(text).collect() });
+    }
+    Ok(())
+}
+
+async fn run_probe() -> Result<Finished, ProbeError> {
+    let program = std::env::current_exe().map_err(ProbeError::Start)?;
+    let mut command = Command::new(program);
+    command.args(["vmm", "--probe"]).stdin(Stdio::null()).kill_on_drop(true);
+    match tokio::time::timeout(PROBE_LIMIT, command.output()).await {
+        Ok(finished) => finished.map_err(ProbeError::Start),
+        Err(_) => Err(ProbeError::Silent),
+    }
+}
+
+/// One section for each object, single facts first.
+fn table(facts: &Value) -> String {
+    let none = Map::new();
+    let facts = facts.as_object().unwrap_or(&none);
+    let (sections, single): (Vec<_>, Vec<_>) = facts.iter().partition(|(_, value)| value.is_object());
+    let mut blocks = Vec::new();
+    for (name, section) in sections {
+        let mut rows = Vec::new();
+        flatten("", section, &mut rows);
+        let rows = rows.iter().map(|(name, value)| (name.as_str(), Some(value.clone())));
+        blocks.push(format!("{name}\n{}", indent(&pairs(rows))));
+    }
+    let single: Vec<_> = single.iter().map(|(name, value)| (name.replace('_', " "), text(value))).collect();
+    blocks.push(pairs(single.iter().map(|(name, value)| (name.as_str(), Some(value.clone())))));
+    blocks.join("\n\n")
+}
+
+fn indent(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(|line| format!("  {line}")).collect();
+    lines.join("\n")
+}
+
+fn flatten(prefix: &str, value: &Value, rows: &mut Vec<(String, String)>) {
+    if let Value::Object(fields) = value {
+        for (name, value) in fields {
+            let name = name.replace('_', " ");
+            let name = if prefix.is_empty() { name } else { format!("{prefix} {name}") };
+            flatten(&name, value, rows);
+        }
+    } else {
+        let (name, value) = fact(prefix, value);
+        rows.push((name.to_owned(), value));
+    }
+}
+
+/// A fact for people: sizes in bytes get a unit that can be read.
+fn fact<'a>(name: &'a str, value: &Value) -> (&'a str, String) {
+    match (name.strip_suffix(" bytes"), value.as_u64()) {
+        (Some(name), Some(size)) => (name, bytes(size)),
+        (Some(_) | None, _) => (name, text(value)),
+    }
+}
+
+/// A value for people.
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "unknown".to_owned(),
+        Value::Bool(true) => "yes".to_owned(),
+        Value::Bool(false) => "no".to_owned(),
+        Value::String(text) if text.is_empty() => "none".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(values) if values.is_empty() => "none".to_owned(),
+        Value::Array(values) => values.iter().map(text).collect::<Vec<_>>().join(", "),
+        Value::Number(number) => number.to_string(),
+        Value::Object(_) => value.to_string(),
+    }
+}
+
+pub(super) async fn show(agent: &Agent, out: Output) -> Result<(), Error> {
+    let host: Host = agent.get("/v1/host").await?;
+    out.value(&host, |host| {
+        let vms = &host.vms;
+        pairs([
+            ("name", Some(host.name.clone())),
+            ("agent version", Some(host.version.clone())),
+            ("agent pid", Some(host.agent_pid.to_string())),
+            ("agent up since", Some(format!("{:.0} ({} ago)", host.started_at, age(host.started_at)))),
+            ("state directory", Some(host.state_dir.clone())),
+            ("cpus", Some(host.cpus.to_string())),
+            ("memory", Some(bytes(host.memory_bytes))),
+            ("memory free", Some(bytes(host.memory_available_bytes))),
+            (
+                "vms",
+                Some(format!(
+                    "{} alive, {} changing, {} failed, {} in all",
+                    vms.alive, vms.changing, vms.failed, vms.total
+                )),
+            ),
+        ])
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn facts_of_any_shape_make_a_table() {
+        let facts = json!({
+            "kvm": {"api_version": 12, "dirty_ring_bytes": 1_048_576, "capabilities": {"irqfd": true, "tsc_control": false}},
+            "usable": true, "problems": [], "command_line_additions": "",
+        });
+        let lines: Vec<_> = table(&facts).lines().map(|line| line.trim_end().to_owned()).collect();
+        assert_eq!(
+            lines,
+            [
+                "kvm",
+                "  api version               12",
+                "  capabilities irqfd        yes",
+                "  capabilities tsc control  no",
+                "  dirty ring                1.0 MiB",
+                "",
+                "command line additions  none",
+                "problems                none",
+                "usable                  yes",
+            ]
+        );
+        assert_eq!(table(&json!({})), "");
+    }
+}

@@ -1,0 +1,121 @@
+//! `hearth image`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::Error;
+use super::call::{Agent, CallError, PROMPT};
+use super::output::{Output, OutputError};
+use super::progress::shown;
+use super::table::{age, bytes, columns, or_dash, pairs};
+use crate::api::types::{Image, ImageImportRequest, ImageList};
+use crate::cli::{ImageCommand, ImportArgs};
+
+/// How long copying and hashing a kernel and an initrd may take: a GiB at slow-disk speed.
+const IMPORT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Digits of a digest that a table shows.
+const DIGEST_CHARS: usize = 12;
+
+/// Why an image could not be imported.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The agent refused, or does not answer.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// A file is not there, or may not be read.
+    #[error("read {path}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A path that JSON cannot carry.
+    #[error("the path {path:?} is not UTF-8")]
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Nobody takes the output.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+}
+
+impl ImportError {
+    pub(super) fn advice(&self) -> Option<String> {
+        match self {
+            Self::Call(error) => error.advice(),
+            Self::File { .. } | Self::Path { .. } | Self::Output(_) => None,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Removed<'a> {
+    removed: &'a str,
+}
+
+pub(super) async fn run(agent: &Agent, out: Output, command: ImageCommand) -> Result<(), Error> {
+    match command {
+        ImageCommand::Ls => {
+            let list: ImageList = agent.get("/v1/images").await?;
+            out.value(&list, |list| {
+                columns(&["NAME", "DIGEST", "KERNEL", "INITRD", "AGE"], list.images.iter().map(row))
+            })?;
+        }
+        ImageCommand::Show { image } => {
+            let image: Image = agent.get(&format!("/v1/images/{}", image.as_str())).await?;
+            out.value(&image, details)?;
+        }
+        ImageCommand::Import(args) => import(agent, out, args).await?,
+        ImageCommand::Rm { image } => {
+            agent.delete(&format!("/v1/images/{}", image.as_str()), PROMPT).await?;
+            out.value(&Removed { removed: image.as_str() }, |done| format!("{} is removed", done.removed))?;
+        }
+    }
+    Ok(())
+}
+
+fn row(image: &Image) -> Vec<String> {
+    vec![
+        image.name.clone(),
+        image.digest.chars().take(DIGEST_CHARS).collect(),
+        bytes(image.kernel_bytes),
+        or_dash(image.initrd_bytes.map(bytes).as_deref()),
+        age(image.created_at),
+    ]
+}
+
+fn details(image: &Image) -> String {
+    pairs([
+        ("name", Some(image.name.clone())),
+        ("digest", Some(image.digest.clone())),
+        ("kernel", Some(bytes(image.kernel_bytes))),
+        ("initrd", image.initrd_bytes.map(bytes)),
+        ("command line", (!image.command_line.is_empty()).then(|| image.command_line.clone())),
+        ("created", Some(format!("{:.0} ({} ago)", image.created_at, age(image.created_at)))),
+    ])
+}
+
+async fn import(agent: &Agent, out: Output, args: ImportArgs) -> Result<(), ImportError> {
+    let request = ImageImportRequest {
+        kernel_path: found(&args.kernel)?,
+        initrd_path: args.initrd.as_deref().map(found).transpose()?,
+        command_line: args.command_line,
+        name: args.name,
+    };
+    let call = agent.post("/v1/images", &request, IMPORT_LIMIT);
+    let image: Image = shown(&format!("import {}", request.name), call).await?;
+    out.value(&image, details)?;
+    Ok(())
+}
+
+/// The file as the agent finds it: its working directory is another one.
+fn found(path: &Path) -> Result<String, ImportError> {
+    let real = path.canonicalize().map_err(|source| ImportError::File { path: path.to_owned(), source })?;
+    real.into_os_string().into_string().map_err(|path| ImportError::Path { path: path.into() })
+}

@@ -1,0 +1,146 @@
+//! `hearth vm launch`: asks for a VM, shows the steps on its way up, and tells what it became.
+
+use std::path::{Path, PathBuf};
+
+use super::call::{Agent, CallError, PROMPT, advice_of};
+use super::output::{Output, OutputError, note};
+use super::progress;
+use super::table::{milliseconds, plain};
+use crate::api::types::{Disk, ErrorDetail, Operation, OperationState, RetryHint, Vm, VmLaunchRequest, VmState, Wait};
+use crate::cli::{LaunchArgs, WaitWord};
+use crate::ids::VmId;
+
+/// Why a VM does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The agent refused, or does not answer.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// It was accepted and then failed.
+    #[error("launch {vm}: {}", .error.message)]
+    Failed {
+        /// The VM.
+        vm: VmId,
+        /// Why.
+        error: Box<ErrorDetail>,
+        /// The last lines of its console.
+        console: Vec<String>,
+    },
+    /// Ctrl-C while waiting.
+    #[error("not waiting for {vm} any more: it goes on launching")]
+    Interrupted {
+        /// The VM.
+        vm: VmId,
+    },
+    /// A path that JSON cannot carry.
+    #[error("the path {path:?} of a disk is not UTF-8")]
+    Path {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A relative path without a directory it is relative to.
+    #[error("find the disk {path:?}")]
+    Directory {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Nobody takes the output.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+}
+
+impl LaunchError {
+    pub(super) fn advice(&self) -> Option<String> {
+        match self {
+            Self::Call(error) => error.advice(),
+            Self::Failed { error, console, .. } => {
+                let console = (!console.is_empty()).then(|| {
+                    let lines: Vec<_> = console.iter().map(|line| format!("  | {}", plain(line))).collect();
+                    format!("the last lines of its console:\n{}", lines.join("\n"))
+                });
+                let parts: Vec<_> = advice_of(error).into_iter().chain(console).collect();
+                (!parts.is_empty()).then(|| parts.join("\n"))
+            }
+            Self::Interrupted { vm } => {
+                Some(format!("`hearth vm show {vm}` tells how far it is, `hearth vm rm {vm}` ends it"))
+            }
+            Self::Path { .. } | Self::Directory { .. } | Self::Output(_) => None,
+        }
+    }
+}
+
+pub(super) async fn run(agent: &Agent, out: Output, args: LaunchArgs) -> Result<(), LaunchError> {
+    let wait = args.wait;
+    let key = args.idempotency_key.clone();
+    let request = request(args)?;
+    let vm: Vm = agent.create("/v1/vms", &request, key.as_deref(), PROMPT).await?;
+    let vm = if wait == WaitWord::None { vm } else { wait_for(agent, vm).await? };
+    if vm.state == VmState::Running && !out.is_json() {
+        let took = vm.timings.total_ms.map(milliseconds).unwrap_or_default();
+        note(&format!("{} runs after {took}; try: hearth vm exec {} -- uname -a", called(&vm), handle(&vm)));
+    }
+    out.value(&vm, |vm| vm.id.to_string())?;
+    Ok(())
+}
+
+fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
+    let disks = args.disks.iter().map(|disk| Ok(Disk { path: absolute(&disk.path)?, read_only: disk.read_only }));
+    Ok(VmLaunchRequest {
+        image: args.image,
+        name: args.name,
+        vcpus: args.vcpus,
+        memory_mib: args.memory,
+        disks: disks.collect::<Result<_, LaunchError>>()?,
+        // Waiting is done here, by looking at the operation, so that its steps can be shown.
+        wait: Wait::None,
+    })
+}
+
+/// The agent's working directory is another one.
+fn absolute(path: &Path) -> Result<String, LaunchError> {
+    let absolute =
+        std::path::absolute(path).map_err(|source| LaunchError::Directory { path: path.to_owned(), source })?;
+    absolute.into_os_string().into_string().map_err(|path| LaunchError::Path { path: path.into() })
+}
+
+async fn wait_for(agent: &Agent, vm: Vm) -> Result<Vm, LaunchError> {
+    let path = format!("/v1/vms/{}", vm.id);
+    let Some(operation) = &vm.operation_id else {
+        return Ok(agent.get(&path).await?);
+    };
+    let title = format!("launch {}", called(&vm));
+    let operation = tokio::select! {
+        operation = progress::follow(agent, &title, operation) => operation?,
+        _ = tokio::signal::ctrl_c() => return Err(LaunchError::Interrupted { vm: vm.id }),
+    };
+    if operation.state == OperationState::Succeeded {
+        return Ok(agent.get(&path).await?);
+    }
+    // A launch that was undone may have left no VM to ask.
+    let console = agent.get::<Vm>(&path).await.map(|vm| vm.last_console_lines).unwrap_or_default();
+    Err(LaunchError::Failed { vm: vm.id, error: Box::new(reason(operation)), console })
+}
+
+fn reason(operation: Operation) -> ErrorDetail {
+    operation.error.unwrap_or_else(|| ErrorDetail {
+        code: "cancelled".to_owned(),
+        message: "it was given up".to_owned(),
+        detail: None,
+        retry: RetryHint::Later,
+    })
+}
+
+/// Name and id, for sentences.
+pub(super) fn called(vm: &Vm) -> String {
+    match &vm.name {
+        Some(name) => format!("{name} ({})", vm.id),
+        None => vm.id.to_string(),
+    }
+}
+
+/// What to type for this VM.
+fn handle(vm: &Vm) -> &str {
+    vm.name.as_deref().unwrap_or_else(|| vm.id.as_str())
+}

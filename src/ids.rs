@@ -1,0 +1,202 @@
+//! Names of things: one newtype per kind, so that a VM id is never passed where an operation id is meant.
+//!
+//! A random id is its kind's prefix and 80 random bits in lower-case base32 (RFC 4648 alphabet, 16 characters).
+//! There is no time in it: the first characters tell ids apart, so any unique prefix serves as a short id.
+//! Randomness is handed in: this floor does no I/O, and a simulation wants the same ids for the same seed.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Random bytes in an id.
+pub const ID_RANDOM_BYTES: usize = 10;
+
+/// Characters after the prefix: 80 bits at 5 bits each.
+pub const ID_SUFFIX_CHARS: usize = 16;
+
+const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+
+/// Why a text is not an id of the wanted kind.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParseIdError {
+    /// It does not start with the kind's prefix.
+    #[error("{text:?} does not start with {prefix:?}")]
+    Prefix {
+        /// What was given.
+        text: String,
+        /// What it has to start with.
+        prefix: &'static str,
+    },
+    /// The part after the prefix is not 16 characters of base32.
+    #[error("{text:?} is not {prefix:?} and {ID_SUFFIX_CHARS} characters of a-z and 2-7")]
+    Suffix {
+        /// What was given.
+        text: String,
+        /// The kind's prefix.
+        prefix: &'static str,
+    },
+}
+
+fn base32(random: [u8; ID_RANDOM_BYTES]) -> String {
+    let mut bits: u32 = 0;
+    let mut held = 0;
+    let mut text = String::with_capacity(ID_SUFFIX_CHARS);
+    for byte in random {
+        bits = (bits << 8) | u32::from(byte);
+        held += 8;
+        while held >= 5 {
+            held -= 5;
+            text.push(char::from(ALPHABET[((bits >> held) & 31) as usize]));
+        }
+    }
+    text
+}
+
+fn check(text: &str, prefix: &'static str) -> Result<(), ParseIdError> {
+    let Some(suffix) = text.strip_prefix(prefix) else {
+        return Err(ParseIdError::Prefix { text: text.to_owned(), prefix });
+    };
+    if suffix.len() == ID_SUFFIX_CHARS && suffix.bytes().all(|byte| ALPHABET.contains(&byte)) {
+        Ok(())
+    } else {
+        Err(ParseIdError::Suffix { text: text.to_owned(), prefix })
+    }
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// What every id of this kind starts with.
+            pub const PREFIX: &'static str = $prefix;
+
+            /// The id made of these random bytes.
+            pub fn from_random(random: [u8; ID_RANDOM_BYTES]) -> Self {
+                Self(format!("{}{}", $prefix, base32(random)))
+            }
+
+            /// The id as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str(&self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ParseIdError;
+            fn from_str(text: &str) -> Result<Self, ParseIdError> {
+                check(text, $prefix)?;
+                Ok(Self(text.to_owned()))
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = ParseIdError;
+            fn try_from(text: String) -> Result<Self, ParseIdError> {
+                check(&text, $prefix)?;
+                Ok(Self(text))
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.0
+            }
+        }
+    };
+}
+
+id!(
+    /// A virtual machine.
+    VmId, "vm-"
+);
+id!(
+    /// A long piece of work that can be asked about.
+    OperationId, "op-"
+);
+id!(
+    /// A session: VMs that may talk to each other.
+    SessionId, "s-"
+);
+
+/// 128 random bits that differ for every launch of a VM, printed as 32 hex digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Generation(pub [u8; 16]);
+
+impl fmt::Display for Generation {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(out, "{byte:02x}"))
+    }
+}
+
+impl FromStr for Generation {
+    type Err = ParseGenerationError;
+    fn from_str(text: &str) -> Result<Self, ParseGenerationError> {
+        let digits = text.as_bytes();
+        let mut bytes = [0; 16];
+        if digits.len() != 32 {
+            return Err(ParseGenerationError { text: text.to_owned() });
+        }
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            let digit = |d: u8| char::from(d).to_digit(16);
+            match (digit(pair[0]), digit(pair[1])) {
+                (Some(high), Some(low)) => *byte = u8::try_from(high * 16 + low).unwrap_or(u8::MAX),
+                (None, _) | (_, None) => return Err(ParseGenerationError { text: text.to_owned() }),
+            }
+        }
+        Ok(Self(bytes))
+    }
+}
+
+/// A text is not a generation id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not 32 hexadecimal digits")]
+pub struct ParseGenerationError {
+    /// What was given.
+    pub text: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_id_of_known_bytes_is_known() {
+        assert_eq!(VmId::from_random([0; 10]).as_str(), "vm-aaaaaaaaaaaaaaaa");
+        assert_eq!(VmId::from_random([255; 10]).as_str(), "vm-7777777777777777");
+        // RFC 4648 section 10: "fooba" is MZXW6YTB.
+        assert_eq!(OperationId::from_random(*b"foobafooba").as_str(), "op-mzxw6ytbmzxw6ytb");
+    }
+
+    proptest! {
+        #[test]
+        fn ids_parse_back(random: [u8; ID_RANDOM_BYTES]) {
+            let id = VmId::from_random(random);
+            prop_assert_eq!(id.as_str().parse::<VmId>(), Ok(id.clone()));
+            prop_assert!(id.as_str().parse::<OperationId>().is_err());
+        }
+
+        #[test]
+        fn generations_parse_back(bytes: [u8; 16]) {
+            prop_assert_eq!(Generation(bytes).to_string().parse(), Ok(Generation(bytes)));
+        }
+
+        #[test]
+        fn any_text_parses_or_is_refused(text in ".{0,40}") {
+            let _ = text.parse::<VmId>();
+            let _ = text.parse::<Generation>();
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Hearth: a per-host microVM agent for Linux/KVM.
+#![doc = include_str!("ARCHITECTURE.md")]
+
+// Floor 0: vocabulary. std and serde; no I/O; the only clock reads are in `clock`.
+pub mod clock;
+pub mod ids;
+pub mod report;
+pub mod saved;
+pub mod units;
+
+// Floor 1: the kernel. The only unsafe code; no policy, no logging.
+pub mod sys;
+
+// Floor 2: the subjects. Siblings: none imports another.
+pub mod machine;
+pub mod wire;
+
+// Floor 3: the two processes. They meet in `wire` and nowhere else.
+pub mod agent;
+pub mod vmm;
+
+// Floor 4: the doors.
+pub mod api;
+pub mod ctl;
+
+// Beside the floors: words on the command line.
+pub mod cli;
+
+// Beside the floors: a host that is not there, for tests.
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;

@@ -1,0 +1,188 @@
+//! Feeds the dirty sets of all consumers from KVM's log and the VMM's own bitmaps.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{DirtySet, PageRun};
+use crate::sys::kvm::{CallError, PAGES_PER_WORD, Vm};
+use crate::units::{PAGE_BYTES, PageCount, PageIndex};
+
+/// What a new consumer begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BeginWith {
+    /// Every page: the consumer has nothing yet (migration).
+    AllPages,
+    /// No page: the consumer has everything as it is now (diff). Only exact while the guest is paused.
+    NoPages,
+}
+
+#[derive(Debug)]
+struct Region {
+    slot: usize,
+    first: PageIndex,
+    pages: PageCount,
+}
+
+#[derive(Debug)]
+struct Consumers {
+    vm: Arc<Vm>,
+    regions: Vec<Region>,
+    // By key; keys are never used twice.
+    sets: Vec<(u64, DirtySet)>,
+    next_key: u64,
+    // Reused by every harvest.
+    log: Vec<u64>,
+}
+
+/// Feeds the sets of all consumers. Cloning shares it; one lock inside, held for a harvest or one change of a set.
+#[derive(Debug, Clone)]
+pub struct Harvester {
+    consumers: Arc<Mutex<Consumers>>,
+}
+
+impl Harvester {
+    /// A harvester for `vm`, without consumers.
+    pub(in crate::machine) fn new(vm: Arc<Vm>) -> Self {
+        let regions = vm.ram().iter().enumerate().map(|(slot, region)| Region {
+            slot,
+            first: PageIndex(region.start_addr().raw_value() / PAGE_BYTES),
+            pages: PageCount(region.len().div_ceil(PAGE_BYTES)),
+        });
+        let regions = regions.collect();
+        let consumers = Consumers { vm, regions, sets: Vec::new(), next_key: 0, log: Vec::new() };
+        Self { consumers: Arc::new(Mutex::new(consumers)) }
+    }
+
+    /// A new consumer. The first one switches KVM's log on.
+    pub fn subscribe(&self, begin: BeginWith) -> Result<DirtyConsumer, CallError> {
+        let mut consumers = lock(&self.consumers);
+        if consumers.sets.is_empty() {
+            consumers.vm.set_dirty_logging(true)?;
+        }
+        // What was written before belongs to the consumers of before.
+        if let Err(error) = consumers.harvest() {
+            consumers.switch_off_if_unused();
+            return Err(error);
+        }
+        let mut set = DirtySet::new();
+        if begin == BeginWith::AllPages {
+            for region in &consumers.regions {
+                set.insert(PageRun { first: region.first, count: region.pages });
+            }
+        }
+        let key = consumers.next_key;
+        consumers.next_key += 1;
+        consumers.sets.push((key, set));
+        Ok(DirtyConsumer { consumers: Arc::clone(&self.consumers), key })
+    }
+
+    /// Number of consumers.
+    pub fn consumers(&self) -> usize {
+        lock(&self.consumers).sets.len()
+    }
+}
+
+fn lock(consumers: &Mutex<Consumers>) -> MutexGuard<'_, Consumers> {
+    consumers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Consumers {
+    /// Moves what both logs hold into every set and re-protects those pages.
+    fn harvest(&mut self) -> Result<(), CallError> {
+        let Self { vm, regions, sets, log, .. } = self;
+        let manual = vm.capabilities().manual_dirty_log;
+        for (region, mapped) in regions.iter().zip(vm.ram().iter()) {
+            vm.dirty_log(region.slot, log)?;
+            mask_tail(log, region.pages);
+            // Into the sets first: whatever fails after this, no page is lost.
+            sets.iter_mut().for_each(|(_, set)| set.insert_words(region.first, log));
+            let own = mapped.get_mmap().bitmap().get_and_reset();
+            sets.iter_mut().for_each(|(_, set)| set.insert_words(region.first, &own));
+            if manual {
+                clear_used(vm, region.slot, log)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn switch_off_if_unused(&mut self) {
+        if self.sets.is_empty() {
+            // Logging that stays on costs the guest faults, nothing else; the next consumer asks again.
+            let _ = self.vm.set_dirty_logging(false);
+        }
+    }
+
+    fn set(&mut self, key: u64) -> &mut DirtySet {
+        let found = self.sets.iter_mut().find(|(other, _)| *other == key);
+        &mut found.expect("a consumer's set lives as long as the consumer").1
+    }
+}
+
+/// Clears bits after the region's last page: KVM begins with whole words set.
+fn mask_tail(log: &mut [u64], pages: PageCount) {
+    let over = pages.0 % PAGES_PER_WORD;
+    if let (Some(last), true) = (log.last_mut(), over != 0) {
+        *last &= (1 << over) - 1;
+    }
+}
+
+/// Re-protects the logged pages, from the first word that has one to the last.
+fn clear_used(vm: &Vm, slot: usize, log: &[u64]) -> Result<(), CallError> {
+    let Some(first) = log.iter().position(|word| *word != 0) else { return Ok(()) };
+    let last = log.iter().rposition(|word| *word != 0).unwrap_or(first);
+    vm.clear_dirty_log(slot, first, &log[first..=last])
+}
+
+/// One consumer's set. Dropping it forgets the set; the last one switches KVM's log off.
+#[derive(Debug)]
+pub struct DirtyConsumer {
+    consumers: Arc<Mutex<Consumers>>,
+    key: u64,
+}
+
+impl DirtyConsumer {
+    /// Brings this and every other consumer's set up to date and returns how many pages this one holds.
+    pub fn harvest(&self) -> Result<PageCount, CallError> {
+        let mut consumers = lock(&self.consumers);
+        consumers.harvest()?;
+        Ok(consumers.set(self.key).len())
+    }
+
+    /// Takes up to `limit` pages out of the set.
+    pub fn take_batch(&self, limit: PageCount) -> Vec<PageRun> {
+        lock(&self.consumers).set(self.key).take_batch(limit)
+    }
+
+    /// Puts pages of a batch back.
+    pub fn put_back(&self, batch: &[PageRun]) {
+        lock(&self.consumers).set(self.key).put_back(batch);
+    }
+
+    /// A copy of the set.
+    pub fn snapshot(&self) -> DirtySet {
+        lock(&self.consumers).set(self.key).clone()
+    }
+}
+
+impl Drop for DirtyConsumer {
+    fn drop(&mut self) {
+        let mut consumers = lock(&self.consumers);
+        consumers.sets.retain(|(key, _)| *key != self.key);
+        consumers.switch_off_if_unused();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_after_the_last_page_are_not_pages() {
+        let mut log = [u64::MAX; 2];
+        mask_tail(&mut log, PageCount(65));
+        assert_eq!(log, [u64::MAX, 1]);
+        mask_tail(&mut log, PageCount(128));
+        assert_eq!(log, [u64::MAX, 1]);
+    }
+}

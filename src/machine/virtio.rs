@@ -1,0 +1,251 @@
+//! virtio-mmio devices (virtio 1.2) and the thread that serves them.
+//!
+//! ```text
+//!  vCPU threads                                  │ thread "devices"                    │ threads "disk-N"
+//!  mmio: registers ─ notify (eventfd) ──────────▶│ device_loop ─▶ slot ─▶ model.serve   │ block/worker
+//!        status, queue setup ─ lock ─▶ slot      │   model = rng | vsock | net | block ─┼─▶ pread, pwrite
+//!  irqfd ◀────────── interrupt (eventfd) ────────│   queue, chain ⇄ guest memory        │
+//! ```
+//! `spec` has the specification's numbers, `status` its state machine, `saved` what survives. A slot is put together
+//! here, by the machine that owns it. What can go wrong: the host may lack a descriptor while a device is made
+//! ([`BuildDeviceError`]); afterwards only a driver can break its own device, which then asks it for a reset.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::epoll::{Epoll, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::interrupt::Interrupt;
+use self::mmio::{RegisterFile, Registers, TRANSPORT_FEATURES};
+use self::model::{Counters, Model, QUEUE_TOKENS, Turn, Watch};
+use self::queue::Queue;
+use self::saved::TransportV1;
+use self::slot::{Cell, Shared, queues_from_saved};
+use super::bus::SharedBusDevice;
+use super::layout::Slot;
+use super::ram::GuestRam;
+use crate::saved::{Saved, SectionName, Sections, TakeSectionError};
+
+pub mod block;
+pub mod chain;
+mod device_loop;
+mod interrupt;
+mod mmio;
+mod model;
+mod net;
+pub mod queue;
+mod rng;
+pub mod saved;
+mod slot;
+pub mod spec;
+pub mod status;
+pub mod vsock;
+
+pub use self::device_loop::DeviceLoop;
+
+/// What a device works on; the kind of the device with it.
+#[derive(Debug)]
+pub enum Backend {
+    /// vsock: host programs connect to this socket and say `CONNECT <port>\n`.
+    Vsock {
+        /// Listening socket, made by the agent.
+        listener: UnixListener,
+    },
+    /// Entropy from the host's random pool.
+    Rng,
+    /// A block device on a raw file.
+    Block {
+        /// The file; its size in 512-byte sectors is the disk's.
+        file: File,
+        /// Refuse writes.
+        read_only: bool,
+    },
+    /// A network interface on a tap.
+    Net {
+        /// The tap's queue, with vnet header, non-blocking.
+        tap: File,
+        /// Hardware address.
+        mac: [u8; 6],
+    },
+}
+
+/// Why a device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildDeviceError {
+    /// The host refused something the device needs.
+    #[error("slot {}: {what}", .slot.number())]
+    Host {
+        /// The slot.
+        slot: Slot,
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Its saved state is not usable.
+    #[error("slot {}", .slot.number())]
+    Saved {
+        /// The slot.
+        slot: Slot,
+        /// What is wrong with it.
+        #[source]
+        source: TakeSectionError,
+    },
+}
+
+/// One announced virtio-mmio device: registers, queues and backend.
+#[derive(Debug)]
+pub struct VirtioSlot {
+    shared: Arc<Shared>,
+    registers: Arc<Mutex<Registers>>,
+}
+
+/// What a device has counted since it was made. The VMM writes no log line that a guest could cause without end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DeviceCounts {
+    /// Requests, packets and frames that were carried out.
+    pub done: u64,
+    /// Requests that were answered with an error.
+    pub failed: u64,
+    /// Packets and frames that were thrown away.
+    pub dropped: u64,
+    /// Times a driver broke its rings and had to reset the device.
+    pub broken: u64,
+    /// Register accesses that have no meaning, or not in this state.
+    pub refused: u64,
+}
+
+impl VirtioSlot {
+    /// A device as after reset.
+    pub fn new(slot: Slot, backend: Backend, ram: &GuestRam) -> Result<Self, BuildDeviceError> {
+        let (epoll, model) = build(slot, backend, ram, None)?;
+        let face = model.face();
+        let registers = RegisterFile::new(face.features | TRANSPORT_FEATURES);
+        let queues = face.queue_sizes.iter().map(|size| Queue::new(ram.clone(), *size)).collect();
+        Self::assemble(slot, epoll, Cell::new(registers, queues, model, ram.clone()), 0)
+    }
+
+    /// A device as it was saved; paused.
+    pub fn from_saved(
+        slot: Slot,
+        backend: Backend,
+        ram: &GuestRam,
+        from: &mut Sections,
+    ) -> Result<Self, BuildDeviceError> {
+        let transport: TransportV1 =
+            from.take(u16::from(slot.number())).map_err(|source| BuildDeviceError::Saved { slot, source })?;
+        let invalid = |reason| invalid::<TransportV1>(slot, reason);
+        let (epoll, model) = build(slot, backend, ram, Some(from))?;
+        let face = model.face();
+        if transport.device_id != face.device_id {
+            return Err(invalid("the slot held another kind of device"));
+        }
+        let offered = face.features | TRANSPORT_FEATURES;
+        let registers = RegisterFile::from_saved(&transport, offered).map_err(invalid)?;
+        let queues = queues_from_saved(ram, &transport, face.queue_sizes).map_err(invalid)?;
+        let cell = Cell::new(registers, queues, model, ram.clone());
+        Self::assemble(slot, epoll, cell, transport.interrupt_status)
+    }
+
+    fn assemble(slot: Slot, epoll: Arc<Epoll>, cell: Cell, interrupt_status: u32) -> Result<Self, BuildDeviceError> {
+        let host = |what| move |source| BuildDeviceError::Host { slot, what, source };
+        let interrupt = Interrupt::new().map_err(host("make the interrupt event"))?;
+        interrupt.set_status(interrupt_status);
+        let watch = Watch::new(epoll.clone());
+        let mut notify = Vec::with_capacity(cell.queues.len());
+        for (token, _) in (QUEUE_TOKENS..).zip(&cell.queues) {
+            let event = EventFd::new(EFD_NONBLOCK).map_err(host("make a queue event"))?;
+            watch.add(&event, token, EventSet::IN).map_err(host("watch a queue event"))?;
+            notify.push(event);
+        }
+        let shared = Arc::new(Shared::new(slot, interrupt, notify, epoll, cell));
+        let registers = Arc::new(Mutex::new(Registers::new(shared.clone())));
+        Ok(Self { shared, registers })
+    }
+
+    /// Which slot it is.
+    pub fn slot(&self) -> Slot {
+        self.shared.slot
+    }
+
+    /// Its registers, for the MMIO bus.
+    pub fn registers(&self) -> SharedBusDevice {
+        self.registers.clone()
+    }
+
+    /// Event that raises its interrupt line; becomes the irqfd of [`Slot::gsi`].
+    pub fn interrupt(&self) -> &EventFd {
+        self.shared.interrupt.event()
+    }
+
+    /// One event per queue; becomes the ioeventfd of a 4-byte write of the queue's index to QueueNotify.
+    pub fn queue_notify(&self) -> &[EventFd] {
+        &self.shared.notify
+    }
+
+    /// One turn of the device on the calling thread, for a machine that is stepped and has no [`DeviceLoop`]; resumes it
+    /// first. Returns whether there is work left that no event will announce.
+    pub fn step(&self) -> bool {
+        let resumed = self.shared.resume();
+        (self.shared.turn() == Turn::More) | (resumed == Turn::More)
+    }
+
+    /// What it has counted.
+    pub fn counts(&self) -> DeviceCounts {
+        let Counters { done, failed, dropped, broken, refused } = &self.shared.counters;
+        let [done, failed, dropped, broken, refused] =
+            [done, failed, dropped, broken, refused].map(|counter| counter.load(Ordering::Relaxed));
+        DeviceCounts { done, failed, dropped, broken, refused }
+    }
+}
+
+/// The model behind a slot, fresh or as it was saved.
+fn build(
+    slot: Slot,
+    backend: Backend,
+    ram: &GuestRam,
+    saved: Option<&mut Sections>,
+) -> Result<(Arc<Epoll>, Box<dyn Model>), BuildDeviceError> {
+    let host = |what| move |source| BuildDeviceError::Host { slot, what, source };
+    let epoll = Arc::new(Epoll::new().map_err(host("make an epoll instance"))?);
+    let watch = Watch::new(epoll.clone());
+    let model: Box<dyn Model> = match backend {
+        Backend::Vsock { listener } => {
+            let saved = take(slot, saved)?;
+            let vsock = vsock::Vsock::new(listener, Box::new(vsock::NoHostPorts), watch, saved.as_ref());
+            Box::new(vsock.map_err(host("watch the vsock listener"))?)
+        }
+        Backend::Rng => Box::new(rng::Rng::new(take(slot, saved)?.as_ref())),
+        Backend::Block { file, read_only } => {
+            let block = block::Block::new(slot, file, read_only, ram, &watch).map_err(host("open the disk"))?;
+            if let Some(saved) = take::<block::saved::BlockV1>(slot, saved)? {
+                let other = |_| invalid::<block::saved::BlockV1>(slot, "the disk has another size or access");
+                block.check_saved(&saved).map_err(other)?;
+            }
+            Box::new(block)
+        }
+        Backend::Net { tap, mac } => {
+            let saved: Option<net::saved::NetV1> = take(slot, saved)?;
+            // The guest was told its address when it booted and keeps it.
+            let mac = saved.map_or(mac, |saved| saved.mac);
+            Box::new(net::Net::new(tap, mac, &watch).map_err(host("use the tap"))?)
+        }
+    };
+    Ok((epoll, model))
+}
+
+fn invalid<T: Saved>(slot: Slot, reason: &str) -> BuildDeviceError {
+    let name = SectionName { kind: T::KIND, instance: u16::from(slot.number()) };
+    BuildDeviceError::Saved { slot, source: TakeSectionError::Invalid { name, reason: reason.to_owned() } }
+}
+
+fn take<T: Saved>(slot: Slot, saved: Option<&mut Sections>) -> Result<Option<T>, BuildDeviceError> {
+    let Some(sections) = saved else { return Ok(None) };
+    let section = sections.take(u16::from(slot.number()));
+    section.map(Some).map_err(|source| BuildDeviceError::Saved { slot, source })
+}

@@ -1,0 +1,19 @@
+//! The ledger of a simulated host: the real one, in memory. A commit is durable or did not happen; the agent may die
+//! on either side of it.
+
+use super::SimHost;
+use crate::agent::world::Records;
+use crate::agent::{LedgerError, Store};
+
+impl Records for SimHost {
+    async fn with<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Store) -> Result<T, LedgerError> + Send + 'static,
+    ) -> Result<T, LedgerError> {
+        // A ledger that fails ends the agent, which is what the crashes here are.
+        self.point(false).await.map_err(|_| LedgerError::Closed)?;
+        let done = job(&mut self.state().store);
+        self.point(false).await.map_err(|_| LedgerError::Closed)?;
+        done
+    }
+}

@@ -1,0 +1,262 @@
+//! VMM processes of a simulated host. They live on when the agent dies, answer only who knows their nonce and has the
+//! newest epoch, and end when their guest does.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::io::DuplexStream;
+use tokio::time::sleep;
+
+use super::guest::{self, Fate};
+use super::{SimHost, State};
+use crate::agent::world::{
+    Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
+};
+use crate::agent::{ProcessRecord, VmRecord};
+use crate::ids::VmId;
+use crate::wire::control::{Answer, LaunchPhases, MachineState, Nonce, Status};
+use crate::wire::last_words::LastWords;
+use crate::wire::refusal::Refusal;
+
+/// A VMM process, alive or ended.
+pub(super) struct Vmm {
+    pub(super) pid: i32,
+    pub(super) vm: VmId,
+    pub(super) uid: u32,
+    pub(super) nonce: Nonce,
+    pub(super) epoch: u64,
+    pub(super) machine: MachineState,
+    pub(super) fate: Fate,
+    /// When the guest agent begins to answer.
+    pub(super) answers_at_ns: Option<u64>,
+    /// When it ends by itself, and with which words.
+    pub(super) ends_at_ns: Option<(u64, LastWords)>,
+    pub(super) end: Option<ProcessEnd>,
+    pub(super) words: Option<LastWords>,
+    /// The agent's life it was started in: only that one can learn how it ended.
+    pub(super) life: u64,
+}
+
+impl State {
+    /// Lets happen what was due.
+    pub(super) fn settle(&mut self) {
+        let now = self.now_ns();
+        let due: Vec<(i32, LastWords)> = self
+            .vmms
+            .values()
+            .filter(|vmm| vmm.end.is_none() && vmm.machine == MachineState::Running)
+            .filter_map(|vmm| vmm.ends_at_ns.clone().filter(|(at, _)| *at <= now).map(|(_, words)| (vmm.pid, words)))
+            .collect();
+        for (pid, words) in due {
+            self.end_vmm(pid, ProcessEnd::Exited(0), Some(words));
+        }
+    }
+
+    pub(super) fn end_vmm(&mut self, pid: i32, end: ProcessEnd, words: Option<LastWords>) {
+        if let Some(vmm) = self.vmms.get_mut(&pid).filter(|vmm| vmm.end.is_none()) {
+            vmm.end = Some(end);
+            vmm.words = words;
+        }
+    }
+
+    pub(super) fn living(&mut self, vm: &VmId) -> Option<&mut Vmm> {
+        self.settle();
+        self.vmms.values_mut().find(|vmm| vmm.vm == *vm && vmm.end.is_none())
+    }
+
+    fn start(&mut self, record: &VmRecord) -> i32 {
+        self.settle();
+        for vmm in self.vmms.values().filter(|vmm| vmm.end.is_none()) {
+            if vmm.vm == record.id {
+                self.violations.push(format!("{} has two VMMs", record.id));
+            }
+            if vmm.uid == record.uid {
+                self.violations.push(format!("{} and {} have the same uid", record.id, vmm.vm));
+            }
+        }
+        if !self.directories.contains(&record.id) {
+            self.violations.push(format!("{} was started without a directory", record.id));
+        }
+        let pid = self.next_pid;
+        self.next_pid += 1;
+        let odd = self.faults.odd_guest_permille;
+        let fate = if self.roll(odd) { Fate::odd(self.next_random()) } else { Fate::Obeys };
+        let vmm = Vmm {
+            pid,
+            vm: record.id.clone(),
+            uid: record.uid,
+            nonce: record.nonce,
+            epoch: 0,
+            machine: MachineState::Empty,
+            fate,
+            answers_at_ns: None,
+            ends_at_ns: None,
+            end: None,
+            words: None,
+            life: self.life,
+        };
+        self.vmms.insert(pid, vmm);
+        pid
+    }
+
+    fn answer(&mut self, record: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
+        let (now, boot) = (self.now_ns(), self.boot);
+        let gone = || AskError::Socket(io::ErrorKind::ConnectionRefused.into());
+        let vmm = self.living(&record.id).ok_or_else(gone)?;
+        if vmm.nonce != record.nonce {
+            return Err(AskError::Refused(Refusal::WrongNonce));
+        }
+        if epoch < vmm.epoch {
+            return Err(AskError::Refused(Refusal::StaleEpoch { offered: epoch, current: vmm.epoch }));
+        }
+        vmm.epoch = epoch;
+        let denied = |state| Err(AskError::Refused(Refusal::State { state }));
+        match (ask, vmm.machine) {
+            (Ask::Status, state) => Ok(Answer::Status(Status {
+                state,
+                first_entry_ns: 1000,
+                memory_bytes: 1 << 27,
+                stray_accesses: 0,
+                console_bytes: 10,
+                guest_memory_host_address: 0,
+            })),
+            (Ask::Launch(_), MachineState::Empty) => {
+                vmm.machine = MachineState::Paused;
+                Ok(Answer::Launched(LaunchPhases::default()))
+            }
+            (Ask::Resume, MachineState::Paused) => {
+                vmm.machine = MachineState::Running;
+                vmm.fate.begin(now, boot, &mut vmm.answers_at_ns, &mut vmm.ends_at_ns);
+                Ok(Answer::Done)
+            }
+            (Ask::Pause, MachineState::Running) => {
+                vmm.machine = MachineState::Paused;
+                Ok(Answer::Done)
+            }
+            (Ask::Launch(_) | Ask::Resume | Ask::Pause, state) => denied(state),
+        }
+    }
+}
+
+/// A held simulated process.
+#[derive(Debug, Clone)]
+pub struct SimProcess {
+    host: SimHost,
+    record: ProcessRecord,
+}
+
+impl VmmProcess for SimProcess {
+    fn record(&self) -> ProcessRecord {
+        self.record
+    }
+
+    fn kill(&self) -> io::Result<()> {
+        self.host.state().end_vmm(self.record.pid, ProcessEnd::Signalled(9), None);
+        self.host.changed.notify_waiters();
+        Ok(())
+    }
+
+    async fn ended(&self) -> ProcessEnd {
+        loop {
+            let changed = self.host.changed.notified();
+            let wait = {
+                let mut state = self.host.state();
+                state.settle();
+                let (now, life) = (state.now_ns(), state.life);
+                let Some(vmm) = state.vmms.get(&self.record.pid) else { return ProcessEnd::Unknown };
+                match vmm.end {
+                    Some(end) if vmm.life == life => return end,
+                    Some(_) => return ProcessEnd::Unknown,
+                    None => vmm
+                        .ends_at_ns
+                        .as_ref()
+                        .filter(|_| vmm.machine == MachineState::Running)
+                        .map(|(at, _)| Duration::from_nanos(at.saturating_sub(now).max(1))),
+                }
+            };
+            match wait {
+                Some(wait) => {
+                    tokio::select! {
+                        biased;
+                        () = changed => {}
+                        () = sleep(wait) => {}
+                    }
+                }
+                None => changed.await,
+            }
+        }
+    }
+
+    fn usage(&self) -> ProcessUsage {
+        ProcessUsage::default()
+    }
+}
+
+impl SimHost {
+    fn hold(&self, pid: i32) -> SimProcess {
+        let start_ticks = u64::try_from(pid).unwrap_or(0);
+        SimProcess { host: self.clone(), record: ProcessRecord { pid, start_ticks } }
+    }
+}
+
+impl VmmHost for SimHost {
+    type Process = SimProcess;
+    type Stream = DuplexStream;
+
+    async fn start(&self, vm: &VmRecord) -> Result<SimProcess, StartVmmError> {
+        let failed = |source| StartVmmError::Spawn { step: "simulate".to_owned(), source };
+        self.point(true).await.map_err(failed)?;
+        let pid = self.state().start(vm);
+        self.point(false).await.map_err(failed)?;
+        Ok(self.hold(pid))
+    }
+
+    async fn find(&self, vm: &VmRecord) -> io::Result<Option<SimProcess>> {
+        self.find_stray(&vm.id).await
+    }
+
+    async fn find_stray(&self, vm: &VmId) -> io::Result<Option<SimProcess>> {
+        self.point(true).await?;
+        let found = self.state().living(vm).map(|vmm| vmm.pid);
+        Ok(found.map(|pid| self.hold(pid)))
+    }
+
+    async fn ask(&self, vm: &VmRecord, epoch: u64, ask: Ask) -> Result<Answer, AskError> {
+        self.point(true).await.map_err(AskError::Socket)?;
+        let answer = self.state().answer(vm, epoch, &ask);
+        self.changed.notify_waiters();
+        self.point(false).await.map_err(AskError::Socket)?;
+        answer
+    }
+
+    async fn guest(&self, vm: &VmId, port: u32) -> Result<DuplexStream, OpenStreamError> {
+        self.point(true).await.map_err(OpenStreamError::Socket)?;
+        if port != hearth_guest_wire::PORT {
+            return Err(OpenStreamError::Refused { reason: "nothing listens there".to_owned() });
+        }
+        let ready = {
+            let mut state = self.state();
+            let now = state.now_ns();
+            let gone = || OpenStreamError::Socket(io::ErrorKind::ConnectionRefused.into());
+            let vmm = state.living(vm).ok_or_else(gone)?;
+            vmm.machine == MachineState::Running && vmm.answers_at_ns.is_some_and(|at| at <= now)
+        };
+        if !ready {
+            return Err(OpenStreamError::Refused { reason: "the guest is not up".to_owned() });
+        }
+        let (here, there) = tokio::io::duplex(64 * 1024);
+        tokio::spawn(guest::serve(self.clone(), vm.clone(), there));
+        Ok(here)
+    }
+
+    async fn console(&self, _vm: &VmId) -> Result<DuplexStream, OpenStreamError> {
+        let (here, mut there) = tokio::io::duplex(1024);
+        tokio::spawn(async move {
+            // An echo after the history, until the client goes.
+            let _ = tokio::io::AsyncWriteExt::write_all(&mut there, b"simulated\n").await;
+            let (mut read, mut write) = tokio::io::split(there);
+            let _ = tokio::io::copy(&mut read, &mut write).await;
+        });
+        Ok(here)
+    }
+}

@@ -1,0 +1,15 @@
+//! Floor 1: the kernel's interfaces, one file per subject. The only unsafe code of the crate; safe functions out;
+//! no policy and no logging.
+
+pub mod entropy;
+pub mod extent;
+pub mod fd;
+pub mod file;
+pub mod jail;
+pub mod kvm;
+pub mod netns;
+pub mod process;
+pub mod ram;
+pub mod signal;
+pub mod tap;
+pub mod vectored;

@@ -1,0 +1,101 @@
+//! Files that survive a crash whole: replaced by temporary, write, fsync, rename, fsync of the directory; and locks
+//! that end with their holder.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+/// Mode of files the agent makes: its own only.
+pub const FILE_MODE: u32 = 0o600;
+
+/// Mode of directories the agent makes.
+pub const DIRECTORY_MODE: u32 = 0o700;
+
+/// Replaces `path` whole: readers see the old content or the new, also after a crash.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = temporary_beside(path)?;
+    let result = write_and_sync(&temporary, bytes)
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .and_then(|()| sync_parent(path));
+    if result.is_err() {
+        // The error that matters is the first one; a temporary that stays is overwritten by the next try.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    result
+}
+
+fn temporary_beside(path: &Path) -> io::Result<PathBuf> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut temporary = std::ffi::OsString::from(".");
+    temporary.push(name);
+    temporary.push(".new");
+    Ok(path.with_file_name(temporary))
+}
+
+fn write_and_sync(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(FILE_MODE).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Makes a rename or creation in the directory of `path` durable.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(parent)?.sync_all()
+}
+
+/// Makes the directory and its missing parents, for the owner only.
+pub fn make_directories(path: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(path)
+}
+
+/// A new, empty file for reading and writing; one that is there already is emptied.
+pub fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(FILE_MODE).open(path)
+}
+
+/// A lock on a file, held until dropped or until the process ends, however it ends.
+#[derive(Debug)]
+pub struct Lock {
+    _held: Flock<File>,
+}
+
+/// Takes the lock file `path`; `None` when somebody else holds it.
+pub fn try_lock(path: &Path) -> io::Result<Option<Lock>> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(FILE_MODE).open(path)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(held) => Ok(Some(Lock { _held: held })),
+        Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
+        Err((_, error)) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_leaves_no_temporary() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record");
+        replace(&path, b"one").unwrap();
+        replace(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(replace(&dir.path().join("absent/record"), b"x").is_err());
+    }
+
+    #[test]
+    fn a_lock_has_one_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = try_lock(&path).unwrap();
+        assert!(held.is_some());
+        assert!(try_lock(&path).unwrap().is_none());
+        drop(held);
+        assert!(try_lock(&path).unwrap().is_some());
+    }
+}

@@ -1,0 +1,85 @@
+//! Tap interfaces (`Documentation/networking/tuntap.rst`, linux/if_tun.h): a file whose reads and writes are Ethernet
+//! frames, each behind a virtio network header of 12 bytes.
+//!
+//! [`open`] needs CAP_NET_ADMIN and acts in the calling thread's network namespace; what is done with an open tap needs
+//! neither, so a jailed process can.
+#![expect(unsafe_code, reason = "the tun driver is configured by ioctls on raw structures")]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use linux_raw_sys::if_tun::{TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6};
+use linux_raw_sys::ioctl::{TUNSETIFF, TUNSETOFFLOAD, TUNSETPERSIST, TUNSETVNETHDRSZ};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+/// Bytes of the header before each frame: `struct virtio_net_hdr_mrg_rxbuf`, as virtio 1.2 section 5.1.6 has it.
+const HEADER_BYTES: libc::c_int = 12;
+
+/// Longest name of an interface: IFNAMSIZ less the final zero (linux/if.h).
+const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
+
+/// What the reader of a tap takes beside whole, checksummed frames.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// Frames with partial checksums.
+    pub checksum: bool,
+    /// TCP/IPv4 segments longer than a frame.
+    pub tso4: bool,
+    /// TCP/IPv6 segments longer than a frame.
+    pub tso6: bool,
+}
+
+/// Attaches to the tap `name` of this network namespace, or makes it; it goes away with the last open file unless it is
+/// made persistent. The file is non-blocking.
+pub fn open(name: &str) -> io::Result<File> {
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.contains(['/', '\0']) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut options = OpenOptions::new();
+    let tap = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    // SAFETY: `ifreq` is plain data; all zeroes are a value of it.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: TUNSETIFF takes a `struct ifreq` and writes the interface's name back into it; the file is open and
+    // `request` is one, valid for the call. Its name ends in a zero: it is shorter than the field, checked above.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF.into(), &raw mut request) })?;
+    prepare(&tap)?;
+    Ok(tap)
+}
+
+/// Makes an open tap what this crate expects: non-blocking, with headers of 12 bytes. Fails on anything but a tap.
+pub fn prepare(tap: &File) -> io::Result<()> {
+    let size = HEADER_BYTES;
+    // SAFETY: TUNSETVNETHDRSZ reads an int; the file is open and `size` is one, valid for the call.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ.into(), &raw const size) })?;
+    let flags = OFlag::from_bits_retain(fcntl(tap, FcntlArg::F_GETFL)?);
+    fcntl(tap, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+/// Says what the reader of the tap takes; the kernel does the rest itself.
+pub fn set_offloads(tap: &File, offloads: Offloads) -> io::Result<()> {
+    let flag = |on, bit: u32| if on { bit } else { 0 };
+    // The kernel refuses segmentation without checksums.
+    let bits = flag(offloads.checksum, TUN_F_CSUM)
+        | flag(offloads.checksum && offloads.tso4, TUN_F_TSO4)
+        | flag(offloads.checksum && offloads.tso6, TUN_F_TSO6);
+    // SAFETY: TUNSETOFFLOAD takes its bits by value and touches no memory; the file is open.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD.into(), libc::c_ulong::from(bits)) })
+}
+
+/// Whether the interface stays when the last open file is closed.
+pub fn set_persistent(tap: &File, on: bool) -> io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes a number by value and touches no memory; the file is open.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETPERSIST.into(), libc::c_ulong::from(on)) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

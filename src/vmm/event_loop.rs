@@ -1,0 +1,322 @@
+//! The main thread: waits for agents, console clients and the machine's own end, and does one thing at a time.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::connection::{Connection, ReceiveError};
+use super::console::{Console, Interest};
+use super::launch::Launch;
+use super::session::Ownership;
+use super::{VmmError, bounded};
+use crate::clock::{Clock, Monotonic, SystemClock};
+use crate::machine::{BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking};
+use crate::report;
+use crate::units::Bytes;
+use crate::wire::control::{Answer, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, Status};
+use crate::wire::last_words::LastWords;
+use crate::wire::refusal::Refusal;
+
+/// Most agents connected at once: one owner, one that takes over, and some that are being refused.
+const CONNECTIONS_MAX: usize = 8;
+
+/// Events taken from the kernel at a time.
+const EVENTS_PER_WAIT: usize = 16;
+
+/// A machine with its console.
+struct Guest {
+    machine: Machine,
+    console: Console,
+    state: MachineState,
+    /// When it was first resumed.
+    resumed: Option<Monotonic>,
+}
+
+/// The loop.
+pub(super) struct EventLoop {
+    epoll: Epoll,
+    control: UnixListener,
+    ownership: Ownership,
+    connections: BTreeMap<RawFd, Connection>,
+    guest: Option<Guest>,
+    clock: Arc<SystemClock>,
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> VmmError {
+    move |source| VmmError::Loop { what, source }
+}
+
+impl EventLoop {
+    /// A loop that serves `control`.
+    pub(super) fn new(control: UnixListener, nonce: Nonce) -> Result<Self, VmmError> {
+        control.set_nonblocking(true).map_err(failed("prepare the control socket"))?;
+        let this = Self {
+            epoll: Epoll::new().map_err(failed("make an epoll"))?,
+            control,
+            ownership: Ownership::new(nonce),
+            connections: BTreeMap::new(),
+            guest: None,
+            clock: Arc::new(SystemClock::new()),
+        };
+        this.watch(this.control.as_raw_fd(), EventSet::IN).map_err(failed("wait for agents"))?;
+        Ok(this)
+    }
+
+    fn watch(&self, number: RawFd, events: EventSet) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, number, EpollEvent::new(events, number.cast_unsigned().into()))
+    }
+
+    fn watch_again(&self, number: RawFd, interest: Interest) {
+        let events = match interest {
+            Interest::Input => EventSet::IN,
+            Interest::InputAndRoom => EventSet::IN | EventSet::OUT,
+            Interest::Gone => return,
+        };
+        // The descriptor is open and was added: the kernel has nothing to refuse.
+        let _ =
+            self.epoll.ctl(ControlOperation::Modify, number, EpollEvent::new(events, number.cast_unsigned().into()));
+    }
+
+    /// Serves until the machine or the agent ends it.
+    pub(super) fn run(mut self) -> Result<LastWords, VmmError> {
+        let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(failed("wait for events")(error)),
+            };
+            for event in &events[..count] {
+                if let Some(words) = self.serve(event.fd(), event.event_set()) {
+                    if let Some(guest) = self.guest.take() {
+                        guest.machine.stop();
+                    }
+                    return Ok(words);
+                }
+            }
+        }
+    }
+
+    /// Serves one event; gives last words when it is the end.
+    fn serve(&mut self, number: RawFd, events: EventSet) -> Option<LastWords> {
+        if number == self.control.as_raw_fd() {
+            self.accept_agent();
+            return None;
+        }
+        if self.connections.contains_key(&number) {
+            return self.serve_agent(number);
+        }
+        let guest = self.guest.as_mut()?;
+        if number == guest.machine.events().as_fd().as_raw_fd() {
+            return guest.machine.events().take().map(end_of);
+        }
+        if number == guest.console.listener().as_raw_fd() {
+            if let Some(client) = guest.console.accept() {
+                let interest = guest.console.send_to(client);
+                if interest != Interest::Gone && self.watch(client, EventSet::IN).is_ok() {
+                    self.watch_again(client, interest);
+                }
+            }
+        } else if number == guest.console.news().as_raw_fd() {
+            for (client, interest) in guest.console.send_news() {
+                self.watch_again(client, interest);
+            }
+        } else {
+            let machine = &guest.machine;
+            let mut interest = Interest::Input;
+            if events.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
+                interest = guest.console.receive_from(number, |bytes| machine.console_input(bytes));
+            }
+            if interest != Interest::Gone {
+                interest = guest.console.send_to(number);
+            }
+            self.watch_again(number, interest);
+        }
+        None
+    }
+
+    fn accept_agent(&mut self) {
+        // A connection that cannot be taken is hung up on: the agent tries again.
+        let Ok((stream, _)) = self.control.accept() else { return };
+        let number = stream.as_raw_fd();
+        let Ok(connection) = Connection::new(stream) else { return };
+        if self.connections.len() < CONNECTIONS_MAX && self.watch(number, EventSet::IN).is_ok() {
+            self.connections.insert(number, connection);
+        }
+    }
+
+    fn serve_agent(&mut self, number: RawFd) -> Option<LastWords> {
+        let mut connection = self.connections.remove(&number)?;
+        let (request, descriptors) = match connection.receive() {
+            Ok(received) => received,
+            Err(ReceiveError::HungUp) => return None,
+            Err(error) => {
+                eprintln!("control connection ended: {}", report::chain(&error));
+                return None;
+            }
+        };
+        let stop = matches!(request, Request::Stop);
+        let answer = self.answer(&mut connection, request, descriptors);
+        let refused_hello = connection.epoch.is_none();
+        let stop = stop && !matches!(answer, Answer::Refused(_));
+        if connection.answer(&answer).is_ok() && !refused_hello {
+            self.connections.insert(number, connection);
+        }
+        stop.then_some(LastWords::Stopped)
+    }
+
+    fn answer(&mut self, connection: &mut Connection, request: Request, descriptors: Vec<OwnedFd>) -> Answer {
+        let result = if let Request::Hello { nonce, epoch } = request {
+            self.hello(connection, nonce, epoch)
+        } else {
+            self.ownership.admits(connection.epoch).and_then(|()| self.carry_out(request, descriptors))
+        };
+        result.unwrap_or_else(Answer::Refused)
+    }
+
+    fn hello(&mut self, connection: &mut Connection, nonce: Nonce, epoch: u64) -> Result<Answer, Refusal> {
+        self.ownership.hello(nonce, epoch)?;
+        connection.epoch = Some(epoch);
+        // The newest connection of the newest epoch is served; closing a socket also ends its watch.
+        self.connections.clear();
+        Ok(Answer::Welcome(self.status()))
+    }
+
+    fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Answer, Refusal> {
+        match request {
+            Request::Hello { .. } => Err(Refusal::HelloFirst),
+            Request::Launch(spec) => self.launch(spec, descriptors).map(Answer::Launched),
+            Request::Pause => self.change(MachineState::Running, MachineState::Paused),
+            Request::Resume => self.change(MachineState::Paused, MachineState::Running),
+            Request::Status => Ok(Answer::Status(self.status())),
+            Request::Stop => Ok(Answer::Done),
+        }
+    }
+
+    fn change(&mut self, from: MachineState, to: MachineState) -> Result<Answer, Refusal> {
+        let guest = self.guest.as_mut().ok_or(Refusal::State { state: MachineState::Empty })?;
+        if guest.state == to {
+            return Ok(Answer::Done);
+        }
+        if guest.state != from {
+            return Err(Refusal::State { state: guest.state });
+        }
+        if to == MachineState::Running {
+            guest.resumed.get_or_insert_with(|| self.clock.monotonic());
+            guest.machine.resume().map_err(|error| host(&error))?;
+        } else {
+            guest.machine.pause().map_err(|error| host(&error))?;
+        }
+        guest.state = to;
+        Ok(Answer::Done)
+    }
+
+    fn launch(&mut self, spec: LaunchSpec, descriptors: Vec<OwnedFd>) -> Result<LaunchPhases, Refusal> {
+        if let Some(guest) = &self.guest {
+            return Err(Refusal::State { state: guest.state });
+        }
+        let launch = Launch::new(spec, descriptors);
+        let launch = launch.map_err(|error| Refusal::BadRequest { reason: error.to_string() })?;
+        let console = Console::new(launch.console_file, launch.console_listener);
+        let (console, output) = console.map_err(|error| host(&error))?;
+        let spec = MachineSpec {
+            vcpus: launch.spec.vcpus,
+            memory: Bytes(launch.spec.memory_bytes),
+            backing: RamBacking::SharedMemfd,
+            kernel: launch.kernel,
+            initrd: launch.initrd,
+            command_line: launch.spec.command_line,
+            entry: Entry::Linux64,
+            devices: launch.devices,
+            console: Box::new(output),
+            clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
+        };
+        let machine = Machine::build(launch.kvm, spec).map_err(|error| refusal_of(&error))?;
+        for number in [machine.events().as_fd().as_raw_fd(), console.listener().as_raw_fd(), console.news().as_raw_fd()]
+        {
+            self.watch(number, EventSet::IN).map_err(|error| host(&error))?;
+        }
+        let phases = phases_of(machine.phases());
+        self.guest = Some(Guest { machine, console, state: MachineState::Paused, resumed: None });
+        Ok(phases)
+    }
+
+    fn status(&self) -> Status {
+        let Some(guest) = &self.guest else {
+            return Status {
+                state: MachineState::Empty,
+                first_entry_ns: 0,
+                memory_bytes: 0,
+                stray_accesses: 0,
+                console_bytes: 0,
+                guest_memory_host_address: 0,
+            };
+        };
+        let counters = guest.machine.counters();
+        let regions = guest.machine.guest_regions();
+        let first_entry = guest.machine.phases().first_entry.zip(guest.resumed);
+        Status {
+            state: guest.state,
+            first_entry_ns: first_entry.map_or(0, |(entry, resumed)| nanos(resumed, entry)),
+            memory_bytes: regions.iter().map(|region| region.bytes.0).sum(),
+            stray_accesses: counters.unknown_ports + counters.unknown_mmio,
+            console_bytes: guest.console.written(),
+            guest_memory_host_address: regions.first().map_or(0, |region| region.host_address as u64),
+        }
+    }
+}
+
+fn nanos(from: Monotonic, to: Monotonic) -> u64 {
+    u64::try_from(to.since(from).as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn phases_of(phases: Phases) -> LaunchPhases {
+    let loaded = phases.kernel_loaded.unwrap_or(phases.memory_ready);
+    LaunchPhases {
+        vm_ns: nanos(phases.started, phases.memory_ready),
+        load_ns: nanos(phases.memory_ready, loaded),
+        devices_ns: nanos(loaded, phases.built),
+    }
+}
+
+fn host(error: &(dyn std::error::Error + 'static)) -> Refusal {
+    Refusal::Host { reason: bounded(report::chain(error)) }
+}
+
+/// Whose fault it is: the request's, the image's or the host's.
+fn refusal_of(error: &BuildError) -> Refusal {
+    let reason = bounded(report::chain(error));
+    match error {
+        BuildError::VcpuCount { .. } | BuildError::SlotTwice { .. } => Refusal::BadRequest { reason },
+        BuildError::Boot(_) => Refusal::BadImage { reason },
+        BuildError::Kvm(_)
+        | BuildError::Ram(_)
+        | BuildError::Call(_)
+        | BuildError::Serial(_)
+        | BuildError::Device(_)
+        | BuildError::Address(_)
+        | BuildError::Host { .. }
+        | BuildError::Sections(_)
+        | BuildError::RestoreVm(_)
+        | BuildError::RestoreVcpu { .. } => Refusal::Host { reason },
+    }
+}
+
+fn end_of(event: MachineEvent) -> LastWords {
+    match event {
+        MachineEvent::GuestPanic => LastWords::GuestPanic,
+        MachineEvent::PowerOff => LastWords::GuestPoweredOff,
+        MachineEvent::Reboot(_) => LastWords::GuestRebooted,
+        MachineEvent::TripleFault { vcpu } => LastWords::GuestFault { detail: format!("triple fault of vCPU {vcpu}") },
+        MachineEvent::InternalError { vcpu, error } => {
+            LastWords::GuestFault { detail: bounded(format!("KVM cannot go on with vCPU {vcpu}: {error}")) }
+        }
+        MachineEvent::VcpuFailed { vcpu, failure } => {
+            LastWords::VmmError { detail: bounded(format!("vCPU {vcpu} stopped: {failure}")) }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! From a launch request and its descriptors to a machine's specification: descriptors are counted and given names
+//! here, once.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+
+use crate::machine::layout::Slot;
+use crate::machine::virtio::Backend;
+use crate::wire::control::{COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec};
+
+/// A launch request whose parts fit together.
+#[derive(Debug)]
+pub(super) struct Launch {
+    /// The request.
+    pub(super) spec: LaunchSpec,
+    /// /dev/kvm.
+    pub(super) kvm: File,
+    /// The kernel.
+    pub(super) kernel: File,
+    /// The initrd, if one is wanted.
+    pub(super) initrd: Option<File>,
+    /// The console file.
+    pub(super) console_file: File,
+    /// The console's listening socket.
+    pub(super) console_listener: UnixListener,
+    /// Devices by slot.
+    pub(super) devices: Vec<(Slot, Backend)>,
+}
+
+/// Why a launch request does not fit together.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum LaunchRequestError {
+    /// Another number of descriptors than the request names.
+    #[error("{found} descriptors came with the request, it names {wanted}")]
+    Descriptors {
+        /// How many came.
+        found: usize,
+        /// How many it names.
+        wanted: usize,
+    },
+    /// A device of this index does not exist.
+    #[error("there is no {kind} device of index {index}")]
+    DeviceIndex {
+        /// Kind of device.
+        kind: &'static str,
+        /// The index.
+        index: u8,
+    },
+    /// Two devices want one slot.
+    #[error("two devices for slot {slot}")]
+    SlotTwice {
+        /// The slot's number.
+        slot: u8,
+    },
+    /// The command line is too long.
+    #[error("the kernel command line has {found} bytes, at most {COMMAND_LINE_BYTES_MAX} are possible")]
+    CommandLine {
+        /// Its length in bytes.
+        found: usize,
+    },
+}
+
+/// /dev/kvm, the kernel, the console file and its socket.
+const ALWAYS: usize = 4;
+
+impl Launch {
+    /// Gives each descriptor its name.
+    pub(super) fn new(spec: LaunchSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
+        let for_devices = spec.devices.iter().filter(|device| device.wants_descriptor()).count();
+        let wanted = ALWAYS + usize::from(spec.initrd) + for_devices;
+        let found = descriptors.len();
+        if spec.command_line.len() > COMMAND_LINE_BYTES_MAX {
+            return Err(LaunchRequestError::CommandLine { found: spec.command_line.len() });
+        }
+        if found != wanted {
+            return Err(LaunchRequestError::Descriptors { found, wanted });
+        }
+        let mut rest = descriptors.into_iter();
+        let mut next = || rest.next().ok_or(LaunchRequestError::Descriptors { found, wanted });
+        let kvm = File::from(next()?);
+        let kernel = File::from(next()?);
+        let initrd = if spec.initrd { Some(File::from(next()?)) } else { None };
+        let console_file = File::from(next()?);
+        let console_listener = UnixListener::from(next()?);
+        let mut devices: Vec<(Slot, Backend)> = Vec::with_capacity(spec.devices.len());
+        for device in &spec.devices {
+            let (slot, backend) = match *device {
+                DeviceSpec::Vsock => (Slot::VSOCK, Backend::Vsock { listener: UnixListener::from(next()?) }),
+                DeviceSpec::Rng => (Slot::RNG, Backend::Rng),
+                DeviceSpec::Block { index, read_only } => {
+                    let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
+                    (slot, Backend::Block { file: File::from(next()?), read_only })
+                }
+                DeviceSpec::Net { index, mac } => {
+                    let slot = Slot::net(index).ok_or(LaunchRequestError::DeviceIndex { kind: "net", index })?;
+                    (slot, Backend::Net { tap: File::from(next()?), mac })
+                }
+            };
+            if devices.iter().any(|(taken, _)| *taken == slot) {
+                return Err(LaunchRequestError::SlotTwice { slot: slot.number() });
+            }
+            devices.push((slot, backend));
+        }
+        Ok(Self { spec, kvm, kernel, initrd, console_file, console_listener, devices })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(devices: Vec<DeviceSpec>) -> LaunchSpec {
+        LaunchSpec { vcpus: 1, memory_bytes: 128 << 20, command_line: String::new(), initrd: true, devices }
+    }
+
+    fn files(count: usize) -> Vec<OwnedFd> {
+        (0..count).map(|_| OwnedFd::from(tempfile::tempfile().unwrap())).collect()
+    }
+
+    #[test]
+    fn descriptors_are_counted() {
+        let devices = vec![DeviceSpec::Rng, DeviceSpec::Block { index: 0, read_only: false }];
+        assert!(Launch::new(spec(devices.clone()), files(6)).is_ok());
+        for count in [0, 5, 7] {
+            let refused = Launch::new(spec(devices.clone()), files(count)).unwrap_err();
+            assert_eq!(refused, LaunchRequestError::Descriptors { found: count, wanted: 6 });
+        }
+    }
+
+    #[test]
+    fn impossible_devices_are_refused() {
+        let beyond = Launch::new(spec(vec![DeviceSpec::Block { index: 6, read_only: true }]), files(6)).unwrap_err();
+        assert_eq!(beyond, LaunchRequestError::DeviceIndex { kind: "block", index: 6 });
+        let twice = Launch::new(spec(vec![DeviceSpec::Rng, DeviceSpec::Rng]), files(5)).unwrap_err();
+        assert_eq!(twice, LaunchRequestError::SlotTwice { slot: 1 });
+        let mut long = spec(vec![]);
+        long.command_line = "x".repeat(COMMAND_LINE_BYTES_MAX + 1);
+        assert!(matches!(Launch::new(long, files(5)), Err(LaunchRequestError::CommandLine { .. })));
+    }
+}

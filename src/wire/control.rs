@@ -1,0 +1,181 @@
+//! Agent to VMM: requests, answered one by one in order. Descriptors travel beside a frame (SCM_RIGHTS), in the order
+//! the message names them.
+
+use serde::{Deserialize, Serialize};
+
+use super::frame::{Kind, Message};
+use super::refusal::Refusal;
+
+/// Most descriptors beside one frame: kvm, kernel, initrd, console file and socket, and 19 slots. Linux allows 253.
+pub const DESCRIPTORS_MAX: usize = 32;
+
+/// Longest kernel command line in bytes, x86's COMMAND_LINE_SIZE less its terminator.
+pub const COMMAND_LINE_BYTES_MAX: usize = 2047;
+
+/// A secret that ties a VMM to the ledger entry it was started for.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nonce(pub [u8; 16]);
+
+impl std::fmt::Debug for Nonce {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("Nonce(..)")
+    }
+}
+
+/// What a VMM reads from standard input when it starts, as JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartMessage {
+    /// The VM it is for, for its log.
+    pub vm_id: crate::ids::VmId,
+    /// What an agent has to know to be served.
+    pub nonce: Nonce,
+    /// User and group id it becomes.
+    pub uid: u32,
+}
+
+impl StartMessage {
+    /// The message as bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// Reads a message.
+    pub fn parse(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+}
+
+/// What the agent asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// First on every connection. A VMM serves the highest epoch it has seen and drops connections of older ones.
+    Hello {
+        /// The nonce of this VMM's ledger entry.
+        nonce: Nonce,
+        /// Counts the agents that owned this VMM; each start of an agent uses a higher one.
+        epoch: u64,
+    },
+    /// Build the machine, paused. Descriptors: /dev/kvm, kernel, initrd if `initrd`, console file, console listener,
+    /// then one for each device that wants one, in the order of `devices`.
+    Launch(LaunchSpec),
+    /// Stop the vCPUs and devices.
+    Pause,
+    /// Let the vCPUs and devices run.
+    Resume,
+    /// Ask for [`Status`].
+    Status,
+    /// End the machine at once and exit.
+    Stop,
+}
+
+impl Message for Request {
+    const KIND: Kind = Kind::Request;
+}
+
+/// What the VMM answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// To [`Request::Hello`].
+    Welcome(Status),
+    /// To [`Request::Launch`]: the machine is built and paused.
+    Launched(LaunchPhases),
+    /// To [`Request::Pause`], [`Request::Resume`] and [`Request::Stop`].
+    Done,
+    /// To [`Request::Status`].
+    Status(Status),
+    /// Instead of any of these: not done, and nothing changed.
+    Refused(Refusal),
+}
+
+impl Message for Answer {
+    const KIND: Kind = Kind::Answer;
+}
+
+/// A machine to build from a kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchSpec {
+    /// Number of vCPUs, from 1.
+    pub vcpus: u8,
+    /// Guest memory in bytes, whole MiB.
+    pub memory_bytes: u64,
+    /// Kernel command line; the VMM adds the words that announce devices.
+    pub command_line: String,
+    /// Whether an initrd is among the descriptors.
+    pub initrd: bool,
+    /// Devices to announce.
+    pub devices: Vec<DeviceSpec>,
+}
+
+/// A device to announce. The slot follows from kind and index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceSpec {
+    /// vsock; descriptor: a listening unix socket.
+    Vsock,
+    /// Entropy; no descriptor.
+    Rng,
+    /// Block device; descriptor: the raw file.
+    Block {
+        /// Which of its kind, 0 to 5.
+        index: u8,
+        /// Refuse writes.
+        read_only: bool,
+    },
+    /// Network interface; descriptor: the tap's queue.
+    Net {
+        /// Which of its kind, 0 to 7.
+        index: u8,
+        /// Hardware address.
+        mac: [u8; 6],
+    },
+}
+
+impl DeviceSpec {
+    /// Whether a descriptor comes with it.
+    pub const fn wants_descriptor(self) -> bool {
+        match self {
+            Self::Vsock | Self::Block { .. } | Self::Net { .. } => true,
+            Self::Rng => false,
+        }
+    }
+}
+
+/// Where the time of a launch went, in nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LaunchPhases {
+    /// Making the VM, its memory and interrupt controllers.
+    pub vm_ns: u64,
+    /// Loading kernel and initrd.
+    pub load_ns: u64,
+    /// Making devices and vCPUs.
+    pub devices_ns: u64,
+}
+
+/// What a machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MachineState {
+    /// No machine yet.
+    Empty,
+    /// Built or paused: no vCPU runs.
+    Paused,
+    /// The vCPUs run.
+    Running,
+}
+
+/// What the VMM says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// What the machine does.
+    pub state: MachineState,
+    /// Nanoseconds from the first resume to the first vCPU's entry into the guest; 0 before.
+    pub first_entry_ns: u64,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Accesses of the guest to ports and addresses where nothing is.
+    pub stray_accesses: u64,
+    /// Bytes the guest wrote to its console.
+    pub console_bytes: u64,
+    /// Start address of the guest's memory in this process, 0 when there is none: with `/proc/PID/smaps` it tells the
+    /// VMM's own memory from the guest's.
+    pub guest_memory_host_address: u64,
+}

@@ -1,0 +1,60 @@
+//! The closed list of reasons a process may give the other for not doing what was asked.
+
+use serde::{Deserialize, Serialize};
+
+use super::control::MachineState;
+use crate::report::Retry;
+
+/// Why a request was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// The connection did not start with Hello.
+    #[error("the connection has to start with Hello")]
+    HelloFirst,
+    /// The nonce is another VMM's.
+    #[error("the nonce is not this VMM's")]
+    WrongNonce,
+    /// A newer agent owns this VMM.
+    #[error("epoch {offered} is over: epoch {current} owns this VMM")]
+    StaleEpoch {
+        /// The epoch the asker has.
+        offered: u64,
+        /// The epoch that owns this VMM.
+        current: u64,
+    },
+    /// Not in this state.
+    #[error("not possible while the machine is {state:?}")]
+    State {
+        /// The machine's state.
+        state: MachineState,
+    },
+    /// The request contradicts itself or a limit.
+    #[error("{reason}")]
+    BadRequest {
+        /// What is wrong, as a chain.
+        reason: String,
+    },
+    /// The kernel, initrd or their fit into memory is wrong.
+    #[error("{reason}")]
+    BadImage {
+        /// What is wrong, as a chain.
+        reason: String,
+    },
+    /// The host refused something.
+    #[error("{reason}")]
+    Host {
+        /// What failed, as a chain.
+        reason: String,
+    },
+}
+
+impl Refusal {
+    /// Whether the same request may succeed later.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::HelloFirst | Self::WrongNonce | Self::StaleEpoch { .. } => Retry::Never,
+            Self::State { .. } | Self::Host { .. } => Retry::Later,
+            Self::BadRequest { .. } | Self::BadImage { .. } => Retry::WithChange,
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! An agent that is none: it answers the routes of `/v1` with made-up VMs, notes what it was asked, and speaks
+//! hearth-stream/1 with commands that are named after what they do.
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path as Of, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bytes::{Bytes, BytesMut};
+use hearth::api::stream::{Exit, Frame};
+use hearth::api::types::{ErrorBody, ErrorDetail, ExecRequest, RetryHint, UPGRADE_PROTOCOL};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// Id of every VM that is launched here.
+pub(crate) const VM: &str = "vm-aaaaaaaaaaaaaaaa";
+
+const OPERATION: &str = "op-aaaaaaaaaaaaaaaa";
+
+/// What the fake was asked, and what it shall do.
+#[derive(Default)]
+pub(crate) struct Notes {
+    /// `METHOD path?query`, in order.
+    pub(crate) calls: Vec<String>,
+    /// Bodies of creates.
+    pub(crate) bodies: Vec<Value>,
+    /// Idempotency keys of creates.
+    pub(crate) keys: Vec<String>,
+    /// Bytes of input that came over streams.
+    pub(crate) input: Vec<u8>,
+    /// Frames other than input that came over streams.
+    pub(crate) frames: Vec<Frame>,
+    /// Bytes a `flood` has written.
+    pub(crate) flooded: usize,
+    /// Streams whose client went away.
+    pub(crate) hung_up: usize,
+    /// How often the operation was looked at.
+    looks: usize,
+}
+
+/// What launches shall come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Runs,
+    Panics,
+    Hangs,
+}
+
+#[derive(Clone)]
+struct Shared {
+    notes: Arc<Mutex<Notes>>,
+    fate: Fate,
+}
+
+/// A fake agent; it ends when dropped.
+pub(crate) struct Fake {
+    pub(crate) notes: Arc<Mutex<Notes>>,
+    directory: tempfile::TempDir,
+    _runtime: tokio::runtime::Runtime,
+}
+
+impl Fake {
+    pub(crate) fn start() -> Self {
+        Self::with_fate(Fate::Runs)
+    }
+
+    pub(crate) fn with_fate(fate: Fate) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+        let notes = Arc::new(Mutex::new(Notes::default()));
+        let routes = routes(Shared { notes: Arc::clone(&notes), fate });
+        let listener = {
+            let _entered = runtime.enter();
+            tokio::net::UnixListener::bind(directory.path().join("api.sock")).expect("a socket")
+        };
+        runtime.spawn(async move { axum::serve(listener, routes).await });
+        Self { notes, directory, _runtime: runtime }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("api.sock")
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn noted<T>(&self, look: impl FnOnce(&Notes) -> T) -> T {
+        look(&self.notes.lock().expect("notes"))
+    }
+}
+
+fn routes(shared: Shared) -> Router {
+    Router::new()
+        .route("/v1/vms", get(|| async { ok(json!({"vms": [vm("running")]})) }).post(launch))
+        .route("/v1/vms/{vm}", get(show).delete(|| async { StatusCode::NO_CONTENT }))
+        .route("/v1/vms/{vm}/stop", post(|| async { ok(vm("stopped")) }))
+        .route("/v1/vms/{vm}/pause", post(|| async { ok(vm("paused")) }))
+        .route("/v1/vms/{vm}/resume", post(|| async { ok(vm("running")) }))
+        .route("/v1/vms/{vm}/stats", get(|| async { ok(json!({"id": VM, "vmm": vmm(), "guest": null})) }))
+        .route("/v1/vms/{vm}/exec", post(exec))
+        .route("/v1/vms/{vm}/console", get(|| async { "line one\nline two\n" }).post(console))
+        .route("/v1/images", get(|| async { ok(json!({"images": [image()]})) }).post(|| async { ok(image()) }))
+        .route("/v1/images/{image}", get(|| async { ok(image()) }).delete(|| async { StatusCode::NO_CONTENT }))
+        .route("/v1/operations", get(|| async { ok(json!({"operations": [operation("running")]})) }))
+        .route("/v1/operations/{operation}", get(look))
+        .route("/v1/events", get(events))
+        .route("/v1/host", get(|| async { ok(host()) }))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "not here") })
+        .layer(axum::middleware::from_fn_with_state(shared.clone(), note))
+        .with_state(shared)
+}
+
+async fn note(State(shared): State<Shared>, request: Request, next: axum::middleware::Next) -> Response {
+    let call = format!("{} {}", request.method(), request.uri());
+    if let Some(key) = request.headers().get("idempotency-key") {
+        shared.notes.lock().expect("notes").keys.push(key.to_str().expect("a key").to_owned());
+    }
+    shared.notes.lock().expect("notes").calls.push(call);
+    next.run(request).await
+}
+
+fn ok(value: Value) -> Response {
+    axum::Json(value).into_response()
+}
+
+pub(crate) fn refusal(status: StatusCode, code: &str) -> Response {
+    let error = ErrorDetail {
+        code: code.to_owned(),
+        message: format!("this is refused: {code}"),
+        detail: Some("do it differently".to_owned()),
+        retry: RetryHint::WithChange,
+    };
+    (status, axum::Json(ErrorBody { error })).into_response()
+}
+
+fn vm(state: &str) -> Value {
+    json!({
+        "id": VM, "name": "web", "state": state, "cause": null, "image": "demo", "bundle_id": null,
+        "session_network_id": null, "addresses": [], "generation": "0".repeat(32), "host": "h", "vcpus": 1,
+        "memory_mib": 128, "disks": [], "created_at": "2026-01-02T03:04:05Z", "pid": std::process::id(),
+        "operation_id": OPERATION, "last_console_lines": [], "a_field_of_a_later_version": 1,
+        "timings": {"spawn_ms": 2.0, "load_ms": 30.0, "first_entry_ms": 1.0, "kernel_ms": 9000.0, "init_ms": 500.0,
+                    "total_ms": 9533.0},
+    })
+}
+
+fn vmm() -> Value {
+    json!({"pid": std::process::id(), "memory_bytes": 4096, "guest_memory_host_address": 4096, "stray_accesses": 0,
+           "console_bytes": 100, "resident_bytes": 1, "cpu_ms": 1.5})
+}
+
+fn image() -> Value {
+    json!({"name": "demo", "digest": "0".repeat(64), "kernel_bytes": 1, "initrd_bytes": null, "command_line": "quiet",
+           "created_at": "2026-01-02T03:04:05Z"})
+}
+
+fn operation(state: &str) -> Value {
+    let step = |name: &str, state: &str, took: Option<f64>| json!({"name": name, "state": state, "took_ms": took});
+    json!({"id": OPERATION, "kind": "vm_launch", "object": VM, "state": state, "error": null,
+           "steps": [step("spawn_vmm", "done", Some(2.0)), step("boot_guest", "running", None)],
+           "created_at": "2026-01-02T03:04:05Z", "finished_at": null})
+}
+
+fn host() -> Value {
+    json!({"name": "h", "version": "0.1.0", "agent_pid": std::process::id(), "started_at": "2026-01-02T03:04:05Z",
+           "state_dir": "/s", "cpus": 2, "memory_bytes": 1 << 30, "memory_available_bytes": 1 << 20,
+           "vms": {"alive": 1, "changing": 0, "failed": 0, "total": 1}, "probe": null})
+}
+
+async fn launch(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {
+    let wait = body["wait"] == "running";
+    let image = body["image"].clone();
+    shared.notes.lock().expect("notes").bodies.push(body);
+    if image == "nowhere" {
+        return refusal(StatusCode::NOT_FOUND, "unknown_image");
+    }
+    if wait && shared.fate == Fate::Hangs {
+        std::future::pending::<()>().await;
+    }
+    if wait { (StatusCode::CREATED, ok(vm("running"))).into_response() } else { ok(vm("launching")) }
+}
+
+async fn show(State(shared): State<Shared>, Of(name): Of<String>) -> Response {
+    if name == "nobody" {
+        return refusal(StatusCode::NOT_FOUND, "unknown_vm");
+    }
+    if shared.fate == Fate::Panics {
+        let mut vm = vm("failed");
+        vm["cause"] = json!({"code": "guest_panic", "detail": "the guest's kernel panicked"});
+        vm["last_console_lines"] = json!(["Kernel panic - not syncing", "\u{1b}[2Jescape"]);
+        return ok(vm);
+    }
+    ok(vm("running"))
+}
+
+async fn look(State(shared): State<Shared>) -> Response {
+    let looks = {
+        let mut notes = shared.notes.lock().expect("notes");
+        notes.looks += 1;
+        notes.looks
+    };
+    if shared.fate == Fate::Hangs || looks < 3 {
+        return ok(operation("running"));
+    }
+    if shared.fate == Fate::Runs {
+        return ok(operation("succeeded"));
+    }
+    let mut operation = operation("failed");
+    operation["error"] =
+        json!({"code": "guest_panic", "message": "the guest's kernel panicked", "detail": null, "retry": "never"});
+    ok(operation)
+}
+
+async fn events(request: Request) -> Response {
+    let event = |seq: u64| {
+        let event = json!({"seq": seq, "at": "2026-01-02T03:04:05Z", "kind": "vm_state", "object": VM, "detail": {}});
+        Ok::<_, Infallible>(Bytes::from(format!("{event}\n")))
+    };
+    let first = futures_util::stream::iter([event(1), event(2)]);
+    if !request.uri().query().unwrap_or_default().contains("follow=true") {
+        return Body::from_stream(first).into_response();
+    }
+    let endless = futures_util::stream::unfold(3, move |seq| async move {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        Some((event(seq), seq + 1))
+    });
+    Body::from_stream(futures_util::StreamExt::chain(first, endless)).into_response()
+}
+
+async fn exec(State(shared): State<Shared>, Of(name): Of<String>, mut request: Request) -> Response {
+    if name == "nobody" {
+        return refusal(StatusCode::NOT_FOUND, "unknown_vm");
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    let body = axum::body::to_bytes(request.into_body(), 1 << 20).await.expect("a body");
+    let request: ExecRequest = serde_json::from_slice(&body).expect("an exec request");
+    tokio::spawn(async move {
+        let link = Link { io: TokioIo::new(upgrade.await.expect("an upgrade")), buffer: BytesMut::new(), shared };
+        link.command(request).await;
+    });
+    switching()
+}
+
+async fn console(State(shared): State<Shared>, mut request: Request) -> Response {
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let mut link = Link { io: TokioIo::new(upgrade.await.expect("an upgrade")), buffer: BytesMut::new(), shared };
+        link.say("login: ").await;
+        link.cat().await;
+    });
+    switching()
+}
+
+fn switching() -> Response {
+    let headers = [("connection", "upgrade"), ("upgrade", UPGRADE_PROTOCOL)];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+/// The agent's side of a stream.
+struct Link {
+    io: TokioIo<Upgraded>,
+    buffer: BytesMut,
+    shared: Shared,
+}
+
+impl Link {
+    /// Does what the command's name says.
+    async fn command(mut self, request: ExecRequest) {
+        let argument = request.argv.get(1).and_then(|word| word.parse().ok()).unwrap_or(0);
+        match request.argv[0].as_str() {
+            "true" => self.send(Frame::Exit(Exit::Code(0))).await,
+            "exit" => self.send(Frame::Exit(Exit::Code(argument))).await,
+            "die" => self.send(Frame::Exit(Exit::Signal(argument))).await,
+            "late" => self.send(Frame::Exit(Exit::TimedOut)).await,
+            "request" => {
+                self.say(&serde_json::to_string(&request).expect("JSON")).await;
+                self.send(Frame::Exit(Exit::Code(0))).await;
+            }
+            "both" => {
+                self.say("to stdout").await;
+                self.send(Frame::Stderr(Bytes::from_static(b"to stderr"))).await;
+                self.send(Frame::Exit(Exit::Code(3))).await;
+            }
+            "cat" => {
+                self.cat().await;
+                self.send(Frame::Exit(Exit::Code(0))).await;
+            }
+            "flood" => self.flood().await,
+            "hang" => self.hang().await,
+            "mute" => std::future::pending().await,
+            "refuse" => {
+                let error = ErrorDetail {
+                    code: "guest_gone".to_owned(),
+                    message: "the guest is gone".to_owned(),
+                    detail: None,
+                    retry: RetryHint::Never,
+                };
+                self.send(Frame::Error(Box::new(ErrorBody { error }))).await;
+            }
+            "garbage" => {
+                let _ = self.io.write_all(b"HTTP/1.1 500 no\r\n").await;
+            }
+            // "break": hangs up without a last frame.
+            _ => self.say("half a ").await,
+        }
+    }
+
+    async fn send(&mut self, frame: Frame) {
+        let mut bytes = BytesMut::new();
+        frame.encode(&mut bytes);
+        let _ = self.io.write_all(&bytes).await;
+        let _ = self.io.flush().await;
+    }
+
+    async fn say(&mut self, text: &str) {
+        self.send(Frame::Stdout(Bytes::copy_from_slice(text.as_bytes()))).await;
+    }
+
+    async fn next(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(frame) = Frame::decode(&mut self.buffer).expect("frames of the client are well-formed") {
+                return Some(frame);
+            }
+            if self.io.read_buf(&mut self.buffer).await.unwrap_or(0) == 0 {
+                self.shared.notes.lock().expect("notes").hung_up += 1;
+                return None;
+            }
+        }
+    }
+
+    /// Gives input back until it ends.
+    async fn cat(&mut self) {
+        while let Some(frame) = self.next().await {
+            match frame {
+                Frame::Stdin(bytes) => {
+                    self.shared.notes.lock().expect("notes").input.extend_from_slice(&bytes);
+                    self.send(Frame::Stdout(bytes)).await;
+                }
+                Frame::StdinClosed => return,
+                other @ (Frame::Stdout(_)
+                | Frame::Stderr(_)
+                | Frame::Resize(_)
+                | Frame::Exit(_)
+                | Frame::Error(_)
+                | Frame::Signal(_)) => self.shared.notes.lock().expect("notes").frames.push(other),
+            }
+        }
+    }
+
+    /// Says when it begins, and ends with 7 after a signal.
+    async fn hang(&mut self) {
+        self.say("begun").await;
+        while let Some(frame) = self.next().await {
+            let is_signal = matches!(frame, Frame::Signal(_));
+            self.shared.notes.lock().expect("notes").frames.push(frame);
+            if is_signal {
+                self.send(Frame::Exit(Exit::Code(7))).await;
+                return;
+            }
+        }
+    }
+
+    /// Writes as fast as it is read, until the client hangs up.
+    async fn flood(&mut self) {
+        let mut bytes = BytesMut::new();
+        Frame::Stdout(Bytes::from(vec![b'x'; 64 * 1024])).encode(&mut bytes);
+        while self.io.write_all(&bytes).await.is_ok() {
+            self.shared.notes.lock().expect("notes").flooded += bytes.len();
+        }
+        self.shared.notes.lock().expect("notes").hung_up += 1;
+    }
+}

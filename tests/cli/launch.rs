@@ -1,0 +1,120 @@
+//! Launches: what is asked for, what is waited for, and what is left when they fail.
+
+use serde_json::{Value, json};
+
+use crate::fake::{Fake, Fate, VM};
+use crate::run::{at, code, output, piped, signal, text, wait_until};
+
+#[test]
+fn a_launch_asks_for_what_was_said() {
+    let fake = Fake::start();
+    let words = [
+        "vm",
+        "launch",
+        "--name",
+        "db",
+        "--vcpus",
+        "2",
+        "--memory",
+        "512",
+        "--disk",
+        "data.img",
+        "--disk",
+        "/b.img:ro",
+        "--wait",
+        "none",
+        "--idempotency-key",
+        "once",
+    ];
+    let mut command = at(&fake.socket(), &words);
+    command.current_dir(fake.directory());
+    assert!(output(command).status.success());
+    let data = fake.directory().canonicalize().expect("a directory").join("data.img");
+    let wanted = json!({
+        "image": "demo", "name": "db", "vcpus": 2, "memory_mib": 512, "wait": "none",
+        "disks": [{"path": data, "read_only": false}, {"path": "/b.img", "read_only": true}],
+    });
+    assert_eq!(fake.noted(|notes| (notes.bodies.clone(), notes.keys.clone())), (vec![wanted], vec!["once".to_owned()]));
+}
+
+#[test]
+fn a_launch_waits_and_prints_the_id() {
+    let fake = Fake::start();
+    let output = output(at(&fake.socket(), &["vm", "launch"]));
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), format!("{VM}\n"));
+    assert!(text(&output.stderr).contains("hearth vm exec web -- uname -a"), "{}", text(&output.stderr));
+    assert!(fake.noted(|notes| notes.calls.iter().filter(|call| call.contains("/operations/")).count()) >= 3);
+}
+
+#[test]
+fn a_failed_launch_shows_the_console() {
+    let fake = Fake::with_fate(Fate::Panics);
+    let output = output(at(&fake.socket(), &["--json", "vm", "launch"]));
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty());
+    for wanted in ["the guest's kernel panicked", "| Kernel panic - not syncing", "| \\u{1b}[2Jescape"] {
+        assert!(said.contains(wanted), "no {wanted:?} in {said}");
+    }
+}
+
+#[test]
+fn a_refused_launch_is_an_error() {
+    let fake = Fake::start();
+    let output = output(at(&fake.socket(), &["vm", "launch", "--image", "nowhere"]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("unknown_image"));
+}
+
+#[test]
+fn ctrl_c_ends_the_waiting_and_not_the_vm() {
+    let fake = Fake::with_fate(Fate::Hangs);
+    let mut child = piped(at(&fake.socket(), &["vm", "launch"]));
+    wait_until("it waits", || fake.noted(|notes| notes.calls.len() > 2));
+    signal(&child, "INT");
+    assert_eq!(code(&mut child), 130);
+    assert!(!fake.noted(|notes| notes.calls.iter().any(|call| call.starts_with("DELETE"))));
+}
+
+#[test]
+fn a_bench_measures_and_leaves_nothing() {
+    let fake = Fake::start();
+    let words = ["--json", "bench", "boot", "--count", "3", "--idle-seconds", "1"];
+    let output = output(at(&fake.socket(), &words));
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(report["phases_ms"]["kernel"]["p50"], 9000.0);
+    assert_eq!(report["phases_ms"]["exec"]["count"], 3);
+    assert!(report["phases_ms"]["total"]["min"].as_f64().expect("a number") > 9533.0);
+    assert!(report["vmm_overhead_bytes"]["p50"].as_f64().expect("a number") > 0.0, "{report:#}");
+    assert!(report["idle_cpu_percent"]["max"].as_f64().is_some());
+    assert!(report["agent_resident_after_bytes"].as_u64().expect("a number") > 0);
+    let calls = fake.noted(|notes| notes.calls.clone());
+    assert_eq!(calls.iter().filter(|call| call.starts_with("DELETE /v1/vms/bench-")).count(), 3, "{calls:?}");
+    assert!(fake.noted(|notes| notes.bodies.iter().all(|body| body["wait"] == "running")));
+}
+
+#[test]
+fn a_bench_prints_a_table() {
+    let fake = Fake::start();
+    let words = ["bench", "boot", "--count", "2", "--idle-seconds", "0", "--together"];
+    let output = output(at(&fake.socket(), &words));
+    let said = text(&output.stdout);
+    for wanted in ["PHASE", "P99", "spawn", "2.00 ms", "vmm overhead", "agent memory with 2 VMs"] {
+        assert!(said.contains(wanted), "no {wanted:?} in\n{said}");
+    }
+    let calls = fake.noted(|notes| notes.calls.clone());
+    let first_delete = calls.iter().position(|call| call.starts_with("DELETE")).expect("they are removed");
+    assert!(calls[first_delete..].iter().all(|call| call.starts_with("DELETE")), "{calls:?}");
+}
+
+#[test]
+fn a_bench_that_is_interrupted_removes_its_vm() {
+    let fake = Fake::with_fate(Fate::Hangs);
+    let mut child = piped(at(&fake.socket(), &["bench", "boot"]));
+    wait_until("it launches", || fake.noted(|notes| !notes.bodies.is_empty()));
+    signal(&child, "INT");
+    assert_eq!(code(&mut child), 130);
+    assert!(fake.noted(|notes| notes.calls.iter().any(|call| call.starts_with("DELETE /v1/vms/bench-"))));
+}

@@ -1,0 +1,101 @@
+//! Tier 3: real guests, driven from outside through the command line and the API as a user would.
+//!
+//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image and `HEARTH_BINARY` (a release build); `scripts/test kvm`
+//! provides them. Whatever is missing is a failure. A boot takes seconds, so the tests run in order and share guests:
+//! that is why this program has its own main. Words on the command line select tests by part of their name.
+
+#![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
+
+mod kvm {
+    pub(crate) mod adoption;
+    pub(crate) mod console;
+    pub(crate) mod devices;
+    pub(crate) mod ends;
+    pub(crate) mod exec;
+    pub(crate) mod fixture;
+    pub(crate) mod jail;
+    pub(crate) mod many;
+    pub(crate) mod pause;
+    pub(crate) mod refusals;
+}
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use kvm::fixture::{Agent, Host};
+
+/// A test: its name and what it does with the shared agent.
+type Test = (&'static str, fn(&Agent));
+
+/// In this order: what everything else needs first; tests that restart the agent or fill the host last.
+const TESTS: &[Test] = &[
+    ("exec_prints_the_guests_kernel", kvm::exec::prints_the_guests_kernel),
+    ("vmm_holds_nothing_but_what_it_was_handed", kvm::jail::holds_nothing_but_what_it_was_handed),
+    ("exec_returns_exit_codes_and_signals", kvm::exec::returns_exit_codes_and_signals),
+    ("exec_of_a_missing_program_says_so", kvm::exec::of_a_missing_program_says_so),
+    ("exec_carries_8_mib_both_ways", kvm::exec::carries_8_mib_both_ways),
+    ("exec_runs_16_at_once", kvm::exec::runs_16_at_once),
+    ("exec_ends_at_its_time_out", kvm::exec::ends_at_its_time_out),
+    ("exec_with_a_reader_that_never_reads_stays_bounded", kvm::exec::with_a_reader_that_never_reads_stays_bounded),
+    ("exec_ends_the_program_when_the_client_hangs_up", kvm::exec::ends_the_program_when_the_client_hangs_up),
+    ("console_shows_history_and_takes_input", kvm::console::shows_history_and_takes_input),
+    ("console_flood_is_bounded", kvm::console::flood_is_bounded),
+    ("pause_stops_the_counter_and_resume_goes_on", kvm::pause::stops_the_counter_and_resume_goes_on),
+    ("net_frames_pass_both_ways", kvm::devices::net_frames_pass_both_ways),
+    ("blk_file_system_written_in_the_guest_is_clean", kvm::devices::blk_file_system_written_in_the_guest_is_clean),
+    ("guest_ends_are_told_apart", kvm::ends::are_told_apart),
+    ("killed_vmm_is_failed_with_its_last_lines", kvm::ends::killed_vmm_is_failed_with_its_last_lines),
+    ("bad_launches_are_refused_and_leave_nothing", kvm::refusals::bad_launches_are_refused_and_leave_nothing),
+    ("bad_images_are_refused_and_leave_nothing", kvm::refusals::bad_images_are_refused_and_leave_nothing),
+    ("bad_requests_are_refused", kvm::refusals::bad_requests_are_refused),
+    ("second_agent_is_refused", kvm::refusals::second_agent_is_refused),
+    ("agent_killed_while_vms_run_is_followed_by_one_that_serves_them", kvm::adoption::next_agent_serves_running_vms),
+    ("six_at_once_leave_nothing", kvm::many::six_at_once_leave_nothing),
+    ("twelve_in_a_loop_leave_nothing", kvm::many::twelve_in_a_loop_leave_nothing),
+];
+
+fn main() -> ExitCode {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let selected = |name: &str| wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str()));
+    let tests: Vec<&Test> = TESTS.iter().filter(|(name, _)| selected(name)).collect();
+    println!("running {} tests", tests.len());
+    let before = Host::look();
+    let agent = Agent::start();
+    let (mut passed, mut failed) = (0, Vec::new());
+    for (name, test) in &tests {
+        let started = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| test(&agent)));
+        let seconds = started.elapsed().as_secs_f64();
+        if result.is_ok() {
+            passed += 1;
+            println!("test {name} ... ok ({seconds:.1} s)");
+        } else {
+            failed.push(*name);
+            println!("test {name} ... FAILED ({seconds:.1} s)");
+        }
+    }
+    if !failed.is_empty() {
+        println!("\nthe agent's log ends with:\n{}", agent.log_tail());
+    }
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        agent.finish();
+        before.assert_same_as_now();
+    }));
+    if ended.is_err() {
+        failed.push("nothing_is_left_on_the_host");
+    } else {
+        passed += 1;
+        println!("test nothing_is_left_on_the_host ... ok");
+    }
+    let word = if failed.is_empty() { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {word}. {passed} passed; {} failed; 0 ignored; 0 measured; {} filtered out",
+        failed.len(),
+        TESTS.len() - tests.len()
+    );
+    for name in &failed {
+        println!("    {name}");
+    }
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

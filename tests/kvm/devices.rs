@@ -1,0 +1,66 @@
+//! Devices as the guest's drivers use them: a disk and a network interface.
+
+use std::process::Command;
+
+use super::fixture::{Agent, text};
+
+/// Size of the disk in MiB.
+const DISK_MIB: u64 = 8;
+
+pub(crate) fn blk_file_system_written_in_the_guest_is_clean(agent: &Agent) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let disk = directory.path().join("disk");
+    std::fs::File::create(&disk).and_then(|file| file.set_len(DISK_MIB << 20)).expect("a disk file");
+    let read_only = directory.path().join("read-only");
+    std::fs::write(&read_only, vec![b'r'; 1 << 20]).expect("a second disk");
+    let disks = [disk.to_str().expect("a path"), &format!("{}:ro", read_only.display())];
+    agent.launch("disks", &["--disk", disks[0], "--disk", disks[1]]);
+    let sh = |script: &str| agent.sh("disks", script);
+    assert_eq!(sh("cat /sys/block/vda/size"), (DISK_MIB * 2048).to_string());
+    assert_eq!(sh("head -c 4 /dev/vdb"), "rrrr");
+    assert_eq!(sh("cat /sys/block/vdb/ro; echo x 2>/dev/null > /dev/vdb; sync; head -c 1 /dev/vdb"), "1\nr");
+    sh("mke2fs -q /dev/vda 2>/dev/null || mke2fs /dev/vda >/dev/null");
+    sh("mkdir -p /tmp/m && mount /dev/vda /tmp/m");
+    let sum = sh(
+        "dd if=/dev/urandom of=/tmp/m/random bs=16k count=8 2>/dev/null; for i in $(seq 15); do echo $i > /tmp/m/f$i; done; rm /tmp/m/f7; sync; md5sum < /tmp/m/random",
+    );
+    sh("umount /tmp/m");
+    agent.ok(&["vm", "rm", "disks"]);
+
+    let check = Command::new("e2fsck").args(["-f", "-n"]).arg(&disk).output().expect("run e2fsck");
+    assert!(check.status.success(), "e2fsck: {}\n{}", text(&check.stdout), text(&check.stderr));
+    let listing = Command::new("debugfs").args(["-R", "ls -p /"]).arg(&disk).output().expect("run debugfs");
+    let listing = text(&listing.stdout);
+    assert!(listing.contains("/f15/") && !listing.contains("/f7/"), "{listing}");
+    let dumped = directory.path().join("random");
+    let dump = format!("dump /random {}", dumped.display());
+    Command::new("debugfs").arg("-R").arg(dump).arg(&disk).output().expect("run debugfs");
+    let here = Command::new("md5sum")
+        .stdin(std::fs::File::open(&dumped).expect("the dumped file"))
+        .output()
+        .expect("run md5sum");
+    assert_eq!(text(&here.stdout).split_whitespace().next(), sum.split_whitespace().next());
+    assert!(std::fs::read(&read_only).expect("the read-only disk").iter().all(|byte| *byte == b'r'));
+}
+
+pub(crate) fn net_frames_pass_both_ways(agent: &Agent) {
+    let vm = agent.shared();
+    let namespace = format!("--net=/proc/{}/ns/net", agent.vmm_pid(vm));
+    let outside = |words: &[&str]| {
+        let output = Command::new("nsenter").arg(&namespace).args(words).output().expect("run nsenter");
+        assert!(output.status.success(), "{words:?}: {}{}", text(&output.stdout), text(&output.stderr));
+        text(&output.stdout)
+    };
+    outside(&["ip", "address", "add", "192.0.2.1/24", "dev", "tap0"]);
+    outside(&["ip", "link", "set", "tap0", "up"]);
+    agent.sh(vm, "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up");
+    outside(&["ping", "-c", "3", "-W", "10", "192.0.2.2"]);
+    agent.sh(vm, "ping -c 3 -W 10 192.0.2.1");
+    // More than fits one frame, both ways, by a real TCP stack on each side.
+    outside(&["ping", "-c", "2", "-s", "8000", "-W", "10", "192.0.2.2"]);
+    let counters =
+        agent.sh(vm, "cat /sys/class/net/eth0/statistics/rx_packets /sys/class/net/eth0/statistics/tx_packets");
+    for counter in counters.lines() {
+        assert!(counter.parse::<u64>().expect("a counter") >= 8, "{counters}");
+    }
+}

@@ -1,0 +1,270 @@
+//! An agent with its own state directory, and what the host looks like from outside.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longest wait for an agent to say that it is ready.
+const READY_SECONDS_MAX: u64 = 30;
+
+/// Name of the guest that tests share.
+const SHARED: &str = "shared";
+
+fn need(name: &str) -> PathBuf {
+    let value = std::env::var_os(name);
+    PathBuf::from(value.unwrap_or_else(|| panic!("{name} is not set: run these tests by scripts/test kvm")))
+}
+
+/// An agent under test.
+pub(crate) struct Agent {
+    directory: tempfile::TempDir,
+    child: Mutex<Child>,
+}
+
+impl Agent {
+    /// Starts an agent on an empty state directory.
+    pub(crate) fn start() -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let child = Mutex::new(spawn_agent(directory.path()));
+        Self { directory, child }
+    }
+
+    /// The state directory.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    /// The API socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("api.sock")
+    }
+
+    /// The agent's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.lock().expect("the agent").id()
+    }
+
+    /// A client command; the words follow `hearth --socket S`.
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(need("HEARTH_BINARY"));
+        command.arg("--socket").arg(self.socket()).args(words);
+        command
+    }
+
+    /// Runs a client command to its end.
+    pub(crate) fn run(&self, words: &[&str]) -> Output {
+        self.command(words).stdin(Stdio::null()).output().expect("run hearth")
+    }
+
+    /// Runs a client command that has to succeed; its standard output.
+    pub(crate) fn ok(&self, words: &[&str]) -> String {
+        let output = self.run(words);
+        assert!(output.status.success(), "hearth {words:?}: {}\n{}", output.status, text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// Runs a client command with `--json` that has to succeed; its one value.
+    pub(crate) fn json(&self, words: &[&str]) -> Value {
+        let words: Vec<&str> = ["--json"].iter().chain(words).copied().collect();
+        let answer = self.ok(&words);
+        serde_json::from_str(&answer).unwrap_or_else(|error| panic!("hearth {words:?} printed {answer:?}: {error}"))
+    }
+
+    /// Runs a command in a guest; its standard output without the last line end.
+    pub(crate) fn sh(&self, vm: &str, script: &str) -> String {
+        self.ok(&["vm", "exec", vm, "--", "sh", "-c", script]).trim_end().to_owned()
+    }
+
+    /// A VM as the API shows it.
+    pub(crate) fn vm(&self, vm: &str) -> Value {
+        self.json(&["vm", "show", vm])
+    }
+
+    /// Process id of a VM's VMM.
+    pub(crate) fn vmm_pid(&self, vm: &str) -> u32 {
+        let pid = self.vm(vm)["pid"].as_u64().expect("a running VM has a pid");
+        u32::try_from(pid).expect("a pid")
+    }
+
+    /// Boots a guest and waits until it runs.
+    pub(crate) fn launch(&self, name: &str, more: &[&str]) {
+        let words: Vec<&str> =
+            ["vm", "launch", "--name", name, "--wait", "running"].iter().chain(more).copied().collect();
+        self.ok(&words);
+    }
+
+    /// The guest that tests share; booted when first asked for.
+    pub(crate) fn shared(&self) -> &'static str {
+        if self.run(&["vm", "show", SHARED]).status.success() {
+            assert_eq!(self.vm(SHARED)["state"], "running", "the shared guest");
+        } else {
+            self.launch(SHARED, &[]);
+        }
+        SHARED
+    }
+
+    /// Waits until a VM is in `state`; gives the VM.
+    pub(crate) fn wait_for_state(&self, vm: &str, state: &str) -> Value {
+        let mut found = self.vm(vm);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while found["state"] != state {
+            assert!(Instant::now() < deadline, "{vm} is not {state}: {found:#}");
+            std::thread::sleep(Duration::from_millis(100));
+            found = self.vm(vm);
+        }
+        found
+    }
+
+    /// A request by curl: status and body.
+    pub(crate) fn curl(&self, words: &[&str], path: &str) -> (u16, String) {
+        let output = Command::new("curl")
+            .args(["--silent", "--show-error", "--max-time", "60", "--unix-socket"])
+            .arg(self.socket())
+            .args(["--write-out", "\n%{http_code}"])
+            .args(words)
+            .arg(format!("http://hearth{path}"))
+            .output()
+            .expect("run curl");
+        let answer = text(&output.stdout);
+        let (body, status) = answer.rsplit_once('\n').unwrap_or(("", &answer));
+        (status.parse().unwrap_or(0), body.to_owned())
+    }
+
+    /// Kills the agent with SIGKILL and starts the next one on the same state directory.
+    pub(crate) fn kill_and_restart(&self) {
+        let mut child = self.child.lock().expect("the agent");
+        child.kill().expect("kill the agent");
+        child.wait().expect("wait for the agent");
+        *child = spawn_agent(self.directory.path());
+    }
+
+    /// The end of the agent's log.
+    pub(crate) fn log_tail(&self) -> String {
+        let log = std::fs::read(self.directory.path().join("agent.log")).unwrap_or_default();
+        let log = text(&log);
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    /// Removes every VM and stops the agent; it has to end well and its directory has to be clean.
+    pub(crate) fn finish(self) {
+        for vm in self.json(&["vm", "ls"])["vms"].as_array().expect("a list") {
+            self.ok(&["vm", "rm", vm["id"].as_str().expect("an id")]);
+        }
+        let left = std::fs::read_dir(self.state().join("vms")).map(Iterator::count).unwrap_or(0);
+        assert_eq!(left, 0, "directories of removed VMs");
+        let mut child = self.child.lock().expect("the agent");
+        terminate(child.id());
+        let status = child.wait().expect("wait for the agent");
+        assert!(status.success(), "the agent ended with {status}");
+        assert!(!self.socket().exists(), "the API socket is left");
+    }
+}
+
+fn spawn_agent(directory: &Path) -> Child {
+    let mut child = Command::new(need("HEARTH_BINARY"))
+        .arg("agent")
+        .args(["--config", "/dev/null", "--state-dir"])
+        .arg(directory.join("state"))
+        .arg("--socket")
+        .arg(directory.join("api.sock"))
+        .env("HEARTH_IMAGES", need("HEARTH_IMAGES"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("start an agent");
+    let stderr = BufReader::new(child.stderr.take().expect("its standard error"));
+    let mut log = File::options().create(true).append(true).open(directory.join("agent.log")).expect("a log file");
+    let (ready, said_ready) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in stderr.lines().map_while(Result::ok) {
+            if line.split_whitespace().any(|word| word == "ready") {
+                let _ = ready.send(());
+            }
+            let _ = writeln!(log, "{line}");
+        }
+    });
+    if said_ready.recv_timeout(Duration::from_secs(READY_SECONDS_MAX)).is_err() {
+        let _ = child.kill();
+        let _ = child.wait();
+        let log = std::fs::read_to_string(directory.join("agent.log")).unwrap_or_default();
+        panic!("the agent did not say ready; its log:\n{log}");
+    }
+    child
+}
+
+/// Asks a process of ours to end.
+pub(crate) fn terminate(pid: u32) {
+    let status = Command::new("kill").args(["-TERM", &pid.to_string()]).status().expect("run kill");
+    assert!(status.success());
+}
+
+/// Bytes as text.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A number from a line of `/proc/PID/status`, in KiB.
+pub(crate) fn status_kib(pid: u32, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process's status");
+    let line = status.lines().find(|line| line.starts_with(field)).expect("the field");
+    line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).expect("a number")
+}
+
+/// Open descriptors of a process.
+pub(crate) fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map(Iterator::count).unwrap_or(0)
+}
+
+/// What tests must leave as they found it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Host {
+    vmms: BTreeSet<u32>,
+    links: String,
+    namespaces: String,
+    mounts: usize,
+    tables: String,
+}
+
+impl Host {
+    /// The host as it is.
+    pub(crate) fn look() -> Self {
+        Self {
+            vmms: vmms(),
+            links: of_command("ip", &["-o", "link"]).lines().filter_map(|line| line.split(':').nth(1)).collect(),
+            namespaces: of_command("ip", &["netns", "list"]),
+            mounts: std::fs::read_to_string("/proc/self/mounts").expect("mounts").lines().count(),
+            tables: of_command("nft", &["list", "tables"]),
+        }
+    }
+
+    /// Fails if something was left or taken.
+    pub(crate) fn assert_same_as_now(&self) {
+        assert_eq!(*self, Self::look(), "the host is not as it was");
+    }
+}
+
+fn of_command(program: &str, words: &[&str]) -> String {
+    let output = Command::new(program).args(words).output().unwrap_or_else(|error| panic!("run {program}: {error}"));
+    text(&output.stdout)
+}
+
+/// Processes that are a VMM, by their command line.
+pub(crate) fn vmms() -> BTreeSet<u32> {
+    let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_vmm = |pid: &u32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+        words.first().is_some_and(|word| word.ends_with(b"hearth")) && words.get(1) == Some(&b"vmm".as_slice())
+    };
+    pids.filter(is_vmm).collect()
+}

@@ -1,0 +1,19 @@
+//! The virtio devices, driven as a guest drives them: registers, rings in guest memory, interrupts; and as the host
+//! drives them: sockets, files, taps. Tier 1, except `net`, which needs root for a network namespace of its own.
+
+#[path = "virtio/block.rs"]
+mod block;
+#[path = "virtio/driver.rs"]
+mod driver;
+#[path = "virtio/net.rs"]
+mod net;
+#[path = "virtio/random.rs"]
+mod random;
+#[path = "virtio/rng.rs"]
+mod rng;
+#[path = "virtio/saved.rs"]
+mod saved;
+#[path = "virtio/vsock.rs"]
+mod vsock;
+#[path = "virtio/vsock_guest.rs"]
+mod vsock_guest;

@@ -1,0 +1,199 @@
+//! One VMM process without an agent: started as an agent starts it, spoken to over its sockets. Needs root, /dev/kvm
+//! and `HEARTH_IMAGES` with the demo image.
+
+#![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use hearth::ids::VmId;
+use hearth::sys::process::{self, SpawnVmm, Spawned};
+use hearth::sys::{fd, file};
+use hearth::wire::control::{Answer, DeviceSpec, LaunchSpec, Nonce, Request, StartMessage};
+use hearth::wire::frame::{self, HEADER_BYTES};
+use hearth::wire::last_words::LastWords;
+use hearth::wire::refusal::Refusal;
+
+const NONCE: Nonce = Nonce([9; 16]);
+const UID: u32 = 150_000;
+
+struct Vmm {
+    directory: tempfile::TempDir,
+    dir: File,
+    spawned: Spawned,
+    control: UnixStream,
+}
+
+impl Vmm {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = File::open(directory.path()).unwrap();
+        let listener = OwnedFd::from(fd::bind_in_dir(&dir, "control.sock").unwrap());
+        let last_words = file::create(&directory.path().join("last-words")).unwrap();
+        let log = file::create(&directory.path().join("vmm.log")).unwrap();
+        let exe = File::open(env!("CARGO_BIN_EXE_hearth")).unwrap();
+        let start = StartMessage { vm_id: VmId::from_random([1; 10]), nonce: NONCE, uid: UID };
+        let spawned = process::spawn_vmm(&SpawnVmm {
+            exe: exe.as_fd(),
+            arguments: &["vmm", start.vm_id.as_str()],
+            start_message: &start.to_bytes(),
+            control: listener.as_fd(),
+            last_words: last_words.as_fd(),
+            log: log.as_fd(),
+            new_network: true,
+        })
+        .expect("start a VMM");
+        let control = fd::connect_in_dir(&dir, "control.sock").unwrap();
+        Self { directory, dir, spawned, control }
+    }
+
+    fn ask(&mut self, request: &Request) -> Answer {
+        ask(&mut self.control, request, &[])
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("vmm.log")).unwrap()
+    }
+
+    fn last_words(&self) -> Option<LastWords> {
+        LastWords::parse(&std::fs::read(self.directory.path().join("last-words")).unwrap())
+    }
+
+    fn launch(&mut self, command_line: &str, kernel: &File) -> Answer {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        let initrd = File::open(demo().join("initrd.cpio")).unwrap();
+        let console = file::create(&self.directory.path().join("console")).unwrap();
+        let console_listener = fd::bind_in_dir(&self.dir, "console.sock").unwrap();
+        let vsock = fd::bind_in_dir(&self.dir, "vsock.sock").unwrap();
+        let spec = LaunchSpec {
+            vcpus: 1,
+            memory_bytes: 128 << 20,
+            command_line: command_line.to_owned(),
+            initrd: true,
+            devices: vec![DeviceSpec::Vsock, DeviceSpec::Rng],
+        };
+        let descriptors =
+            [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), console.as_fd(), console_listener.as_fd(), vsock.as_fd()];
+        ask(&mut self.control, &Request::Launch(spec), &descriptors)
+    }
+
+    fn wait_for_end(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !process::has_ended(&self.spawned.pidfd).unwrap() {
+            assert!(Instant::now() < deadline, "the VMM goes on; its log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = process::kill(&self.spawned.pidfd);
+        self.wait_for_end();
+        let _ = process::reap(&self.spawned.pidfd);
+    }
+}
+
+fn demo() -> PathBuf {
+    let images = std::env::var_os("HEARTH_IMAGES").expect("HEARTH_IMAGES is not set: run this by scripts/test kvm");
+    PathBuf::from(images).join("demo")
+}
+
+fn ask(control: &mut UnixStream, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Answer {
+    fd::send_with_fds(control, &frame::encode(request).unwrap(), descriptors).unwrap();
+    let mut header = [0; HEADER_BYTES];
+    control.read_exact(&mut header).expect("an answer");
+    let mut body = vec![0; frame::body_length::<Answer>(header).unwrap()];
+    control.read_exact(&mut body).unwrap();
+    frame::decode(&body).unwrap()
+}
+
+fn command_line() -> String {
+    let probe = std::process::Command::new(env!("CARGO_BIN_EXE_hearth")).args(["vmm", "--probe"]).output().unwrap();
+    let facts: serde_json::Value = serde_json::from_slice(&probe.stdout).expect("facts");
+    assert_eq!(facts["usable"], true, "{facts:#}");
+    let image: serde_json::Value = serde_json::from_slice(&std::fs::read(demo().join("image.json")).unwrap()).unwrap();
+    let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    format!("console=ttyS0 {} {}", word(&facts["command_line_additions"]), word(&image["command_line"]))
+}
+
+#[test]
+fn only_the_right_agent_is_served_and_stop_ends_it() {
+    let mut vmm = Vmm::start();
+    assert_eq!(vmm.ask(&Request::Status), Answer::Refused(Refusal::HelloFirst));
+    let mut vmm_again = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
+    let wrong = Request::Hello { nonce: Nonce([0; 16]), epoch: 1 };
+    assert_eq!(ask(&mut vmm_again, &wrong, &[]), Answer::Refused(Refusal::WrongNonce));
+
+    vmm.control = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
+    assert!(matches!(vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 }), Answer::Welcome(_)));
+    let mut older = std::mem::replace(&mut vmm.control, fd::connect_in_dir(&vmm.dir, "control.sock").unwrap());
+    assert!(matches!(vmm.ask(&Request::Hello { nonce: NONCE, epoch: 2 }), Answer::Welcome(_)));
+    let mut byte = [0];
+    assert_eq!(older.read(&mut byte).unwrap_or(0), 0, "the older agent is hung up on");
+
+    // Garbage ends a connection, not the VMM.
+    let mut stranger = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
+    stranger.write_all(&[0xff; 64]).unwrap();
+    assert_eq!(stranger.read(&mut byte).unwrap_or(0), 0);
+    assert!(matches!(vmm.ask(&Request::Status), Answer::Status(_)));
+    assert_eq!(vmm.ask(&Request::Stop), Answer::Done);
+    vmm.wait_for_end();
+    assert_eq!(vmm.last_words(), Some(LastWords::Stopped), "{}", vmm.log());
+    assert!(process::reap(&vmm.spawned.pidfd).unwrap().unwrap().success());
+}
+
+#[test]
+fn a_kernel_that_is_none_is_refused_and_a_real_one_boots() {
+    let mut vmm = Vmm::start();
+    vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
+    let mut garbage = tempfile::tempfile().unwrap();
+    garbage.write_all(&[0x5a; 8192]).unwrap();
+    let refused = vmm.launch("console=ttyS0", &garbage);
+    assert!(
+        matches!(&refused, Answer::Refused(Refusal::BadImage { reason }) if reason.contains("kernel")),
+        "{refused:?}"
+    );
+
+    let kernel = File::open(demo().join("vmlinux")).unwrap();
+    let launched = vmm.launch(&command_line(), &kernel);
+    assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
+    let again =
+        LaunchSpec { vcpus: 1, memory_bytes: 1 << 20, command_line: String::new(), initrd: false, devices: vec![] };
+    assert!(matches!(vmm.ask(&Request::Launch(again)), Answer::Refused(Refusal::State { .. })));
+    let started = Instant::now();
+    assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
+    let deadline = started + Duration::from_secs(60);
+    loop {
+        assert!(Instant::now() < deadline, "the guest does not answer; its console:\n{}", console(&vmm));
+        assert!(
+            !process::has_ended(&vmm.spawned.pidfd).unwrap(),
+            "{:?}\n{}\n{}",
+            vmm.last_words(),
+            vmm.log(),
+            console(&vmm)
+        );
+        let mut guest = fd::connect_in_dir(&vmm.dir, "vsock.sock").unwrap();
+        guest.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        guest.write_all(format!("CONNECT {}\n", hearth_guest_wire::PORT).as_bytes()).unwrap();
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while !line.ends_with(b"\n") && guest.read(&mut byte).is_ok_and(|count| count == 1) {
+            line.extend(byte);
+        }
+        if line.starts_with(b"OK") {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("the guest answered {:.1} s after its first resume", started.elapsed().as_secs_f64());
+}
+
+fn console(vmm: &Vmm) -> String {
+    let bytes = std::fs::read(vmm.directory.path().join("console")).unwrap_or_default();
+    String::from_utf8_lossy(&hearth::wire::console_ring::history(&bytes).unwrap_or_default()).into_owned()
+}
