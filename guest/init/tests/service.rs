@@ -401,9 +401,7 @@ fn environment_and_directory_are_those_asked_for() {
 #[test]
 fn a_program_starts_with_clean_signals_and_descriptors() {
     let agent = Agent::start();
-    let outcome = agent.run(
-        "grep '^SigBlk' /proc/self/status; ls /proc/$$/fd; echo $$; ps -o pgid=,sid= -p $$",
-    );
+    let outcome = agent.run("grep '^SigBlk' /proc/self/status; ls /proc/$$/fd; echo $$; ps -o pgid=,sid= -p $$");
     let words: Vec<&str> = outcome.text().split_whitespace().collect();
     // The descriptors of the shell itself, while it waits for `ls`: a pipeline
     // would add its own, more or fewer with each shell.
