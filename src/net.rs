@@ -4,3 +4,5 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod member;
+pub mod rules;
