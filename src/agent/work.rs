@@ -15,7 +15,8 @@ use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRec
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, ProcessEnd, StartVmmError, VmDisk, VmmHost, VmmProcess, World, random_array,
+    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, StartVmmError, VmDisk, VmNetworks, VmmHost, VmmProcess, World,
+    random_array,
 };
 use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::Generation;
@@ -154,6 +155,9 @@ impl<W: World> Work<W> {
                 let made = self.shared.world.disk().make(&self.record.id).await;
                 made.map_err(|error| host(format!("make the VM's directory: {error}")))
             }
+            Effect::MakeNetwork => self.shared.world.networks().make(&self.record).await.map_err(no_network),
+            Effect::OpenNetwork => self.shared.world.networks().open(&self.record).await.map_err(no_network),
+            Effect::RemoveNetwork => self.shared.world.networks().remove(&self.record).await.map_err(no_network),
             Effect::StartVmm => self.start_vmm().await,
             Effect::BuildMachine => self.build_machine().await,
             Effect::RunMachine => self.run_machine().await,
@@ -415,6 +419,10 @@ fn note_of(outcome: &Outcome) -> Option<String> {
 
 fn host(detail: String) -> Outcome {
     Outcome::Failed(FailureCause::Host { detail })
+}
+
+fn no_network(error: NetworkError) -> Outcome {
+    host(format!("the VM's network: {}", chain(&error)))
 }
 
 fn bad_image(detail: String) -> Outcome {

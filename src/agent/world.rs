@@ -1,6 +1,7 @@
-//! What the agent is made against: the clock, VMM processes, files, records and randomness behind narrow traits. The
-//! real ones are in `host_world`, the simulated ones in `crate::sim`. Networks and peers join as later work needs them.
+//! What the agent is made against: the clock, VMM processes, files, networks, records and randomness behind narrow
+//! traits. The real ones are in `host_world`, the simulated ones in `crate::sim`.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::time::Duration;
@@ -25,6 +26,8 @@ pub trait World: Send + Sync + 'static {
     type Vmm: VmmHost;
     /// The VMs' directories, images and facts of the host.
     type Disk: VmDisk;
+    /// The VMs' jails, and what leads to them.
+    type Networks: VmNetworks;
     /// Durable records.
     type Records: Records;
 
@@ -34,6 +37,8 @@ pub trait World: Send + Sync + 'static {
     fn vmm(&self) -> &Self::Vmm;
     /// Files.
     fn disk(&self) -> &Self::Disk;
+    /// Networks.
+    fn networks(&self) -> &Self::Networks;
     /// Durable records.
     fn records(&self) -> &Self::Records;
     /// Fills `bytes` with randomness fit for keys.
@@ -276,6 +281,42 @@ pub struct HostFacts {
     pub memory_available_bytes: u64,
     /// What the probe found; `None` until it answered.
     pub probe: Option<serde_json::Value>,
+}
+
+/// The VMs' jails: network namespaces with a tap for each interface, rules, and what leads to them on the host.
+pub trait VmNetworks: Send + Sync + 'static {
+    /// Has a closed jail for this VM: nothing passes.
+    fn make(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has an open jail for this VM: its own traffic passes. Makes what is missing.
+    fn open(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has no jail of this VM, and nothing on the host that led to it.
+    fn remove(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// The numbers of the jails on this host, made ahead or left by an earlier agent, that are not in `known`: they are
+    /// removed.
+    fn sweep(&self, known: BTreeSet<u16>) -> impl Future<Output = Result<Vec<u16>, NetworkError>> + Send;
+    /// What a VM's jail dropped so far.
+    fn drops(&self, vm: &VmRecord) -> impl Future<Output = Result<Drops, NetworkError>> + Send;
+    /// The number of a jail that was made ahead, for a new VM; it is made no more than one VM's.
+    fn take_ready(&self) -> Option<u16>;
+}
+
+/// Packets a jail dropped, by reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drops {
+    /// From the VM with another's address, or made to look like it.
+    pub spoof: u64,
+    /// To or from another session.
+    pub foreign_session: u64,
+    /// To or from somewhere else that is not allowed.
+    pub not_allowed: u64,
+}
+
+/// Why a network is not as it should be. All that failed, each with what it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", failures.join("; "))]
+pub struct NetworkError {
+    /// What failed, each a chain.
+    pub failures: Vec<String>,
 }
 
 /// Durable records: one store, written by one writer.
