@@ -64,13 +64,31 @@ const FLOORS: &[Floor] = &[
         ],
     },
     Floor {
+        module: "net",
+        ours: &["ids", "units", "clock", "report", "sys", "!sys::kvm", "!sys::ram"],
+        outside: &["nix", "libc"],
+    },
+    Floor {
         module: "vmm",
         ours: &["ids", "units", "clock", "report", "saved", "sys", "wire", "machine"],
         outside: &["vmm_sys_util", "libc", "nix", "serde_json", "kvm_ioctls"],
     },
     Floor {
         module: "agent",
-        ours: &["ids", "units", "clock", "report", "saved", "sys", "!sys::kvm", "!sys::ram", "wire", "api", "sim"],
+        ours: &[
+            "ids",
+            "units",
+            "clock",
+            "report",
+            "saved",
+            "sys",
+            "!sys::kvm",
+            "!sys::ram",
+            "wire",
+            "net",
+            "api",
+            "sim",
+        ],
         outside: &[
             "tokio",
             "tokio_util",
@@ -134,7 +152,7 @@ const FLOORS: &[Floor] = &[
     },
     Floor {
         module: "sim",
-        ours: &["ids", "units", "clock", "report", "saved", "wire", "agent", "sys"],
+        ours: &["ids", "units", "clock", "report", "saved", "wire", "agent", "sys", "net"],
         outside: &["tokio", "tokio_util", "hearth_guest_wire", "serde_json", "bytes"],
     },
 ];
