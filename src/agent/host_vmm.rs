@@ -21,6 +21,7 @@ use super::world::{
     Ask, AskError, LaunchPlan, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
 };
 use crate::ids::VmId;
+use crate::net::desired::{self, jail_name};
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
@@ -38,9 +39,6 @@ pub(super) mod names {
     pub(in crate::agent) const LOG: &str = "vmm.log";
 }
 
-/// Name of the first interface's tap, in the VMM's network namespace.
-const TAP: &str = "tap0";
-
 /// Longest line a VMM answers a stream's request with.
 const STREAM_LINE_BYTES_MAX: usize = 256;
 
@@ -53,6 +51,8 @@ pub struct HostVmm {
     pub(super) dirs: VmDirs,
     pub(super) images: ImageStore,
     pub(super) waits: Waits,
+    /// This host's number, which the names of its jails begin with.
+    pub(super) host_number: u16,
 }
 
 /// A held VMM process.
@@ -175,8 +175,8 @@ impl VmmHost for HostVmm {
     type Stream = tokio::net::UnixStream;
 
     async fn start(&self, vm: &VmRecord) -> Result<HostProcess, StartVmmError> {
-        let (dirs, vm) = (self.dirs.clone(), vm.clone());
-        let started = spawn_blocking(move || start(&dirs, &vm)).await;
+        let (dirs, vm, host_number) = (self.dirs.clone(), vm.clone(), self.host_number);
+        let started = spawn_blocking(move || start(&dirs, &vm, host_number)).await;
         let started = started.map_err(|_| StartVmmError::Spawn {
             step: "wait for it".to_owned(),
             source: io::Error::other("the agent is ending"),
@@ -251,8 +251,9 @@ async fn read_line(stream: &mut tokio::net::UnixStream) -> Result<String, OpenSt
     }
 }
 
-fn start(dirs: &VmDirs, vm: &VmRecord) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
+fn start(dirs: &VmDirs, vm: &VmRecord, host_number: u16) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
     let failed = |what| move |source| StartVmmError::File { what, source };
+    let jail = netns::open_named(&jail_name(host_number, vm.jail)).map_err(failed("the VM's network namespace"))?;
     let dir = dirs.open(&vm.id).map_err(failed("the VM's directory"))?;
     let control = bind_in_dir(&dir, names::CONTROL).map_err(failed(names::CONTROL))?;
     let last_words = dirs.create(&vm.id, names::LAST_WORDS).map_err(failed(names::LAST_WORDS))?;
@@ -266,7 +267,7 @@ fn start(dirs: &VmDirs, vm: &VmRecord) -> Result<(ProcessRecord, OwnedFd), Start
         control: control.as_fd(),
         last_words: last_words.as_fd(),
         log: log.as_fd(),
-        network: SpawnNetwork::New,
+        network: SpawnNetwork::In(jail.as_fd()),
     });
     let spawned =
         spawned.map_err(|error| StartVmmError::Spawn { step: error.step.to_owned(), source: error.source })?;
@@ -310,6 +311,12 @@ impl HostVmm {
         }
     }
 
+    /// Attaches to a tap of the VM's jail.
+    fn open_tap(&self, vm: &VmRecord, slot: u8) -> io::Result<File> {
+        let jail = netns::open_named(&jail_name(self.host_number, vm.jail))?;
+        netns::in_fd(&jail, || tap::open(&desired::tap(slot)))?
+    }
+
     /// Opens what the VMM needs, in the order the launch names it.
     fn open_for(&self, vm: &VmRecord, dir: &File, plan: &LaunchPlan) -> Result<(LaunchSpec, Vec<OwnedFd>), AskError> {
         let failed = |what: &str| {
@@ -331,19 +338,11 @@ impl HostVmm {
             files.push(file.map_err(failed(&disk.path))?.into());
             devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
         }
-        // Made in the VMM's own namespace: it can be entered from here, never left from there.
-        files.push(open_tap(vm).map_err(failed(TAP))?.into());
+        files.push(self.open_tap(vm, 0).map_err(failed("the VM's tap"))?.into());
         devices.push(DeviceSpec::Net { index: 0, mac: mac(&vm.id) });
         let LaunchPlan { vcpus, memory_bytes, command_line, .. } = plan.clone();
         Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
     }
-}
-
-fn open_tap(vm: &VmRecord) -> io::Result<File> {
-    let gone = || io::Error::new(io::ErrorKind::NotFound, "the VMM is gone");
-    let ProcessRecord { pid, start_ticks } = vm.process.ok_or_else(gone)?;
-    let pidfd = process::find(pid, start_ticks)?.ok_or_else(gone)?;
-    netns::in_that_of(&pidfd, || tap::open(TAP))?
 }
 
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
