@@ -12,6 +12,7 @@ mod door;
 mod effect;
 mod exec;
 mod guest;
+mod guest_network;
 mod host_disk;
 mod host_vmm;
 mod host_world;

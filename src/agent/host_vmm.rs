@@ -347,7 +347,7 @@ fn open_tap(vm: &VmRecord) -> io::Result<File> {
 }
 
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
-fn mac(vm: &VmId) -> [u8; 6] {
+pub(super) fn mac(vm: &VmId) -> [u8; 6] {
     let digest = blake3::hash(vm.as_str().as_bytes());
     let [a, b, c, d, e, ..] = *digest.as_bytes();
     [0x02, a, b, c, d, e]
