@@ -8,6 +8,7 @@ pub mod file;
 pub mod jail;
 pub mod kvm;
 pub mod netconf;
+pub mod netlink;
 pub mod netns;
 pub mod process;
 pub mod ram;

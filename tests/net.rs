@@ -4,5 +4,9 @@
 
 #[path = "net/host.rs"]
 mod host;
+#[path = "net/netlink.rs"]
+mod netlink;
 #[path = "net/netns.rs"]
 mod netns;
+#[path = "net/watch.rs"]
+mod watch;
