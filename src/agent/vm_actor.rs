@@ -475,7 +475,7 @@ impl<W: World> VmActor<W> {
 
     /// Takes over the jail of a VM that runs; what is not as it should be is made so. A VM whose network cannot be seen
     /// to goes on without: the next try comes with the next change there.
-    async fn see_to_network(&self) {
+    async fn see_to_network(&mut self) {
         if !self.record.state.holds_resources() {
             return;
         }

@@ -7,6 +7,7 @@ use std::io;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
 
 use super::images::{Image, ImageError};
 use super::ledger::{LedgerError, Store};
@@ -291,13 +292,34 @@ pub trait VmNetworks: Send + Sync + 'static {
     fn open(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
     /// Has no jail of this VM, and nothing on the host that led to it.
     fn remove(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
-    /// The numbers of the jails on this host, made ahead or left by an earlier agent, that are not in `known`: they are
-    /// removed.
+    /// Has the host's own part: routes to peers and such. Before the first VM.
+    fn start(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Takes away what no VM needs: the agent ends.
+    fn end(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Removes the jails that an earlier agent left, and those of launches that never were; `known` are the VMs'. Gives
+    /// the numbers of the removed.
     fn sweep(&self, known: BTreeSet<u16>) -> impl Future<Output = Result<Vec<u16>, NetworkError>> + Send;
     /// What a VM's jail dropped so far.
     fn drops(&self, vm: &VmRecord) -> impl Future<Output = Result<Drops, NetworkError>> + Send;
-    /// The number of a jail that was made ahead, for a new VM; it is made no more than one VM's.
-    fn take_ready(&self) -> Option<u16>;
+    /// A number for a new VM's jail, of one made ahead if there is any; none of `used`. `None`: there are no more.
+    fn take(&self, used: &BTreeSet<u16>) -> Option<u16>;
+    /// The launch that took this number did not come to be.
+    fn give_back(&self, number: u16);
+    /// Sockets in the VM's jail that its guest reaches at the metadata addresses.
+    fn metadata_sockets(&self, vm: &VmRecord) -> io::Result<Vec<std::net::TcpListener>>;
+    /// What others changed and was put right, once; `None` when it was asked for before, or nothing is watched.
+    fn changes(&self) -> Option<mpsc::Receiver<NetworkChange>>;
+}
+
+/// Something in the network was not as it should be, by no doing of the agent's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkChange {
+    /// Whose jail; `None`: the host's own part.
+    pub jail: Option<u16>,
+    /// What was done about it.
+    pub steps: Vec<String>,
+    /// What could not be done.
+    pub failures: Vec<String>,
 }
 
 /// Packets a jail dropped, by reason.

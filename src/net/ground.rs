@@ -60,7 +60,7 @@ pub struct Failure {
     pub what: String,
 }
 
-fn failure(what: impl std::fmt::Display, error: &dyn std::error::Error) -> Failure {
+fn failure(what: impl std::fmt::Display, error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure { what: format!("{what}: {}", chain(error)) }
 }
 
@@ -335,7 +335,7 @@ impl Ground {
     fn make_veth(&mut self, name: &str, mtu: u32, jail: &OwnedFd) -> Result<(), Failure> {
         let mut batch = Batch::new();
         let peer =
-            VethPeer { name: JAIL_END, index: None, mac: JAIL_END_MAC, up: false, namespace: Some(jail.as_fd()) };
+            VethPeer { name: JAIL_END, index: None, mac: JAIL_END_MAC, namespace: Some(jail.as_fd()) };
         batch.delete_link(LinkRef::Name(name));
         batch.make_veth(&NewVeth { name, index: None, mac: HOST_END_MAC, mtu, peer });
         self.indexes.remove(name);

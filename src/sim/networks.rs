@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::SimHost;
 use crate::agent::VmRecord;
-use crate::agent::world::{Drops, NetworkError, VmNetworks};
+use crate::agent::world::{Drops, NetworkChange, NetworkError, VmNetworks};
 use crate::ids::VmId;
 
 /// A jail.
@@ -73,7 +73,25 @@ impl VmNetworks for SimHost {
         Ok(Drops::default())
     }
 
-    fn take_ready(&self) -> Option<u16> {
+    async fn start(&self) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn end(&self) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    fn take(&self, used: &BTreeSet<u16>) -> Option<u16> {
+        (0..4096).find(|number| !used.contains(number))
+    }
+
+    fn give_back(&self, _number: u16) {}
+
+    fn metadata_sockets(&self, _vm: &VmRecord) -> std::io::Result<Vec<std::net::TcpListener>> {
+        Ok(Vec::new())
+    }
+
+    fn changes(&self) -> Option<tokio::sync::mpsc::Receiver<NetworkChange>> {
         None
     }
 }
