@@ -172,20 +172,22 @@ impl Ground {
         Ok(false)
     }
 
+    /// The rules as nft lists them, without what is in the sets.
     fn list(&self) -> Option<String> {
-        let tables = self.site.tables.iter();
+        let tables = &self.site.tables;
         let lists = netns::in_fd(&self.namespace, || {
-            tables.map(|(table, name)| nft::list_rules(family(*table), name).ok()).collect::<Option<Vec<String>>>()
+            let lists = tables.iter().map(|(kind, _)| nft::list(table(tables, *kind)).ok());
+            lists.collect::<Option<Vec<String>>>()
         });
-        lists.ok().flatten().map(|lists| lists.concat())
+        lists.ok().flatten().map(|lists| without_elements(&lists.concat()))
     }
 
     /// What was counted and dropped, by the counter's name; those of all tables together.
     pub(super) fn counters(&mut self) -> io::Result<BTreeMap<String, u64>> {
         let mut sums = BTreeMap::new();
-        for (table, name) in &self.site.tables {
-            for (counter, packets, _) in self.nft.counters(family(*table), name)? {
-                *sums.entry(counter).or_insert(0) += packets;
+        for (kind, _) in &self.site.tables {
+            for counter in self.nft.counters(table(&self.site.tables, *kind))? {
+                *sums.entry(counter.name).or_insert(0) += counter.packets;
             }
         }
         Ok(sums)
@@ -213,19 +215,11 @@ impl Ground {
         let mut batch = nft::ElementBatch::new();
         for step in steps {
             let Object::Element { element, .. } = object(step) else { continue };
-            let (family, table) = self.table(element.table);
-            let change = nft::Element {
-                family,
-                table,
-                set: element.set,
-                key: &element.key,
-                key_end: element.key_end.as_deref(),
-                value: element.value.as_deref(),
-            };
+            let table = table(&self.site.tables, element.table);
             match step {
-                Step::Make(_) => batch.add(&change),
-                Step::Remove(_) => batch.delete(&change),
-            }
+                Step::Make(_) => batch.add(table, element.set, &element.content),
+                Step::Remove(_) => batch.delete(table, element.set, &element.content),
+            };
         }
         match self.nft.run(&batch) {
             Ok(()) => {
@@ -247,20 +241,16 @@ impl Ground {
         }
     }
 
-    fn table(&self, table: Table) -> (nft::Family, &str) {
-        let name = self.site.tables.iter().find(|(known, _)| *known == table).map_or("", |(_, name)| name.as_str());
-        (family(table), name)
-    }
-
     /// Loads the rules whole, with counters going on from where they are.
     fn load_rules(&mut self, failures: &mut Vec<Failure>) {
         let mut text = self.site.rules.clone();
-        for (table, name) in &self.site.tables {
-            for (counter, packets, bytes) in self.nft.counters(family(*table), name).unwrap_or_default() {
-                let start = text.find(&format!("table {} {name} {{", family(*table).name())).unwrap_or(0);
-                let empty = format!("counter {counter} {{ }}");
+        for (kind, _) in &self.site.tables {
+            let table = table(&self.site.tables, *kind);
+            for nft::Counter { name, packets, bytes } in self.nft.counters(table).unwrap_or_default() {
+                let start = text.find(&format!("table {table} {{")).unwrap_or(0);
+                let empty = format!("counter {name} {{ }}");
                 if let Some(at) = text[start..].find(&empty) {
-                    let full = format!("counter {counter} {{ packets {packets} bytes {bytes} }}");
+                    let full = format!("counter {name} {{ packets {packets} bytes {bytes} }}");
                     text.replace_range(start + at..start + at + empty.len(), &full);
                 }
             }
@@ -282,9 +272,9 @@ impl Ground {
         let tables = self.site.tables.iter();
         // A table that is not there is made first, so that removing it is right in any case.
         let text: String = tables
-            .map(|(table, name)| {
-                let family = family(*table).name();
-                format!("table {family} {name}\ndelete table {family} {name}\n")
+            .map(|(kind, _)| {
+                let table = table(&self.site.tables, *kind);
+                format!("table {table}\ndelete table {table}\n")
             })
             .collect();
         self.elements.clear();
@@ -432,11 +422,24 @@ impl Ground {
     }
 }
 
-const fn family(table: Table) -> nft::Family {
-    match table {
+fn table(tables: &[(Table, String)], wanted: Table) -> nft::Table<'_> {
+    let family = match wanted {
         Table::Inet => nft::Family::Inet,
         Table::Arp => nft::Family::Arp,
+    };
+    let name = tables.iter().find(|(known, _)| *known == wanted).map_or("", |(_, name)| name.as_str());
+    nft::Table { family, name }
+}
+
+/// A listing without the elements of sets: `elements = { ... }`, over lines or not.
+fn without_elements(listing: &str) -> String {
+    let mut rest = listing;
+    let mut text = String::with_capacity(listing.len());
+    while let Some((before, after)) = rest.split_once("elements = {") {
+        text += before;
+        rest = after.split_once('}').map_or("", |(_, after)| after);
     }
+    text + rest
 }
 
 const fn object(step: &Step) -> &Object {
@@ -467,5 +470,17 @@ const fn kind_of(step: &Step) -> Kind {
             | Object::Route { .. },
             _,
         ) => Kind::Rest,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_elements;
+
+    #[test]
+    fn elements_are_left_out_of_a_listing() {
+        let listing = "set a {\n\telements = { 1,\n\t\t 2 }\n}\nmap b {\n\telements = { 1 : 2 }\n}\n";
+        assert_eq!(without_elements(listing), "set a {\n\t\n}\nmap b {\n\t\n}\n");
+        assert_eq!(without_elements("chain c { }"), "chain c { }");
     }
 }
