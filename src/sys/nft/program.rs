@@ -67,10 +67,9 @@ fn run(words: &[&str], input: &str) -> Result<String, NftError> {
     let mut command = Command::new("nft");
     command.args(words).env("LC_ALL", "C").stdin(stdin);
     command.stdout(stdout.try_clone().map_err(NftError::Run)?).stderr(stderr.try_clone().map_err(NftError::Run)?);
-    let mut child = command.spawn().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => NftError::Missing,
-        _ => NftError::Run(error),
-    })?;
+    let missing = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let mut child =
+        command.spawn().map_err(|error| if missing(&error) { NftError::Missing } else { NftError::Run(error) })?;
     let status = process::wait_at_most(&mut child, LIMIT).map_err(NftError::Run)?.ok_or(NftError::TimedOut)?;
     if !status.success() {
         let mut complaint = Vec::new();
