@@ -25,7 +25,7 @@ use crate::net::desired::{self, jail_name};
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
-use crate::wire::control::{Answer, DeviceSpec, LaunchSpec, Request, StartMessage};
+use crate::wire::control::{Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, StartMessage};
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
 
@@ -53,6 +53,8 @@ pub struct HostVmm {
     pub(super) waits: Waits,
     /// This host's number, which the names of its jails begin with.
     pub(super) host_number: u16,
+    /// Bytes per packet that guests are told.
+    pub(super) mtu: u16,
 }
 
 /// A held VMM process.
@@ -285,7 +287,9 @@ impl HostVmm {
         let limit = Duration::from_secs(
             match ask {
                 Ask::Launch(_) => self.waits.vmm_launch_s,
-                Ask::Status | Ask::Pause | Ask::Resume => self.waits.vmm_answer_s,
+                Ask::Status | Ask::Pause | Ask::Resume | Ask::Network | Ask::ReplaceTap { .. } => {
+                    self.waits.vmm_answer_s
+                }
             }
             .into(),
         );
@@ -296,7 +300,7 @@ impl HostVmm {
         let hello = Request::Hello { nonce: vm.nonce, epoch };
         let welcome = match exchange(&mut socket, &hello, &[], limit)? {
             Answer::Welcome(status) => status,
-            Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Refused(_) => {
+            Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Refused(_) | Answer::Network(_) => {
                 return Err(AskError::Unexpected);
             }
         };
@@ -304,6 +308,13 @@ impl HostVmm {
             Ask::Status => Ok(Answer::Status(welcome)),
             Ask::Pause => exchange(&mut socket, &Request::Pause, &[], limit),
             Ask::Resume => exchange(&mut socket, &Request::Resume, &[], limit),
+            Ask::Network => exchange(&mut socket, &Request::Network, &[], limit),
+            Ask::ReplaceTap { index } => {
+                let index = *index;
+                let tap = self.open_tap(vm, index);
+                let tap = tap.map_err(|source| AskError::Open { what: desired::tap(index), source })?;
+                exchange(&mut socket, &Request::ReplaceTap { index }, &[tap.into()], limit)
+            }
             Ask::Launch(plan) => {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
                 exchange(&mut socket, &Request::Launch(spec), &files, limit)
@@ -338,8 +349,12 @@ impl HostVmm {
             files.push(file.map_err(failed(&disk.path))?.into());
             devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
         }
-        files.push(self.open_tap(vm, 0).map_err(failed("the VM's tap"))?.into());
-        devices.push(DeviceSpec::Net { index: 0, mac: mac(&vm.id) });
+        for index in 0..vm.spec.interfaces {
+            let tap = self.open_tap(vm, index).map_err(failed(&desired::tap(index)))?;
+            files.push(tap.into());
+            let (mac, limits) = (interface_mac(&vm.id, index), plan.network_limits);
+            devices.push(DeviceSpec::Net { index, mac, mtu: Some(self.mtu), limits });
+        }
         let LaunchPlan { vcpus, memory_bytes, command_line, .. } = plan.clone();
         Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
     }
@@ -347,9 +362,13 @@ impl HostVmm {
 
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
 pub(super) fn mac(vm: &VmId) -> [u8; 6] {
+    interface_mac(vm, 0)
+}
+
+fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
     let digest = blake3::hash(vm.as_str().as_bytes());
     let [a, b, c, d, e, ..] = *digest.as_bytes();
-    [0x02, a, b, c, d, e]
+    [0x02, a, b, c, d, e ^ index]
 }
 
 fn exchange(
@@ -373,7 +392,11 @@ fn exchange(
     socket.read_exact(&mut body).map_err(failed)?;
     match frame::decode(&body).map_err(AskError::Frame)? {
         Answer::Refused(refusal) => Err(AskError::Refused(bounded(refusal))),
-        answer @ (Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Status(_)) => Ok(answer),
+        // No more of them than there can be.
+        Answer::Network(interfaces) if interfaces.len() > INTERFACES_MAX => Err(AskError::Unexpected),
+        answer @ (Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Network(_)) => {
+            Ok(answer)
+        }
     }
 }
 
