@@ -20,7 +20,7 @@ use crate::sys::nft::{self, Nft};
 use crate::sys::{netns, tap};
 
 /// Protocol number of our routes (linux/rtnetlink.h leaves 100 and up to daemons): `h`.
-pub const ROUTE_PROTOCOL: u8 = 104;
+const ROUTE_PROTOCOL: u8 = 104;
 
 /// What a ground is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -127,7 +127,9 @@ impl Ground {
             let to = Prefix { first: route.destination, bits: route.prefix_len };
             let link = (route.kind == RouteKind::Unicast)
                 // A route by a next hop of the underlay: the link is the kernel's choice.
-                .then(|| route.link.and_then(|index| names.get(&index)).map_or_else(String::new, |name| (*name).to_owned()));
+                .then(|| {
+                    route.link.and_then(|index| names.get(&index)).map_or_else(String::new, |name| (*name).to_owned())
+                });
             all.insert(Object::Route { place, to, via: route.via, link });
         }
         if self.rules_hold()? {
@@ -324,8 +326,7 @@ impl Ground {
     /// In the host's ground: a veth of this name, its peer in the jail. One that is left without its peer is replaced.
     fn make_veth(&mut self, name: &str, mtu: u32, jail: &OwnedFd) -> Result<(), Failure> {
         let mut batch = Batch::new();
-        let peer =
-            VethPeer { name: JAIL_END, index: None, mac: JAIL_END_MAC, namespace: Some(jail.as_fd()) };
+        let peer = VethPeer { name: JAIL_END, index: None, mac: JAIL_END_MAC, namespace: Some(jail.as_fd()) };
         batch.delete_link(LinkRef::Name(name));
         batch.make_veth(&NewVeth { name, index: None, mac: HOST_END_MAC, mtu, peer });
         self.indexes.remove(name);
@@ -393,15 +394,27 @@ impl Ground {
         match object(step) {
             Object::Address { address, .. } => {
                 let address = Address { link, address: address.first, prefix_len: address.bits };
-                if makes { batch.add_address(address) } else { batch.delete_address(address) };
+                if makes {
+                    batch.add_address(address)
+                } else {
+                    batch.delete_address(address)
+                };
             }
             Object::Neighbour { address, mac, .. } => {
                 let neighbour = Neighbour { link, address: *address, mac: Some(*mac), permanent: true };
-                if makes { batch.put_neighbour(neighbour) } else { batch.delete_neighbour(neighbour) };
+                if makes {
+                    batch.put_neighbour(neighbour)
+                } else {
+                    batch.delete_neighbour(neighbour)
+                };
             }
             Object::Forwarding { mac, to, .. } => {
                 let forwarding = Forwarding { link, mac: *mac, to: *to, permanent: true };
-                if makes { batch.put_forwarding(forwarding) } else { batch.delete_forwarding(forwarding) };
+                if makes {
+                    batch.put_forwarding(forwarding)
+                } else {
+                    batch.delete_forwarding(forwarding)
+                };
             }
             Object::Route { to, via, link: by, .. } => {
                 let route = Route {
@@ -415,7 +428,11 @@ impl Ground {
                     protocol: ROUTE_PROTOCOL,
                     metric: 0,
                 };
-                if makes { batch.put_route(route) } else { batch.delete_route(route) };
+                if makes {
+                    batch.put_route(route)
+                } else {
+                    batch.delete_route(route)
+                };
             }
             Object::Link { .. } | Object::Rules { .. } | Object::Element { .. } => {}
         }

@@ -256,7 +256,8 @@ impl HostNetwork {
             }
             Ok((Ground::open(site, kept)?, watches()?))
         });
-        let inside = inside.and_then(|inside| inside).map_err(opening(format!("set up the network namespace {name}")))?;
+        let inside =
+            inside.and_then(|inside| inside).map_err(opening(format!("set up the network namespace {name}")))?;
         let (ground, watches) = inside;
         Ok(JailSide { spec: spec.clone(), member: None, ground, known: None, watches, ended: false })
     }
@@ -343,7 +344,8 @@ impl HostNetwork {
         let mut events = [EpollEvent::empty(); 64];
         let count = self.epoll.wait(&mut events, limit)?;
         // 0 is the host, the rest are jails' numbers and one.
-        let whose = |event: &EpollEvent| event.data().checked_sub(1).map(|number| u16::try_from(number).unwrap_or(u16::MAX));
+        let whose =
+            |event: &EpollEvent| event.data().checked_sub(1).map(|number| u16::try_from(number).unwrap_or(u16::MAX));
         Ok(events[..count].iter().map(whose).collect())
     }
 
@@ -409,12 +411,19 @@ impl HostSide {
         };
         // A jail whose veth is gone makes a new one itself: its own watch tells it.
         let is_there = |objects: &&BTreeSet<Object>| {
-            objects.iter().all(|object| match object {
-                Object::Link { name, kind, .. } if kind.is_veth() => {
-                    observed.iter().any(|other| matches!(other, Object::Link { name: there, .. } if there == name))
-                }
-                _ => true,
-            })
+            let names = objects.iter().filter_map(|object| match object {
+                Object::Link { name, kind, .. } => kind.is_veth().then_some(name),
+                Object::Address { .. }
+                | Object::Neighbour { .. }
+                | Object::Forwarding { .. }
+                | Object::Route { .. }
+                | Object::Rules { .. }
+                | Object::Element { .. } => None,
+            });
+            let there = |name: &&String| {
+                observed.iter().any(|other| matches!(other, Object::Link { name: there, .. } if there == *name))
+            };
+            names.filter(|name| !there(name)).count() == 0
         };
         let wanted: BTreeSet<Object> = self.desired.values().filter(is_there).flatten().cloned().collect();
         // What belongs to nobody here may be another agent's jail being made, or one whose turn comes: left alone.
@@ -422,7 +431,8 @@ impl HostSide {
         let steps = plan(&ours, &wanted);
         let failures = self.ground.carry_out(&steps, None);
         if failures.is_empty() {
-            self.known = self.desired.iter().filter(|(_, objects)| is_owned_whole(objects, &wanted)).map(clone).collect();
+            self.known =
+                self.desired.iter().filter(|(_, objects)| is_owned_whole(objects, &wanted)).map(clone).collect();
         } else {
             self.known.clear();
         }

@@ -30,7 +30,8 @@ impl Watcher {
     pub fn start(network: Arc<HostNetwork>, report: Box<Report>) -> io::Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
         let (watched, until) = (Arc::clone(&network), Arc::clone(&over));
-        let thread = thread::Builder::new().name("network".to_owned()).spawn(move || watch(&watched, &until, &report))?;
+        let thread =
+            thread::Builder::new().name("network".to_owned()).spawn(move || watch(&watched, &until, &report))?;
         Ok(Self { network, over, thread: Some(thread) })
     }
 }
