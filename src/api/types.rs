@@ -10,6 +10,7 @@ mod exec;
 mod host;
 mod image;
 mod operation;
+mod session;
 mod vm;
 
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
@@ -17,6 +18,10 @@ pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
 pub use host::{Host, HostVms};
 pub use image::{Image, ImageImportRequest, ImageList};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
+pub use session::{
+    Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,
+    SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,
+};
 pub use vm::{
     Cause, ConsoleQuery, Disk, GuestStats, RemoveQuery, Stats, StopRequest, Timings, Vm, VmLaunchRequest, VmList,
     VmState, VmmStats, Wait,

@@ -3,12 +3,13 @@
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::value::{DiskWord, ReferenceWord, duration_ms, key, name, variable};
-use crate::api::types::{DISKS_MAX, IMAGE_DEFAULT, Wait};
+use crate::api::types::{Addressing, DISKS_MAX, IMAGE_DEFAULT, Wait};
 
 const LAUNCH_HELP: &str = "\
 Examples:
   hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
+  hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
@@ -91,6 +92,12 @@ pub struct LaunchArgs {
     /// Raw file to attach as a block device; `:ro` refuses the guest's writes. May be given up to 6 times
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<DiskWord>,
+    /// Session to join: its id, a unique prefix of it, its name, or its network id
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<ReferenceWord>,
+    /// Who puts the VM's session addresses to use [default: guest]
+    #[arg(long, value_enum, requires = "session")]
+    pub addressing: Option<AddressingWord>,
     /// What to wait for
     #[arg(long, value_enum, default_value_t = WaitWord::Running)]
     pub wait: WaitWord,
@@ -106,6 +113,24 @@ impl LaunchArgs {
             return Err(format!("--disk was given {} times: a VM takes at most {DISKS_MAX}", self.disks.len()));
         }
         Ok(())
+    }
+}
+
+/// Who puts a VM's session addresses to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AddressingWord {
+    /// The guest's interface has them
+    Guest,
+    /// The guest has fixed inner addresses; its jail translates one to one (for clones of a saved guest)
+    Invariant,
+}
+
+impl From<AddressingWord> for Addressing {
+    fn from(word: AddressingWord) -> Self {
+        match word {
+            AddressingWord::Guest => Self::Guest,
+            AddressingWord::Invariant => Self::Invariant,
+        }
     }
 }
 
