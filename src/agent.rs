@@ -13,6 +13,7 @@ mod effect;
 mod egress;
 mod exec;
 mod guest;
+mod guest_network;
 mod host_disk;
 mod host_vmm;
 mod host_world;

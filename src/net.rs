@@ -4,3 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod desired;
+pub mod member;
+pub mod object;
+pub mod plan;
+pub mod rules;

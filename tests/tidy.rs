@@ -37,6 +37,9 @@ const FLOORS: &[Floor] = &[
             "vmm_sys_util",
             "caps",
             "getrandom",
+            "netlink_packet_core",
+            "netlink_packet_route",
+            "netlink_sys",
         ],
     },
     Floor {

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hearth::ids::VmId;
-use hearth::sys::process::{self, SpawnVmm, Spawned};
+use hearth::sys::process::{self, SpawnNetwork, SpawnVmm, Spawned};
 use hearth::sys::{fd, file};
 use hearth::wire::control::{Answer, DeviceSpec, LaunchSpec, Nonce, Request, StartMessage};
 use hearth::wire::frame::{self, HEADER_BYTES};
@@ -44,7 +44,7 @@ impl Vmm {
             control: listener.as_fd(),
             last_words: last_words.as_fd(),
             log: log.as_fd(),
-            new_network: true,
+            network: SpawnNetwork::New,
         })
         .expect("start a VMM");
         let control = fd::connect_in_dir(&dir, "control.sock").unwrap();

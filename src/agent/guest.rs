@@ -68,6 +68,8 @@ pub(super) struct GuestLink<S> {
     pub reader: GuestReader<S>,
     /// What is said to the guest.
     pub writer: GuestWriter<S>,
+    /// The version both sides speak on it.
+    pub version: u16,
     /// Nanoseconds the guest agent had been running when it said Hello, as it says.
     pub running_ns: u64,
 }
@@ -116,12 +118,13 @@ impl<S: ByteStream> GuestLink<S> {
         let (reader, writer) = tokio::io::split(stream);
         let buffer = vec![0; READ_BYTES].into_boxed_slice();
         let reader = GuestReader { half: reader, decoder: Decoder::new(), buffer };
-        let mut link = Self { reader, writer: GuestWriter { half: writer }, running_ns: 0 };
+        let mut link = Self { reader, writer: GuestWriter { half: writer }, version: VERSION, running_ns: 0 };
         let answer = link.request(&ToGuest::Hello { version: VERSION }, OPEN_LIMIT).await?;
         let FromGuest::Hello { version, running_ns } = answer else { return Err(GuestError::Unexpected) };
         if version < VERSION_MIN {
             return Err(GuestError::Version { found: version });
         }
+        link.version = version.min(VERSION);
         link.running_ns = running_ns;
         Ok(link)
     }

@@ -22,7 +22,7 @@ use super::world::{
 };
 use crate::ids::VmId;
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
-use crate::sys::process::{self, SpawnVmm};
+use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::wire::control::{Answer, DeviceSpec, LaunchSpec, Request, StartMessage};
 use crate::wire::frame::{self, HEADER_BYTES};
@@ -266,7 +266,7 @@ fn start(dirs: &VmDirs, vm: &VmRecord) -> Result<(ProcessRecord, OwnedFd), Start
         control: control.as_fd(),
         last_words: last_words.as_fd(),
         log: log.as_fd(),
-        new_network: true,
+        network: SpawnNetwork::New,
     });
     let spawned =
         spawned.map_err(|error| StartVmmError::Spawn { step: error.step.to_owned(), source: error.source })?;
@@ -347,7 +347,7 @@ fn open_tap(vm: &VmRecord) -> io::Result<File> {
 }
 
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
-fn mac(vm: &VmId) -> [u8; 6] {
+pub(super) fn mac(vm: &VmId) -> [u8; 6] {
     let digest = blake3::hash(vm.as_str().as_bytes());
     let [a, b, c, d, e, ..] = *digest.as_bytes();
     [0x02, a, b, c, d, e]

@@ -10,6 +10,8 @@ use tokio::time::{sleep, timeout};
 
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
+use super::guest_network::{self, guest_network};
+use super::host_vmm::mac;
 use super::ledger::{LedgerError, Write};
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
 use super::session_end::{after, quarantine};
@@ -20,6 +22,7 @@ use super::world::{
 };
 use crate::clock::{Clock, Monotonic};
 use crate::ids::Generation;
+use crate::net::member::Member;
 use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
@@ -326,6 +329,11 @@ impl<W: World> Work<W> {
             interfaces: Vec::new(),
         };
         link.done(&ToGuest::Identity(identity), ANSWER_LIMIT).await?;
+        if link.version >= guest_network::SINCE_VERSION {
+            let member = Member { mac: mac(&self.record.id), session: None };
+            let network = ToGuest::Network(guest_network(&member, 0));
+            link.done(&network, ANSWER_LIMIT).await?;
+        }
         Ok(heard)
     }
 

@@ -119,7 +119,7 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
             host.changed.notify_waiters();
             vec![FromGuest::Done]
         }
-        ToGuest::Identity(_) | ToGuest::SetClock { .. } | ToGuest::Thaw => vec![FromGuest::Done],
+        ToGuest::Identity(_) | ToGuest::Network(_) | ToGuest::SetClock { .. } | ToGuest::Thaw => vec![FromGuest::Done],
         ToGuest::Quiesce { .. } => vec![FromGuest::Quiesced { complete: true, took_ms: 1 }],
         ToGuest::Stats => vec![FromGuest::Stats(Stats::default())],
         ToGuest::Exec(exec) if exec.argv[0] == "true" => {

@@ -12,6 +12,8 @@ use std::process::ExitStatus;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 
+use crate::sys::netns;
+
 /// Descriptor number of the listening control socket in a VMM.
 pub const CONTROL_FD: RawFd = 3;
 
@@ -39,8 +41,19 @@ pub struct SpawnVmm<'a> {
     pub last_words: BorrowedFd<'a>,
     /// Where standard output and error go.
     pub log: BorrowedFd<'a>,
-    /// Give it a network namespace of its own; otherwise it stays in the calling thread's.
-    pub new_network: bool,
+    /// Its network namespace.
+    pub network: SpawnNetwork<'a>,
+}
+
+/// In which network namespace a VMM starts.
+#[derive(Debug, Clone, Copy)]
+pub enum SpawnNetwork<'a> {
+    /// The calling thread's.
+    Inherit,
+    /// A new one, which ends with it.
+    New,
+    /// This one.
+    In(BorrowedFd<'a>),
 }
 
 /// A process that was started.
@@ -70,8 +83,8 @@ fn failed(step: &'static str) -> impl Fn(io::Error) -> SpawnVmmError {
     move |source| SpawnVmmError { step, source }
 }
 
-/// Starts this program's `vmm` side in its own pid, mount, ipc and uts namespaces (and network namespace, if asked),
-/// in its own session, with five descriptors and an empty environment. Blocks for about a millisecond.
+/// Starts this program's `vmm` side in its own pid, mount, ipc and uts namespaces and in the network namespace asked
+/// for, in its own session, with five descriptors and an empty environment. Blocks for about a millisecond.
 pub fn spawn_vmm(spec: &SpawnVmm<'_>) -> Result<Spawned, SpawnVmmError> {
     let words = std::iter::once("hearth").chain(spec.arguments.iter().copied());
     let words: Result<Vec<CString>, _> = words.map(CString::new).collect();
@@ -89,12 +102,15 @@ pub fn spawn_vmm(spec: &SpawnVmm<'_>) -> Result<Spawned, SpawnVmmError> {
         (park(spec.last_words)?, LAST_WORDS_FD),
     ];
     let exe = park(spec.exe)?;
-    let flags = libc::CLONE_NEWPID
-        | libc::CLONE_NEWNS
-        | libc::CLONE_NEWIPC
-        | libc::CLONE_NEWUTS
-        | if spec.new_network { libc::CLONE_NEWNET } else { 0 };
-    let (pid, pidfd) = clone_and_exec(&exe, &words, &places, flags).map_err(failed("clone3"))?;
+    let flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let (pid, pidfd) = match spec.network {
+        SpawnNetwork::Inherit => clone_and_exec(&exe, &words, &places, flags),
+        SpawnNetwork::New => clone_and_exec(&exe, &words, &places, flags | libc::CLONE_NEWNET),
+        // The child begins in the namespace of the thread that clones it.
+        SpawnNetwork::In(namespace) => netns::in_fd(&namespace, || clone_and_exec(&exe, &words, &places, flags))
+            .map_err(failed("enter the network namespace"))?,
+    }
+    .map_err(failed("clone3"))?;
     let start_ticks = start_ticks(pid).map_err(failed("read the new process's start time"))?;
     Ok(Spawned { pid, pidfd, start_ticks })
 }

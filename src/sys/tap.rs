@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
-use linux_raw_sys::if_tun::{TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6};
+use linux_raw_sys::if_tun::{TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6};
 use linux_raw_sys::ioctl::{TUNSETIFF, TUNSETOFFLOAD, TUNSETPERSIST, TUNSETVNETHDRSZ};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -29,6 +29,10 @@ pub struct Offloads {
     pub tso4: bool,
     /// TCP/IPv6 segments longer than a frame.
     pub tso6: bool,
+    /// UDP/IPv4 datagrams longer than a frame, to be cut into datagrams (Linux 6.2).
+    pub uso4: bool,
+    /// UDP/IPv6 datagrams longer than a frame, to be cut into datagrams (Linux 6.2).
+    pub uso6: bool,
 }
 
 /// Attaches to the tap `name` of this network namespace, or makes it; it goes away with the last open file unless it is
@@ -63,13 +67,34 @@ pub fn prepare(tap: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Says what the reader of the tap takes; the kernel does the rest itself.
-pub fn set_offloads(tap: &File, offloads: Offloads) -> io::Result<()> {
+/// Says what the reader of the tap takes; the kernel does the rest itself. Answers what it was told in the end: the
+/// kernel refuses segmentation without checksums, UDP segmentation for one of IPv4 and IPv6 alone, and, before Linux
+/// 6.2, UDP segmentation at all, which then is left out.
+pub fn set_offloads(tap: &File, wanted: Offloads) -> io::Result<Offloads> {
+    let udp = wanted.checksum && wanted.uso4 && wanted.uso6;
+    let told = Offloads {
+        checksum: wanted.checksum,
+        tso4: wanted.checksum && wanted.tso4,
+        tso6: wanted.checksum && wanted.tso6,
+        uso4: udp,
+        uso6: udp,
+    };
+    match tell_offloads(tap, told) {
+        Err(error) if udp && error.raw_os_error() == Some(libc::EINVAL) => {
+            let without = Offloads { uso4: false, uso6: false, ..told };
+            tell_offloads(tap, without).map(|()| without)
+        }
+        result => result.map(|()| told),
+    }
+}
+
+fn tell_offloads(tap: &File, offloads: Offloads) -> io::Result<()> {
     let flag = |on, bit: u32| if on { bit } else { 0 };
-    // The kernel refuses segmentation without checksums.
     let bits = flag(offloads.checksum, TUN_F_CSUM)
-        | flag(offloads.checksum && offloads.tso4, TUN_F_TSO4)
-        | flag(offloads.checksum && offloads.tso6, TUN_F_TSO6);
+        | flag(offloads.tso4, TUN_F_TSO4)
+        | flag(offloads.tso6, TUN_F_TSO6)
+        | flag(offloads.uso4, TUN_F_USO4)
+        | flag(offloads.uso6, TUN_F_USO6);
     // SAFETY: TUNSETOFFLOAD takes its bits by value and touches no memory; the file is open.
     check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD.into(), libc::c_ulong::from(bits)) })
 }
@@ -82,4 +107,42 @@ pub fn set_persistent(tap: &File, on: bool) -> io::Result<()> {
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::netns;
+
+    #[test]
+    fn offloads_that_need_others_are_left_out_without_them() {
+        let all = Offloads { checksum: true, tso4: true, tso6: true, uso4: true, uso6: true };
+        netns::in_new(|| {
+            let tap = open("tap0").unwrap();
+            let told = set_offloads(&tap, all).unwrap();
+            assert!(told.checksum && told.tso4 && told.tso6);
+            assert_eq!(told.uso4, told.uso6);
+            assert_eq!(set_offloads(&tap, Offloads { checksum: false, ..all }).unwrap(), Offloads::default());
+            let one = set_offloads(&tap, Offloads { uso6: false, ..all }).unwrap();
+            assert_eq!(one, Offloads { uso4: false, uso6: false, ..all });
+        })
+        .expect("a new network namespace needs root");
+    }
+
+    #[test]
+    fn a_persistent_tap_is_there_for_the_next_who_opens_it() {
+        netns::in_new(|| {
+            let index = || std::fs::read_to_string("/proc/thread-self/net/dev").unwrap().contains("tap0:");
+            let tap = open("tap0").unwrap();
+            set_persistent(&tap, true).unwrap();
+            drop(tap);
+            assert!(index());
+            let tap = open("tap0").unwrap();
+            assert_eq!(open("tap0").unwrap_err().raw_os_error(), Some(libc::EBUSY), "one opener at a time");
+            set_persistent(&tap, false).unwrap();
+            drop(tap);
+            assert!(!index());
+        })
+        .expect("a new network namespace needs root");
+    }
 }

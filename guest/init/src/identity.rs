@@ -1,8 +1,9 @@
 //! Becoming somebody: what a guest is told about itself is applied before the host lets anything else reach it.
 
 use alloc::string::String;
+use alloc::vec::Vec;
 
-use hearth_guest_wire::Identity;
+use hearth_guest_wire::{Identity, Interface, NetworkInterface};
 
 use crate::link::Refusal;
 use crate::net;
@@ -18,9 +19,16 @@ pub(crate) fn apply(identity: &Identity) -> Result<(), Refusal> {
     }
     sys::set_hostname(hostname).map_err(failed("set the host name"))?;
     if !interfaces.is_empty() {
-        net::apply(interfaces)?;
+        // What hosts of version 1 give an interface: addresses, and no way out.
+        let interfaces: Vec<NetworkInterface> = interfaces.iter().cloned().map(without_gateways).collect();
+        net::apply(&interfaces)?;
     }
     Ok(())
+}
+
+fn without_gateways(interface: Interface) -> NetworkInterface {
+    let Interface { mac, addresses, mtu } = interface;
+    NetworkInterface { mac, mtu, addresses, gateways: Vec::new() }
 }
 
 /// Puts words to an errno.

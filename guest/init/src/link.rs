@@ -21,6 +21,7 @@ use hearth_guest_wire::frame::Decoder;
 use hearth_guest_wire::{Exec, Exit, FromGuest, ToGuest, VERSION, VERSION_MIN};
 
 use crate::identity;
+use crate::net;
 use crate::outgoing::Outgoing;
 use crate::program::{GRACE_NS, Program, Stream};
 use crate::server::Guest;
@@ -288,6 +289,11 @@ impl Link {
                 guest.finish_mounts();
                 let applied = guest.permitted().and_then(|()| identity::apply(&identity));
                 self.answer(applied, "apply the identity");
+            }
+            ToGuest::Network(interfaces) => {
+                guest.finish_mounts();
+                let applied = guest.permitted().and_then(|()| net::apply(&interfaces));
+                self.answer(applied, "apply the network");
             }
             ToGuest::SetClock { unix_ns } => {
                 let applied = guest.permitted().and_then(|()| sys::set_wall_ns(unix_ns).map_err(From::from));

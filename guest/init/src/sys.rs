@@ -15,7 +15,7 @@ mod system;
 pub(crate) use event::{Epoll, Event, Happened, Interest, Signals, Timer};
 pub(crate) use file::{
     Console, Fd, console_input, hold_standard_streams, make_directory, make_link, mount, open_read, open_terminal,
-    pipe, resize_terminal,
+    pipe, resize_terminal, write_setting,
 };
 pub(crate) use process::{
     Errand, Launch, LaunchError, Running, adopt_orphans, exit, go_first, is_first_process, kill_group, queue_group,

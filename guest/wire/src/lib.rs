@@ -22,7 +22,10 @@ use serde::{Deserialize, Serialize};
 pub mod frame;
 
 /// Version of this protocol that this build speaks.
-pub const VERSION: u16 = 1;
+///
+/// * 1: identity, programs, quiesce, stats, clock, shutdown.
+/// * 2: [`ToGuest::Network`].
+pub const VERSION: u16 = 2;
 
 /// The oldest version this build still understands.
 pub const VERSION_MIN: u16 = 1;
@@ -83,6 +86,9 @@ pub enum ToGuest {
         /// Columns of text.
         columns: u16,
     },
+    /// The guest's network, instead of the one before. Answered by [`FromGuest::Done`] once applied: old addresses are
+    /// gone by then and the new ones usable. May be sent at any time and any number of times. Since version 2.
+    Network(Vec<NetworkInterface>),
 }
 
 /// What the guest says.
@@ -208,6 +214,42 @@ pub enum Address {
     V4([u8; 4], u8),
     /// IPv6 address, prefix length 0 to 128.
     V6([u8; 16], u8),
+}
+
+/// One network interface of a guest with its way out.
+///
+/// The interface comes up with exactly these addresses, besides its IPv6 link-local one, and takes no configuration
+/// from the link (router advertisements). Gateways become permanent neighbours and are on the link whatever the
+/// addresses' prefixes say. For each family the first interface with a gateway of it has the guest's default route;
+/// a default route that an earlier message made and this one does not is removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkInterface {
+    /// Hardware address it is found by.
+    pub mac: [u8; 6],
+    /// Bytes per packet above the link layer; 0 leaves it alone.
+    pub mtu: u16,
+    /// Addresses with prefix lengths. None: the interface is up with its link-local address only.
+    pub addresses: Vec<Address>,
+    /// Routers on its link, the preferred one of each family first.
+    pub gateways: Vec<Gateway>,
+}
+
+/// A router on a guest's link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gateway {
+    /// Address it is known by.
+    pub address: GatewayAddress,
+    /// Hardware address that packets to it are sent to.
+    pub mac: [u8; 6],
+}
+
+/// The address of a [`Gateway`]; it serves that family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GatewayAddress {
+    /// IPv4 address.
+    V4([u8; 4]),
+    /// IPv6 address, link-local or not.
+    V6([u8; 16]),
 }
 
 /// What the guest says of itself.

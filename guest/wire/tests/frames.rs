@@ -2,8 +2,8 @@
 
 use hearth_guest_wire::frame::{Decoder, FrameError, HEADER_BYTES, body_length, decode, encode, encode_to};
 use hearth_guest_wire::{
-    Address, Exec, Exit, FRAME_BYTES_MAX, FromGuest, Identity, Interface, STREAM_CHUNK_BYTES, Shutdown, Stats,
-    TerminalSize, ToGuest, VERSION,
+    Address, Exec, Exit, FRAME_BYTES_MAX, FromGuest, Gateway, GatewayAddress, Identity, Interface, NetworkInterface,
+    STREAM_CHUNK_BYTES, Shutdown, Stats, TerminalSize, ToGuest, VERSION,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -21,6 +21,17 @@ fn interface() -> impl Strategy<Value = Interface> {
         addresses,
         mtu,
     })
+}
+
+fn gateway() -> impl Strategy<Value = Gateway> {
+    let address =
+        prop_oneof![any::<[u8; 4]>().prop_map(GatewayAddress::V4), any::<[u8; 16]>().prop_map(GatewayAddress::V6),];
+    (address, any::<[u8; 6]>()).prop_map(|(address, mac)| Gateway { address, mac })
+}
+
+fn network_interface() -> impl Strategy<Value = NetworkInterface> {
+    (any::<[u8; 6]>(), any::<u16>(), vec(address(), 0..4), vec(gateway(), 0..3))
+        .prop_map(|(mac, mtu, addresses, gateways)| NetworkInterface { mac, mtu, addresses, gateways })
 }
 
 fn identity() -> impl Strategy<Value = Identity> {
@@ -61,6 +72,7 @@ fn to_guest() -> impl Strategy<Value = ToGuest> {
         Just(ToGuest::StdinClosed),
         any::<u8>().prop_map(|number| ToGuest::Signal { number }),
         (any::<u16>(), any::<u16>()).prop_map(|(rows, columns)| ToGuest::Resize { rows, columns }),
+        vec(network_interface(), 0..4).prop_map(ToGuest::Network),
     ]
 }
 
@@ -227,8 +239,17 @@ fn what_is_refused_leaves_earlier_frames_whole() {
 
 #[test]
 fn the_bytes_of_the_protocol_do_not_change() {
-    // Both sides of a running guest were built at different times: these are what version 1 looks like.
-    let cases: [(Vec<u8>, &[u8]); 10] = [
+    // Both sides of a running guest were built at different times: these are what versions 1 and 2 look like.
+    let network = ToGuest::Network(vec![NetworkInterface {
+        mac: [1, 2, 3, 4, 5, 6],
+        mtu: 300,
+        addresses: vec![Address::V4([10, 0, 0, 1], 32)],
+        gateways: vec![Gateway { address: GatewayAddress::V4([169, 254, 1, 1]), mac: [6, 5, 4, 3, 2, 1] }],
+    }]);
+    let network_bytes: &[u8] =
+        &[29, 0, 0, 0, 12, 1, 1, 2, 3, 4, 5, 6, 0xac, 2, 1, 0, 10, 0, 0, 1, 32, 1, 0, 169, 254, 1, 1, 6, 5, 4, 3, 2, 1];
+    let cases: [(Vec<u8>, &[u8]); 11] = [
+        (encode(&network).unwrap(), network_bytes),
         (encode(&ToGuest::Hello { version: 1 }).unwrap(), &[2, 0, 0, 0, 0, 1]),
         (encode(&ToGuest::Quiesce { timeout_ms: 300 }).unwrap(), &[3, 0, 0, 0, 2, 0xac, 2]),
         (encode(&ToGuest::Thaw).unwrap(), &[1, 0, 0, 0, 3]),

@@ -90,6 +90,7 @@ impl Net {
             checksum: has(spec::F_GUEST_CSUM),
             tso4: has(spec::F_GUEST_TSO4),
             tso6: has(spec::F_GUEST_TSO6),
+            ..Offloads::default()
         };
         if wanted != self.offloads {
             self.offloads = wanted;

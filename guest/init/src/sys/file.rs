@@ -20,6 +20,7 @@ const GETDENTS64: u64 = 217;
 const SYMLINKAT: u64 = 266;
 const PIPE2: u64 = 293;
 
+const O_WRONLY: u32 = 1;
 const O_RDWR: u32 = 2;
 const O_NOCTTY: u32 = 0o400;
 pub(super) const O_NONBLOCK: u32 = 0o4000;
@@ -116,6 +117,11 @@ fn open(path: &CStr, flags: u32) -> Result<Fd, Errno> {
 /// Opens a file or directory for reading.
 pub(crate) fn open_read(path: &CStr) -> Result<Fd, Errno> {
     open(path, 0)
+}
+
+/// Writes a kernel setting: a file below `/proc/sys` that is there and takes its value whole.
+pub(crate) fn write_setting(path: &CStr, value: &[u8]) -> Result<(), Errno> {
+    open(path, O_WRONLY)?.write(value).map(drop)
 }
 
 /// Opens a device for reading and writing without making it the controlling terminal.

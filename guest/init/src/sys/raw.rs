@@ -10,6 +10,7 @@ pub(crate) struct Errno(i32);
 impl Errno {
     pub(crate) const PERM: Self = Self(1);
     pub(crate) const NOENT: Self = Self(2);
+    pub(crate) const SRCH: Self = Self(3);
     pub(crate) const INTR: Self = Self(4);
     pub(crate) const TOO_BIG: Self = Self(7);
     pub(crate) const BADF: Self = Self(9);
@@ -25,6 +26,8 @@ impl Errno {
     pub(crate) const NOSYS: Self = Self(38);
     pub(crate) const PROTO: Self = Self(71);
     pub(crate) const OVERFLOW: Self = Self(75);
+    pub(crate) const NOTSUPP: Self = Self(95);
+    pub(crate) const ADDRNOTAVAIL: Self = Self(99);
 
     /// The number itself, for messages and the wire.
     pub(crate) const fn number(self) -> i32 {

@@ -1,0 +1,172 @@
+//! What makes up a network: links, addresses, neighbours, routes and rules, as values that can be compared. A host's
+//! and a jail's wanted and present states are sets of these; the order of the variants is the order of building.
+
+use std::net::IpAddr;
+
+use super::member::Net;
+use super::rules::Element;
+
+/// A namespace an object is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Place {
+    /// The jail's.
+    Jail,
+    /// The host's own.
+    Host,
+}
+
+/// A destination, as routes have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Prefix {
+    /// The first address.
+    pub first: IpAddr,
+    /// How many bits all share.
+    pub bits: u8,
+}
+
+impl Prefix {
+    /// One address.
+    pub const fn one(address: IpAddr) -> Self {
+        let bits = match address {
+            IpAddr::V4(_) => 32,
+            IpAddr::V6(_) => 128,
+        };
+        Self { first: address, bits }
+    }
+}
+
+impl From<Net> for Prefix {
+    fn from(net: Net) -> Self {
+        match net {
+            Net::V6(net) => Self { first: net.first.into(), bits: net.bits },
+            Net::V4(net) => Self { first: net.first.into(), bits: net.bits },
+        }
+    }
+}
+
+impl std::fmt::Display for Prefix {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{}/{}", self.first, self.bits)
+    }
+}
+
+/// Something that is in a network.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Object {
+    /// A link, with its settings; always up.
+    Link {
+        /// Where.
+        place: Place,
+        /// Its name.
+        name: String,
+        /// How it is made.
+        kind: LinkKind,
+        /// Hardware address.
+        mac: [u8; 6],
+        /// Bytes per packet above the link layer.
+        mtu: u32,
+    },
+    /// An address of a link.
+    Address {
+        /// Where.
+        place: Place,
+        /// The link.
+        link: String,
+        /// The address, with the length of its prefix.
+        address: Prefix,
+    },
+    /// A permanent neighbour.
+    Neighbour {
+        /// Where.
+        place: Place,
+        /// The link.
+        link: String,
+        /// Its address.
+        address: IpAddr,
+        /// Its hardware address.
+        mac: [u8; 6],
+    },
+    /// Where a vxlan device sends frames for a hardware address.
+    Forwarding {
+        /// The device, in the host's namespace.
+        link: String,
+        /// The hardware address.
+        mac: [u8; 6],
+        /// The underlay's address.
+        to: IpAddr,
+    },
+    /// A route of ours.
+    Route {
+        /// Where.
+        place: Place,
+        /// What it is for.
+        to: Prefix,
+        /// The next hop; IPv4 goes by IPv6 next hops as well.
+        via: Option<IpAddr>,
+        /// The link; `None`: unreachable.
+        link: Option<String>,
+    },
+    /// The rules are as they were loaded: nobody changed them since.
+    Rules {
+        /// Where.
+        place: Place,
+    },
+    /// An element of a set of the rules.
+    Element {
+        /// Where.
+        place: Place,
+        /// The element.
+        element: Element,
+    },
+}
+
+/// How a link is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinkKind {
+    /// A persistent tap.
+    Tap,
+    /// The host's end of a jail's veth: its peer is `up0` in the jail.
+    VethHostEnd,
+    /// The jail's end.
+    VethJailEnd,
+    /// Frames in UDP between hosts (RFC 7348).
+    Vxlan {
+        /// Network identifier.
+        id: u32,
+        /// UDP port.
+        port: u16,
+        /// This host's address on the underlay.
+        local: IpAddr,
+    },
+}
+
+impl Object {
+    /// Where it is.
+    pub const fn place(&self) -> Place {
+        match self {
+            Self::Link { place, .. }
+            | Self::Address { place, .. }
+            | Self::Neighbour { place, .. }
+            | Self::Route { place, .. }
+            | Self::Rules { place }
+            | Self::Element { place, .. } => *place,
+            Self::Forwarding { .. } => Place::Host,
+        }
+    }
+}
+
+impl std::fmt::Display for Object {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Link { name, .. } => write!(out, "link {name}"),
+            Self::Address { link, address, .. } => write!(out, "address {address} on {link}"),
+            Self::Neighbour { link, address, .. } => write!(out, "neighbour {address} on {link}"),
+            Self::Forwarding { link, to, .. } => write!(out, "forwarding on {link} to {to}"),
+            Self::Route { to, link: Some(link), .. } => write!(out, "route to {to} by {link}"),
+            Self::Route { to, link: None, .. } => write!(out, "unreachable {to}"),
+            Self::Rules { place: Place::Jail } => out.write_str("rules of the jail"),
+            Self::Rules { place: Place::Host } => out.write_str("rules of the host"),
+            Self::Element { element, .. } => write!(out, "element of set {}", element.set),
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! What the host's kernel does for networks: named namespaces, links and routes, nft. Tier net: root and a real kernel;
+//! every test has a network and a `/run` of its own, so that it sees nothing of the host's and leaves nothing, even
+//! when it is killed.
+
+#[path = "net/host.rs"]
+mod host;
+#[path = "net/netlink.rs"]
+mod netlink;
+#[path = "net/netns.rs"]
+mod netns;
+#[path = "net/watch.rs"]
+mod watch;
