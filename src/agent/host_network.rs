@@ -3,32 +3,23 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::{SocketAddr, SocketAddrV6};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use super::egress::{Egress, Protocol};
-use super::host_vmm::mac;
+use super::member::member;
 use super::record::VmRecord;
-use super::session_record::{Addressing, JAILS_MAX, NetworkRecord};
+use super::session_record::JAILS_MAX;
 use super::world::{Drops, NetworkChange, NetworkError, VmNetworks};
-use crate::net::address::{Fabric, V4Net, V6Net};
+use crate::net::address::Fabric;
 use crate::net::desired::{TAPS_MAX, tap};
 use crate::net::host::{HostNetwork, NetworkSpec, OpenNetworkError, Settled};
-use crate::net::member::{
-    self, EgressRule, METADATA_PORT, METADATA_V4, METADATA_V6, Member, Net, PublishedPort, SessionAddresses,
-};
+use crate::net::member::{METADATA_PORT, METADATA_V4, METADATA_V6, Member};
 use crate::net::watch::Watcher;
 use crate::sys::{netns, sock};
-
-/// IANA protocol numbers.
-const ICMP: u8 = 1;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
-const ICMP_V6: u8 = 58;
 
 /// Reports that wait to be written down; more are dropped and said in the log: somebody changes things in a loop.
 const CHANGES_MAX: usize = 256;
@@ -93,20 +84,19 @@ impl HostNetworks {
                 tracing::warn!(%error, "a change of the network is not recorded");
             }
         };
-        let watcher = Watcher::start(Arc::clone(&network), Box::new(report)).map_err(|source| {
-            OpenNetworkError::Namespace { what: "start watching the network".to_owned(), source }
-        })?;
+        let watcher = Watcher::start(Arc::clone(&network), Box::new(report))
+            .map_err(|source| OpenNetworkError::Namespace { what: "start watching the network".to_owned(), source })?;
         let (numbers, changes) = (Mutex::default(), Mutex::new(Some(changes)));
         Ok(Self(Arc::new(Shared { network, numbers, changes, pool, _watcher: watcher })))
     }
 
-    fn blocking<T: Send + 'static>(
+    async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&HostNetwork) -> T + Send + 'static,
-    ) -> impl Future<Output = Result<T, NetworkError>> + Send + use<T> {
+    ) -> Result<T, NetworkError> {
         let network = Arc::clone(&self.0.network);
         let work = spawn_blocking(move || work(&network));
-        async { work.await.map_err(|_| NetworkError { failures: vec!["the agent is ending".to_owned()] }) }
+        work.await.map_err(|_| NetworkError { failures: vec!["the agent is ending".to_owned()] })
     }
 
     async fn settle(&self, number: u16, taps: u8, member: Option<Member>) -> Result<(), NetworkError> {
@@ -159,57 +149,8 @@ impl HostNetworks {
         }
     }
 
-    /// What a VM is to its jail.
-    fn member(&self, vm: &VmRecord) -> Member {
-        let fabric = self.0.network.spec().host.as_ref().map(|host| &host.fabric);
-        let session = vm.network.as_ref().zip(fabric).map(|(network, fabric)| session(network, fabric));
-        Member { mac: mac(&vm.id), session }
-    }
-}
-
-fn session(network: &NetworkRecord, fabric: &Fabric) -> SessionAddresses {
-    SessionAddresses {
-        v6: network.ipv6,
-        v4: network.ipv4,
-        match_v6: fabric.v6_session(network.session_network_id),
-        match_v4: network.ipv4.and_then(|_| fabric.v4_session(network.session_network_id)),
-        addressing: match network.addressing {
-            Addressing::Guest => member::Addressing::Guest,
-            Addressing::Invariant => member::Addressing::Invariant,
-        },
-        egress: egress(&network.egress),
-        nat: network.egress.nat,
-        published: network
-            .published
-            .iter()
-            .map(|port| PublishedPort {
-                protocol: protocol(port.protocol, false).unwrap_or(TCP),
-                host_port: port.host_port,
-                guest_port: port.guest_port,
-            })
-            .collect(),
-    }
-}
-
-/// Egress rules as a jail takes them; one that another covers is left out.
-fn egress(egress: &Egress) -> Vec<EgressRule> {
-    let rules = egress.allow.iter().map(|rule| {
-        let (to, v6) = match rule.cidr.address() {
-            IpAddr::V4(first) => (Net::V4(V4Net { first, bits: rule.cidr.bits() }), false),
-            IpAddr::V6(first) => (Net::V6(V6Net { first, bits: rule.cidr.bits() }), true),
-        };
-        EgressRule { to, protocol: protocol(rule.protocol, v6), ports: rule.ports }
-    });
-    rules.collect()
-}
-
-const fn protocol(protocol: Protocol, v6: bool) -> Option<u8> {
-    match protocol {
-        Protocol::Tcp => Some(TCP),
-        Protocol::Udp => Some(UDP),
-        Protocol::Icmp if v6 => Some(ICMP_V6),
-        Protocol::Icmp => Some(ICMP),
-        Protocol::Any => None,
+    fn fabric(&self) -> Option<&Fabric> {
+        self.0.network.spec().host.as_ref().map(|host| &host.fabric)
     }
 }
 
@@ -221,7 +162,7 @@ impl VmNetworks for HostNetworks {
 
     async fn open(&self, vm: &VmRecord) -> Result<(), NetworkError> {
         lock(&self.0.numbers).taken.insert(vm.jail);
-        self.settle(vm.jail, vm.spec.interfaces.clamp(1, TAPS_MAX), Some(self.member(vm))).await
+        self.settle(vm.jail, vm.spec.interfaces.clamp(1, TAPS_MAX), Some(member(vm, self.fabric()))).await
     }
 
     async fn remove(&self, vm: &VmRecord) -> Result<(), NetworkError> {
@@ -283,8 +224,10 @@ impl VmNetworks for HostNetworks {
     fn take(&self, used: &BTreeSet<u16>) -> Option<u16> {
         let mut numbers = lock(&self.0.numbers);
         let ready = std::iter::from_fn(|| numbers.ready.pop_front()).find(|number| !used.contains(number));
-        let held = |number: &u16| used.contains(number) || numbers.filling.contains(number) || numbers.taken.contains(number);
-        let number = ready.or_else(|| (0..JAILS_MAX).find(|number| !held(number) && !numbers.ready.contains(number)))?;
+        let held =
+            |number: &u16| used.contains(number) || numbers.filling.contains(number) || numbers.taken.contains(number);
+        let number =
+            ready.or_else(|| (0..JAILS_MAX).find(|number| !held(number) && !numbers.ready.contains(number)))?;
         numbers.taken.insert(number);
         drop(numbers);
         self.fill();
