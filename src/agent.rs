@@ -30,6 +30,7 @@ mod session_end;
 mod session_error;
 mod session_record;
 mod shared;
+mod traffic;
 mod vm_actor;
 mod vm_state;
 mod work;
@@ -61,6 +62,7 @@ pub use session_record::{Addressing, NetworkRecord, SessionRecord, SessionState,
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
+pub use crate::wire::control::{FlowStatus, InterfaceStatus};
 pub use world::{HostFacts, ImageImport, ProcessUsage};
 
 use shared::{Shared, VmHandle};

@@ -8,5 +8,7 @@ mod host;
 mod netlink;
 #[path = "net/netns.rs"]
 mod netns;
+#[path = "net/nft.rs"]
+mod nft;
 #[path = "net/watch.rs"]
 mod watch;

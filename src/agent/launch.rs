@@ -19,6 +19,7 @@ use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
 use crate::net::address::{LocalId, Parts};
 use crate::report::Retry;
+use crate::units::{NetLimitError, NetLimits};
 
 /// How long an idempotency key is remembered: a client that repeats a request after a day means a new one.
 pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
@@ -40,6 +41,8 @@ pub struct LaunchRequest {
     pub session: Option<String>,
     /// Who puts its session addresses to use; only with a session.
     pub addressing: Option<Addressing>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -147,6 +150,9 @@ pub enum LaunchError {
         #[source]
         source: std::io::Error,
     },
+    /// Nobody can mean such a limit.
+    #[error(transparent)]
+    NetworkLimits(#[from] NetLimitError),
     /// This host has its most VMs.
     #[error("this host has {max} VMs, which is its limit; remove some")]
     TooManyVms {
@@ -196,6 +202,7 @@ impl LaunchError {
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
             | Self::AddressingWithoutSession
+            | Self::NetworkLimits(_)
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Session(error) => error.retry(),

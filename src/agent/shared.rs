@@ -10,6 +10,7 @@ use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::record::{OperationRecord, Subject, VmRecord};
 use super::session_record::SessionRecord;
+use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
 use crate::clock::{Clock, UnixNanos};
@@ -32,6 +33,7 @@ pub(crate) struct Shared<W: World> {
     conflicts: watch::Sender<BTreeMap<String, String>>,
     /// A session has come that may have to end.
     pub(crate) sessions_changed: Notify,
+    pub(crate) traffic: Traffic,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -58,6 +60,7 @@ impl<W: World> Shared<W> {
             metrics: Metrics::new(),
             conflicts: watch::Sender::default(),
             sessions_changed: Notify::new(),
+            traffic: Traffic::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }
