@@ -25,6 +25,7 @@ mod record;
 mod recover;
 mod serve;
 mod shared;
+mod traffic;
 mod vm_actor;
 mod vm_state;
 mod work;
@@ -49,6 +50,7 @@ pub use record::{
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
+pub use crate::wire::control::{FlowStatus, InterfaceStatus};
 pub use world::{HostFacts, ImageImport, ProcessUsage};
 
 use shared::{Shared, VmHandle};

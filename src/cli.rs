@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-pub use value::{DiskWord, ReferenceWord};
+pub use value::{DiskWord, RateWord, ReferenceWord};
 pub use vm::{ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
 /// Where the agent's API answers when nothing else is said.

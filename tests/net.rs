@@ -4,5 +4,11 @@
 
 #[path = "net/host.rs"]
 mod host;
+#[path = "net/netlink.rs"]
+mod netlink;
 #[path = "net/netns.rs"]
 mod netns;
+#[path = "net/nft.rs"]
+mod nft;
+#[path = "net/watch.rs"]
+mod watch;

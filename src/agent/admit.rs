@@ -48,11 +48,13 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         return Err(LaunchError::CommandLine { image: image.name.clone(), found: whole, max });
     }
     disks(&request.disks, vms)?;
+    request.network_limits.check()?;
     if vms.len() >= limits.vms_max as usize {
         return Err(LaunchError::TooManyVms { max: limits.vms_max });
     }
     let _ = host;
-    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks: request.disks.clone() })
+    let (disks, network_limits) = (request.disks.clone(), request.network_limits);
+    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, network_limits })
 }
 
 /// Guest memory of the VMs that live, in bytes.
@@ -102,6 +104,7 @@ fn disks(asked: &[DiskSpec], vms: &[std::sync::Arc<VmRecord>]) -> Result<(), Lau
 mod tests {
     use super::*;
     use crate::clock::UnixNanos;
+    use crate::units::{FlowLimits, NetLimits, Rate};
 
     fn image() -> Image {
         Image {
@@ -116,7 +119,15 @@ mod tests {
     }
 
     fn request() -> LaunchRequest {
-        LaunchRequest { name: None, image: "demo".to_owned(), vcpus: 1, memory_mib: 128, disks: Vec::new(), key: None }
+        LaunchRequest {
+            name: None,
+            image: "demo".to_owned(),
+            vcpus: 1,
+            memory_mib: 128,
+            disks: Vec::new(),
+            network_limits: NetLimits::default(),
+            key: None,
+        }
     }
 
     fn decide(request: &LaunchRequest, image: &Image) -> Result<VmSpec, LaunchError> {
@@ -137,6 +148,16 @@ mod tests {
         for (length, fits) in [(room, true), (room + 1, false)] {
             let image = Image { command_line: "x".repeat(length), ..image() };
             assert_eq!(decide(&request(), &image).is_ok(), fits, "{length}");
+        }
+    }
+
+    #[test]
+    fn limits_nobody_can_mean_are_refused() {
+        for (per_s, fits) in [(0, false), (1_000_000, true), (u64::MAX, false)] {
+            let rx = FlowLimits { bytes: Some(Rate::bytes(per_s, None)), frames: None };
+            let network_limits = NetLimits { rx, ..NetLimits::default() };
+            let decided = decide(&LaunchRequest { network_limits, ..request() }, &image());
+            assert_eq!(decided.as_ref().ok().map(|spec| spec.network_limits), fits.then_some(network_limits));
         }
     }
 

@@ -14,6 +14,7 @@ use super::world::{Records, VmDisk, World, random_array, random_nonce};
 use crate::clock::{Clock, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
 use crate::report::Retry;
+use crate::units::{NetLimitError, NetLimits};
 
 /// How long an idempotency key is remembered: a client that repeats a request after a day means a new one.
 pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
@@ -31,6 +32,8 @@ pub struct LaunchRequest {
     pub memory_mib: u64,
     /// Disks to attach.
     pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -138,6 +141,9 @@ pub enum LaunchError {
         #[source]
         source: std::io::Error,
     },
+    /// Nobody can mean such a limit.
+    #[error(transparent)]
+    NetworkLimits(#[from] NetLimitError),
     /// This host has its most VMs.
     #[error("this host has {max} VMs, which is its limit; remove some")]
     TooManyVms {
@@ -180,6 +186,7 @@ impl LaunchError {
             | Self::DiskPath { .. }
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
+            | Self::NetworkLimits(_)
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {

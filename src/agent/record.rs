@@ -8,6 +8,7 @@ use super::vm_state::{Goal, VmState};
 use crate::clock::UnixNanos;
 use crate::ids::{OperationId, VmId};
 use crate::report::Retry;
+use crate::units::NetLimits;
 use crate::wire::control::Nonce;
 
 /// Version of the JSON in records.
@@ -64,6 +65,9 @@ pub struct VmSpec {
     pub memory_mib: u32,
     /// Raw files to attach as block devices, in order.
     pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    #[serde(default)]
+    pub network_limits: NetLimits,
 }
 
 /// A disk of a VM.

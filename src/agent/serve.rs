@@ -19,6 +19,7 @@ use super::launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
 use super::ledger::{KeyRow, LedgerError, StoredAnswer, Write};
 use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::shared::{Shared, VmHandle};
+use super::traffic;
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{
@@ -114,6 +115,7 @@ impl<W: World> Agent<W> {
             if let Ok(Answer::Status(status)) = vmm.ask(&vm, self.shared.epoch, Ask::Status).await {
                 stats.vmm = Some(status);
             }
+            stats.network = traffic::interfaces(&self.shared, &vm).await.unwrap_or_default();
         }
         stats.guest = self.guest_stats(&vm).await;
         Ok((vm, stats))
@@ -269,7 +271,8 @@ impl<W: World> Door for Agent<W> {
             *states.entry(vm.state.name()).or_insert(0) += 1;
         }
         let states: Vec<_> = states.into_iter().collect();
-        self.shared.metrics.text(&states, *self.shared.last_event.borrow(), promised_bytes(&vms))
+        let traffic = traffic::last(&self.shared, &vms);
+        self.shared.metrics.text(&states, *self.shared.last_event.borrow(), promised_bytes(&vms), &traffic)
     }
 
     fn count_request(&self, route: &str, status: u16) {

@@ -9,6 +9,7 @@ use super::config::Config;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::record::{OperationRecord, VmRecord};
+use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
 use crate::clock::{Clock, UnixNanos};
@@ -26,6 +27,7 @@ pub(crate) struct Shared<W: World> {
     /// Set once the ledger cannot be written: the agent then ends, its VMs go on, the next agent recovers.
     pub(crate) broken: watch::Sender<Option<String>>,
     pub(crate) metrics: Metrics,
+    pub(crate) traffic: Traffic,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -50,6 +52,7 @@ impl<W: World> Shared<W> {
             last_event: watch::Sender::new(last_event),
             broken: watch::Sender::new(None),
             metrics: Metrics::new(),
+            traffic: Traffic::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }

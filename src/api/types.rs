@@ -9,6 +9,7 @@ mod error;
 mod exec;
 mod host;
 mod image;
+mod network;
 mod operation;
 mod vm;
 
@@ -16,6 +17,7 @@ pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
 pub use host::{Host, HostVms};
 pub use image::{Image, ImageImportRequest, ImageList};
+pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
 pub use vm::{
     Cause, ConsoleQuery, Disk, GuestStats, RemoveQuery, Stats, StopRequest, Timings, Vm, VmLaunchRequest, VmList,

@@ -51,6 +51,24 @@ fn disks_and_variables() {
 }
 
 #[test]
+fn limits_are_a_rate_and_perhaps_a_burst() {
+    for (text, per_s, burst) in [
+        ("1500", 1_500, None),
+        ("10M", 10_000_000, None),
+        ("10M/64k", 10_000_000, Some(64_000)),
+        ("0/0", 0, Some(0)),
+        ("18G", 18_000_000_000, None),
+    ] {
+        assert_eq!(text.parse(), Ok(RateWord { per_s, burst }), "{text}");
+    }
+    for text in
+        ["", "/", "1/", "/1", "1.5M", "-1", "1m", "1kk", "k", "1/2/3", "18446744073709551616", "18446744073709552k"]
+    {
+        assert!(text.parse::<RateWord>().is_err(), "{text}");
+    }
+}
+
+#[test]
 fn words_after_the_dashes_are_the_commands() {
     let cli = Cli::try_parse_from(["hearth", "vm", "exec", "web", "--", "sh", "-c", "exit 3", "--json"]).unwrap();
     let Command::Client(ClientCommand::Vm(VmCommand::Exec(args))) = cli.command else { panic!("an exec") };

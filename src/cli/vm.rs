@@ -2,13 +2,14 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::value::{DiskWord, ReferenceWord, duration_ms, key, name, variable};
+use super::value::{DiskWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
 use crate::api::types::{DISKS_MAX, IMAGE_DEFAULT, Wait};
 
 const LAUNCH_HELP: &str = "\
 Examples:
   hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
+  hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
@@ -91,6 +92,18 @@ pub struct LaunchArgs {
     /// Raw file to attach as a block device; `:ro` refuses the guest's writes. May be given up to 6 times
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<DiskWord>,
+    /// Most bytes per second to the guest, with how many at once: 10M, 10M/1M. What is over it waits
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub rx_limit: Option<RateWord>,
+    /// Most bytes per second from the guest
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub tx_limit: Option<RateWord>,
+    /// Most packets per second to the guest
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub rx_packets: Option<RateWord>,
+    /// Most packets per second from the guest
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub tx_packets: Option<RateWord>,
     /// What to wait for
     #[arg(long, value_enum, default_value_t = WaitWord::Running)]
     pub wait: WaitWord,

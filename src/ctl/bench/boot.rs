@@ -146,6 +146,7 @@ async fn launch_one(
         vcpus: args.vcpus,
         memory_mib: args.memory,
         disks: Vec::new(),
+        network_limits: None,
         // Looking at the operation again and again would take processor time from the guest.
         wait: Wait::Running,
     };
