@@ -37,7 +37,7 @@ pub(crate) fn runs_in_a_guest(agent: &Agent) {
     for words in [
         "ask udp 127.0.0.1 7777 --bytes 20000",
         "ask udp ::1 7777 --bytes 20000",
-        "ask tcp ::1 7777 --bytes 100000",
+        "ask tcp ::1 7777 --bytes 20000 --wait-ms 20000",
         "ping ::1 --bytes 4000",
         "ping 127.0.0.1",
     ] {

@@ -87,7 +87,7 @@ impl Question {
         stream.set_read_timeout(Some(self.wait))?;
         stream.set_write_timeout(Some(self.wait))?;
         stream.set_nodelay(true)?;
-        let mut answer = vec![0; content.len().min(4096)];
+        let mut answer = vec![0; content.len().min(16_384)];
         // In pieces: neither side has to hold all of it while nobody reads.
         for piece in content.chunks(answer.len()) {
             stream.write_all(piece)?;
