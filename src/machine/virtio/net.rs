@@ -272,10 +272,15 @@ impl Net {
                 return Ok(Turn::Idle);
             }
             match self.gather(io, first, bytes)? {
-                Gathered::Enough(chains) => {
+                Gathered::One(chain) => {
+                    self.number_buffers(1);
+                    chain.write(io.ram, 0, &self.frame[..bytes])?;
+                    io.queues[RX].add_used(chain, bytes)?;
+                    self.received(io.counters, size);
+                }
+                Gathered::Several(chains) => {
                     self.deliver(io, chains, bytes)?;
-                    self.pace.rx.passed(size);
-                    self.traffic.rx.passed(size);
+                    self.received(io.counters, size);
                 }
                 Gathered::NeverEnough => self.drop_received(io.counters),
                 Gathered::NotYet => {
@@ -337,6 +342,9 @@ impl Net {
             // 5.1.6.3.1: every buffer holds at least a header.
             return Err(RingError::Chain);
         }
+        if first.writable_bytes() >= bytes {
+            return Ok(Gathered::One(first));
+        }
         let merge = io.features & spec::F_MRG_RXBUF != 0;
         let mut room = first.writable_bytes();
         let mut chains = vec![first];
@@ -350,12 +358,11 @@ impl Net {
             room += chain.writable_bytes();
             chains.push(chain);
         }
-        Ok(Gathered::Enough(chains))
+        Ok(Gathered::Several(chains))
     }
 
     fn deliver(&mut self, io: &mut Io<'_>, chains: Vec<Chain>, bytes: usize) -> Result<(), RingError> {
-        let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        self.frame[spec::NUM_BUFFERS_OFFSET..spec::HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+        self.number_buffers(u16::try_from(chains.len()).unwrap_or(u16::MAX));
         let mut rest = &self.frame[..bytes];
         let mut used = Vec::with_capacity(chains.len());
         for chain in chains {
@@ -364,9 +371,18 @@ impl Net {
             used.push((chain, part.len()));
             rest = later;
         }
-        io.queues[RX].add_used_together(used)?;
-        Counters::count(&io.counters.done);
-        Ok(())
+        io.queues[RX].add_used_together(used)
+    }
+
+    /// Writes into the frame's header how many buffers it takes.
+    fn number_buffers(&mut self, count: u16) {
+        self.frame[spec::NUM_BUFFERS_OFFSET..spec::HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+    }
+
+    fn received(&mut self, counters: &Counters, size: usize) {
+        self.pace.rx.passed(size);
+        self.traffic.rx.passed(size);
+        Counters::count(&counters.done);
     }
 }
 
@@ -379,8 +395,10 @@ enum Direction {
 
 /// What became of the search for buffers.
 enum Gathered {
-    /// They hold the frame.
-    Enough(Vec<Chain>),
+    /// The first holds the frame: the usual case, and the one that allocates nothing.
+    One(Chain),
+    /// They hold it together.
+    Several(Vec<Chain>),
     /// The guest has to add some.
     NotYet,
     /// They would not, however many it adds.
