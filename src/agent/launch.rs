@@ -10,7 +10,7 @@ use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAns
 use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::session_error::{SessionError, join_refused};
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
-use super::shared::Shared;
+use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Step, VmState, step};
 use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
@@ -288,8 +288,9 @@ impl<W: World> Agent<W> {
         let record = self.reserve(&request, spec).await?;
         let next = step(&record.state, &Event::LaunchAsked).map_err(|_| LaunchError::Ending)?;
         let addressing = request.addressing.unwrap_or_default();
-        let shared = Arc::clone(&self.shared);
-        let draft = Draft { shared, record, next, addressing, published: request.published, key: request.key };
+        let fabric = self.shared.config.fabric.clone();
+        let now = self.shared.world.clock().wall();
+        let draft = Draft { record, next, fabric, addressing, published: request.published, now, key: request.key };
         let networks = self.shared.world.networks();
         let used = vms.iter().map(|vm| vm.jail).collect();
         let jail = networks.take(&used);
@@ -347,7 +348,7 @@ impl<W: World> Agent<W> {
 
     async fn begin_launch(
         &self,
-        draft: Draft<W>,
+        draft: Draft,
         session: Option<(SessionRecord, u32)>,
         jail: Option<u16>,
         asked_at: Monotonic,
@@ -359,7 +360,7 @@ impl<W: World> Agent<W> {
             vm: draft.record.id.clone(),
             session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
             jail,
-            now: self.shared.world.clock().wall(),
+            now: draft.now,
         };
         let name = draft.record.name.clone();
         let admit = move |store: &mut Store| store.admit_vm(&claim, |grant| draft.admitted(grant, id));
@@ -375,38 +376,38 @@ impl<W: World> Agent<W> {
     }
 }
 
-/// A VM to be, but for what is handed out one by one.
-struct Draft<W: World> {
-    shared: Arc<Shared<W>>,
+/// A VM to be, but for what is handed out one by one. Becomes a VM on the ledger's thread, so it asks nobody anything
+/// there.
+struct Draft {
     record: VmRecord,
     next: Step,
+    fabric: Option<FabricConfig>,
     addressing: Addressing,
     published: Vec<PublishedPort>,
+    now: UnixNanos,
     key: Option<Key>,
 }
 
-impl<W: World> Draft<W> {
+impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { shared, mut record, next, addressing, published, key } = self;
-        let clock = shared.world.clock();
+        let Self { mut record, next, fabric, addressing, published, now, key } = self;
         record.jail = grant.jail;
-        let fabric = shared.config.fabric.as_ref();
         let member = fabric.zip(grant.member);
         record.network =
-            member.map(|(fabric, (session, local))| network(fabric, &session, local, (addressing, published)));
-        let operation = operation_for(&record, operation, Goal::Launch, false, &next, clock);
+            member.map(|(fabric, (session, local))| network(&fabric, &session, local, (addressing, published)));
+        let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
         record.state = next.state;
         record.operation = Some(operation.id.clone());
         let mut writes = vec![
             Write::Vm(Box::new(record.clone())),
             Write::Lease { uid: record.uid, vm: record.id.clone() },
             Write::Operation(Box::new(operation.clone())),
-            shared.vm_event(&record),
-            shared.operation_event(&operation),
+            vm_event(now, &record),
+            operation_event(now, &operation),
         ];
         if let Some(Key { key, route, body_hash }) = key {
-            let expires = UnixNanos(clock.wall().0.saturating_add(KEY_LIFETIME_NS));
+            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
             let object = record.id.to_string();
             writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
         }

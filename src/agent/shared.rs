@@ -9,6 +9,7 @@ use super::config::Config;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::record::{OperationRecord, Subject, VmRecord};
+use super::session_record::SessionRecord;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
@@ -27,12 +28,12 @@ pub(crate) struct Shared<W: World> {
     /// Set once the ledger cannot be written: the agent then ends, its VMs go on, the next agent recovers.
     pub(crate) broken: watch::Sender<Option<String>>,
     pub(crate) metrics: Metrics,
-    pub(crate) traffic: Traffic,
     /// What speaks against session networks at the moment, by who found it. While there is anything, no session is
     /// made and no VM joins one.
     conflicts: watch::Sender<BTreeMap<String, String>>,
     /// A session has come that may have to end.
     pub(crate) sessions_changed: Notify,
+    pub(crate) traffic: Traffic,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -57,9 +58,9 @@ impl<W: World> Shared<W> {
             last_event: watch::Sender::new(last_event),
             broken: watch::Sender::new(None),
             metrics: Metrics::new(),
-            traffic: Traffic::default(),
             conflicts: watch::Sender::default(),
             sessions_changed: Notify::new(),
+            traffic: Traffic::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }
@@ -126,17 +127,7 @@ impl<W: World> Shared<W> {
 
     /// The event of a VM's new state.
     pub(crate) fn vm_event(&self, vm: &VmRecord) -> Write {
-        let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
-        if let super::vm_state::VmState::Failed { cause } = &vm.state {
-            body["cause"] = cause.name().into();
-        }
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind: "vm_state",
-            subject: Subject::Vm(vm.id.clone()),
-            operation: vm.operation.clone(),
-            body,
-        })
+        vm_event(self.world.clock().wall(), vm)
     }
 
     /// The event that a VM is forgotten.
@@ -152,13 +143,38 @@ impl<W: World> Shared<W> {
 
     /// The event of an operation's new state.
     pub(crate) fn operation_event(&self, operation: &OperationRecord) -> Write {
-        let error = operation.error.as_ref().map(|error| error.code.clone());
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind: "operation_state",
-            subject: Subject::Vm(operation.vm.clone()),
-            operation: Some(operation.id.clone()),
-            body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
-        })
+        operation_event(self.world.clock().wall(), operation)
     }
+}
+
+/// The event of a VM's new state.
+pub(super) fn vm_event(at: UnixNanos, vm: &VmRecord) -> Write {
+    let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
+    if let super::vm_state::VmState::Failed { cause } = &vm.state {
+        body["cause"] = cause.name().into();
+    }
+    let (subject, operation) = (Subject::Vm(vm.id.clone()), vm.operation.clone());
+    Write::Event(NewEvent { at, kind: "vm_state", subject, operation, body })
+}
+
+/// The event of an operation's new state.
+pub(super) fn operation_event(at: UnixNanos, operation: &OperationRecord) -> Write {
+    let error = operation.error.as_ref().map(|error| error.code.clone());
+    Write::Event(NewEvent {
+        at,
+        kind: "operation_state",
+        subject: Subject::Vm(operation.vm.clone()),
+        operation: Some(operation.id.clone()),
+        body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
+    })
+}
+
+/// The event of something that happened to a session.
+pub(super) fn session_event(at: UnixNanos, kind: &'static str, session: &SessionRecord) -> Write {
+    let body = serde_json::json!({
+        "state": session.state.name(),
+        "name": session.name,
+        "session_network_id": session.session_network_id,
+    });
+    Write::Event(NewEvent { at, kind, subject: Subject::Session(session.id.clone()), operation: None, body })
 }

@@ -21,6 +21,7 @@ pub(super) fn vm(number: u8, name: &str) -> VmRecord {
             memory_mib: 128,
             disks: Vec::new(),
             network_limits: Default::default(),
+            interfaces: 1,
         },
         generation: "00".repeat(16),
         uid: 1000,

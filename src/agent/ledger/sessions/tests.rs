@@ -102,6 +102,8 @@ fn join(store: &mut Store, vm: u8, session: u8, max: u32, now: u64) -> Result<(u
             ipv6: std::net::Ipv6Addr::LOCALHOST,
             ipv4: None,
             addressing: Addressing::Guest,
+            egress: Default::default(),
+            published: Vec::new(),
         };
         let record = crate::agent::ledger::tests::vm(vm, &format!("vm{vm}"));
         let record = VmRecord { jail: grant.jail, network: Some(network), ..record };
