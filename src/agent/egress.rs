@@ -215,7 +215,9 @@ pub enum EgressError {
         found: usize,
     },
     /// Two rules that say partly the same.
-    #[error("egress.allow[{index}] and egress.allow[{other}] overlap without one holding the other: split or join them")]
+    #[error(
+        "egress.allow[{index}] and egress.allow[{other}] overlap without one holding the other: split or join them"
+    )]
     Overlap {
         /// One.
         index: usize,

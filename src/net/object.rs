@@ -38,7 +38,7 @@ impl Prefix {
 impl Prefix {
     /// Whether an address is in both.
     pub fn meets(&self, other: &Self) -> bool {
-        let shared = self.bits.min(other.bits).into();
+        let shared = u32::from(self.bits.min(other.bits));
         match (self.first, other.first) {
             (IpAddr::V4(one), IpAddr::V4(other)) => {
                 (one.to_bits() ^ other.to_bits()).checked_shr(32 - shared).unwrap_or(0) == 0

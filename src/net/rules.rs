@@ -247,8 +247,8 @@ fn here(text: &mut String) {
 		iifname \"tap0\" icmpv6 type nd-router-solicit drop
 		iifname \"tap0\" ip6 daddr {METADATA_V6} tcp dport {METADATA_PORT} accept
 		iifname \"tap0\" ip daddr {METADATA_V4} tcp dport {METADATA_PORT} accept
-		iifname \"tap0\" ip6 daddr {GATEWAY_V6} icmpv6 type echo-request accept
-		iifname \"tap0\" ip daddr {GATEWAY_V4} icmp type echo-request accept
+		iifname \"tap0\" ip6 daddr {{ {GATEWAY_V6}, {METADATA_V6} }} icmpv6 type {{ echo-request, echo-reply }} accept
+		iifname \"tap0\" ip daddr {{ {GATEWAY_V4}, {METADATA_V4} }} icmp type {{ echo-request, echo-reply }} accept
 		counter name not_allowed drop
 	}}
 "
