@@ -120,7 +120,6 @@ async fn launch_all(agent: &Agent, args: &BenchBootArgs, names: &mut Vec<String>
         image: args.image.clone(),
         vcpus: args.vcpus,
         memory_mib: args.memory,
-        session: args.session.as_ref().map(|session| session.as_str().to_owned()),
         count: launches.len(),
         phases_ms: PHASES
             .into_iter()
@@ -147,6 +146,7 @@ async fn launch_one(
         name: Some(name.to_owned()),
         vcpus: args.vcpus,
         memory_mib: args.memory,
+        session: args.session.as_ref().map(|session| session.as_str().to_owned()),
         // Looking at the operation again and again would take processor time from the guest.
         wait: Wait::Running,
         ..VmLaunchRequest::default()
