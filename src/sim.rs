@@ -6,6 +6,7 @@
 mod disk;
 mod guest;
 mod leases;
+mod networks;
 mod records;
 mod vmm;
 
@@ -72,6 +73,7 @@ struct State {
     vmms: BTreeMap<i32, vmm::Vmm>,
     next_pid: i32,
     directories: BTreeSet<VmId>,
+    jails: BTreeMap<u16, networks::Jail>,
     violations: Vec<String>,
     /// How long guests boot.
     boot: Duration,
@@ -129,6 +131,7 @@ impl SimHost {
             vmms: BTreeMap::new(),
             next_pid: 100,
             directories: BTreeSet::new(),
+            jails: BTreeMap::new(),
             violations: Vec::new(),
             boot: guest::BOOT,
             guest_streams: 0,
@@ -208,6 +211,11 @@ impl SimHost {
         self.state().directories.iter().cloned().collect()
     }
 
+    /// The VMs that have a jail.
+    pub fn jailed(&self) -> Vec<VmId> {
+        self.state().jails.values().map(|jail| jail.vm.clone()).collect()
+    }
+
     /// Looks into the ledger.
     pub fn with_store<T>(&self, look: impl FnOnce(&mut Store) -> T) -> T {
         look(&mut self.state().store)
@@ -269,6 +277,7 @@ impl World for SimWorld {
     type Clock = SimHost;
     type Vmm = SimHost;
     type Disk = SimHost;
+    type Networks = SimHost;
     type Records = SimHost;
 
     fn clock(&self) -> &SimHost {
@@ -280,6 +289,10 @@ impl World for SimWorld {
     }
 
     fn disk(&self) -> &SimHost {
+        &self.host
+    }
+
+    fn networks(&self) -> &SimHost {
         &self.host
     }
 
