@@ -260,7 +260,12 @@ impl Host {
             vmms: vmms(),
             links: of_command("ip", &["-o", "link"]).lines().filter_map(|line| line.split(':').nth(1)).collect(),
             namespaces: of_command("ip", &["netns", "list"]),
-            mounts: std::fs::read_to_string("/proc/self/mounts").expect("mounts").lines().count(),
+            // The directory of named namespaces becomes a mount point once, as ip-netns(8) has it, and stays one.
+            mounts: std::fs::read_to_string("/proc/self/mounts")
+                .expect("mounts")
+                .lines()
+                .filter(|line| line.split(' ').nth(1) != Some("/run/netns"))
+                .count(),
             tables: of_command("nft", &["list", "tables"]),
         }
     }
