@@ -10,5 +10,7 @@ mod netlink;
 mod netns;
 #[path = "net/nft.rs"]
 mod nft;
+#[path = "net/speed.rs"]
+mod speed;
 #[path = "net/watch.rs"]
 mod watch;

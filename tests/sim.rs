@@ -54,15 +54,7 @@ where
 }
 
 fn request(name: Option<String>) -> LaunchRequest {
-    LaunchRequest {
-        name,
-        image: "demo".to_owned(),
-        vcpus: 1,
-        memory_mib: 128,
-        disks: Vec::new(),
-        network_limits: Default::default(),
-        key: None,
-    }
+    LaunchRequest { name, image: "demo".to_owned(), vcpus: 1, memory_mib: 128, ..LaunchRequest::default() }
 }
 
 /// One client's request, at random. What it is answered does not matter here, only that it is.

@@ -119,15 +119,7 @@ mod tests {
     }
 
     fn request() -> LaunchRequest {
-        LaunchRequest {
-            name: None,
-            image: "demo".to_owned(),
-            vcpus: 1,
-            memory_mib: 128,
-            disks: Vec::new(),
-            network_limits: NetLimits::default(),
-            key: None,
-        }
+        LaunchRequest { image: "demo".to_owned(), vcpus: 1, memory_mib: 128, ..LaunchRequest::default() }
     }
 
     fn decide(request: &LaunchRequest, image: &Image) -> Result<VmSpec, LaunchError> {

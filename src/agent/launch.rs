@@ -3,16 +3,21 @@
 
 use std::sync::Arc;
 
-use super::Agent;
 use super::admit::{Facts, admit};
+use super::config::FabricConfig;
 use super::images::ImageError;
-use super::ledger::{KeyRow, LedgerError, StoredAnswer, Taken, Write};
-use super::record::{DiskSpec, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
+use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::session_error::{SessionError, join_refused};
+use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, SessionRecord};
+use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
-use super::vm_state::{Event, Goal, VmState, step};
+use super::vm_state::{Event, Goal, Step, VmState, step};
 use super::world::{Records, VmDisk, World, random_array, random_nonce};
-use crate::clock::{Clock, UnixNanos};
+use super::{Agent, Store};
+use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
+use crate::net::address::{LocalId, Parts};
 use crate::report::Retry;
 use crate::units::{NetLimitError, NetLimits};
 
@@ -20,7 +25,7 @@ use crate::units::{NetLimitError, NetLimits};
 pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
 
 /// A VM to make.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LaunchRequest {
     /// Its name, if it gets one.
     pub name: Option<String>,
@@ -32,6 +37,10 @@ pub struct LaunchRequest {
     pub memory_mib: u64,
     /// Disks to attach.
     pub disks: Vec<DiskSpec>,
+    /// Session to join: its id, name or network id.
+    pub session: Option<String>,
+    /// Who puts its session addresses to use; only with a session.
+    pub addressing: Option<Addressing>,
     /// What may pass its network interface.
     pub network_limits: NetLimits,
     /// What makes a repetition of this request known.
@@ -153,6 +162,12 @@ pub enum LaunchError {
     /// All user ids rest.
     #[error("no user id is free for the VM")]
     NoUid,
+    /// The session does not take it.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// An addressing without addresses.
+    #[error("addressing without a session: a VM without one has no addresses")]
+    AddressingWithoutSession,
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
@@ -186,9 +201,11 @@ impl LaunchError {
             | Self::DiskPath { .. }
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
+            | Self::AddressingWithoutSession
             | Self::NetworkLimits(_)
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
+            Self::Session(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
                 Retry::Later
             }
@@ -220,9 +237,18 @@ impl<W: World> Agent<W> {
             let checked = disk.check_disk(one).await;
             checked.map_err(|source| LaunchError::Disk { path: one.path.clone(), source })?;
         }
+        let session = match &request.session {
+            Some(word) => Some(self.session_to_join(word).await?),
+            None if request.addressing.is_some() => return Err(LaunchError::AddressingWithoutSession),
+            None => None,
+        };
         let record = self.reserve(&request, spec).await?;
         let next = step(&record.state, &Event::LaunchAsked).map_err(|_| LaunchError::Ending)?;
-        self.begin_launch(record, next, request.key, asked_at).await.map(Launched::Vm)
+        let addressing = request.addressing.unwrap_or_default();
+        let fabric = self.shared.config.fabric.clone();
+        let now = self.shared.world.clock().wall();
+        let draft = Draft { record, next, fabric, addressing, now, key: request.key };
+        self.begin_launch(draft, session, asked_at).await.map(Launched::Vm)
     }
 
     async fn earlier(&self, key: &Key) -> Result<Option<Launched>, LaunchError> {
@@ -258,6 +284,9 @@ impl<W: World> Agent<W> {
             spec,
             generation: Generation(random_array(world).map_err(random)?).to_string(),
             uid,
+            // Both come with the record's transaction.
+            jail: 0,
+            network: None,
             nonce: random_nonce(world).map_err(random)?,
             process: None,
             operation: None,
@@ -269,40 +298,89 @@ impl<W: World> Agent<W> {
 
     async fn begin_launch(
         &self,
-        mut record: VmRecord,
-        next: super::vm_state::Step,
-        key: Option<Key>,
-        asked_at: crate::clock::Monotonic,
+        draft: Draft,
+        session: Option<(SessionRecord, u32)>,
+        asked_at: Monotonic,
     ) -> Result<Arc<VmRecord>, LaunchError> {
-        let clock = self.shared.world.clock();
         let random = random_array(&self.shared.world);
         let random = random.map_err(|source| LaunchError::Host { what: "read randomness", source })?;
         let id = OperationId::from_random(random);
-        let operation = operation_for(&record, id, Goal::Launch, false, &next, clock);
+        let claim = Claim {
+            vm: draft.record.id.clone(),
+            session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
+            now: draft.now,
+        };
+        let name = draft.record.name.clone();
+        let admit = move |store: &mut Store| store.admit_vm(&claim, |grant| draft.admitted(grant, id));
+        let ((record, operation), last) = match self.shared.world.records().with(admit).await {
+            Ok(admitted) => admitted,
+            Err(error) => return Err(not_admitted(error, session.as_ref(), name)),
+        };
+        self.shared.wake_readers(last);
+        tracing::info!(vm = %record.id, name = record.name, image = record.spec.image, "launching");
+        let handle = start(&self.shared, record, Begin::Launch(operation, asked_at));
+        let record = handle.record.borrow().clone();
+        Ok(record)
+    }
+}
+
+/// A VM to be, but for what is handed out one by one. Becomes a VM on the ledger's thread, so it asks nobody anything
+/// there.
+struct Draft {
+    record: VmRecord,
+    next: Step,
+    fabric: Option<FabricConfig>,
+    addressing: Addressing,
+    now: UnixNanos,
+    key: Option<Key>,
+}
+
+impl Draft {
+    /// The VM, its operation, and all that is written of them.
+    fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
+        let Self { mut record, next, fabric, addressing, now, key } = self;
+        record.jail = grant.jail;
+        let member = fabric.zip(grant.member);
+        record.network = member.map(|(fabric, (session, local))| network(&fabric, &session, local, addressing));
+        let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
         record.state = next.state;
         record.operation = Some(operation.id.clone());
         let mut writes = vec![
             Write::Vm(Box::new(record.clone())),
             Write::Lease { uid: record.uid, vm: record.id.clone() },
             Write::Operation(Box::new(operation.clone())),
-            self.shared.vm_event(&record),
-            self.shared.operation_event(&operation),
+            vm_event(now, &record),
+            operation_event(now, &operation),
         ];
         if let Some(Key { key, route, body_hash }) = key {
-            let expires = UnixNanos(clock.wall().0.saturating_add(KEY_LIFETIME_NS));
+            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
             let object = record.id.to_string();
             writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
         }
-        match self.shared.commit(writes).await {
-            Ok(()) => {}
-            Err(LedgerError::Taken { what: Taken::Name }) => {
-                return Err(LaunchError::NameTaken { name: record.name.unwrap_or_default() });
-            }
-            Err(error) => return Err(LaunchError::Ledger(error)),
-        }
-        tracing::info!(vm = %record.id, name = record.name, image = record.spec.image, "launching");
-        let handle = start(&self.shared, record, Begin::Launch(operation, asked_at));
-        let record = handle.record.borrow().clone();
-        Ok(record)
+        ((record, operation), writes)
+    }
+}
+
+/// A VM's place in its session.
+fn network(fabric: &FabricConfig, session: &SessionRecord, local: LocalId, addressing: Addressing) -> NetworkRecord {
+    let parts = Parts { host: fabric.host, session: session.session_network_id, local };
+    // A local id that is too wide was not granted.
+    let ipv4 = fabric.fabric.v4(parts).ok().flatten().filter(|_| session.ipv4);
+    NetworkRecord {
+        session: session.id.clone(),
+        session_network_id: session.session_network_id,
+        local_id: local,
+        ipv6: fabric.fabric.v6(parts),
+        ipv4,
+        addressing,
+    }
+}
+
+fn not_admitted(error: LedgerError, session: Option<&(SessionRecord, u32)>, name: Option<String>) -> LaunchError {
+    match (error, session) {
+        (LedgerError::Taken { what: Taken::Name }, _) => LaunchError::NameTaken { name: name.unwrap_or_default() },
+        (LedgerError::Session(SessionRefusal::NoJail), _) => LaunchError::TooManyVms { max: JAILS_MAX.into() },
+        (LedgerError::Session(refusal), Some((session, max))) => join_refused(session, *max, refusal).into(),
+        (error, _) => LaunchError::Ledger(error),
     }
 }

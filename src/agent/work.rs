@@ -14,12 +14,13 @@ use super::guest_network::{self, guest_network};
 use super::host_vmm::mac;
 use super::ledger::{LedgerError, Write};
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
+use super::session_end::{after, quarantine};
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
     Ask, AskError, LaunchPlan, ProcessEnd, StartVmmError, VmDisk, VmmHost, VmmProcess, World, random_array,
 };
-use crate::clock::{Clock, Monotonic, UnixNanos};
+use crate::clock::{Clock, Monotonic};
 use crate::ids::Generation;
 use crate::net::member::Member;
 use crate::report::chain;
@@ -117,7 +118,7 @@ impl<W: World> Work<W> {
                 writes.push(self.shared.removed_event(&self.record));
             }
             if effect == Effect::ReleaseUid && performed.is_ok() {
-                writes.push(self.release());
+                writes.extend(self.release());
             }
             if let Err(error) = self.shared.commit(writes).await {
                 return Outcome::Broken(error);
@@ -185,10 +186,16 @@ impl<W: World> Work<W> {
         self.shared.world.clock().monotonic()
     }
 
-    fn release(&self) -> Write {
-        let rest = u64::try_from(self.shared.config.uids.quarantine().as_nanos()).unwrap_or(u64::MAX);
-        let until = UnixNanos(self.shared.world.clock().wall().0.saturating_add(rest));
-        Write::Release { vm: self.record.id.clone(), quarantine_until: until }
+    /// What a VM was lent goes back together: its uid and its addresses, each to rest for its own time.
+    fn release(&self) -> [Write; 2] {
+        let now = self.shared.world.clock().wall();
+        let config = &self.shared.config;
+        let vm = &self.record.id;
+        let (uid, local) = (after(now, config.uids.quarantine()), after(now, quarantine(config)));
+        [
+            Write::Release { vm: vm.clone(), quarantine_until: uid },
+            Write::ReleaseLocal { vm: vm.clone(), quarantine_until: local },
+        ]
     }
 
     async fn find(&mut self) -> Result<Option<Process<W>>, Outcome> {

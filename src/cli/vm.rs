@@ -3,12 +3,13 @@
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::value::{DiskWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
-use crate::api::types::{DISKS_MAX, IMAGE_DEFAULT, Wait};
+use crate::api::types::{Addressing, DISKS_MAX, IMAGE_DEFAULT, Wait};
 
 const LAUNCH_HELP: &str = "\
 Examples:
   hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
+  hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
   hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
@@ -92,6 +93,12 @@ pub struct LaunchArgs {
     /// Raw file to attach as a block device; `:ro` refuses the guest's writes. May be given up to 6 times
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<DiskWord>,
+    /// Session to join: its id, a unique prefix of it, its name, or its network id
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<ReferenceWord>,
+    /// Who puts the VM's session addresses to use [default: guest]
+    #[arg(long, value_enum, requires = "session")]
+    pub addressing: Option<AddressingWord>,
     /// Most bytes per second to the guest, with how many at once: 10M, 10M/1M. What is over it waits
     #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
     pub rx_limit: Option<RateWord>,
@@ -119,6 +126,24 @@ impl LaunchArgs {
             return Err(format!("--disk was given {} times: a VM takes at most {DISKS_MAX}", self.disks.len()));
         }
         Ok(())
+    }
+}
+
+/// Who puts a VM's session addresses to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AddressingWord {
+    /// The guest's interface has them
+    Guest,
+    /// The guest has fixed inner addresses; its jail translates one to one (for clones of a saved guest)
+    Invariant,
+}
+
+impl From<AddressingWord> for Addressing {
+    fn from(word: AddressingWord) -> Self {
+        match word {
+            AddressingWord::Guest => Self::Guest,
+            AddressingWord::Invariant => Self::Invariant,
+        }
     }
 }
 

@@ -103,6 +103,8 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         vcpus: args.vcpus,
         memory_mib: args.memory,
         disks: disks.collect::<Result<_, LaunchError>>()?,
+        session: args.session.map(|session| session.as_str().to_owned()),
+        addressing: args.addressing.map(Into::into),
         network_limits: (limits != NetworkLimits::default()).then_some(limits),
         // Waiting is done here, by looking at the operation, so that its steps can be shown.
         wait: Wait::None,

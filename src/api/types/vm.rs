@@ -4,8 +4,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{IMAGE_DEFAULT, InterfaceStats, NetworkLimits};
-use crate::ids::{OperationId, VmId};
+use super::{Addressing, IMAGE_DEFAULT, InterfaceStats, NetworkLimits};
+use crate::ids::{OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -27,6 +27,12 @@ pub struct VmLaunchRequest {
     /// Raw files of this host to attach as block devices, in order: at most 6.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// Session to join: its id, name or network id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// Who puts the VM's session addresses to use: the guest when left out. Only with a session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addressing: Option<Addressing>,
     /// What may pass its network interface; without it everything may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_limits: Option<NetworkLimits>,
@@ -43,6 +49,8 @@ impl Default for VmLaunchRequest {
             vcpus: vcpus_default(),
             memory_mib: memory_mib_default(),
             disks: Vec::new(),
+            session: None,
+            addressing: None,
             network_limits: None,
             wait: Wait::None,
         }
@@ -101,9 +109,13 @@ pub struct Vm {
     pub image: Option<String>,
     /// Bundle it was launched from; null for a VM of an image.
     pub bundle_id: Option<String>,
+    /// Its session; null outside sessions.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub session_id: Option<SessionId>,
     /// Network id of its session; null outside sessions.
     pub session_network_id: Option<u32>,
-    /// Its addresses.
+    /// Its addresses, IPv6 first; none outside sessions and for a VM that ended.
     pub addresses: Vec<String>,
     /// VM generation id, 32 hexadecimal digits: differs for every launch and restore.
     pub generation: String,
