@@ -329,12 +329,12 @@ impl<W: World> Work<W> {
             unix_ns: world.clock().wall().0,
             interfaces: Vec::new(),
         };
-        link.done(&ToGuest::Identity(identity), ANSWER_LIMIT).await?;
+        let mut messages = vec![ToGuest::Identity(identity)];
         if link.version >= guest_network::SINCE_VERSION {
             let member = Member { mac: mac(&self.record.id), session: None };
-            let network = ToGuest::Network(guest_network(&member, 0));
-            link.done(&network, ANSWER_LIMIT).await?;
+            messages.push(ToGuest::Network(guest_network(&member, 0)));
         }
+        link.all_done(&messages, ANSWER_LIMIT).await?;
         Ok(heard)
     }
 
