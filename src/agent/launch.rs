@@ -9,11 +9,11 @@ use super::images::ImageError;
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
 use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::session_error::{SessionError, join_refused};
-use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, SessionRecord};
+use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
 use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Step, VmState, step};
-use super::world::{Records, VmDisk, World, random_array, random_nonce};
+use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
@@ -37,12 +37,16 @@ pub struct LaunchRequest {
     pub memory_mib: u64,
     /// Disks to attach.
     pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
     /// Session to join: its id, name or network id.
     pub session: Option<String>,
     /// Who puts its session addresses to use; only with a session.
     pub addressing: Option<Addressing>,
-    /// What may pass its network interface.
-    pub network_limits: NetLimits,
+    /// Ports of the host that lead to it; only with a session.
+    pub published: Vec<PublishedPort>,
+    /// How many network interfaces it gets; one when nothing is said.
+    pub interfaces: Option<u8>,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -168,6 +172,39 @@ pub enum LaunchError {
     /// An addressing without addresses.
     #[error("addressing without a session: a VM without one has no addresses")]
     AddressingWithoutSession,
+    /// No, or too many, interfaces.
+    #[error("{found} network interfaces: 1 to {max} are possible")]
+    Interfaces {
+        /// What was asked for.
+        found: u8,
+        /// The most there can be.
+        max: u8,
+    },
+    /// Too many published ports.
+    #[error("{found} published ports: at most {max} are possible")]
+    TooManyPorts {
+        /// How many.
+        found: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// Not ports.
+    #[error("publish {host_port}:{guest_port}: two ports of TCP or UDP, 1 to 65535, are possible")]
+    Port {
+        /// The host's.
+        host_port: u16,
+        /// The VM's.
+        guest_port: u16,
+    },
+    /// Another VM has the port.
+    #[error("port {port} of this host leads to another VM")]
+    PortTaken {
+        /// The port.
+        port: u16,
+    },
+    /// Published ports need a session.
+    #[error("published ports without a session lead nowhere: name a session")]
+    PublishedWithoutSession,
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
@@ -201,8 +238,13 @@ impl LaunchError {
             | Self::DiskPath { .. }
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
-            | Self::AddressingWithoutSession
             | Self::NetworkLimits(_)
+            | Self::AddressingWithoutSession
+            | Self::PublishedWithoutSession
+            | Self::Interfaces { .. }
+            | Self::TooManyPorts { .. }
+            | Self::Port { .. }
+            | Self::PortTaken { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Session(error) => error.retry(),
@@ -240,6 +282,7 @@ impl<W: World> Agent<W> {
         let session = match &request.session {
             Some(word) => Some(self.session_to_join(word).await?),
             None if request.addressing.is_some() => return Err(LaunchError::AddressingWithoutSession),
+            None if !request.published.is_empty() => return Err(LaunchError::PublishedWithoutSession),
             None => None,
         };
         let record = self.reserve(&request, spec).await?;
@@ -247,8 +290,15 @@ impl<W: World> Agent<W> {
         let addressing = request.addressing.unwrap_or_default();
         let fabric = self.shared.config.fabric.clone();
         let now = self.shared.world.clock().wall();
-        let draft = Draft { record, next, fabric, addressing, now, key: request.key };
-        self.begin_launch(draft, session, asked_at).await.map(Launched::Vm)
+        let draft = Draft { record, next, fabric, addressing, published: request.published, now, key: request.key };
+        let networks = self.shared.world.networks();
+        let used = vms.iter().map(|vm| vm.jail).collect();
+        let jail = networks.take(&used);
+        let begun = self.begin_launch(draft, session, jail, asked_at).await;
+        if let (Err(_), Some(jail)) = (&begun, jail) {
+            networks.give_back(jail);
+        }
+        begun.map(Launched::Vm)
     }
 
     async fn earlier(&self, key: &Key) -> Result<Option<Launched>, LaunchError> {
@@ -300,6 +350,7 @@ impl<W: World> Agent<W> {
         &self,
         draft: Draft,
         session: Option<(SessionRecord, u32)>,
+        jail: Option<u16>,
         asked_at: Monotonic,
     ) -> Result<Arc<VmRecord>, LaunchError> {
         let random = random_array(&self.shared.world);
@@ -308,6 +359,7 @@ impl<W: World> Agent<W> {
         let claim = Claim {
             vm: draft.record.id.clone(),
             session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
+            jail,
             now: draft.now,
         };
         let name = draft.record.name.clone();
@@ -331,6 +383,7 @@ struct Draft {
     next: Step,
     fabric: Option<FabricConfig>,
     addressing: Addressing,
+    published: Vec<PublishedPort>,
     now: UnixNanos,
     key: Option<Key>,
 }
@@ -338,10 +391,11 @@ struct Draft {
 impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { mut record, next, fabric, addressing, now, key } = self;
+        let Self { mut record, next, fabric, addressing, published, now, key } = self;
         record.jail = grant.jail;
         let member = fabric.zip(grant.member);
-        record.network = member.map(|(fabric, (session, local))| network(&fabric, &session, local, addressing));
+        record.network =
+            member.map(|(fabric, (session, local))| network(&fabric, &session, local, (addressing, published)));
         let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
         record.state = next.state;
         record.operation = Some(operation.id.clone());
@@ -362,7 +416,12 @@ impl Draft {
 }
 
 /// A VM's place in its session.
-fn network(fabric: &FabricConfig, session: &SessionRecord, local: LocalId, addressing: Addressing) -> NetworkRecord {
+fn network(
+    fabric: &FabricConfig,
+    session: &SessionRecord,
+    local: LocalId,
+    (addressing, published): (Addressing, Vec<PublishedPort>),
+) -> NetworkRecord {
     let parts = Parts { host: fabric.host, session: session.session_network_id, local };
     // A local id that is too wide was not granted.
     let ipv4 = fabric.fabric.v4(parts).ok().flatten().filter(|_| session.ipv4);
@@ -373,6 +432,8 @@ fn network(fabric: &FabricConfig, session: &SessionRecord, local: LocalId, addre
         ipv6: fabric.fabric.v6(parts),
         ipv4,
         addressing,
+        egress: session.egress.clone(),
+        published,
     }
 }
 
