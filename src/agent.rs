@@ -22,8 +22,10 @@ mod launch;
 mod ledger;
 pub mod log;
 mod metrics;
+pub mod peers;
 mod record;
 mod recover;
+mod self_door;
 mod serve;
 mod session;
 mod session_end;
@@ -58,6 +60,9 @@ pub use record::{
 pub use session::{Drops, FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
 pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
+pub use self_door::{
+    MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
+};
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 

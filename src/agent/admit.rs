@@ -4,6 +4,7 @@ use super::config::Limits;
 use super::images::{Image, is_name};
 use super::launch::{LaunchError, LaunchRequest};
 use super::record::{DiskSpec, VmRecord, VmSpec};
+use super::self_door::ROLE_BYTES_MAX;
 use super::work::command_line;
 use super::world::HostFacts;
 use crate::units::MIB;
@@ -48,11 +49,16 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         return Err(LaunchError::CommandLine { image: image.name.clone(), found: whole, max });
     }
     disks(&request.disks, vms)?;
+    if let Some(role) = &request.role
+        && (role.is_empty() || role.len() > ROLE_BYTES_MAX || role.contains(char::is_control))
+    {
+        return Err(LaunchError::Role { role: role.clone() });
+    }
     if vms.len() >= limits.vms_max as usize {
         return Err(LaunchError::TooManyVms { max: limits.vms_max });
     }
     let _ = host;
-    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks: request.disks.clone() })
+    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks: request.disks.clone(), role: request.role.clone() })
 }
 
 /// Guest memory of the VMs that live, in bytes.

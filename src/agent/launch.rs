@@ -9,6 +9,7 @@ use super::images::ImageError;
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
 use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::session_error::{SessionError, join_refused};
+use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, SessionRecord};
 use super::shared::Shared;
 use super::vm_actor::{Begin, operation_for, start};
@@ -40,6 +41,8 @@ pub struct LaunchRequest {
     pub session: Option<String>,
     /// Who puts its session addresses to use; only with a session.
     pub addressing: Option<Addressing>,
+    /// What it is in its session.
+    pub role: Option<String>,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -162,6 +165,18 @@ pub enum LaunchError {
     /// An addressing without addresses.
     #[error("addressing without a session: a VM without one has no addresses")]
     AddressingWithoutSession,
+    /// Not a role.
+    #[error("{role:?} is not a role: 1 to {ROLE_BYTES_MAX} bytes without control characters")]
+    Role {
+        /// What was given.
+        role: String,
+    },
+    /// None, or more at once than is possible.
+    #[error("count {found}: 1 to {MEMBERS_AT_ONCE_MAX} are possible")]
+    Count {
+        /// What was asked for.
+        found: u32,
+    },
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
@@ -196,6 +211,8 @@ impl LaunchError {
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
             | Self::AddressingWithoutSession
+            | Self::Role { .. }
+            | Self::Count { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Session(error) => error.retry(),

@@ -98,6 +98,9 @@ pub struct LaunchArgs {
     /// Who puts the VM's session addresses to use [default: guest]
     #[arg(long, value_enum, requires = "session")]
     pub addressing: Option<AddressingWord>,
+    /// What the VM is in its session, for those who look: up to 63 bytes
+    #[arg(long, value_name = "ROLE")]
+    pub role: Option<String>,
     /// What to wait for
     #[arg(long, value_enum, default_value_t = WaitWord::Running)]
     pub wait: WaitWord,

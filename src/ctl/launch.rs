@@ -95,6 +95,7 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         disks: disks.collect::<Result<_, LaunchError>>()?,
         session: args.session.map(|session| session.as_str().to_owned()),
         addressing: args.addressing.map(Into::into),
+        role: args.role,
         // Waiting is done here, by looking at the operation, so that its steps can be shown.
         wait: Wait::None,
     })

@@ -15,7 +15,7 @@ pub(super) fn vm(number: u8, name: &str) -> VmRecord {
         name: Some(name.to_owned()),
         state: VmState::Launching,
         revision: 1,
-        spec: VmSpec { image: "demo".to_owned(), vcpus: 1, memory_mib: 128, disks: Vec::new() },
+        spec: VmSpec { image: "demo".to_owned(), vcpus: 1, memory_mib: 128, disks: Vec::new(), role: None },
         generation: "00".repeat(16),
         uid: 1000,
         jail: number.into(),

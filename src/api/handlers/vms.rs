@@ -33,10 +33,10 @@ pub(in crate::api) async fn launch_vm(
     body: JsonBody<VmLaunchRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, session, addressing, wait } = value;
+    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, session, addressing, role, wait } = value;
     let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
     let addressing = addressing.map(convert::addressing);
-    let request = LaunchRequest { name, image, vcpus, memory_mib, disks, session, addressing, key: key.clone() };
+    let request = LaunchRequest { name, image, vcpus, memory_mib, disks, session, addressing, role, key: key.clone() };
     let vm = match served.door.launch(request).await? {
         Launched::Answered(answer) => return Ok(again(&answer)),
         Launched::Vm(vm) => vm,
@@ -77,7 +77,7 @@ pub(super) fn as_json(answer: &StoredAnswer) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], answer.body.clone()).into_response()
 }
 
-pub(super) fn to_json<T: serde::Serialize>(value: &T) -> String {
+pub(in crate::api) fn to_json<T: serde::Serialize>(value: &T) -> String {
     // These types hold nothing that JSON cannot say.
     serde_json::to_string(value).unwrap_or_default()
 }
