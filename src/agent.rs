@@ -32,6 +32,7 @@ mod session_end;
 mod session_error;
 mod session_record;
 mod shared;
+mod traffic;
 mod vm_actor;
 mod vm_state;
 mod work;
@@ -66,6 +67,7 @@ pub use self_door::{
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
+pub use crate::wire::control::{FlowStatus, InterfaceStatus};
 pub use world::{HostFacts, ImageImport, ProcessUsage};
 
 use shared::{Shared, VmHandle};

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub mod boot;
@@ -57,7 +58,7 @@ use serial::SerialPort;
 use time::{ClockOverflow, Stopped};
 use vcpu::{PausedTsc, RunClock, Surroundings, VcpuThread};
 use vcpu_saved::MsrIndices;
-use virtio::DeviceLoop;
+use virtio::{DeviceLoop, NetCounts};
 use vm_saved::ClockReading;
 
 /// When the parts of a machine's making were done.
@@ -167,6 +168,35 @@ pub enum SaveError {
     /// Two devices gave one section.
     #[error("save")]
     Duplicate(#[source] DuplicateSection),
+}
+
+/// Why an interface did not get another tap; it has the old one.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplaceTapError {
+    /// The machine has no such interface.
+    #[error("there is no network interface {index}")]
+    NoInterface {
+        /// The index.
+        index: u8,
+    },
+    /// What came is no tap, or the host refused it.
+    #[error("use another tap for interface {index}")]
+    Host {
+        /// The index.
+        index: u8,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ReplaceTapError {
+    /// Whether the same request may succeed later.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::NoInterface { .. } | Self::Host { .. } => Retry::WithChange,
+        }
+    }
 }
 
 impl ResumeError {
@@ -344,6 +374,20 @@ impl Machine {
     /// What the guest did that nobody asked for, as numbers.
     pub fn counters(&self) -> CountersSnapshot {
         self.counters.snapshot()
+    }
+
+    /// What passed the network interfaces, each with its index.
+    pub fn network(&self) -> Vec<(u8, NetCounts)> {
+        let slots = self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots);
+        slots.iter().filter_map(|slot| Some((slot.slot().net_index()?, slot.net_counts()?))).collect()
+    }
+
+    /// Gives a network interface another tap, for one that was deleted. The guest goes on with what it negotiated.
+    pub fn replace_tap(&self, index: u8, tap: File) -> Result<(), ReplaceTapError> {
+        let mut slots = self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots).iter();
+        let slot = slots.find(|slot| slot.slot().net_index() == Some(index));
+        let slot = slot.ok_or(ReplaceTapError::NoInterface { index })?;
+        slot.replace_tap(tap).map_err(|source| ReplaceTapError::Host { index, source })
     }
 
     /// Who wants to know which pages are written.

@@ -5,7 +5,10 @@
 
 pub mod address;
 pub mod desired;
+mod ground;
+pub mod host;
 pub mod member;
 pub mod object;
 pub mod plan;
 pub mod rules;
+pub mod watch;

@@ -10,6 +10,7 @@ pub mod kvm;
 pub mod netconf;
 pub mod netlink;
 pub mod netns;
+pub mod nft;
 pub mod process;
 pub mod ram;
 pub mod signal;

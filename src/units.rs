@@ -1,9 +1,13 @@
-//! Quantities with their units in the type: bytes, pages, guest-physical addresses.
+//! Quantities with their units in the type: bytes, pages, guest-physical addresses, rates.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+mod rate;
+
+pub use rate::{BURST_BYTES, BYTES_PER_S, FRAMES, FlowLimits, NetLimitError, NetLimits, Rate};
 
 /// Bytes in a page of guest memory. x86-64's base page; the unit of dirty logs and of bundles.
 pub const PAGE_BYTES: u64 = 4096;

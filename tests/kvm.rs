@@ -1,8 +1,9 @@
 //! Tier 3: real guests, driven from outside through the command line and the API as a user would.
 //!
-//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image and `HEARTH_BINARY` (a release build); `scripts/test kvm`
-//! provides them. Whatever is missing is a failure. A boot takes seconds, so the tests run in order and share guests:
-//! that is why this program has its own main. Words on the command line select tests by part of their name.
+//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image, `HEARTH_BINARY` (a release build) and `HEARTH_PROBE` (the
+//! traffic tool for guests); `scripts/test kvm` provides them. Whatever is missing is a failure. A boot takes seconds, so
+//! the tests run in order and share guests: that is why this program has its own main. Words on the command line select
+//! tests by part of their name.
 
 #![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
 
@@ -16,7 +17,9 @@ mod kvm {
     pub(crate) mod jail;
     pub(crate) mod many;
     pub(crate) mod pause;
+    pub(crate) mod probe;
     pub(crate) mod refusals;
+    pub(crate) mod terminal;
 }
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,9 +43,13 @@ const TESTS: &[Test] = &[
     ("exec_with_a_reader_that_never_reads_stays_bounded", kvm::exec::with_a_reader_that_never_reads_stays_bounded),
     ("exec_ends_the_program_when_the_client_hangs_up", kvm::exec::ends_the_program_when_the_client_hangs_up),
     ("console_shows_history_and_takes_input", kvm::console::shows_history_and_takes_input),
+    ("console_is_left_by_its_key", kvm::terminal::console_is_left_by_its_key),
+    ("exec_gives_a_terminal", kvm::terminal::exec_gives_a_terminal),
     ("console_flood_is_bounded", kvm::console::flood_is_bounded),
     ("pause_stops_the_counter_and_resume_goes_on", kvm::pause::stops_the_counter_and_resume_goes_on),
     ("net_frames_pass_both_ways", kvm::devices::net_frames_pass_both_ways),
+    ("net_limits_delay_and_lose_nothing", kvm::devices::net_limits_delay_and_lose_nothing),
+    ("probe_runs_in_a_guest", kvm::probe::runs_in_a_guest),
     ("blk_file_system_written_in_the_guest_is_clean", kvm::devices::blk_file_system_written_in_the_guest_is_clean),
     ("guest_ends_are_told_apart", kvm::ends::are_told_apart),
     ("killed_vmm_is_failed_with_its_last_lines", kvm::ends::killed_vmm_is_failed_with_its_last_lines),

@@ -8,5 +8,9 @@ mod host;
 mod netlink;
 #[path = "net/netns.rs"]
 mod netns;
+#[path = "net/nft.rs"]
+mod nft;
+#[path = "net/speed.rs"]
+mod speed;
 #[path = "net/watch.rs"]
 mod watch;

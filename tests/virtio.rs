@@ -7,6 +7,12 @@ mod block;
 mod driver;
 #[path = "virtio/net.rs"]
 mod net;
+#[path = "virtio/net_limits.rs"]
+mod net_limits;
+#[path = "virtio/net_link.rs"]
+mod net_link;
+#[path = "virtio/net_speed.rs"]
+mod net_speed;
 #[path = "virtio/random.rs"]
 mod random;
 #[path = "virtio/rng.rs"]

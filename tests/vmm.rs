@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use hearth::ids::VmId;
 use hearth::sys::process::{self, SpawnNetwork, SpawnVmm, Spawned};
-use hearth::sys::{fd, file};
-use hearth::wire::control::{Answer, DeviceSpec, LaunchSpec, Nonce, Request, StartMessage};
+use hearth::sys::{fd, file, netns, tap};
+use hearth::units::NetLimits;
+use hearth::wire::control::{Answer, DeviceSpec, InterfaceStatus, LaunchSpec, Nonce, Request, StartMessage};
 use hearth::wire::frame::{self, HEADER_BYTES};
 use hearth::wire::last_words::LastWords;
 use hearth::wire::refusal::Refusal;
@@ -64,20 +65,30 @@ impl Vmm {
     }
 
     fn launch(&mut self, command_line: &str, kernel: &File) -> Answer {
+        self.launch_with(command_line, kernel, None)
+    }
+
+    /// With an interface on `tap` as well.
+    fn launch_with(&mut self, command_line: &str, kernel: &File, tap: Option<&File>) -> Answer {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let initrd = File::open(demo().join("initrd.cpio")).unwrap();
         let console = file::create(&self.directory.path().join("console")).unwrap();
         let console_listener = fd::bind_in_dir(&self.dir, "console.sock").unwrap();
         let vsock = fd::bind_in_dir(&self.dir, "vsock.sock").unwrap();
-        let spec = LaunchSpec {
+        let mut spec = LaunchSpec {
             vcpus: 1,
             memory_bytes: 128 << 20,
             command_line: command_line.to_owned(),
             initrd: true,
             devices: vec![DeviceSpec::Vsock, DeviceSpec::Rng],
         };
-        let descriptors =
-            [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), console.as_fd(), console_listener.as_fd(), vsock.as_fd()];
+        let mut descriptors =
+            vec![kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), console.as_fd(), console_listener.as_fd(), vsock.as_fd()];
+        if let Some(tap) = tap {
+            let limits = NetLimits::default();
+            spec.devices.push(DeviceSpec::Net { index: 3, mac: [2, 0, 0, 0, 0, 1], mtu: Some(1400), limits });
+            descriptors.push(tap.as_fd());
+        }
         ask(&mut self.control, &Request::Launch(spec), &descriptors)
     }
 
@@ -136,6 +147,13 @@ fn only_the_right_agent_is_served_and_stop_ends_it() {
     let mut byte = [0];
     assert_eq!(older.read(&mut byte).unwrap_or(0), 0, "the older agent is hung up on");
 
+    // An agent that asks two things at once has two connections.
+    let mut second = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
+    assert!(matches!(ask(&mut second, &Request::Hello { nonce: NONCE, epoch: 2 }, &[]), Answer::Welcome(_)));
+    assert!(matches!(vmm.ask(&Request::Status), Answer::Status(_)));
+    assert_eq!(ask(&mut second, &Request::Network, &[]), Answer::Network(Vec::new()));
+    drop(second);
+
     // Garbage ends a connection, not the VMM.
     let mut stranger = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
     stranger.write_all(&[0xff; 64]).unwrap();
@@ -191,6 +209,39 @@ fn a_kernel_that_is_none_is_refused_and_a_real_one_boots() {
         std::thread::sleep(Duration::from_millis(50));
     }
     println!("the guest answered {:.1} s after its first resume", started.elapsed().as_secs_f64());
+}
+
+/// A tap in a network namespace that nobody else is in; it goes away with the file.
+fn tap() -> File {
+    netns::in_new(|| tap::open("tap3")).unwrap().unwrap()
+}
+
+#[test]
+fn an_interface_gets_another_tap() {
+    let mut vmm = Vmm::start();
+    vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
+    let replace = |vmm: &mut Vmm, index, descriptors: &[BorrowedFd<'_>]| {
+        ask(&mut vmm.control, &Request::ReplaceTap { index }, descriptors)
+    };
+    let first = tap();
+    let refused = replace(&mut vmm, 3, &[first.as_fd()]);
+    assert!(matches!(refused, Answer::Refused(Refusal::State { .. })), "{refused:?}");
+    let kernel = File::open(demo().join("vmlinux")).unwrap();
+    let launched = vmm.launch_with("console=ttyS0", &kernel, Some(&first));
+    assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
+    let interface = InterfaceStatus { index: 3, link_up: true, ..InterfaceStatus::default() };
+    assert_eq!(vmm.ask(&Request::Network), Answer::Network(vec![interface]));
+    let (second, file) = (tap(), tempfile::tempfile().unwrap());
+    for (index, descriptors) in
+        [(3, vec![]), (3, vec![second.as_fd(), second.as_fd()]), (0, vec![second.as_fd()]), (200, vec![second.as_fd()])]
+    {
+        let refused = replace(&mut vmm, index, &descriptors);
+        assert!(matches!(refused, Answer::Refused(Refusal::BadRequest { .. })), "{refused:?}");
+    }
+    let refused = replace(&mut vmm, 3, &[file.as_fd()]);
+    assert!(matches!(refused, Answer::Refused(Refusal::Host { .. })), "{refused:?}");
+    assert_eq!(replace(&mut vmm, 3, &[second.as_fd()]), Answer::Done);
+    assert_eq!(vmm.ask(&Request::Network), Answer::Network(vec![interface]));
 }
 
 fn console(vmm: &Vmm) -> String {

@@ -54,11 +54,13 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     {
         return Err(LaunchError::Role { role: role.clone() });
     }
+    request.network_limits.check()?;
     if vms.len() >= limits.vms_max as usize {
         return Err(LaunchError::TooManyVms { max: limits.vms_max });
     }
     let _ = host;
-    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks: request.disks.clone(), role: request.role.clone() })
+    let (disks, network_limits) = (request.disks.clone(), request.network_limits);
+    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, role: request.role.clone(), network_limits })
 }
 
 /// Guest memory of the VMs that live, in bytes.
@@ -108,6 +110,7 @@ fn disks(asked: &[DiskSpec], vms: &[std::sync::Arc<VmRecord>]) -> Result<(), Lau
 mod tests {
     use super::*;
     use crate::clock::UnixNanos;
+    use crate::units::{FlowLimits, NetLimits, Rate};
 
     fn image() -> Image {
         Image {
@@ -143,6 +146,16 @@ mod tests {
         for (length, fits) in [(room, true), (room + 1, false)] {
             let image = Image { command_line: "x".repeat(length), ..image() };
             assert_eq!(decide(&request(), &image).is_ok(), fits, "{length}");
+        }
+    }
+
+    #[test]
+    fn limits_nobody_can_mean_are_refused() {
+        for (per_s, fits) in [(0, false), (1_000_000, true), (u64::MAX, false)] {
+            let rx = FlowLimits { bytes: Some(Rate::bytes(per_s, None)), frames: None };
+            let network_limits = NetLimits { rx, ..NetLimits::default() };
+            let decided = decide(&LaunchRequest { network_limits, ..request() }, &image());
+            assert_eq!(decided.as_ref().ok().map(|spec| spec.network_limits), fits.then_some(network_limits));
         }
     }
 

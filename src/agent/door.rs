@@ -22,7 +22,7 @@ use super::vm_state::{Denied, VmState};
 use super::world::{HostFacts, ImageImport, OpenStreamError, ProcessUsage};
 use crate::clock::UnixNanos;
 use crate::report::Retry;
-use crate::wire::control::Status;
+use crate::wire::control::{InterfaceStatus, Status};
 
 /// No VM is meant by a word, or more than one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -117,6 +117,8 @@ pub struct VmStats {
     pub process: Option<(i32, ProcessUsage)>,
     /// What the VMM says.
     pub vmm: Option<Status>,
+    /// What passed its network interfaces, as the VMM says.
+    pub network: Vec<InterfaceStatus>,
     /// What the guest agent says.
     pub guest: Option<GuestStats>,
 }

@@ -24,7 +24,7 @@ use crate::ids::VmId;
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
-use crate::wire::control::{Answer, DeviceSpec, LaunchSpec, Request, StartMessage};
+use crate::wire::control::{Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, StartMessage};
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
 
@@ -37,9 +37,6 @@ pub(super) mod names {
     pub(in crate::agent) const LAST_WORDS: &str = "last-words";
     pub(in crate::agent) const LOG: &str = "vmm.log";
 }
-
-/// Name of the first interface's tap, in the VMM's network namespace.
-const TAP: &str = "tap0";
 
 /// Longest line a VMM answers a stream's request with.
 const STREAM_LINE_BYTES_MAX: usize = 256;
@@ -284,7 +281,9 @@ impl HostVmm {
         let limit = Duration::from_secs(
             match ask {
                 Ask::Launch(_) => self.waits.vmm_launch_s,
-                Ask::Status | Ask::Pause | Ask::Resume => self.waits.vmm_answer_s,
+                Ask::Status | Ask::Pause | Ask::Resume | Ask::Network | Ask::ReplaceTap { .. } => {
+                    self.waits.vmm_answer_s
+                }
             }
             .into(),
         );
@@ -295,7 +294,7 @@ impl HostVmm {
         let hello = Request::Hello { nonce: vm.nonce, epoch };
         let welcome = match exchange(&mut socket, &hello, &[], limit)? {
             Answer::Welcome(status) => status,
-            Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Refused(_) => {
+            Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Refused(_) | Answer::Network(_) => {
                 return Err(AskError::Unexpected);
             }
         };
@@ -303,6 +302,12 @@ impl HostVmm {
             Ask::Status => Ok(Answer::Status(welcome)),
             Ask::Pause => exchange(&mut socket, &Request::Pause, &[], limit),
             Ask::Resume => exchange(&mut socket, &Request::Resume, &[], limit),
+            Ask::Network => exchange(&mut socket, &Request::Network, &[], limit),
+            Ask::ReplaceTap { index } => {
+                let index = *index;
+                let tap = open_tap(vm, index).map_err(|source| AskError::Open { what: tap_name(index), source })?;
+                exchange(&mut socket, &Request::ReplaceTap { index }, &[tap.into()], limit)
+            }
             Ask::Launch(plan) => {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
                 exchange(&mut socket, &Request::Launch(spec), &files, limit)
@@ -332,18 +337,23 @@ impl HostVmm {
             devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
         }
         // Made in the VMM's own namespace: it can be entered from here, never left from there.
-        files.push(open_tap(vm).map_err(failed(TAP))?.into());
-        devices.push(DeviceSpec::Net { index: 0, mac: mac(&vm.id) });
+        files.push(open_tap(vm, 0).map_err(failed(&tap_name(0)))?.into());
+        devices.push(DeviceSpec::Net { index: 0, mac: mac(&vm.id), mtu: None, limits: plan.network_limits });
         let LaunchPlan { vcpus, memory_bytes, command_line, .. } = plan.clone();
         Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
     }
 }
 
-fn open_tap(vm: &VmRecord) -> io::Result<File> {
+/// Name of an interface's tap, in the VMM's network namespace.
+fn tap_name(index: u8) -> String {
+    format!("tap{index}")
+}
+
+fn open_tap(vm: &VmRecord, index: u8) -> io::Result<File> {
     let gone = || io::Error::new(io::ErrorKind::NotFound, "the VMM is gone");
     let ProcessRecord { pid, start_ticks } = vm.process.ok_or_else(gone)?;
     let pidfd = process::find(pid, start_ticks)?.ok_or_else(gone)?;
-    netns::in_that_of(&pidfd, || tap::open(TAP))?
+    netns::in_that_of(&pidfd, || tap::open(&tap_name(index)))?
 }
 
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
@@ -374,7 +384,11 @@ fn exchange(
     socket.read_exact(&mut body).map_err(failed)?;
     match frame::decode(&body).map_err(AskError::Frame)? {
         Answer::Refused(refusal) => Err(AskError::Refused(bounded(refusal))),
-        answer @ (Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Status(_)) => Ok(answer),
+        // No more of them than there can be.
+        Answer::Network(interfaces) if interfaces.len() > INTERFACES_MAX => Err(AskError::Unexpected),
+        answer @ (Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Network(_)) => {
+            Ok(answer)
+        }
     }
 }
 

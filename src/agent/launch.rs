@@ -11,7 +11,7 @@ use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord
 use super::session_error::{SessionError, join_refused};
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, SessionRecord};
-use super::shared::Shared;
+use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Step, VmState, step};
 use super::world::{Records, VmDisk, World, random_array, random_nonce};
@@ -20,6 +20,7 @@ use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
 use crate::net::address::{LocalId, Parts};
 use crate::report::Retry;
+use crate::units::{NetLimitError, NetLimits};
 
 /// How long an idempotency key is remembered: a client that repeats a request after a day means a new one.
 pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
@@ -43,6 +44,8 @@ pub struct LaunchRequest {
     pub addressing: Option<Addressing>,
     /// What it is in its session.
     pub role: Option<String>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -150,6 +153,9 @@ pub enum LaunchError {
         #[source]
         source: std::io::Error,
     },
+    /// Nobody can mean such a limit.
+    #[error(transparent)]
+    NetworkLimits(#[from] NetLimitError),
     /// This host has its most VMs.
     #[error("this host has {max} VMs, which is its limit; remove some")]
     TooManyVms {
@@ -213,6 +219,7 @@ impl LaunchError {
             | Self::AddressingWithoutSession
             | Self::Role { .. }
             | Self::Count { .. }
+            | Self::NetworkLimits(_)
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Session(error) => error.retry(),
@@ -255,7 +262,9 @@ impl<W: World> Agent<W> {
         let record = self.reserve(&request, spec).await?;
         let next = step(&record.state, &Event::LaunchAsked).map_err(|_| LaunchError::Ending)?;
         let addressing = request.addressing.unwrap_or_default();
-        let draft = Draft { shared: Arc::clone(&self.shared), record, next, addressing, key: request.key };
+        let fabric = self.shared.config.fabric.clone();
+        let now = self.shared.world.clock().wall();
+        let draft = Draft { record, next, fabric, addressing, now, key: request.key };
         self.begin_launch(draft, session, asked_at).await.map(Launched::Vm)
     }
 
@@ -306,7 +315,7 @@ impl<W: World> Agent<W> {
 
     async fn begin_launch(
         &self,
-        draft: Draft<W>,
+        draft: Draft,
         session: Option<(SessionRecord, u32)>,
         asked_at: Monotonic,
     ) -> Result<Arc<VmRecord>, LaunchError> {
@@ -316,7 +325,7 @@ impl<W: World> Agent<W> {
         let claim = Claim {
             vm: draft.record.id.clone(),
             session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
-            now: self.shared.world.clock().wall(),
+            now: draft.now,
         };
         let name = draft.record.name.clone();
         let admit = move |store: &mut Store| store.admit_vm(&claim, |grant| draft.admitted(grant, id));
@@ -332,36 +341,36 @@ impl<W: World> Agent<W> {
     }
 }
 
-/// A VM to be, but for what is handed out one by one.
-struct Draft<W: World> {
-    shared: Arc<Shared<W>>,
+/// A VM to be, but for what is handed out one by one. Becomes a VM on the ledger's thread, so it asks nobody anything
+/// there.
+struct Draft {
     record: VmRecord,
     next: Step,
+    fabric: Option<FabricConfig>,
     addressing: Addressing,
+    now: UnixNanos,
     key: Option<Key>,
 }
 
-impl<W: World> Draft<W> {
+impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { shared, mut record, next, addressing, key } = self;
-        let clock = shared.world.clock();
+        let Self { mut record, next, fabric, addressing, now, key } = self;
         record.jail = grant.jail;
-        let fabric = shared.config.fabric.as_ref();
-        record.network =
-            fabric.zip(grant.member).map(|(fabric, (session, local))| network(fabric, &session, local, addressing));
-        let operation = operation_for(&record, operation, Goal::Launch, false, &next, clock);
+        let member = fabric.zip(grant.member);
+        record.network = member.map(|(fabric, (session, local))| network(&fabric, &session, local, addressing));
+        let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
         record.state = next.state;
         record.operation = Some(operation.id.clone());
         let mut writes = vec![
             Write::Vm(Box::new(record.clone())),
             Write::Lease { uid: record.uid, vm: record.id.clone() },
             Write::Operation(Box::new(operation.clone())),
-            shared.vm_event(&record),
-            shared.operation_event(&operation),
+            vm_event(now, &record),
+            operation_event(now, &operation),
         ];
         if let Some(Key { key, route, body_hash }) = key {
-            let expires = UnixNanos(clock.wall().0.saturating_add(KEY_LIFETIME_NS));
+            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
             let object = record.id.to_string();
             writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
         }

@@ -1,6 +1,6 @@
 //! Counters and durations for Prometheus. Gauges are set when somebody reads them.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -12,6 +12,8 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::record::{OperationState, Timings};
 use super::vm_state::Goal;
+use crate::ids::VmId;
+use crate::wire::control::InterfaceStatus;
 
 /// Upper bounds of launch durations in seconds: milliseconds from bundles to minutes of emulated boot.
 const LAUNCH_BUCKETS: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
@@ -38,6 +40,52 @@ struct RefusalLabels {
     reason: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FlowLabels {
+    vm: String,
+    interface: u8,
+    direction: &'static str,
+}
+
+/// What passed the VMs' network interfaces. The VMMs count; here it is only shown, and gone with the VM.
+#[derive(Debug, Default)]
+struct NetworkCounters {
+    bytes: Family<FlowLabels, Counter>,
+    packets: Family<FlowLabels, Counter>,
+    dropped: Family<FlowLabels, Counter>,
+    throttled: Family<FlowLabels, Counter>,
+}
+
+impl NetworkCounters {
+    fn new(registry: &mut Registry) -> Self {
+        let this = Self::default();
+        for (name, help, family) in [
+            ("vm_network_bytes", "Bytes that passed a VM's network interface", &this.bytes),
+            ("vm_network_packets", "Packets that passed a VM's network interface", &this.packets),
+            ("vm_network_dropped", "Packets that a VM's network interface threw away", &this.dropped),
+            ("vm_network_throttled", "Times a packet of a VM waited for a limit", &this.throttled),
+        ] {
+            registry.register(name, help, family.clone());
+        }
+        this
+    }
+
+    fn show(&self, traffic: &[(VmId, Vec<InterfaceStatus>)]) {
+        let Self { bytes, packets, dropped, throttled } = self;
+        [bytes, packets, dropped, throttled].into_iter().for_each(Family::clear);
+        for (vm, interface) in traffic.iter().flat_map(|(vm, all)| all.iter().map(move |one| (vm, one))) {
+            for (direction, flow) in [("rx", interface.rx), ("tx", interface.tx)] {
+                let labels = FlowLabels { vm: vm.to_string(), interface: interface.index, direction };
+                for (family, value) in
+                    [(bytes, flow.bytes), (packets, flow.frames), (dropped, flow.dropped), (throttled, flow.throttled)]
+                {
+                    family.get_or_create(&labels).inner().store(value, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}
+
 /// What is counted.
 #[derive(Debug)]
 pub(crate) struct Metrics {
@@ -49,6 +97,7 @@ pub(crate) struct Metrics {
     launch_seconds: Histogram,
     events: Gauge<i64>,
     memory: Gauge<f64, AtomicU64>,
+    network: NetworkCounters,
 }
 
 impl Metrics {
@@ -77,7 +126,8 @@ impl Metrics {
         );
         registry.register("events", "Number of the last event", events.clone());
         registry.register_with_unit("memory_promised", "Guest memory of VMs that live", Unit::Bytes, memory.clone());
-        Self { registry, operations, vms, requests, peer_refusals, launch_seconds, events, memory }
+        let network = NetworkCounters::new(&mut registry);
+        Self { registry, operations, vms, requests, peer_refusals, launch_seconds, events, memory, network }
     }
 
     pub(crate) fn operation_ended(&self, goal: Goal, state: OperationState) {
@@ -102,7 +152,14 @@ impl Metrics {
     }
 
     /// The text for Prometheus.
-    pub(crate) fn text(&self, states: &[(&'static str, i64)], last_event: u64, promised_bytes: u64) -> String {
+    pub(crate) fn text(
+        &self,
+        states: &[(&'static str, i64)],
+        last_event: u64,
+        promised_bytes: u64,
+        traffic: &[(VmId, Vec<InterfaceStatus>)],
+    ) -> String {
+        self.network.show(traffic);
         self.vms.clear();
         for (state, count) in states {
             self.vms.get_or_create(&StateLabels { state: (*state).to_owned() }).set(*count);
@@ -113,5 +170,29 @@ impl Metrics {
         // Writing to a string does not fail.
         let _ = encode(&mut text, &self.registry);
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::control::FlowStatus;
+
+    #[test]
+    fn a_vms_traffic_is_shown_while_it_lives() {
+        let metrics = Metrics::new();
+        let vm = VmId::from_random([1; 10]);
+        let flow = |bytes| FlowStatus { frames: 3, bytes, dropped: 1, throttled: 2 };
+        let interface = InterfaceStatus { index: 0, link_up: true, rx: flow(70), tx: flow(90) };
+        let text = metrics.text(&[], 0, 0, &[(vm.clone(), vec![interface])]);
+        for (name, direction, value) in
+            [("bytes", "rx", 70), ("bytes", "tx", 90), ("packets", "rx", 3), ("dropped", "tx", 1)]
+        {
+            let line = format!(
+                "hearth_vm_network_{name}_total{{vm=\"{vm}\",interface=\"0\",direction=\"{direction}\"}} {value}\n"
+            );
+            assert!(text.contains(&line), "{line}{text}");
+        }
+        assert!(!metrics.text(&[], 0, 0, &[]).contains(vm.as_str()));
     }
 }

@@ -11,6 +11,7 @@ use super::vm_state::{Goal, VmState};
 use crate::clock::UnixNanos;
 use crate::ids::{OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
+use crate::units::NetLimits;
 use crate::wire::control::Nonce;
 
 /// Version of the JSON in records.
@@ -81,6 +82,9 @@ pub struct VmSpec {
     /// What it is in its session, for those who look: at most [`super::ROLE_BYTES_MAX`] bytes.
     #[serde(default)]
     pub role: Option<String>,
+    /// What may pass its network interface.
+    #[serde(default)]
+    pub network_limits: NetLimits,
 }
 
 /// A disk of a VM.

@@ -281,6 +281,7 @@ impl<W: World> Agent<W> {
                 session: Some(session.to_string()),
                 addressing: Some(order.addressing),
                 role: order.role.clone(),
+                network_limits: order.network_limits,
                 ..LaunchRequest::default()
             };
             match self.launch_vm(request).await {
@@ -329,6 +330,7 @@ impl<W: World> Agent<W> {
             vcpus: launch.vcpus.unwrap_or(caller.spec.vcpus.into()),
             memory_mib: launch.memory_mib.unwrap_or(caller.spec.memory_mib.into()),
             addressing: network.addressing,
+            network_limits: caller.spec.network_limits,
         };
         order.check()?;
         let Some(host) = launch.peer else {

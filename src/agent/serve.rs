@@ -21,6 +21,7 @@ use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
 use super::shared::{Shared, VmHandle};
+use super::traffic;
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{
@@ -116,6 +117,7 @@ impl<W: World> Agent<W> {
             if let Ok(Answer::Status(status)) = vmm.ask(&vm, self.shared.epoch, Ask::Status).await {
                 stats.vmm = Some(status);
             }
+            stats.network = traffic::interfaces(&self.shared, &vm).await.unwrap_or_default();
         }
         stats.guest = self.guest_stats(&vm).await;
         Ok((vm, stats))
@@ -302,7 +304,8 @@ impl<W: World> Door for Agent<W> {
             *states.entry(vm.state.name()).or_insert(0) += 1;
         }
         let states: Vec<_> = states.into_iter().collect();
-        self.shared.metrics.text(&states, *self.shared.last_event.borrow(), promised_bytes(&vms))
+        let traffic = traffic::last(&self.shared, &vms);
+        self.shared.metrics.text(&states, *self.shared.last_event.borrow(), promised_bytes(&vms), &traffic)
     }
 
     fn count_request(&self, route: &str, status: u16) {

@@ -9,12 +9,12 @@ use super::config::FabricConfig;
 use super::egress::{self, Egress};
 use super::images::is_name;
 use super::launch::{KEY_LIFETIME_NS, Key};
-use super::ledger::{KeyRow, LedgerError, NewEvent, NewSession, NumberChoice, SessionRefusal, StoredAnswer, Write};
+use super::ledger::{KeyRow, LedgerError, NewSession, NumberChoice, SessionRefusal, StoredAnswer, Write};
 use super::peers::PeerView;
-use super::record::{SCHEMA_VERSION, Subject, VmRecord};
+use super::record::{SCHEMA_VERSION, VmRecord};
 use super::session_error::{SessionError, join_refused, refused_number};
 use super::session_record::{SessionRecord, SessionState, USER_DATA_BYTES_MAX};
-use super::shared::Shared;
+use super::shared::session_event;
 use super::world::{Records, World, random_array};
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
@@ -94,23 +94,6 @@ pub struct FabricView {
     pub peers: Vec<PeerView>,
 }
 
-impl<W: World> Shared<W> {
-    /// The event of something that happened to a session.
-    pub(super) fn session_event(&self, kind: &'static str, session: &SessionRecord) -> Write {
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind,
-            subject: Subject::Session(session.id.clone()),
-            operation: None,
-            body: serde_json::json!({
-                "state": session.state.name(),
-                "name": session.name,
-                "session_network_id": session.session_network_id,
-            }),
-        })
-    }
-}
-
 impl<W: World> Agent<W> {
     /// The fabric, if there is one and nothing speaks against it.
     pub(super) fn usable_fabric(&self) -> Result<&FabricConfig, SessionError> {
@@ -137,7 +120,6 @@ impl<W: World> Agent<W> {
         let after = |ttl_s: u32| UnixNanos(now.0.saturating_add(u64::from(ttl_s).saturating_mul(NS_PER_S)));
         let SessionRequest { name, egress, ttl_s, user_data, key, .. } = request;
         let draft = Draft {
-            shared: Arc::clone(&self.shared),
             id: SessionId::from_random(id),
             name: name.clone(),
             ipv4,
@@ -267,9 +249,8 @@ impl<W: World> Agent<W> {
     }
 }
 
-/// A session to be, but for its number.
-struct Draft<W: World> {
-    shared: Arc<Shared<W>>,
+/// A session to be, but for its number. Becomes a session on the ledger's thread, so it asks nobody anything there.
+struct Draft {
     id: SessionId,
     name: Option<String>,
     ipv4: bool,
@@ -280,7 +261,7 @@ struct Draft<W: World> {
     key: Option<Key>,
 }
 
-impl<W: World> Draft<W> {
+impl Draft {
     fn session(self, number: SessionNetworkId) -> NewSession {
         let record = SessionRecord {
             schema_version: SCHEMA_VERSION,
@@ -293,7 +274,7 @@ impl<W: World> Draft<W> {
             expires_at: self.expires_at,
             state: SessionState::Active,
         };
-        let mut writes = vec![self.shared.session_event("session_created", &record)];
+        let mut writes = vec![session_event(self.now, "session_created", &record)];
         if let Some(Key { key, route, body_hash }) = self.key {
             let expires = UnixNanos(self.now.0.saturating_add(KEY_LIFETIME_NS));
             let object = record.id.to_string();

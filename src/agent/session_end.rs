@@ -11,6 +11,7 @@ use super::ledger::{LedgerError, Write};
 use super::session::called;
 use super::session_error::{SessionError, join_refused};
 use super::session_record::{SessionRecord, SessionState};
+use super::shared::session_event;
 use super::vm_actor::{Verb, VerbError};
 use super::world::{Records, World};
 use super::{Agent, VmError};
@@ -52,8 +53,8 @@ impl<W: World> Agent<W> {
         let mut session = self.find_session(word).await?;
         if session.state == SessionState::Active {
             session.state = SessionState::Draining;
-            let kind = "session_draining";
-            let writes = vec![self.shared.session_event(kind, &session), Write::Session(Box::new(session.clone()))];
+            let (now, kind) = (self.shared.world.clock().wall(), "session_draining");
+            let writes = vec![session_event(now, kind, &session), Write::Session(Box::new(session.clone()))];
             self.shared.commit(writes).await.map_err(SessionError::Ledger)?;
             tracing::info!(session = %session.id, name = session.name, "session draining");
         }
@@ -87,8 +88,9 @@ impl<W: World> Agent<W> {
 
     /// Deletes a session without VMs; its number rests.
     async fn forget_session(&self, session: &SessionRecord) -> Result<(), SessionError> {
-        let until = after(self.shared.world.clock().wall(), quarantine(&self.shared.config));
-        let writes = vec![self.shared.session_event("session_removed", session)];
+        let now = self.shared.world.clock().wall();
+        let until = after(now, quarantine(&self.shared.config));
+        let writes = vec![session_event(now, "session_removed", session)];
         let id = session.id.clone();
         let removed = self.shared.world.records().with(move |store| store.remove_session(&id, until, &writes)).await;
         match removed {

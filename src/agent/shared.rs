@@ -11,6 +11,8 @@ use super::metrics::Metrics;
 use super::peers::Peers;
 use super::record::{OperationRecord, Subject, VmRecord};
 use super::self_door::Asking;
+use super::session_record::SessionRecord;
+use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
 use crate::clock::{Clock, UnixNanos};
@@ -37,6 +39,7 @@ pub(crate) struct Shared<W: World> {
     pub(super) peers: Peers,
     /// Guests that ask about themselves.
     pub(super) asking: Asking,
+    pub(crate) traffic: Traffic,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -65,6 +68,7 @@ impl<W: World> Shared<W> {
             sessions_changed: Notify::new(),
             peers: Peers::default(),
             asking: Asking::new(),
+            traffic: Traffic::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }
@@ -131,17 +135,7 @@ impl<W: World> Shared<W> {
 
     /// The event of a VM's new state.
     pub(crate) fn vm_event(&self, vm: &VmRecord) -> Write {
-        let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
-        if let super::vm_state::VmState::Failed { cause } = &vm.state {
-            body["cause"] = cause.name().into();
-        }
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind: "vm_state",
-            subject: Subject::Vm(vm.id.clone()),
-            operation: vm.operation.clone(),
-            body,
-        })
+        vm_event(self.world.clock().wall(), vm)
     }
 
     /// The event that a VM is forgotten.
@@ -157,13 +151,38 @@ impl<W: World> Shared<W> {
 
     /// The event of an operation's new state.
     pub(crate) fn operation_event(&self, operation: &OperationRecord) -> Write {
-        let error = operation.error.as_ref().map(|error| error.code.clone());
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind: "operation_state",
-            subject: Subject::Vm(operation.vm.clone()),
-            operation: Some(operation.id.clone()),
-            body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
-        })
+        operation_event(self.world.clock().wall(), operation)
     }
+}
+
+/// The event of a VM's new state.
+pub(super) fn vm_event(at: UnixNanos, vm: &VmRecord) -> Write {
+    let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
+    if let super::vm_state::VmState::Failed { cause } = &vm.state {
+        body["cause"] = cause.name().into();
+    }
+    let (subject, operation) = (Subject::Vm(vm.id.clone()), vm.operation.clone());
+    Write::Event(NewEvent { at, kind: "vm_state", subject, operation, body })
+}
+
+/// The event of an operation's new state.
+pub(super) fn operation_event(at: UnixNanos, operation: &OperationRecord) -> Write {
+    let error = operation.error.as_ref().map(|error| error.code.clone());
+    Write::Event(NewEvent {
+        at,
+        kind: "operation_state",
+        subject: Subject::Vm(operation.vm.clone()),
+        operation: Some(operation.id.clone()),
+        body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
+    })
+}
+
+/// The event of something that happened to a session.
+pub(super) fn session_event(at: UnixNanos, kind: &'static str, session: &SessionRecord) -> Write {
+    let body = serde_json::json!({
+        "state": session.state.name(),
+        "name": session.name,
+        "session_network_id": session.session_network_id,
+    });
+    Write::Event(NewEvent { at, kind, subject: Subject::Session(session.id.clone()), operation: None, body })
 }

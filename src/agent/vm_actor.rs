@@ -19,7 +19,7 @@ use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
 use super::work::{Outcome, Report, Work, ended};
 use super::world::{Ask, ProcessEnd, VmDisk, VmmHost, World, random_array};
-use crate::clock::{Clock, Monotonic};
+use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::OperationId;
 use crate::report::Retry;
 use crate::wire::last_words::LastWords;
@@ -281,7 +281,7 @@ impl<W: World> VmActor<W> {
             goal,
             then_remove,
             next,
-            self.shared.world.clock(),
+            self.shared.world.clock().wall(),
         )
     }
 
@@ -507,7 +507,7 @@ pub(crate) fn operation_for(
     goal: Goal,
     then_remove: bool,
     next: &Step,
-    clock: &impl Clock,
+    now: UnixNanos,
 ) -> OperationRecord {
     let pending = |&effect| StepRecord { effect, state: StepState::Pending, took_us: None, note: None };
     OperationRecord {
@@ -518,7 +518,7 @@ pub(crate) fn operation_for(
         state: OperationState::Running,
         steps: next.effects.iter().map(pending).collect(),
         error: None,
-        created_at: clock.wall(),
+        created_at: now,
         ended_at: None,
     }
 }

@@ -231,7 +231,7 @@ impl<W: World> Work<W> {
     async fn status(&self) -> Result<Status, Outcome> {
         match self.ask(Ask::Status).await? {
             Answer::Status(status) => Ok(status),
-            Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Refused(_) => {
+            Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Refused(_) | Answer::Network(_) => {
                 Err(ask_failed(AskError::Unexpected))
             }
         }
@@ -251,6 +251,7 @@ impl<W: World> Work<W> {
             memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
             command_line: command_line(&additions, &image.command_line),
             disks: spec.disks.clone(),
+            network_limits: spec.network_limits,
         };
         let sent = self.now();
         match self.ask(Ask::Launch(plan)).await? {
@@ -262,7 +263,7 @@ impl<W: World> Work<W> {
                 timings.devices_us = Some(phases.devices_ns / 1000);
                 Ok(())
             }
-            Answer::Welcome(_) | Answer::Status(_) | Answer::Done | Answer::Refused(_) => {
+            Answer::Welcome(_) | Answer::Status(_) | Answer::Done | Answer::Refused(_) | Answer::Network(_) => {
                 Err(ask_failed(AskError::Unexpected))
             }
         }

@@ -12,6 +12,7 @@ use super::ledger::{LedgerError, Store};
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use crate::clock::Clock;
 use crate::ids::VmId;
+use crate::units::NetLimits;
 use crate::wire::control::{Answer, Nonce};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
@@ -82,6 +83,13 @@ pub enum Ask {
     Pause,
     /// Let the vCPUs run.
     Resume,
+    /// What passed its network interfaces.
+    Network,
+    /// Take the tap of this interface anew: the one it has was deleted.
+    ReplaceTap {
+        /// Which interface.
+        index: u8,
+    },
 }
 
 /// A machine to build: names of things on this host, opened by whoever sends them.
@@ -97,6 +105,8 @@ pub struct LaunchPlan {
     pub command_line: String,
     /// Raw files to attach.
     pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
 }
 
 /// A held process: its pid cannot come to mean another one.

@@ -4,12 +4,17 @@ mod session;
 
 use jiff::Timestamp;
 
+use axum::http::StatusCode;
+
+use super::error::ApiError;
 use super::types::{
-    Cause, Disk, ErrorDetail, Event, Host, HostVms, Image, Operation, OperationState, Stats, Step, StepState, Timings,
-    Vm, VmState, VmmStats,
+    Cause, Disk, ErrorDetail, Event, FlowLimits, FlowStats, Host, HostVms, Image, InterfaceStats, NetworkLimits,
+    Operation, OperationState, Stats, Step, StepState, Timings, Vm, VmState, VmmStats,
 };
 use crate::agent;
 use crate::clock::UnixNanos;
+use crate::report::Retry;
+use crate::units::{self, NetLimits, Rate};
 
 pub(super) use session::{addressing, egress, fabric, session};
 
@@ -62,6 +67,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         vcpus: vm.spec.vcpus.into(),
         memory_mib: vm.spec.memory_mib.into(),
         disks: vm.spec.disks.iter().map(|disk| Disk { path: disk.path.clone(), read_only: disk.read_only }).collect(),
+        network_limits: shown_limits(vm.spec.network_limits),
         created_at: timestamp(vm.created_at),
         timings: Timings {
             spawn_ms: ms(timings.spawn_us),
@@ -188,7 +194,49 @@ pub(super) fn stats(vm: &agent::VmRecord, stats: &agent::VmStats) -> Stats {
         load1: f64::from(guest.load1_hundredths) / 100.0,
         execs_running: guest.execs_running,
     });
-    Stats { id: vm.id.clone(), vmm, guest }
+    let network = stats.network.iter().map(interface).collect();
+    Stats { id: vm.id.clone(), vmm, network, guest }
+}
+
+fn interface(found: &agent::InterfaceStatus) -> InterfaceStats {
+    let flow = |flow: agent::FlowStatus| {
+        let agent::FlowStatus { frames, bytes, dropped, throttled } = flow;
+        FlowStats { packets: frames, bytes, dropped, throttled }
+    };
+    let &agent::InterfaceStatus { index, link_up, rx, tx } = found;
+    InterfaceStats { slot: index, link_up, rx: flow(rx), tx: flow(tx) }
+}
+
+/// The limits a client asks for. Whether somebody can mean their numbers is decided with the rest of the launch.
+pub(super) fn network_limits(asked: NetworkLimits) -> Result<NetLimits, ApiError> {
+    let flow = |direction: &str, asked: FlowLimits| {
+        let FlowLimits { bytes_per_s, burst_bytes, packets_per_s, burst_packets } = asked;
+        for (rate, burst, named) in [(bytes_per_s, burst_bytes, "bytes"), (packets_per_s, burst_packets, "packets")] {
+            if rate.is_none() && burst.is_some() {
+                let message = format!("network limit {direction}.burst_{named} has no {direction}.{named}_per_s");
+                return Err(ApiError::new(
+                    StatusCode::BAD_REQUEST,
+                    "invalid_network_limits",
+                    message,
+                    Retry::WithChange,
+                ));
+            }
+        }
+        let bytes = bytes_per_s.map(|rate| Rate::bytes(rate, burst_bytes));
+        let frames = packets_per_s.map(|rate| Rate::frames(rate, burst_packets));
+        Ok(units::FlowLimits { bytes, frames })
+    };
+    Ok(NetLimits { rx: flow("rx", asked.rx)?, tx: flow("tx", asked.tx)? })
+}
+
+fn shown_limits(limits: NetLimits) -> NetworkLimits {
+    let flow = |limits: units::FlowLimits| FlowLimits {
+        bytes_per_s: limits.bytes.map(|rate| rate.per_s),
+        burst_bytes: limits.bytes.map(|rate| rate.burst),
+        packets_per_s: limits.frames.map(|rate| rate.per_s),
+        burst_packets: limits.frames.map(|rate| rate.burst),
+    };
+    NetworkLimits { rx: flow(limits.rx), tx: flow(limits.tx) }
 }
 
 /// This host.

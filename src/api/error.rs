@@ -188,6 +188,7 @@ impl From<LaunchError> for ApiError {
             LaunchError::DiskPath { .. } => (StatusCode::BAD_REQUEST, "invalid_disk"),
             LaunchError::Disk { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "bad_disk"),
             LaunchError::DiskInUse { .. } => (StatusCode::CONFLICT, "disk_in_use"),
+            LaunchError::NetworkLimits(_) => (StatusCode::BAD_REQUEST, "invalid_network_limits"),
             LaunchError::TooManyVms { .. } => (StatusCode::CONFLICT, "too_many_vms"),
             LaunchError::NoUid => (StatusCode::SERVICE_UNAVAILABLE, "no_uid"),
             LaunchError::Session(error) => return error.into(),

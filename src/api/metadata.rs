@@ -129,10 +129,7 @@ async fn wrong_method(method: Method, request: Request) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message, Retry::Never)
 }
 
-async fn show(
-    State(service): State<Service>,
-    Extension(Caller(vm)): Extension<Caller>,
-) -> Result<Response, ApiError> {
+async fn show(State(service): State<Service>, Extension(Caller(vm)): Extension<Caller>) -> Result<Response, ApiError> {
     let own = service.door.own(&vm).await?;
     let session = own.session.as_ref().map(|session| SelfSession {
         id: &session.id,

@@ -110,12 +110,7 @@ async fn connection(stream: TcpStream, from: IpAddr, door: Arc<dyn Door>, host: 
 }
 
 /// One request, from the host at `from`.
-pub(super) async fn answer(
-    door: &dyn Door,
-    host: &str,
-    from: IpAddr,
-    request: Request<Body>,
-) -> Response<Full<Bytes>> {
+pub(super) async fn answer(door: &dyn Door, host: &str, from: IpAddr, request: Request<Body>) -> Response<Full<Bytes>> {
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or_else(String::new, ToString::to_string);
     let body = match read_within(body, REQUEST_BYTES_MAX, ARRIVE_LIMIT).await {

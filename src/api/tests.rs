@@ -315,3 +315,55 @@ async fn a_console_is_attached_to() {
     let (status, history) = api.get("/v1/vms/web/console?history_bytes=4").await;
     assert_eq!((status, history.as_str()), (200, Some("ted\n")));
 }
+
+#[tokio::test]
+async fn network_limits_are_kept_and_what_passed_is_shown() {
+    let api = Api::start().await;
+    let limits = json!({"rx": {"bytes_per_s": 10_000_000}, "tx": {"packets_per_s": 100, "burst_packets": 7}});
+    let body = json!({"name": "slow", "wait": "running", "network_limits": limits});
+    let (status, vm) = api.post("/v1/vms", &body).await;
+    assert_eq!(status, 201, "{vm}");
+    let nothing = json!(null);
+    assert_eq!(
+        vm["network_limits"],
+        json!({
+            "rx": {"bytes_per_s": 10_000_000, "burst_bytes": 1_000_000, "packets_per_s": nothing, "burst_packets": nothing},
+            "tx": {"bytes_per_s": nothing, "burst_bytes": nothing, "packets_per_s": 100, "burst_packets": 7},
+        })
+    );
+    for (limits, word) in [
+        (json!({"rx": {"bytes_per_s": 0}}), "rx.bytes_per_s 0"),
+        (json!({"tx": {"packets_per_s": u64::MAX}}), "tx.packets_per_s"),
+        (json!({"tx": {"burst_bytes": 5000}}), "tx.burst_bytes"),
+        (json!({"rx": {"bytes_per_s": 5000, "burst_bytes": 1}}), "rx.burst_bytes 1: 1514 to"),
+    ] {
+        let (status, refused) = api.post("/v1/vms", &json!({"network_limits": limits})).await;
+        assert_eq!((status, &refused["error"]["code"]), (400, &json!("invalid_network_limits")), "{refused}");
+        assert!(refused["error"]["message"].as_str().unwrap().contains(word), "{refused}");
+    }
+    let (status, _) = api.post("/v1/vms", &json!({"network_limits": {"sideways": {}}})).await;
+    assert!((400..500).contains(&status), "{status}");
+    let (_, stats) = api.get("/v1/vms/slow/stats").await;
+    let flow = json!({"packets": 0, "bytes": 0, "dropped": 0, "throttled": 0});
+    assert_eq!(stats["network"], json!([{"slot": 0, "link_up": true, "rx": flow, "tx": flow}]));
+}
+
+/// The first reader of the metrics finds no sample and is not kept waiting for one; a later one finds it, until the VM
+/// is gone.
+#[tokio::test]
+async fn metrics_show_the_traffic_of_living_vms() {
+    let api = Api::start().await;
+    let id = api.launch("web").await["id"].as_str().unwrap().to_owned();
+    let shown = async || {
+        let (status, text) = api.get("/metrics").await;
+        assert_eq!(status, 200);
+        let line = format!("hearth_vm_network_bytes_total{{vm=\"{id}\",interface=\"0\",direction=\"rx\"}} 0\n");
+        text.as_str().unwrap().contains(&line)
+    };
+    assert!(!shown().await);
+    let later = async { while !shown().await {} };
+    tokio::time::timeout(Duration::from_secs(10), later).await.expect("a sample");
+    let (status, _) = api.ask("DELETE", "/v1/vms/web?timeout_ms=0", &[], "").await;
+    assert_eq!(status, 204);
+    assert!(!shown().await);
+}

@@ -9,6 +9,7 @@ mod error;
 mod exec;
 mod host;
 mod image;
+mod network;
 mod operation;
 mod session;
 mod vm;
@@ -17,6 +18,7 @@ pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
 pub use host::{Host, HostVms};
 pub use image::{Image, ImageImportRequest, ImageList};
+pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
 pub use session::{
     Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,

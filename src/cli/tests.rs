@@ -88,6 +88,24 @@ fn egress_words_are_networks_with_ports_and_protocols() {
 }
 
 #[test]
+fn limits_are_a_rate_and_perhaps_a_burst() {
+    for (text, per_s, burst) in [
+        ("1500", 1_500, None),
+        ("10M", 10_000_000, None),
+        ("10M/64k", 10_000_000, Some(64_000)),
+        ("0/0", 0, Some(0)),
+        ("18G", 18_000_000_000, None),
+    ] {
+        assert_eq!(text.parse(), Ok(RateWord { per_s, burst }), "{text}");
+    }
+    for text in
+        ["", "/", "1/", "/1", "1.5M", "-1", "1m", "1kk", "k", "1/2/3", "18446744073709551616", "18446744073709552k"]
+    {
+        assert!(text.parse::<RateWord>().is_err(), "{text}");
+    }
+}
+
+#[test]
 fn session_words() {
     assert_eq!((session_number("517"), session_number("0x205")), (Ok(517), Ok(517)));
     for bad in ["", "0", "-1", "+1", "0x", "0x+1", "4294967295", "x", "1.5"] {

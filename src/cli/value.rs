@@ -38,6 +38,9 @@ pub enum WordError {
         /// What was given.
         text: String,
     },
+    /// Not a rate.
+    #[error("expected RATE or RATE/BURST, numbers with k, M or G behind them for thousands, millions and billions")]
+    Rate,
     /// No path.
     #[error("expected FILE or FILE:ro")]
     Disk,
@@ -160,6 +163,41 @@ pub(super) fn seconds(text: &str) -> Result<u32, WordError> {
         Ok(0) | Err(_) => Err(WordError::Seconds),
         Ok(ms) => Ok(ms.div_ceil(1000)),
     }
+}
+
+/// A limit: `RATE` per second, or `RATE/BURST` with how much passes at once after a rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RateWord {
+    /// Units per second.
+    pub per_s: u64,
+    /// Units at once, if it was given.
+    pub burst: Option<u64>,
+}
+
+impl FromStr for RateWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (rate, burst) = match text.split_once('/') {
+            Some((rate, burst)) => (rate, Some(number(burst)?)),
+            None => (text, None),
+        };
+        Ok(Self { per_s: number(rate)?, burst })
+    }
+}
+
+/// A whole number, with `k`, `M` or `G` for thousands, millions and billions: decimal, as networks are measured.
+fn number(text: &str) -> Result<u64, WordError> {
+    let digits = text.trim_end_matches(['k', 'M', 'G']);
+    let unit = match &text[digits.len()..] {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        _ => return Err(WordError::Rate),
+    };
+    let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let number = if plain { digits.parse::<u64>().ok() } else { None };
+    number.and_then(|number| number.checked_mul(unit)).ok_or(WordError::Rate)
 }
 
 /// A new name of a VM or image: a DNS label that starts with a letter.

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::value::{DiskWord, ReferenceWord, duration_ms, key, name, variable};
+use super::value::{DiskWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
 use crate::api::types::{Addressing, DISKS_MAX, IMAGE_DEFAULT, Wait};
 
 const LAUNCH_HELP: &str = "\
@@ -10,6 +10,7 @@ Examples:
   hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
   hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
+  hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
@@ -101,6 +102,18 @@ pub struct LaunchArgs {
     /// What the VM is in its session, for those who look: up to 63 bytes
     #[arg(long, value_name = "ROLE")]
     pub role: Option<String>,
+    /// Most bytes per second to the guest, with how many at once: 10M, 10M/1M. What is over it waits
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub rx_limit: Option<RateWord>,
+    /// Most bytes per second from the guest
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub tx_limit: Option<RateWord>,
+    /// Most packets per second to the guest
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub rx_packets: Option<RateWord>,
+    /// Most packets per second from the guest
+    #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
+    pub tx_packets: Option<RateWord>,
     /// What to wait for
     #[arg(long, value_enum, default_value_t = WaitWord::Running)]
     pub wait: WaitWord,

@@ -6,8 +6,11 @@ use super::call::{Agent, CallError, PROMPT, advice_of};
 use super::output::{Output, OutputError, note};
 use super::progress;
 use super::table::{milliseconds, plain};
-use crate::api::types::{Disk, ErrorDetail, Operation, OperationState, RetryHint, Vm, VmLaunchRequest, VmState, Wait};
-use crate::cli::{LaunchArgs, WaitWord};
+use crate::api::types::{
+    Disk, ErrorDetail, FlowLimits, NetworkLimits, Operation, OperationState, RetryHint, Vm, VmLaunchRequest, VmState,
+    Wait,
+};
+use crate::cli::{LaunchArgs, RateWord, WaitWord};
 use crate::ids::VmId;
 
 /// Why a VM does not run.
@@ -87,6 +90,13 @@ pub(super) async fn run(agent: &Agent, out: Output, args: LaunchArgs) -> Result<
 
 fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
     let disks = args.disks.iter().map(|disk| Ok(Disk { path: absolute(&disk.path)?, read_only: disk.read_only }));
+    let flow = |bytes: Option<RateWord>, packets: Option<RateWord>| FlowLimits {
+        bytes_per_s: bytes.map(|word| word.per_s),
+        burst_bytes: bytes.and_then(|word| word.burst),
+        packets_per_s: packets.map(|word| word.per_s),
+        burst_packets: packets.and_then(|word| word.burst),
+    };
+    let limits = NetworkLimits { rx: flow(args.rx_limit, args.rx_packets), tx: flow(args.tx_limit, args.tx_packets) };
     Ok(VmLaunchRequest {
         image: args.image,
         name: args.name,
@@ -96,6 +106,7 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         session: args.session.map(|session| session.as_str().to_owned()),
         addressing: args.addressing.map(Into::into),
         role: args.role,
+        network_limits: (limits != NetworkLimits::default()).then_some(limits),
         // Waiting is done here, by looking at the operation, so that its steps can be shown.
         wait: Wait::None,
     })

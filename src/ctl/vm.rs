@@ -10,7 +10,7 @@ use super::output::Output;
 use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
-use crate::api::types::{Disk, Stats, StopRequest, Timings, Vm, VmList};
+use crate::api::types::{Disk, FlowLimits, InterfaceStats, Stats, StopRequest, Timings, Vm, VmList};
 use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
 
 /// What the agent allows a guest for powering itself off when nothing else is asked for.
@@ -71,6 +71,8 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("vcpus", Some(vm.vcpus.to_string())),
             ("memory", Some(format!("{} MiB", vm.memory_mib))),
             ("disks", (!vm.disks.is_empty()).then(|| disks(&vm.disks))),
+            ("limit to guest", limits(vm.network_limits.rx)),
+            ("limit from guest", limits(vm.network_limits.tx)),
             ("host", Some(vm.host.clone())),
             ("vmm pid", vm.pid.map(|pid| pid.to_string())),
             ("generation", Some(vm.generation.clone())),
@@ -96,6 +98,19 @@ fn disks(disks: &[Disk]) -> String {
         .map(|disk| if disk.read_only { format!("{} (ro)", disk.path) } else { disk.path.clone() })
         .collect();
     words.join(", ")
+}
+
+/// `9.5 MiB/s (at once 976.6 KiB), 5000 packets/s (at once 500)`; nothing for what is not limited.
+fn limits(limits: FlowLimits) -> Option<String> {
+    let amount = |packets: u64| packets.to_string();
+    let shown = |rate: Option<u64>, burst: Option<u64>, unit: &str, show: &dyn Fn(u64) -> String| {
+        let burst = burst.map(|burst| format!(" (at once {})", show(burst))).unwrap_or_default();
+        rate.map(|rate| format!("{}{unit}{burst}", show(rate)))
+    };
+    let of_bytes = shown(limits.bytes_per_s, limits.burst_bytes, "/s", &bytes);
+    let of_packets = shown(limits.packets_per_s, limits.burst_packets, " packets/s", &amount);
+    let all: Vec<String> = of_bytes.into_iter().chain(of_packets).collect();
+    (!all.is_empty()).then(|| all.join(", "))
 }
 
 fn timings(timings: &Timings) -> String {
@@ -174,7 +189,7 @@ pub(super) async fn stats(agent: &Agent, out: Output, vm: &ReferenceWord) -> Res
     out.value(&stats, |stats| {
         let vmm = stats.vmm.as_ref();
         let guest = stats.guest.as_ref();
-        pairs([
+        let mut text = pairs([
             ("vmm pid", vmm.map(|vmm| vmm.pid.to_string())),
             ("vmm resident", vmm.and_then(|vmm| vmm.resident_bytes).map(bytes)),
             ("vmm cpu time", vmm.and_then(|vmm| vmm.cpu_ms).map(milliseconds)),
@@ -188,9 +203,31 @@ pub(super) async fn stats(agent: &Agent, out: Output, vm: &ReferenceWord) -> Res
             ("guest processes", guest.map(|guest| guest.processes.to_string())),
             ("guest load", guest.map(|guest| format!("{:.2}", guest.load1))),
             ("guest execs", guest.map(|guest| guest.execs_running.to_string())),
-        ])
+        ]);
+        if !stats.network.is_empty() {
+            text.push_str("\n\n");
+            let header = ["NETWORK", "LINK", "DIRECTION", "PACKETS", "BYTES", "DROPPED", "THROTTLED"];
+            text.push_str(&columns(&header, stats.network.iter().flat_map(flows)));
+        }
+        text
     })?;
     Ok(())
+}
+
+/// A row for each direction of an interface.
+fn flows(interface: &InterfaceStats) -> [Vec<String>; 2] {
+    let link = if interface.link_up { "up" } else { "down" };
+    [("to guest", interface.rx), ("from guest", interface.tx)].map(|(direction, flow)| {
+        vec![
+            interface.slot.to_string(),
+            link.to_owned(),
+            direction.to_owned(),
+            flow.packets.to_string(),
+            bytes(flow.bytes),
+            flow.dropped.to_string(),
+            flow.throttled.to_string(),
+        ]
+    })
 }
 
 fn path(vm: &ReferenceWord) -> String {

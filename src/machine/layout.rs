@@ -159,6 +159,14 @@ impl Slot {
         (index < 8).then_some(Self(9 + index))
     }
 
+    /// Which network device's slot it is, if it is one's.
+    pub const fn net_index(self) -> Option<u8> {
+        match self.0 {
+            number @ 9..=16 => Some(number - 9),
+            _ => None,
+        }
+    }
+
     /// The slot's number.
     pub const fn number(self) -> u8 {
         self.0

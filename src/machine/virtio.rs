@@ -28,7 +28,9 @@ use self::slot::{Cell, Shared, queues_from_saved};
 use super::bus::SharedBusDevice;
 use super::layout::Slot;
 use super::ram::GuestRam;
+use crate::clock::{Clock, SystemClock};
 use crate::saved::{Saved, SectionName, Sections, TakeSectionError};
+use crate::units::NetLimits;
 
 pub mod block;
 pub mod chain;
@@ -46,6 +48,7 @@ pub mod status;
 pub mod vsock;
 
 pub use self::device_loop::DeviceLoop;
+pub use self::net::traffic::{FlowCounts, NetCounts};
 
 /// What a device works on; the kind of the device with it.
 #[derive(Debug)]
@@ -70,6 +73,10 @@ pub enum Backend {
         tap: File,
         /// Hardware address.
         mac: [u8; 6],
+        /// Longest packet the guest may send, if it is told one; at least 68.
+        mtu: Option<u16>,
+        /// What may pass.
+        limits: NetLimits,
     },
 }
 
@@ -123,7 +130,17 @@ pub struct DeviceCounts {
 impl VirtioSlot {
     /// A device as after reset.
     pub fn new(slot: Slot, backend: Backend, ram: &GuestRam) -> Result<Self, BuildDeviceError> {
-        let (epoll, model) = build(slot, backend, ram, None)?;
+        Self::with_clock(slot, backend, ram, system_clock())
+    }
+
+    /// The same with the time from elsewhere: limits are kept by it.
+    pub fn with_clock(
+        slot: Slot,
+        backend: Backend,
+        ram: &GuestRam,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, BuildDeviceError> {
+        let (epoll, model) = build(slot, backend, ram, clock, None)?;
         let face = model.face();
         let registers = RegisterFile::new(face.features | TRANSPORT_FEATURES);
         let queues = face.queue_sizes.iter().map(|size| Queue::new(ram.clone(), *size)).collect();
@@ -140,7 +157,7 @@ impl VirtioSlot {
         let transport: TransportV1 =
             from.take(u16::from(slot.number())).map_err(|source| BuildDeviceError::Saved { slot, source })?;
         let invalid = |reason| invalid::<TransportV1>(slot, reason);
-        let (epoll, model) = build(slot, backend, ram, Some(from))?;
+        let (epoll, model) = build(slot, backend, ram, system_clock(), Some(from))?;
         let face = model.face();
         if transport.device_id != face.device_id {
             return Err(invalid("the slot held another kind of device"));
@@ -195,6 +212,17 @@ impl VirtioSlot {
         (self.shared.turn() == Turn::More) | (resumed == Turn::More)
     }
 
+    /// What passed, if it is a network device.
+    pub fn net_counts(&self) -> Option<NetCounts> {
+        self.shared.traffic.as_ref().map(|traffic| traffic.counts())
+    }
+
+    /// Gives a network device another tap in the place of one that was deleted, at any time: rings and negotiated
+    /// offloads stay, the guest sees its link come up. On an error the device is as it was.
+    pub fn replace_tap(&self, tap: File) -> io::Result<()> {
+        self.shared.replace_tap(tap)
+    }
+
     /// What it has counted.
     pub fn counts(&self) -> DeviceCounts {
         let Counters { done, failed, dropped, broken, refused } = &self.shared.counters;
@@ -209,6 +237,7 @@ fn build(
     slot: Slot,
     backend: Backend,
     ram: &GuestRam,
+    clock: Arc<dyn Clock>,
     saved: Option<&mut Sections>,
 ) -> Result<(Arc<Epoll>, Box<dyn Model>), BuildDeviceError> {
     let host = |what| move |source| BuildDeviceError::Host { slot, what, source };
@@ -229,14 +258,18 @@ fn build(
             }
             Box::new(block)
         }
-        Backend::Net { tap, mac } => {
+        Backend::Net { tap, mac, mtu, limits } => {
             let saved: Option<net::saved::NetV1> = take(slot, saved)?;
-            // The guest was told its address when it booted and keeps it.
-            let mac = saved.map_or(mac, |saved| saved.mac);
-            Box::new(net::Net::new(tap, mac, &watch).map_err(host("use the tap"))?)
+            let setup = net::Setup { mac, mtu, limits };
+            let net = net::Net::new(tap, setup, clock, saved.as_ref(), watch);
+            Box::new(net.map_err(host("use the tap"))?)
         }
     };
     Ok((epoll, model))
+}
+
+fn system_clock() -> Arc<dyn Clock> {
+    Arc::new(SystemClock::new())
 }
 
 fn invalid<T: Saved>(slot: Slot, reason: &str) -> BuildDeviceError {

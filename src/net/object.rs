@@ -140,7 +140,26 @@ pub enum LinkKind {
     },
 }
 
+impl LinkKind {
+    /// Whether it is an end of a veth.
+    pub const fn is_veth(self) -> bool {
+        matches!(self, Self::VethHostEnd | Self::VethJailEnd)
+    }
+}
+
 impl Object {
+    /// The link it is, is on, or leads by; empty where the kernel chooses one.
+    pub fn link(&self) -> Option<&str> {
+        match self {
+            Self::Link { name, .. } => Some(name),
+            Self::Address { link, .. }
+            | Self::Neighbour { link, .. }
+            | Self::Forwarding { link, .. }
+            | Self::Route { link: Some(link), .. } => Some(link),
+            Self::Route { link: None, .. } | Self::Rules { .. } | Self::Element { .. } => None,
+        }
+    }
+
     /// Where it is.
     pub const fn place(&self) -> Place {
         match self {

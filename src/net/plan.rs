@@ -157,7 +157,7 @@ mod tests {
             nat: false,
             published: Vec::new(),
         };
-        Member { mac: [2, 0, 0, 0, 0, seed], session: (seed % 5 != 0).then_some(session) }
+        Member { mac: [2, 0, 0, 0, 0, seed], session: (!seed.is_multiple_of(5)).then_some(session) }
     }
 
     fn state(seed: u8, invariant: bool, open: bool, mtu: u32) -> BTreeSet<Object> {

@@ -13,6 +13,7 @@ use super::member::{
     Addressing, EgressRule, GATEWAY_V4, GATEWAY_V6, INNER_V4, INNER_V6, METADATA_PORT, METADATA_V4, METADATA_V6,
     Member, Net, link_local,
 };
+use crate::sys::nft;
 use std::fmt::Write;
 
 /// Name of the tables in a jail.
@@ -38,19 +39,15 @@ pub enum Table {
     Arp,
 }
 
-/// An element of a set or map. The bytes are in network order, the parts of a concatenation padded to four each.
+/// An element of a set or map of ours.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Element {
     /// The table it is in.
     pub table: Table,
     /// The set.
     pub set: &'static str,
-    /// What is looked up; the first of a range.
-    pub key: Vec<u8>,
-    /// The last of a range.
-    pub key_end: Option<Vec<u8>>,
-    /// What a map gives.
-    pub value: Option<Vec<u8>>,
+    /// Key and value.
+    pub content: nft::Element,
 }
 
 const JAIL_SETS: &str = "\
@@ -312,11 +309,12 @@ struct Elements(Vec<Element>);
 
 impl Elements {
     fn add(&mut self, table: Table, set: &'static str, key: Vec<u8>) {
-        self.0.push(Element { table, set, key, key_end: None, value: None });
+        self.0.push(Element { table, set, content: nft::Element { key, key_end: None, value: None } });
     }
 
     fn map(&mut self, set: &'static str, key: Vec<u8>, value: Vec<u8>) {
-        self.0.push(Element { table: Table::Inet, set, key, key_end: None, value: Some(value) });
+        let content = nft::Element { key, key_end: None, value: Some(value) };
+        self.0.push(Element { table: Table::Inet, set, content });
     }
 
     fn egress(&mut self, rule: &EgressRule) {
@@ -340,7 +338,8 @@ impl Elements {
                 concatenated(&[&last, &[protocols.1]]),
             ),
         };
-        self.0.push(Element { table: Table::Inet, set, key, key_end: Some(key_end), value: None });
+        let content = nft::Element { key, key_end: Some(key_end), value: None };
+        self.0.push(Element { table: Table::Inet, set, content });
     }
 }
 

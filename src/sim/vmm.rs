@@ -14,7 +14,7 @@ use crate::agent::world::{
 };
 use crate::agent::{ProcessRecord, VmRecord};
 use crate::ids::VmId;
-use crate::wire::control::{Answer, LaunchPhases, MachineState, Nonce, Status};
+use crate::wire::control::{Answer, InterfaceStatus, LaunchPhases, MachineState, Nonce, Status};
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
 
@@ -120,6 +120,11 @@ impl State {
                 console_bytes: 10,
                 guest_memory_host_address: 0,
             })),
+            (Ask::Network, MachineState::Empty) => Ok(Answer::Network(Vec::new())),
+            (Ask::Network, MachineState::Paused | MachineState::Running) => {
+                Ok(Answer::Network(vec![InterfaceStatus { link_up: true, ..InterfaceStatus::default() }]))
+            }
+            (Ask::ReplaceTap { .. }, MachineState::Paused | MachineState::Running) => Ok(Answer::Done),
             (Ask::Launch(_), MachineState::Empty) => {
                 vmm.machine = MachineState::Paused;
                 Ok(Answer::Launched(LaunchPhases::default()))
@@ -133,7 +138,7 @@ impl State {
                 vmm.machine = MachineState::Paused;
                 Ok(Answer::Done)
             }
-            (Ask::Launch(_) | Ask::Resume | Ask::Pause, state) => denied(state),
+            (Ask::Launch(_) | Ask::Resume | Ask::Pause | Ask::ReplaceTap { .. }, state) => denied(state),
         }
     }
 }

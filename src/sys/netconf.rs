@@ -2,7 +2,7 @@
 //! thread's network namespace.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const DIR: &str = "/proc/sys/net";
 
@@ -47,6 +47,15 @@ pub fn write(setting: &str, value: &str) -> Result<(), NetconfError> {
 /// Sets all of `settings` (name, value). Every one is tried; those that failed are returned.
 pub fn write_all(settings: &[(&str, &str)]) -> Vec<NetconfError> {
     settings.iter().filter_map(|(setting, value)| write(setting, value).err()).collect()
+}
+
+/// Names of the interfaces that have IPv6 settings in the calling thread's namespace, `all` and `default` included.
+pub fn interfaces() -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(Path::new(DIR).join("ipv6/conf"))? {
+        names.extend(entry?.file_name().into_string());
+    }
+    Ok(names)
 }
 
 fn path(setting: &str) -> io::Result<PathBuf> {

@@ -7,7 +7,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::process::{Child, ExitStatus};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -22,6 +23,9 @@ pub const LAST_WORDS_FD: RawFd = 4;
 
 /// Descriptors are parked at this number and above while they are put in their places.
 const PARKING_FD: RawFd = 16;
+
+/// Signals that may interrupt one wait.
+const INTERRUPTS_MAX: u32 = 64;
 
 /// Most bytes of start-up message: a pipe takes this much without a reader.
 pub const START_MESSAGE_BYTES_MAX: usize = 4096;
@@ -195,8 +199,8 @@ pub fn start_ticks(pid: i32) -> io::Result<u64> {
     field.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat has no start time"))
 }
 
-/// A pidfd of the process that has this pid and start time; `None` if it is gone, even if its pid is in use again.
-pub fn find(pid: i32, wanted_ticks: u64) -> io::Result<Option<OwnedFd>> {
+/// A pidfd of the process that has this pid now; `None` if none has.
+fn open_pidfd(pid: i32) -> io::Result<Option<OwnedFd>> {
     // SAFETY: pidfd_open takes two integers.
     let number = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     let Ok(number) = RawFd::try_from(number) else { return Ok(None) };
@@ -208,7 +212,12 @@ pub fn find(pid: i32, wanted_ticks: u64) -> io::Result<Option<OwnedFd>> {
         };
     }
     // SAFETY: pidfd_open just made this descriptor for us.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(number) };
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(number) }))
+}
+
+/// A pidfd of the process that has this pid and start time; `None` if it is gone, even if its pid is in use again.
+pub fn find(pid: i32, wanted_ticks: u64) -> io::Result<Option<OwnedFd>> {
+    let Some(pidfd) = open_pidfd(pid)? else { return Ok(None) };
     // Compared after the pidfd is held: from here on the pid cannot come to mean another process unnoticed.
     match start_ticks(pid) {
         Ok(found) if found == wanted_ticks && !has_ended(&pidfd)? => Ok(Some(pidfd)),
@@ -224,6 +233,28 @@ pub fn has_ended(pidfd: &OwnedFd) -> io::Result<bool> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
+}
+
+/// Waits for a child to end, for `limit` at most; then ends it (SIGKILL) and returns `None`. It is reaped either way.
+pub fn wait_at_most(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    // Not reaped yet, so the pid is the child's also if it has ended.
+    let pidfd = open_pidfd(child.id().cast_signed())?.ok_or(io::ErrorKind::NotFound)?;
+    let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    let mut interrupts = 0;
+    let ended = loop {
+        match poll(&mut fds, timeout) {
+            Err(nix::Error::EINTR) if interrupts < INTERRUPTS_MAX => interrupts += 1,
+            other => break other,
+        }
+    };
+    if matches!(ended, Ok(1..)) {
+        return child.wait().map(Some);
+    }
+    child.kill()?;
+    child.wait()?;
+    ended.map(|_| None).map_err(io::Error::from)
 }
 
 /// Ends the process at once (SIGKILL). Not an error if it has ended already.
@@ -253,6 +284,17 @@ pub fn reap(pidfd: &OwnedFd) -> io::Result<Option<ExitStatus>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_child_that_takes_too_long_is_ended() {
+        let start = |words: &[&str]| std::process::Command::new(words[0]).args(&words[1..]).spawn().unwrap();
+        let long = Duration::from_secs(60);
+        assert_eq!(wait_at_most(&mut start(&["sh", "-c", "exit 3"]), long).unwrap().unwrap().code(), Some(3));
+        let mut endless = start(&["sleep", "60"]);
+        let pid = endless.id().cast_signed();
+        assert!(wait_at_most(&mut endless, Duration::from_millis(1)).unwrap().is_none());
+        assert!(open_pidfd(pid).unwrap().is_none(), "reaped");
+    }
 
     #[test]
     fn a_process_is_found_by_pid_and_start_time_only() {

@@ -67,6 +67,27 @@ pub fn prepare(tap: &File) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this kernel cuts UDP datagrams behind a tap, in both directions. Leaves the tap's offloads off.
+pub fn has_udp_segmentation(tap: &File) -> io::Result<bool> {
+    let udp = Offloads { checksum: true, uso4: true, uso6: true, ..Offloads::default() };
+    let told = set_offloads(tap, udp)?;
+    set_offloads(tap, Offloads::default())?;
+    Ok(told == udp)
+}
+
+/// Whether this error of a read or write means that the interface behind the open file was deleted (EBADFD). The file
+/// is of no more use then. EIO is another thing: the interface is there and down.
+pub fn is_gone(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBADFD)
+}
+
+/// Whether the interface is still there. Reads nothing.
+pub fn is_attached(tap: &File) -> bool {
+    // A read of no bytes is refused like any other when there is no interface, and takes no frame when there is one.
+    let mut tap = tap;
+    io::Read::read(&mut tap, &mut []).err().is_none_or(|error| !is_gone(&error))
+}
+
 /// Says what the reader of the tap takes; the kernel does the rest itself. Answers what it was told in the end: the
 /// kernel refuses segmentation without checksums, UDP segmentation for one of IPv4 and IPv6 alone, and, before Linux
 /// 6.2, UDP segmentation at all, which then is left out.

@@ -12,6 +12,12 @@ use vm_memory::bitmap::BitmapSlice;
 /// Most pieces of one call (UIO_MAXIOV of linux/uio.h). More than that are not looked at: a short transfer.
 const PIECES_MAX: usize = 1024;
 
+/// Calls of up to this many pieces allocate nothing: a packet's header, its first bytes and some fragments.
+const PIECES_FEW: usize = 8;
+
+/// What stands behind the last piece of a few; it is not handed over.
+const NO_PIECE: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+
 /// readv(2) into guest memory.
 pub fn read<B: BitmapSlice>(from: &impl AsFd, to: &[VolatileSlice<'_, B>]) -> io::Result<usize> {
     read_with(to, |pieces, count| {
@@ -100,11 +106,16 @@ fn write_with<B: BitmapSlice>(
     call: impl Fn(*const libc::iovec, libc::c_int) -> isize,
 ) -> io::Result<usize> {
     let from = &from[..from.len().min(PIECES_MAX)];
-    let guards: Vec<_> = from.iter().map(VolatileSlice::ptr_guard).collect();
     let piece = |guard: &vm_memory::volatile_memory::PtrGuard| libc::iovec {
         iov_base: guard.as_ptr().cast_mut().cast(),
         iov_len: guard.len(),
     };
+    if from.len() <= PIECES_FEW {
+        let guards: [_; PIECES_FEW] = std::array::from_fn(|at| from.get(at).map(VolatileSlice::ptr_guard));
+        let pieces = guards.each_ref().map(|guard| guard.as_ref().map_or(NO_PIECE, piece));
+        return until_done(&pieces[..from.len()], call);
+    }
+    let guards: Vec<_> = from.iter().map(VolatileSlice::ptr_guard).collect();
     let pieces: Vec<_> = guards.iter().map(piece).collect();
     until_done(&pieces, call)
 }

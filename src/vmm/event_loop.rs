@@ -14,10 +14,13 @@ use super::launch::Launch;
 use super::session::Ownership;
 use super::{VmmError, bounded};
 use crate::clock::{Clock, Monotonic, SystemClock};
-use crate::machine::{BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking};
+use crate::machine::virtio::{FlowCounts, NetCounts};
+use crate::machine::{BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError};
 use crate::report;
 use crate::units::Bytes;
-use crate::wire::control::{Answer, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, Status};
+use crate::wire::control::{
+    Answer, FlowStatus, InterfaceStatus, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, Status,
+};
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
 
@@ -181,8 +184,8 @@ impl EventLoop {
     fn hello(&mut self, connection: &mut Connection, nonce: Nonce, epoch: u64) -> Result<Answer, Refusal> {
         self.ownership.hello(nonce, epoch)?;
         connection.epoch = Some(epoch);
-        // The newest connection of the newest epoch is served; closing a socket also ends its watch.
-        self.connections.clear();
+        // Only the newest epoch is served, on as many connections as it makes; closing a socket also ends its watch.
+        self.connections.retain(|_, other| other.epoch.is_none_or(|other| other >= epoch));
         Ok(Answer::Welcome(self.status()))
     }
 
@@ -194,7 +197,23 @@ impl EventLoop {
             Request::Resume => self.change(MachineState::Paused, MachineState::Running),
             Request::Status => Ok(Answer::Status(self.status())),
             Request::Stop => Ok(Answer::Done),
+            Request::Network => Ok(Answer::Network(self.guest.as_ref().map_or_else(Vec::new, interfaces))),
+            Request::ReplaceTap { index } => self.replace_tap(index, descriptors),
         }
+    }
+
+    fn replace_tap(&mut self, index: u8, mut descriptors: Vec<OwnedFd>) -> Result<Answer, Refusal> {
+        let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
+        let bad = |reason: String| Refusal::BadRequest { reason };
+        let (tap, 0) = (descriptors.pop(), descriptors.len()) else {
+            return Err(bad(format!("{} descriptors came with the request, it names 1", descriptors.len() + 1)));
+        };
+        let tap = tap.ok_or_else(|| bad("no descriptor came with the request, it names 1".to_owned()))?;
+        let replaced = guest.machine.replace_tap(index, tap.into());
+        replaced.map(|()| Answer::Done).map_err(|error| match error {
+            ReplaceTapError::NoInterface { .. } => bad(error.to_string()),
+            ReplaceTapError::Host { .. } => host(&error),
+        })
     }
 
     fn change(&mut self, from: MachineState, to: MachineState) -> Result<Answer, Refusal> {
@@ -268,6 +287,18 @@ impl EventLoop {
             guest_memory_host_address: regions.first().map_or(0, |region| region.host_address as u64),
         }
     }
+}
+
+/// What passed the guest's network interfaces.
+fn interfaces(guest: &Guest) -> Vec<InterfaceStatus> {
+    let flow = |counts: FlowCounts| {
+        let FlowCounts { frames, bytes, dropped, throttled } = counts;
+        FlowStatus { frames, bytes, dropped, throttled }
+    };
+    let counts = guest.machine.network().into_iter();
+    counts
+        .map(|(index, NetCounts { link_up, rx, tx })| InterfaceStatus { index, link_up, rx: flow(rx), tx: flow(tx) })
+        .collect()
 }
 
 fn nanos(from: Monotonic, to: Monotonic) -> u64 {

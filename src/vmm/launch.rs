@@ -7,6 +7,8 @@ use std::os::unix::net::UnixListener;
 
 use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
+use crate::machine::virtio::spec::net::MTU_MIN;
+use crate::units::NetLimitError;
 use crate::wire::control::{COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec};
 
 /// A launch request whose parts fit together.
@@ -53,6 +55,17 @@ pub(super) enum LaunchRequestError {
         /// The slot's number.
         slot: u8,
     },
+    /// No network has such a small MTU.
+    #[error("net device {index}: MTU {found}, the least is {MTU_MIN}")]
+    Mtu {
+        /// The index.
+        index: u8,
+        /// What was asked for.
+        found: u16,
+    },
+    /// Nobody can mean such a limit.
+    #[error(transparent)]
+    Limits(NetLimitError),
     /// The command line is too long.
     #[error("the kernel command line has {found} bytes, at most {COMMAND_LINE_BYTES_MAX} are possible")]
     CommandLine {
@@ -92,9 +105,13 @@ impl Launch {
                     let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
                     (slot, Backend::Block { file: File::from(next()?), read_only })
                 }
-                DeviceSpec::Net { index, mac } => {
+                DeviceSpec::Net { index, mac, mtu, limits } => {
                     let slot = Slot::net(index).ok_or(LaunchRequestError::DeviceIndex { kind: "net", index })?;
-                    (slot, Backend::Net { tap: File::from(next()?), mac })
+                    if let Some(found) = mtu.filter(|mtu| *mtu < MTU_MIN) {
+                        return Err(LaunchRequestError::Mtu { index, found });
+                    }
+                    limits.check().map_err(LaunchRequestError::Limits)?;
+                    (slot, Backend::Net { tap: File::from(next()?), mac, mtu, limits })
                 }
             };
             if devices.iter().any(|(taken, _)| *taken == slot) {
@@ -109,6 +126,7 @@ impl Launch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{FlowLimits, NetLimits, Rate};
 
     fn spec(devices: Vec<DeviceSpec>) -> LaunchSpec {
         LaunchSpec { vcpus: 1, memory_bytes: 128 << 20, command_line: String::new(), initrd: true, devices }
@@ -134,6 +152,16 @@ mod tests {
         assert_eq!(beyond, LaunchRequestError::DeviceIndex { kind: "block", index: 6 });
         let twice = Launch::new(spec(vec![DeviceSpec::Rng, DeviceSpec::Rng]), files(5)).unwrap_err();
         assert_eq!(twice, LaunchRequestError::SlotTwice { slot: 1 });
+        let net = |index, mtu, limits| DeviceSpec::Net { index, mac: [2; 6], mtu, limits };
+        let open = NetLimits::default();
+        assert!(Launch::new(spec((0..8).map(|index| net(index, Some(1280), open)).collect()), files(13)).is_ok());
+        let beyond = Launch::new(spec(vec![net(8, None, open)]), files(6)).unwrap_err();
+        assert_eq!(beyond, LaunchRequestError::DeviceIndex { kind: "net", index: 8 });
+        let small = Launch::new(spec(vec![net(0, Some(67), open)]), files(6)).unwrap_err();
+        assert_eq!(small, LaunchRequestError::Mtu { index: 0, found: 67 });
+        let never = FlowLimits { bytes: Some(Rate { per_s: 0, burst: 2_000 }), frames: None };
+        let never = NetLimits { tx: never, ..open };
+        assert!(matches!(Launch::new(spec(vec![net(0, None, never)]), files(6)), Err(LaunchRequestError::Limits(_))));
         let mut long = spec(vec![]);
         long.command_line = "x".repeat(COMMAND_LINE_BYTES_MAX + 1);
         assert!(matches!(Launch::new(long, files(5)), Err(LaunchRequestError::CommandLine { .. })));

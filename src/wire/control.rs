@@ -5,12 +5,16 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{Kind, Message};
 use super::refusal::Refusal;
+use crate::units::NetLimits;
 
 /// Most descriptors beside one frame: kvm, kernel, initrd, console file and socket, and 19 slots. Linux allows 253.
 pub const DESCRIPTORS_MAX: usize = 32;
 
 /// Longest kernel command line in bytes, x86's COMMAND_LINE_SIZE less its terminator.
 pub const COMMAND_LINE_BYTES_MAX: usize = 2047;
+
+/// Most network interfaces of one machine.
+pub const INTERFACES_MAX: usize = 8;
 
 /// A secret that ties a VMM to the ledger entry it was started for.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +71,14 @@ pub enum Request {
     Status,
     /// End the machine at once and exit.
     Stop,
+    /// Ask what passed each network interface.
+    Network,
+    /// Give a network interface another tap in the place of one that was deleted; descriptor: the tap's queue. The
+    /// guest goes on with what it negotiated, and sees its link come up.
+    ReplaceTap {
+        /// Which interface, 0 to 7.
+        index: u8,
+    },
 }
 
 impl Message for Request {
@@ -80,12 +92,14 @@ pub enum Answer {
     Welcome(Status),
     /// To [`Request::Launch`]: the machine is built and paused.
     Launched(LaunchPhases),
-    /// To [`Request::Pause`], [`Request::Resume`] and [`Request::Stop`].
+    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`] and [`Request::ReplaceTap`].
     Done,
     /// To [`Request::Status`].
     Status(Status),
     /// Instead of any of these: not done, and nothing changed.
     Refused(Refusal),
+    /// To [`Request::Network`]: the interfaces, by index.
+    Network(Vec<InterfaceStatus>),
 }
 
 impl Message for Answer {
@@ -127,6 +141,10 @@ pub enum DeviceSpec {
         index: u8,
         /// Hardware address.
         mac: [u8; 6],
+        /// Longest packet in bytes that the guest is told to send; `None` tells it nothing.
+        mtu: Option<u16>,
+        /// What may pass.
+        limits: NetLimits,
     },
 }
 
@@ -178,4 +196,30 @@ pub struct Status {
     /// Start address of the guest's memory in this process, 0 when there is none: with `/proc/PID/smaps` it tells the
     /// VMM's own memory from the guest's.
     pub guest_memory_host_address: u64,
+}
+
+/// What passed a network interface since the machine was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Which interface, 0 to 7.
+    pub index: u8,
+    /// Whether its tap is there.
+    pub link_up: bool,
+    /// To the guest.
+    pub rx: FlowStatus,
+    /// From the guest.
+    pub tx: FlowStatus,
+}
+
+/// What passed a network interface in one direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct FlowStatus {
+    /// Frames that passed; a segment that the host cuts is one.
+    pub frames: u64,
+    /// Their bytes, from the destination address on.
+    pub bytes: u64,
+    /// Frames that were thrown away.
+    pub dropped: u64,
+    /// Times a frame had to wait for a limit.
+    pub throttled: u64,
 }

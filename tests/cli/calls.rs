@@ -63,7 +63,10 @@ fn people_get_tables() {
     for (words, wanted) in [
         (&["vm", "ls"][..], &["NAME", "web", VM, "running", "128 MiB"][..]),
         (&["vm", "show", "web"], &["web", "running", "kernel", "9.00 s", "generation"]),
-        (&["vm", "stats", "web"], &["vmm resident", "does not answer"]),
+        (
+            &["vm", "stats", "web"],
+            &["vmm resident", "does not answer", "NETWORK", "THROTTLED", "from guest", "1.5 KiB", "down"],
+        ),
         (&["vm", "pause", "web"], &["web", "is paused"]),
         (&["image", "ls"], &["NAME", "demo", "000000000000"]),
         (&["operation", "ls"], &["KIND", "vm_launch", "boot_guest"]),

@@ -106,7 +106,7 @@ fn routes(shared: Shared) -> Router {
         .route("/v1/vms/{vm}/stop", post(|| async { ok(vm("stopped")) }))
         .route("/v1/vms/{vm}/pause", post(|| async { ok(vm("paused")) }))
         .route("/v1/vms/{vm}/resume", post(|| async { ok(vm("running")) }))
-        .route("/v1/vms/{vm}/stats", get(|| async { ok(json!({"id": VM, "vmm": vmm(), "guest": null})) }))
+        .route("/v1/vms/{vm}/stats", get(|| async { ok(stats()) }))
         .route("/v1/vms/{vm}/exec", post(exec))
         .route("/v1/vms/{vm}/console", get(|| async { "line one\nline two\n" }).post(console))
         .route("/v1/images", get(|| async { ok(json!({"images": [image()]})) }).post(|| async { ok(image()) }))
@@ -118,6 +118,12 @@ fn routes(shared: Shared) -> Router {
         .fallback(|| async { (StatusCode::NOT_FOUND, "not here") })
         .layer(axum::middleware::from_fn_with_state(shared.clone(), note))
         .with_state(shared)
+}
+
+fn stats() -> Value {
+    let flow = json!({"packets": 3, "bytes": 1536, "dropped": 0, "throttled": 1});
+    let interface = json!({"slot": 0, "link_up": false, "rx": flow, "tx": flow});
+    json!({"id": VM, "vmm": vmm(), "network": [interface], "guest": null})
 }
 
 async fn note(State(shared): State<Shared>, request: Request, next: axum::middleware::Next) -> Response {

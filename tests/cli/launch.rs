@@ -21,6 +21,10 @@ fn a_launch_asks_for_what_was_said() {
         "data.img",
         "--disk",
         "/b.img:ro",
+        "--rx-limit",
+        "10M/64k",
+        "--tx-packets",
+        "5k",
         "--wait",
         "none",
         "--idempotency-key",
@@ -33,6 +37,10 @@ fn a_launch_asks_for_what_was_said() {
     let wanted = json!({
         "image": "demo", "name": "db", "vcpus": 2, "memory_mib": 512, "wait": "none",
         "disks": [{"path": data, "read_only": false}, {"path": "/b.img", "read_only": true}],
+        "network_limits": {
+            "rx": {"bytes_per_s": 10_000_000, "burst_bytes": 64_000, "packets_per_s": null, "burst_packets": null},
+            "tx": {"bytes_per_s": null, "burst_bytes": null, "packets_per_s": 5_000, "burst_packets": null},
+        },
     });
     assert_eq!(fake.noted(|notes| (notes.bodies.clone(), notes.keys.clone())), (vec![wanted], vec!["once".to_owned()]));
 }

@@ -17,7 +17,7 @@ const READY_SECONDS_MAX: u64 = 30;
 /// Name of the guest that tests share.
 const SHARED: &str = "shared";
 
-fn need(name: &str) -> PathBuf {
+pub(crate) fn need(name: &str) -> PathBuf {
     let value = std::env::var_os(name);
     PathBuf::from(value.unwrap_or_else(|| panic!("{name} is not set: run these tests by scripts/test kvm")))
 }

@@ -3,7 +3,7 @@
 
 use std::thread;
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 /// Runs `test` there; its panic is this thread's.
@@ -13,6 +13,8 @@ pub(crate) fn on_own_host<T: Send>(test: impl FnOnce() -> T + Send) -> T {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).expect("namespaces need root");
             mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).unwrap();
+            // Below the new /run it would stay in the list of mounts.
+            while umount2("/run/netns", MntFlags::MNT_DETACH).is_ok() {}
             mount(Some("run"), "/run", Some("tmpfs"), MsFlags::empty(), NONE).unwrap();
             test()
         });

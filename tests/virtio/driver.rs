@@ -15,6 +15,16 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 pub(crate) const VERSION_1: u64 = 1 << 32;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const INDIRECT: u64 = 1 << 28;
+/// What every driver of today accepts of the transport.
+pub(crate) const PLAIN: u64 = VERSION_1 | EVENT_IDX | INDIRECT;
+
+// Network device.
+pub(crate) const MERGE: u64 = 1 << 15;
+pub(crate) const CHECKSUM: u64 = 0b11;
+pub(crate) const USO: u64 = 0b111 << 54;
+pub(crate) const MTU: u64 = 1 << 3;
+pub(crate) const LINK: u64 = 1 << 16;
+pub(crate) const TSO: u64 = 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
 
 /// How long any wait may take before the test fails.
 pub(crate) const PATIENCE_MS: u16 = 20_000;
@@ -48,6 +58,14 @@ impl Driver {
     /// Brings the device up with all features of `wanted` that it offers.
     pub(crate) fn up(ram: &GuestRam, slot: Arc<VirtioSlot>, wanted: u64) -> Self {
         let mut driver = Self::new(ram, slot);
+        driver.bring_up(wanted);
+        driver
+    }
+
+    /// The same with its rings and buffers from `first` on: another driver has what is below.
+    pub(crate) fn up_from(ram: &GuestRam, slot: Arc<VirtioSlot>, wanted: u64, first: u64) -> Self {
+        let mut driver = Self::new(ram, slot);
+        driver.next_free = first;
         driver.bring_up(wanted);
         driver
     }

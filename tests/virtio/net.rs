@@ -10,20 +10,17 @@ use std::thread;
 
 use hearth::machine::layout::Slot;
 use hearth::machine::ram::GuestRam;
-use hearth::machine::virtio::{Backend, DeviceLoop, VirtioSlot};
+use hearth::machine::virtio::{Backend, DeviceLoop, NetCounts, VirtioSlot};
 use hearth::sys::tap;
+use hearth::units::NetLimits;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{Driver, EVENT_IDX, INDIRECT, VERSION_1, ram, run};
+use crate::driver::{CHECKSUM, Driver, MERGE, PLAIN, TSO, USO, ram, run};
 
-const MERGE: u64 = 1 << 15;
-const CHECKSUM: u64 = 0b11;
-const TSO: u64 = 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
-const PLAIN: u64 = VERSION_1 | EVENT_IDX | INDIRECT;
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// An EtherType for experiments (IEEE 802 local experimental 1).
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
@@ -36,23 +33,32 @@ pub(crate) fn in_namespace(body: impl FnOnce() + Send + 'static) {
     thread::spawn(run).join().unwrap();
 }
 
-fn ip(arguments: &str) {
+pub(crate) fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
     assert!(status.success(), "ip {arguments}");
 }
 
 pub(crate) fn device(ram: &GuestRam, name: &str) -> Arc<VirtioSlot> {
-    let tap = tap::open(name).unwrap();
-    Arc::new(VirtioSlot::new(Slot::net(0).unwrap(), Backend::Net { tap, mac: MAC }, ram).unwrap())
+    Arc::new(VirtioSlot::new(Slot::net(0).unwrap(), backend(name, NetLimits::default()), ram).unwrap())
+}
+
+pub(crate) fn backend(name: &str, limits: NetLimits) -> Backend {
+    Backend::Net { tap: tap::open(name).unwrap(), mac: MAC, mtu: None, limits }
+}
+
+/// Brings a tap up. No address autoconfiguration: the fewer frames but the test's, the better.
+pub(crate) fn up(name: &str) {
+    ip(&format!("link set {name} addrgenmode none"));
+    ip(&format!("link set {name} up"));
 }
 
 /// A packet socket on the host's side of the tap.
-struct Wire {
-    file: File,
+pub(crate) struct Wire {
+    pub(crate) file: File,
 }
 
 impl Wire {
-    fn open(name: &str) -> Self {
+    pub(crate) fn open(name: &str) -> Self {
         let socket: OwnedFd =
             socket::socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, socket::SockProtocol::EthAll)
                 .unwrap();
@@ -63,7 +69,7 @@ impl Wire {
     }
 
     /// The next frame of our EtherType that came from the guest.
-    fn read(&mut self) -> Vec<u8> {
+    pub(crate) fn read(&mut self) -> Vec<u8> {
         loop {
             let mut frame = vec![0; 70_000];
             let count = self.file.read(&mut frame).expect("no frame came");
@@ -89,30 +95,32 @@ fn bind(socket: &OwnedFd, index: u32) {
     assert_eq!(bound, 0);
 }
 
-fn frame(to: [u8; 6], from: [u8; 6], body: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(to: [u8; 6], from: [u8; 6], body: &[u8]) -> Vec<u8> {
     [&to[..], &from, &ETHERTYPE, body].concat()
 }
 
-struct Guest {
-    driver: Driver,
-    devices: DeviceLoop,
-    wire: Wire,
+pub(crate) struct Guest {
+    pub(crate) driver: Driver,
+    pub(crate) devices: DeviceLoop,
+    pub(crate) wire: Wire,
     buffers: std::collections::BTreeMap<u16, u64>,
 }
 
 impl Guest {
-    fn up(features: u64) -> Self {
+    pub(crate) fn up(features: u64) -> Self {
+        Self::limited(features, NetLimits::default())
+    }
+
+    pub(crate) fn limited(features: u64, limits: NetLimits) -> Self {
         let ram = ram(16);
-        let slot = device(&ram, "tap0");
-        // No address autoconfiguration: the fewer frames but the test's, the better.
-        ip("link set tap0 addrgenmode none");
-        ip("link set tap0 up");
+        let slot = Arc::new(VirtioSlot::new(Slot::net(0).unwrap(), backend("tap0", limits), &ram).unwrap());
+        up("tap0");
         let devices = run(&[&slot]);
         let driver = Driver::up(&ram, slot, features);
         Self { driver, devices, wire: Wire::open("tap0"), buffers: std::collections::BTreeMap::new() }
     }
 
-    fn post(&mut self, count: usize, bytes: u32) {
+    pub(crate) fn post(&mut self, count: usize, bytes: u32) {
         for _ in 0..count {
             let buffer = self.driver.allocate(u64::from(bytes));
             let head = self.driver.queues[0].add(&[], &[(buffer, bytes)]);
@@ -121,17 +129,22 @@ impl Guest {
         self.driver.kick(0);
     }
 
-    fn send(&mut self, frame: &[u8]) {
+    pub(crate) fn send(&mut self, frame: &[u8]) {
+        self.put(frame);
+        self.driver.wait_used(1);
+    }
+
+    /// Gives a frame to the device and does not wait until it is gone.
+    pub(crate) fn put(&mut self, frame: &[u8]) {
         let bytes = u32::try_from(frame.len()).unwrap();
         let (header, data) = (self.driver.allocate(12), self.driver.allocate(u64::from(bytes)));
         self.driver.ram.write_slice(&[0; 12], GuestAddress(header)).unwrap();
         self.driver.ram.write_slice(frame, GuestAddress(data)).unwrap();
         self.driver.queues[1].add(&[(header, 12), (data, bytes)], &[]);
         self.driver.kick(1);
-        self.driver.wait_used(1);
     }
 
-    fn part(&mut self) -> Vec<u8> {
+    pub(crate) fn part(&mut self) -> Vec<u8> {
         let (head, written) = self.driver.wait_used(0);
         let mut bytes = vec![0; written as usize];
         let buffer = self.buffers.remove(&head).unwrap();
@@ -140,7 +153,7 @@ impl Guest {
     }
 
     /// The next frame with our EtherType, and how many buffers it took.
-    fn hear(&mut self) -> (Vec<u8>, u16) {
+    pub(crate) fn hear(&mut self) -> (Vec<u8>, u16) {
         loop {
             let first = self.part();
             let count = u16::from_le_bytes([first[10], first[11]]);
@@ -155,7 +168,7 @@ impl Guest {
 
 #[test]
 fn frames_pass_both_ways() {
-    for features in [PLAIN, PLAIN | MERGE | CHECKSUM | TSO | 1 << 5] {
+    for features in [PLAIN, PLAIN | MERGE | CHECKSUM | TSO | USO | 1 << 5] {
         in_namespace(move || {
             let mut guest = Guest::up(features);
             let mut mac = [0; 6];
@@ -168,6 +181,12 @@ fn frames_pass_both_ways() {
             let back = frame(MAC, [2; 6], &[7; 1500]);
             guest.wire.file.write_all(&back).unwrap();
             assert_eq!(guest.hear(), (back, 1));
+            // The longest there are.
+            let longest = frame([0xff; 6], MAC, &vec![3; 8 + 65_535]);
+            guest.send(&longest);
+            assert_eq!(guest.wire.read(), longest);
+            let NetCounts { link_up, tx, .. } = guest.driver.slot.net_counts().unwrap();
+            assert_eq!((link_up, tx.frames, tx.bytes), (true, 2, (out.len() + longest.len()) as u64));
         });
     }
 }
@@ -204,6 +223,9 @@ fn frames_without_room_are_dropped_and_others_are_not() {
         guest.send(&[0; 13]);
         guest.send(&vec![0; 66_000]);
         assert_eq!(guest.driver.slot.counts().dropped, before + 2);
+        let NetCounts { rx, tx, .. } = guest.driver.slot.net_counts().unwrap();
+        assert_eq!(rx.dropped + tx.dropped, guest.driver.slot.counts().dropped);
+        assert_eq!((tx.frames, tx.bytes, tx.dropped), (0, 0, 2));
     });
 }
 
@@ -243,7 +265,8 @@ fn many_frames_keep_their_order() {
 #[test]
 fn only_a_tap_is_a_tap() {
     let ram = ram(4);
-    let backend = Backend::Net { tap: tempfile::tempfile().unwrap(), mac: MAC };
+    let (tap, limits) = (tempfile::tempfile().unwrap(), NetLimits::default());
+    let backend = Backend::Net { tap, mac: MAC, mtu: None, limits };
     let error = VirtioSlot::new(Slot::net(1).unwrap(), backend, &ram).unwrap_err();
     assert_eq!(error.to_string(), "slot 10: use the tap");
     for name in ["", "a/b", "sixteen-bytes-xx"] {

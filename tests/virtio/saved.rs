@@ -13,6 +13,7 @@ use hearth::machine::virtio::{Backend, BuildDeviceError, DeviceLoop, VirtioSlot}
 use hearth::report::chain;
 use hearth::saved::{Section, SectionKind, SectionName, Sections};
 use hearth::sys::tap;
+use hearth::units::NetLimits;
 use tempfile::TempDir;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion as _};
@@ -43,7 +44,10 @@ impl Host {
             }
             1 => Backend::Rng,
             3 => Backend::Block { file: self.disk.try_clone().unwrap(), read_only: false },
-            9 => Backend::Net { tap: tap::open("tap%d").unwrap(), mac: [2, 0, 0, 0, 0, 1] },
+            9 => {
+                let (tap, mac) = (tap::open("tap%d").unwrap(), [2, 0, 0, 0, 0, 1]);
+                Backend::Net { tap, mac, mtu: Some(1280), limits: NetLimits::default() }
+            }
             other => panic!("slot {other}"),
         }
     }

@@ -251,11 +251,11 @@ impl Nonces {
     pub(super) fn take(&mut self, head: &RequestHead, now_ms: u64) -> Result<(), ReplayError> {
         let difference_ms = now_ms.abs_diff(head.at_ms);
         self.horizon_ms = self.horizon_ms.max(now_ms.saturating_sub(CLOCK_DIFFERENCE_MS));
-        if difference_ms > CLOCK_DIFFERENCE_MS || head.at_ms < self.horizon_ms {
-            return Err(ReplayError::Time { difference_ms });
-        }
         while self.taken.first().is_some_and(|(at_ms, _)| *at_ms < self.horizon_ms) {
             self.taken.pop_first();
+        }
+        if difference_ms > CLOCK_DIFFERENCE_MS || head.at_ms < self.horizon_ms {
+            return Err(ReplayError::Time { difference_ms });
         }
         if self.taken.contains(&(head.at_ms, head.nonce)) {
             return Err(ReplayError::Again);

@@ -9,6 +9,7 @@ use crate::agent::egress::Egress;
 use crate::agent::record::VmRecord;
 use crate::agent::session_record::Addressing;
 use crate::ids::VmId;
+use crate::units::NetLimits;
 
 /// `POST /peer/v1/hello`: who an agent is. Answered by the same of the other one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,6 +152,8 @@ pub struct MemberOrder {
     pub memory_mib: u64,
     /// Who puts their addresses to use.
     pub addressing: Addressing,
+    /// What may pass the network interface of each.
+    pub network_limits: NetLimits,
 }
 
 /// A VM in a session, as other members and other hosts see it.

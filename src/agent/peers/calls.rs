@@ -190,7 +190,11 @@ impl<W: World> Shared<W> {
             if !sealed {
                 // Who does not know the key cannot seal that it does not.
                 let refused = status == 401;
-                return Err(if refused { PeerError::KeyRefused { peer: name() } } else { PeerError::Unsealed { peer: name() } });
+                return Err(if refused {
+                    PeerError::KeyRefused { peer: name() }
+                } else {
+                    PeerError::Unsealed { peer: name() }
+                });
             }
         }
         if !(200..300).contains(&status) {

@@ -16,6 +16,9 @@ use crate::clock::Clock;
 /// Time between two hellos to a peer that answers.
 const INTERVAL: Duration = Duration::from_secs(5);
 
+/// Time until the second hello to a peer that did not answer the first: hosts are often started together.
+const INTERVAL_FIRST: Duration = Duration::from_secs(1);
+
 /// Longest time between two hellos to a peer that does not.
 const INTERVAL_MAX: Duration = Duration::from_secs(30);
 
@@ -39,7 +42,7 @@ fn source(peer: &Peer) -> String {
 
 /// For good: says hello to one peer.
 pub(super) async fn greet<W: World>(shared: Arc<Shared<W>>, fabric: FabricConfig, peer: Peer) {
-    let mut wait = INTERVAL;
+    let mut wait = INTERVAL_FIRST;
     loop {
         wait = if shared.greet_once(&fabric, &peer).await { INTERVAL } else { longer(wait) };
         let random: [u8; 1] = random_array(&shared.world).unwrap_or_default();

@@ -14,6 +14,7 @@ use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
 use crate::api::types::{ErrorBody, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait};
+use crate::units::NetLimits;
 
 /// How long a guest may take to power off when the request does not say.
 pub(super) const GRACE_DEFAULT: Duration = Duration::from_secs(10);
@@ -33,10 +34,20 @@ pub(in crate::api) async fn launch_vm(
     body: JsonBody<VmLaunchRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, session, addressing, role, wait } = value;
-    let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
-    let addressing = addressing.map(convert::addressing);
-    let request = LaunchRequest { name, image, vcpus, memory_mib, disks, session, addressing, role, key: key.clone() };
+    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, session, addressing, role, wait } = value;
+    let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
+    let request = LaunchRequest {
+        name,
+        image,
+        vcpus,
+        memory_mib,
+        disks: disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect(),
+        network_limits,
+        session,
+        addressing: addressing.map(convert::addressing),
+        role,
+        key: key.clone(),
+    };
     let vm = match served.door.launch(request).await? {
         Launched::Answered(answer) => return Ok(again(&answer)),
         Launched::Vm(vm) => vm,

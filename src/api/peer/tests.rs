@@ -1,5 +1,6 @@
-use std::sync::atomic::Ordering;
+use std::net::SocketAddr;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -71,7 +72,7 @@ async fn two_hosts_with_one_number_both_refuse_until_one_has_another() {
         assert!(told.contains("both have fabric.host_number 1"), "{told}");
         assert!(!host.events("fabric_conflict").await.is_empty());
     }
-    assert_eq!(a.peer_state("b"), "conflict");
+    a.until("b in conflict", |a| a.peer_state("b") == "conflict").await;
     wire.unplug(B);
     let b = Host::start("b", config(2, "", &[("a", A, 1)])).await;
     wire.plug(&b, B, Some(KEY)).await;
@@ -275,8 +276,6 @@ async fn over_sockets() -> (Host, Host, SocketAddr, watch::Sender<bool>) {
     (a, b, b_at, end)
 }
 
-use std::net::SocketAddr;
-
 #[tokio::test]
 async fn over_real_sockets_peers_meet_and_launch() {
     let (a, b, at, end) = over_sockets().await;
@@ -315,7 +314,9 @@ async fn over_real_sockets_what_is_too_much_is_refused() {
     let head = |length: usize| format!("POST {HELLO_PATH} HTTP/1.1\r\nhost: h\r\ncontent-length: {length}\r\n\r\n");
     assert!(ask(format!("{}{long}", head(long.len()))).await.starts_with("HTTP/1.1 413"));
     assert!(ask(format!("{}{{}}", head(2))).await.starts_with("HTTP/1.1 401"));
-    assert!(ask(format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(HEAD_BYTES_MAX))).await.starts_with("HTTP/1.1 431"));
+    assert!(
+        ask(format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(HEAD_BYTES_MAX))).await.starts_with("HTTP/1.1 431")
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Addressing, IMAGE_DEFAULT};
+use super::{Addressing, IMAGE_DEFAULT, InterfaceStats, NetworkLimits};
 use crate::ids::{OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
@@ -36,6 +36,9 @@ pub struct VmLaunchRequest {
     /// What the VM is in its session, for those who look: up to 63 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<String>,
+    /// What may pass its network interface; without it everything may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_limits: Option<NetworkLimits>,
     /// How far the VM has to be for the call to answer.
     #[serde(default)]
     pub wait: Wait,
@@ -52,6 +55,7 @@ impl Default for VmLaunchRequest {
             session: None,
             addressing: None,
             role: None,
+            network_limits: None,
             wait: Wait::None,
         }
     }
@@ -131,6 +135,9 @@ pub struct Vm {
     /// Its disks.
     #[serde(default)]
     pub disks: Vec<Disk>,
+    /// What may pass its network interface.
+    #[serde(default)]
+    pub network_limits: NetworkLimits,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
@@ -261,6 +268,9 @@ pub struct Stats {
     pub id: VmId,
     /// What the VMM says of itself and the host says of it; null while there is no VMM.
     pub vmm: Option<VmmStats>,
+    /// What passed its network interfaces; empty while there is no VMM.
+    #[serde(default)]
+    pub network: Vec<InterfaceStats>,
     /// What the guest's own agent says; null while it does not answer.
     pub guest: Option<GuestStats>,
 }

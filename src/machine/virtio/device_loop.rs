@@ -69,6 +69,11 @@ impl DeviceLoop {
         self.ask(Command::Resume);
     }
 
+    /// The devices it serves.
+    pub fn slots(&self) -> &[Arc<VirtioSlot>] {
+        &self.slots
+    }
+
     /// The sections of all devices; only while paused.
     pub fn save(&self) -> Result<Vec<Section>, SaveSectionError> {
         let mut sections = Vec::with_capacity(2 * self.slots.len());

@@ -164,6 +164,11 @@ impl RegisterFile {
         }
     }
 
+    /// The configuration space is another (2.5.1, 4.2.2.1).
+    pub(crate) fn config_changed(&mut self) {
+        self.config_generation = self.config_generation.wrapping_add(1);
+    }
+
     fn features_acceptable(&self) -> bool {
         self.accepted & feature::VERSION_1 != 0 && self.accepted & !self.offered == 0
     }

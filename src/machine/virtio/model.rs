@@ -5,6 +5,7 @@
 //! of the loop and the guest's register accesses get theirs.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::net::traffic::Traffic;
 use super::queue::{Queue, RingError};
 use crate::machine::ram::GuestRam;
 use crate::saved::{SaveSectionError, Section};
@@ -67,6 +69,18 @@ pub(crate) trait Model: Send + fmt::Debug {
     fn reset(&mut self);
     /// What must survive, as the section of this slot. Only after `drain`.
     fn save(&self, instance: u16) -> Result<Section, SaveSectionError>;
+    /// Whether the configuration space changed since the last call: the guest is then told.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
+    /// Where a network device counts.
+    fn traffic(&self) -> Option<Arc<Traffic>> {
+        None
+    }
+    /// Gives a network device another tap; the driver goes on as it is.
+    fn replace_tap(&mut self, _tap: File) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// Descriptors a model wants to hear about, edge-triggered: an event says that something changed, and the model
@@ -86,6 +100,12 @@ impl Watch {
     pub(crate) fn add(&self, source: &impl AsRawFd, token: u64, what: EventSet) -> io::Result<()> {
         let event = EpollEvent::new(what | EventSet::EDGE_TRIGGERED, token);
         self.epoll.ctl(ControlOperation::Add, source.as_raw_fd(), event)
+    }
+
+    /// Events of `source` arrive no more.
+    pub(crate) fn remove(&self, source: &impl AsRawFd) {
+        // It was added and is open: the kernel has nothing to refuse.
+        let _ = self.epoll.ctl(ControlOperation::Delete, source.as_raw_fd(), EpollEvent::default());
     }
 }
 

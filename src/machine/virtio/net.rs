@@ -4,23 +4,35 @@
 //! segmentation offloads are the guest's. From the guest: gathered straight from its memory. To the guest: through one
 //! buffer, since a frame's length is known only when it is read and it may need several of the guest's buffers.
 //!
-//! Runs on the device loop under the slot's lock. While the device is paused, or the guest has no buffers, frames wait
-//! in the tap, which keeps its queue's length and drops the rest. Frames the guest has no room for, or that are none,
-//! are dropped and counted; the network does that as well.
+//! Runs on the device loop under the slot's lock. While the device is paused, the guest has no buffers or a limit is
+//! reached, frames wait: from the guest in its ring, to the guest in the tap, which keeps its queue's length and drops
+//! the rest. Frames the guest has no room for, or that are none, are dropped and counted; the network does that as well.
+//!
+//! The tap may be deleted by somebody. The guest then sees its link go down, its frames stay in the ring, and nothing is
+//! read any more until the owner brings another tap ([`Model::replace_tap`]).
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
+use self::pace::{Admission, Pace};
 use self::saved::NetV1;
+use self::traffic::Traffic;
 use super::chain::Chain;
 use super::model::{Counters, Face, Io, Model, Turn, Watch};
 use super::queue::{RingError, Waiting};
 use super::spec::{device_id, net as spec};
+use crate::clock::Clock;
 use crate::saved::{SaveSectionError, Section};
 use crate::sys::tap::{self, Offloads};
 use crate::sys::vectored;
+use crate::units::NetLimits;
+
+mod bucket;
+mod pace;
+pub(crate) mod traffic;
 
 /// Queue to the guest.
 const RX: usize = 0;
@@ -43,6 +55,10 @@ const TURN_FRAMES_MAX: usize = 64;
 /// Token of the tap.
 const TAP_TOKEN: u64 = 0;
 
+/// Token of the timer that ends a wait for a limit.
+const TIMER_TOKEN: u64 = 1;
+
+/// What every tap of every kernel can do.
 const FEATURES: u64 = spec::F_MAC
     | spec::F_CSUM
     | spec::F_GUEST_CSUM
@@ -50,14 +66,37 @@ const FEATURES: u64 = spec::F_MAC
     | spec::F_GUEST_TSO6
     | spec::F_HOST_TSO4
     | spec::F_HOST_TSO6
-    | spec::F_MRG_RXBUF;
+    | spec::F_MRG_RXBUF
+    | spec::F_STATUS;
+
+/// What taps can do since Linux 6.2.
+const FEATURES_USO: u64 = spec::F_GUEST_USO4 | spec::F_GUEST_USO6 | spec::F_HOST_USO;
+
+/// What an interface is besides its tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Setup {
+    /// Hardware address.
+    pub(crate) mac: [u8; 6],
+    /// Longest packet the guest may send, if it is told one.
+    pub(crate) mtu: Option<u16>,
+    /// What may pass.
+    pub(crate) limits: NetLimits,
+}
 
 /// The network device.
 #[derive(Debug)]
 pub(crate) struct Net {
     face: Face,
     mac: [u8; 6],
+    mtu: Option<u16>,
+    watch: Watch,
     tap: File,
+    /// Whether the tap is there.
+    link_up: bool,
+    /// Whether an event says that it may be gone.
+    doubtful: bool,
+    /// Whether the guest has to be told that the configuration space is another.
+    config_changed: bool,
     /// Whether reading the tap may give a frame.
     readable: bool,
     /// Whether the tap may take a frame.
@@ -66,35 +105,96 @@ pub(crate) struct Net {
     offloads: Offloads,
     /// The frame that was read last, with its header.
     frame: Box<[u8]>,
-    /// Its length, while the guest has no room for it.
+    /// Its length, while the guest has no room for it or a limit holds it.
     held: Option<usize>,
+    pace: Pace,
+    traffic: Arc<Traffic>,
 }
 
 impl Net {
-    /// A device on an open tap.
-    pub(crate) fn new(tap: File, mac: [u8; 6], watch: &Watch) -> io::Result<Self> {
+    /// A device on an open tap, fresh or as it was saved.
+    pub(crate) fn new(
+        tap: File,
+        setup: Setup,
+        clock: Arc<dyn Clock>,
+        saved: Option<&NetV1>,
+        watch: Watch,
+    ) -> io::Result<Self> {
+        // The guest was told its address and MTU when it booted and keeps them; limits are the host's affair.
+        let (mac, mtu) = saved.map_or((setup.mac, setup.mtu), |saved| (saved.mac, saved.mtu));
         tap::prepare(&tap)?;
-        let offloads = Offloads::default();
-        tap::set_offloads(&tap, offloads)?;
+        let mut features = FEATURES;
+        if tap::has_udp_segmentation(&tap)? {
+            features |= FEATURES_USO;
+        }
+        if mtu.is_some() {
+            features |= spec::F_MTU;
+        }
         watch.add(&tap, TAP_TOKEN, EventSet::IN | EventSet::OUT)?;
-        let config = mac.to_vec();
-        let face = Face { device_id: device_id::NET, features: FEATURES, queue_sizes: &QUEUE_SIZES, config };
-        let frame = vec![0; spec::HEADER_BYTES + FRAME_BYTES_MAX].into_boxed_slice();
-        Ok(Self { face, mac, tap, readable: true, writable: true, offloads, frame, held: None })
+        let pace = Pace::new(setup.limits, clock, &watch, TIMER_TOKEN)?;
+        let mut config = vec![0; spec::CONFIG_BYTES];
+        config[..mac.len()].copy_from_slice(&mac);
+        config[spec::CONFIG_MTU..].copy_from_slice(&mtu.unwrap_or(0).to_le_bytes());
+        let face = Face { device_id: device_id::NET, features, queue_sizes: &QUEUE_SIZES, config };
+        let mut net = Self {
+            face,
+            mac,
+            mtu,
+            watch,
+            tap,
+            link_up: false,
+            doubtful: false,
+            config_changed: false,
+            readable: true,
+            writable: true,
+            // As the probe for UDP segmentation left them.
+            offloads: Offloads::default(),
+            frame: vec![0; spec::HEADER_BYTES + FRAME_BYTES_MAX].into_boxed_slice(),
+            held: None,
+            pace,
+            traffic: Arc::default(),
+        };
+        net.set_link(true);
+        // A guest that was saved without a link learns that it has one again, and no other has to be told anything.
+        net.config_changed = saved.is_some_and(|saved| !saved.link_up);
+        Ok(net)
     }
 
-    /// Has the tap cut and checksum what this driver does not take. If it refuses, the kernel goes on doing it all.
+    /// Changes the link in the configuration space.
+    fn set_link(&mut self, up: bool) {
+        if self.link_up != up {
+            let status = if up { spec::S_LINK_UP } else { 0 };
+            self.face.config[spec::CONFIG_STATUS..][..2].copy_from_slice(&status.to_le_bytes());
+            (self.link_up, self.config_changed) = (up, true);
+            self.traffic.set_link(up);
+        }
+    }
+
+    /// The tap was deleted: no event of it means anything any more.
+    fn lose_link(&mut self) {
+        (self.readable, self.writable) = (false, false);
+        self.set_link(false);
+    }
+
+    /// Has the tap cut and checksum what this driver does not take. If it refuses, the kernel does it all.
     fn follow_features(&mut self, features: u64) {
         let has = |feature| features & feature != 0;
         let wanted = Offloads {
             checksum: has(spec::F_GUEST_CSUM),
             tso4: has(spec::F_GUEST_TSO4),
             tso6: has(spec::F_GUEST_TSO6),
-            ..Offloads::default()
+            uso4: has(spec::F_GUEST_USO4),
+            uso6: has(spec::F_GUEST_USO6),
         };
         if wanted != self.offloads {
             self.offloads = wanted;
-            let _ = tap::set_offloads(&self.tap, wanted);
+            self.offer_to_tap();
+        }
+    }
+
+    fn offer_to_tap(&self) {
+        if tap::set_offloads(&self.tap, self.offloads).is_err() {
+            let _ = tap::set_offloads(&self.tap, Offloads::default());
         }
     }
 
@@ -111,7 +211,12 @@ impl Net {
                 }
             };
             let bytes = chain.readable_bytes();
-            let is_frame = (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes.saturating_sub(spec::HEADER_BYTES));
+            let size = bytes.saturating_sub(spec::HEADER_BYTES);
+            let is_frame = (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&size);
+            if is_frame && self.holds(Direction::Tx, size) {
+                io.queues[TX].undo_pop(chain);
+                return Ok(Turn::Idle);
+            }
             let sent = is_frame && {
                 match vectored::write(&self.tap, &chain.readable_slices(io.ram, 0, bytes)?) {
                     Ok(_) => true,
@@ -120,11 +225,25 @@ impl Net {
                         io.queues[TX].undo_pop(chain);
                         return Ok(Turn::Idle);
                     }
+                    Err(error) if tap::is_gone(&error) => {
+                        self.lose_link();
+                        io.queues[TX].undo_pop(chain);
+                        return Ok(Turn::Idle);
+                    }
                     // The interface is down, or the header makes no sense.
                     Err(_) => false,
                 }
             };
-            Counters::count(if sent { &io.counters.done } else { &io.counters.dropped });
+            if is_frame {
+                self.pace.tx.passed(size);
+            }
+            if sent {
+                self.traffic.tx.passed(size);
+                Counters::count(&io.counters.done);
+            } else {
+                self.traffic.tx.dropped();
+                Counters::count(&io.counters.dropped);
+            }
             io.queues[TX].add_used(chain, 0)?;
         }
         Ok(Turn::More)
@@ -146,9 +265,24 @@ impl Net {
                 io.queues[RX].undo_pop(first);
                 continue;
             };
+            let size = bytes - spec::HEADER_BYTES;
+            if self.holds(Direction::Rx, size) {
+                self.held = Some(bytes);
+                io.queues[RX].undo_pop(first);
+                return Ok(Turn::Idle);
+            }
             match self.gather(io, first, bytes)? {
-                Gathered::Enough(chains) => self.deliver(io, chains, bytes)?,
-                Gathered::NeverEnough => Counters::count(&io.counters.dropped),
+                Gathered::One(chain) => {
+                    self.number_buffers(1);
+                    chain.write(io.ram, 0, &self.frame[..bytes])?;
+                    io.queues[RX].add_used(chain, bytes)?;
+                    self.received(io.counters, size);
+                }
+                Gathered::Several(chains) => {
+                    self.deliver(io, chains, bytes)?;
+                    self.received(io.counters, size);
+                }
+                Gathered::NeverEnough => self.drop_received(io.counters),
                 Gathered::NotYet => {
                     self.held = Some(bytes);
                     if io.queues[RX].wait_for_buffers()? == Waiting::Told {
@@ -168,16 +302,37 @@ impl Net {
         match (&self.tap).read(&mut self.frame) {
             Ok(bytes) if bytes >= spec::HEADER_BYTES + FRAME_BYTES_MIN => Some(bytes),
             Ok(_) => {
-                Counters::count(&counters.dropped);
+                self.drop_received(counters);
                 None
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
-            // Nothing there for now, or the interface is gone.
+            Err(error) if tap::is_gone(&error) => {
+                self.lose_link();
+                None
+            }
+            // Nothing there for now, or nothing that can be read: an event tells when to look again.
             Err(_) => {
                 self.readable = false;
                 None
             }
         }
+    }
+
+    fn drop_received(&self, counters: &Counters) {
+        self.traffic.rx.dropped();
+        Counters::count(&counters.dropped);
+    }
+
+    /// Whether a limit keeps a frame of `size` bytes waiting.
+    fn holds(&mut self, direction: Direction, size: usize) -> bool {
+        let (admission, flow) = match direction {
+            Direction::Rx => (self.pace.admits_rx(size), &self.traffic.rx),
+            Direction::Tx => (self.pace.admits_tx(size), &self.traffic.tx),
+        };
+        if admission == Admission::NotYet {
+            flow.throttled();
+        }
+        admission != Admission::Now
     }
 
     /// Finds buffers for a frame: one, or with merged buffers as many as it takes (5.1.6.4). What is not used is put
@@ -186,6 +341,9 @@ impl Net {
         if first.writable_bytes() < spec::HEADER_BYTES {
             // 5.1.6.3.1: every buffer holds at least a header.
             return Err(RingError::Chain);
+        }
+        if first.writable_bytes() >= bytes {
+            return Ok(Gathered::One(first));
         }
         let merge = io.features & spec::F_MRG_RXBUF != 0;
         let mut room = first.writable_bytes();
@@ -200,12 +358,11 @@ impl Net {
             room += chain.writable_bytes();
             chains.push(chain);
         }
-        Ok(Gathered::Enough(chains))
+        Ok(Gathered::Several(chains))
     }
 
     fn deliver(&mut self, io: &mut Io<'_>, chains: Vec<Chain>, bytes: usize) -> Result<(), RingError> {
-        let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        self.frame[spec::NUM_BUFFERS_OFFSET..spec::HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+        self.number_buffers(u16::try_from(chains.len()).unwrap_or(u16::MAX));
         let mut rest = &self.frame[..bytes];
         let mut used = Vec::with_capacity(chains.len());
         for chain in chains {
@@ -214,16 +371,34 @@ impl Net {
             used.push((chain, part.len()));
             rest = later;
         }
-        io.queues[RX].add_used_together(used)?;
-        Counters::count(&io.counters.done);
-        Ok(())
+        io.queues[RX].add_used_together(used)
     }
+
+    /// Writes into the frame's header how many buffers it takes.
+    fn number_buffers(&mut self, count: u16) {
+        self.frame[spec::NUM_BUFFERS_OFFSET..spec::HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+    }
+
+    fn received(&mut self, counters: &Counters, size: usize) {
+        self.pace.rx.passed(size);
+        self.traffic.rx.passed(size);
+        Counters::count(&counters.done);
+    }
+}
+
+/// Which way a frame goes, as the guest sees it.
+#[derive(Debug, Clone, Copy)]
+enum Direction {
+    Rx,
+    Tx,
 }
 
 /// What became of the search for buffers.
 enum Gathered {
-    /// They hold the frame.
-    Enough(Vec<Chain>),
+    /// The first holds the frame: the usual case, and the one that allocates nothing.
+    One(Chain),
+    /// They hold it together.
+    Several(Vec<Chain>),
     /// The guest has to add some.
     NotYet,
     /// They would not, however many it adds.
@@ -235,31 +410,63 @@ impl Model for Net {
         &self.face
     }
 
-    fn event(&mut self, _token: u64, ready: EventSet) {
-        self.readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
-        self.writable |= ready.intersects(EventSet::OUT | EventSet::ERROR | EventSet::HANG_UP);
+    fn event(&mut self, token: u64, ready: EventSet) {
+        if token == TIMER_TOKEN {
+            self.pace.expired();
+        } else if self.link_up {
+            self.readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
+            self.writable |= ready.intersects(EventSet::OUT | EventSet::ERROR | EventSet::HANG_UP);
+            self.doubtful |= ready.intersects(EventSet::ERROR | EventSet::HANG_UP);
+        }
     }
 
     fn serve(&mut self, io: &mut Io<'_>) -> Result<Turn, RingError> {
+        // Found out here even when there is nothing to read or write.
+        if std::mem::take(&mut self.doubtful) && self.link_up && !tap::is_attached(&self.tap) {
+            self.lose_link();
+        }
         if !io.live {
             return Ok(Turn::Idle);
         }
         self.follow_features(io.features);
         let turns = [self.transmit(io)?, self.receive(io)?];
+        self.pace.rest();
         Ok(if turns.contains(&Turn::More) { Turn::More } else { Turn::Idle })
     }
 
     fn drain(&mut self, _io: &mut Io<'_>) -> Result<(), RingError> {
-        // Every frame is finished in the turn it was begun in.
+        // Every frame is finished in the turn it was begun in; one that waits for a limit has not begun.
         Ok(())
     }
 
     fn reset(&mut self) {
         self.held = None;
+        self.pace.forget();
     }
 
     fn save(&self, instance: u16) -> Result<Section, SaveSectionError> {
-        Section::new(instance, &NetV1 { mac: self.mac })
+        let &Self { mac, mtu, link_up, .. } = self;
+        Section::new(instance, &NetV1 { mac, mtu, link_up })
+    }
+
+    fn take_config_change(&mut self) -> bool {
+        std::mem::take(&mut self.config_changed)
+    }
+
+    fn traffic(&self) -> Option<Arc<Traffic>> {
+        Some(Arc::clone(&self.traffic))
+    }
+
+    fn replace_tap(&mut self, tap: File) -> io::Result<()> {
+        tap::prepare(&tap)?;
+        self.watch.add(&tap, TAP_TOKEN, EventSet::IN | EventSet::OUT)?;
+        let old = std::mem::replace(&mut self.tap, tap);
+        // Somebody else may hold it open: closing it here need not end its events.
+        self.watch.remove(&old);
+        self.offer_to_tap();
+        (self.readable, self.writable, self.doubtful) = (true, true, false);
+        self.set_link(true);
+        Ok(())
     }
 }
 
@@ -269,11 +476,16 @@ pub(crate) mod saved {
     use crate::saved::{Saved, SectionKind};
     use serde::{Deserialize, Serialize};
 
-    /// The network device. Frames under way are lost, as networks may do.
+    /// The network device. The one frame that may be between tap and guest is lost, as networks may do. Limits and
+    /// counters belong to the host and are not saved.
     #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
     pub(crate) struct NetV1 {
         /// Hardware address the guest was told.
         pub(crate) mac: [u8; 6],
+        /// MTU the guest was told, if it was.
+        pub(crate) mtu: Option<u16>,
+        /// Whether the guest was told that its link is up.
+        pub(crate) link_up: bool,
     }
 
     impl Saved for NetV1 {

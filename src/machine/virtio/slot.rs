@@ -5,6 +5,8 @@
 //! machine's thread for save. Nobody holds two slots' locks. A turn is bounded, so nobody waits long; the exception is a
 //! reset or a pause of a disk, which waits for the host's disk.
 
+use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
@@ -13,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::interrupt::Interrupt;
 use super::mmio::RegisterFile;
 use super::model::{Counters, Io, Model, QUEUE_TOKENS, Turn};
+use super::net::traffic::Traffic;
 use super::queue::Queue;
 use super::saved::TransportV1;
 use super::spec::feature;
@@ -34,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) notify: Vec<EventFd>,
     /// What happened, and how often.
     pub(crate) counters: Counters,
+    /// What passed, if it is a network device.
+    pub(crate) traffic: Option<Arc<Traffic>>,
     /// The queues' events and whatever the model watches.
     pub(crate) epoll: Arc<Epoll>,
     cell: Mutex<Cell>,
@@ -63,6 +68,7 @@ impl Cell {
         let Self { registers, queues, model, ram, .. } = self;
         let (live, features) = (registers.status.is_live(), registers.accepted);
         let served = model.serve(&mut Io { queues, ram, live, features, counters: &shared.counters });
+        self.tell_config_change(shared);
         match served {
             Ok(turn) => {
                 self.interrupt_if_owed(shared);
@@ -83,6 +89,16 @@ impl Cell {
         match drained {
             Ok(()) => self.interrupt_if_owed(shared),
             Err(_) => self.give_up(shared),
+        }
+    }
+
+    /// Tells a driver that is up of a configuration space that is another; one that is not reads it anyway.
+    fn tell_config_change(&mut self, shared: &Shared) {
+        if self.model.take_config_change() {
+            self.registers.config_changed();
+            if self.registers.status.is_live() {
+                shared.interrupt.raise_config();
+            }
         }
     }
 
@@ -127,7 +143,8 @@ impl Cell {
 impl Shared {
     /// Puts a slot together.
     pub(crate) fn new(slot: Slot, interrupt: Interrupt, notify: Vec<EventFd>, epoll: Arc<Epoll>, cell: Cell) -> Self {
-        Self { slot, interrupt, notify, counters: Counters::default(), epoll, cell: Mutex::new(cell) }
+        let (counters, traffic) = (Counters::default(), cell.model.traffic());
+        Self { slot, interrupt, notify, counters, traffic, epoll, cell: Mutex::new(cell) }
     }
 
     /// The cell. A thread that panicked ends the process, so a poisoned lock is only met in tests.
@@ -175,6 +192,14 @@ impl Shared {
             self.interrupt.raise_used();
         }
         turn
+    }
+
+    /// Gives a network device another tap. The guest learns of it in the device's next turn: a paused one when it goes
+    /// on.
+    pub(crate) fn replace_tap(&self, tap: File) -> io::Result<()> {
+        self.lock().model.replace_tap(tap)?;
+        self.poke();
+        Ok(())
     }
 
     /// The slot's sections; only while paused.

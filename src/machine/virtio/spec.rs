@@ -118,6 +118,8 @@ pub mod net {
     pub const F_CSUM: u64 = 1 << 0;
     /// The driver takes packets with partial checksums.
     pub const F_GUEST_CSUM: u64 = 1 << 1;
+    /// The configuration space has the longest packet that can be sent.
+    pub const F_MTU: u64 = 1 << 3;
     /// The configuration space has the hardware address.
     pub const F_MAC: u64 = 1 << 5;
     /// The driver takes TCP/IPv4 segments to be cut.
@@ -130,6 +132,24 @@ pub mod net {
     pub const F_HOST_TSO6: u64 = 1 << 12;
     /// A received packet may span several buffers.
     pub const F_MRG_RXBUF: u64 = 1 << 15;
+    /// The configuration space has the state of the link.
+    pub const F_STATUS: u64 = 1 << 16;
+    /// The driver takes UDP/IPv4 datagrams to be cut.
+    pub const F_GUEST_USO4: u64 = 1 << 54;
+    /// The driver takes UDP/IPv6 datagrams to be cut.
+    pub const F_GUEST_USO6: u64 = 1 << 55;
+    /// The device takes UDP datagrams to be cut.
+    pub const F_HOST_USO: u64 = 1 << 56;
+    /// Where in the configuration space the link's state stands (5.1.4).
+    pub const CONFIG_STATUS: usize = 6;
+    /// Where in it the MTU stands.
+    pub const CONFIG_MTU: usize = 10;
+    /// Bytes of it as far as it is used here.
+    pub const CONFIG_BYTES: usize = 12;
+    /// Bit of the link's state: it is up.
+    pub const S_LINK_UP: u16 = 1;
+    /// Smallest MTU a device may name (5.1.4.1).
+    pub const MTU_MIN: u16 = 68;
     /// Bytes of the header before each packet (5.1.6).
     pub const HEADER_BYTES: usize = 12;
     /// Where in that header the number of merged buffers stands.

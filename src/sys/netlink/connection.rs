@@ -25,6 +25,9 @@ const INTERRUPTS_MAX: u32 = 64;
 /// More than the kernel puts in one datagram of a dump (32 KiB).
 const RECEIVE_BYTES: usize = 1 << 16;
 
+/// Room for a request with an element for every VM of a host.
+const REQUEST_BYTES: usize = 1 << 21;
+
 /// Bytes of `struct nlmsghdr`.
 pub(in crate::sys) const HEADER_BYTES: usize = 16;
 
@@ -81,6 +84,12 @@ impl Connection {
     /// Has the kernel refuse dump requests with parts it does not know, and honour the filters it does.
     pub(in crate::sys) fn set_strict(&self) -> io::Result<()> {
         self.socket.set_netlink_get_strict_chk(true)
+    }
+
+    /// Takes requests of up to about 2 MiB, where the system's usual limit is 200 KiB. Needs CAP_NET_ADMIN, as do the
+    /// requests; without it the limit stays.
+    pub(in crate::sys) fn make_room_for_large_requests(&self) {
+        let _ = setsockopt(&self.socket, sockopt::SndBufForce, &REQUEST_BYTES);
     }
 
     /// `count` numbers for requests; the first of them. They follow each other.

@@ -5,11 +5,14 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use hearth::machine::layout::Slot;
 use hearth::machine::ram::GuestRam;
 use hearth::machine::virtio::{Backend, VirtioSlot};
+use hearth::sys::{netns, tap};
+use hearth::units::{FlowLimits, NetLimits, Rate};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -25,23 +28,63 @@ fn host() -> &'static (tempfile::TempDir, UnixListener, File) {
     })
 }
 
+/// A tap of a network namespace that nobody else is in, behind a bridge that sends back what comes from it: what the
+/// guest transmits it receives. Without the right to make one, the network device is left out.
+fn tap() -> Option<&'static File> {
+    static TAP: OnceLock<Option<File>> = OnceLock::new();
+    let make = || {
+        let tap = tap::open("fuzz0").ok()?;
+        for words in [
+            "link add mirror type bridge",
+            "link set fuzz0 master mirror",
+            "link set fuzz0 type bridge_slave hairpin on",
+            "link set mirror up",
+            "link set fuzz0 up",
+        ] {
+            let done = Command::new("ip").args(words.split(' ')).stderr(Stdio::null()).status();
+            if !done.is_ok_and(|status| status.success()) {
+                // It still takes what is sent, or refuses it.
+                break;
+            }
+        }
+        Some(tap)
+    };
+    TAP.get_or_init(|| netns::in_new(make).ok().flatten()).as_ref()
+}
+
+/// Slow enough that waiting for a limit is met, and quick enough that it ends.
+fn limits(kind: u8) -> NetLimits {
+    let flow = FlowLimits {
+        bytes: Some(Rate { per_s: 50_000_000, burst: 500 }),
+        frames: Some(Rate { per_s: 100_000, burst: 2 }),
+    };
+    if kind & 0x20 != 0 { NetLimits { rx: flow, tx: flow } } else { NetLimits::default() }
+}
+
 /// What the driver puts into memory: descriptors (queue, index, address, bytes, flags, next) and raw bytes.
 type Input = (u8, Vec<(u8, u8, u16, u16, u8, u8)>, Vec<(u8, u8)>, Vec<(u16, Vec<u8>)>);
 
 fuzz_target!(|input: Input| {
     let (kind, descriptors, heads, raw) = input;
     let (directory, listener, disk) = host();
-    let (slot, backend) = match kind % 3 {
-        0 => (Slot::VSOCK, Backend::Vsock { listener: listener.try_clone().unwrap() }),
-        1 => (Slot::RNG, Backend::Rng),
+    let (slot, backend) = match (kind % 4, tap()) {
+        (3, Some(tap)) => {
+            let (tap, limits) = (tap.try_clone().unwrap(), limits(kind));
+            (Slot::net(0).unwrap(), Backend::Net { tap, mac: [2; 6], mtu: Some(1400), limits })
+        }
+        (0, _) => (Slot::VSOCK, Backend::Vsock { listener: listener.try_clone().unwrap() }),
+        (1, _) => (Slot::RNG, Backend::Rng),
         _ => (Slot::block(0).unwrap(), Backend::Block { file: disk.try_clone().unwrap(), read_only: kind & 0x80 != 0 }),
     };
     let memory = GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
     let device = VirtioSlot::new(slot, backend, &memory).unwrap();
     let registers = device.registers();
     let write = |offset: u64, value: u32| registers.lock().unwrap().write(offset, &value.to_le_bytes());
-    let event_idx = u32::from(kind & 0x40 != 0) << 29;
-    for (register, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, event_idx), (0x70, 11)] {
+    let is_net = slot == Slot::net(0).unwrap();
+    // With a network device also merged buffers, checksums and segments.
+    let kinds_own = if is_net && kind & 0x10 != 0 { 1 << 15 | 0x1983 } else { 0 };
+    let features = u32::from(kind & 0x40 != 0) << 29 | kinds_own;
+    for (register, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, features), (0x70, 11)] {
         write(register, value);
     }
     // Queue i has its rings of 8 entries at 0x100 * i: descriptors, available at + 0x80, used at + 0xa0.
@@ -65,7 +108,7 @@ fuzz_target!(|input: Input| {
         descriptor[14] = next % 9;
         memory.write_slice(&descriptor, GuestAddress(at)).unwrap();
     }
-    let program = (kind % 3 == 0).then(|| {
+    let program = (slot == Slot::VSOCK).then(|| {
         let mut program = UnixStream::connect(directory.path().join("vsock")).unwrap();
         program.write_all(b"CONNECT 5\nhello").unwrap();
         program

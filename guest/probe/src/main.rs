@@ -1,0 +1,72 @@
+//! `probe`: makes and counts traffic, inside guests and network namespaces, for tests.
+//!
+//! Each verb ends by itself within a time that is given or bounded, prints JSON lines (the last one is the result) and
+//! exits 0 when what was asked for happened, 1 when not, 2 when the words make no sense.
+#![forbid(unsafe_code)]
+#![expect(clippy::disallowed_methods, reason = "a tool of its own that measures by the clock of where it runs")]
+
+mod ask;
+mod packet;
+mod ping;
+mod report;
+mod serve;
+mod words;
+
+use std::process::ExitCode;
+
+use words::Words;
+
+const USAGE: &str = "\
+probe serve --seconds N [--port P]
+      echoes TCP and UDP over IPv4 and IPv6; says when it listens, and at the end what it served
+probe ask tcp|udp ADDRESS PORT [--bytes N] [--count K] [--wait-ms W] [--from ADDRESS] [--text WORD]
+      sends N bytes K times, each after the answer to the one before or W milliseconds; fails unless all come back
+probe ping ADDRESS [--bytes N] [--count K] [--wait-ms W]
+      the same by ICMP or ICMPv6 echo
+probe forge --interface I --gateway-mac M --to6 A [--to4 A] --as6 A [--as4 A] --own6 A [--own4 A]
+            --marker WORD [--repeat N] KIND...|all
+      sends raw frames of these kinds, that are to reach --to6/--to4, pretending to be --as6/--as4
+probe count --interface I --marker WORD --seconds N [--until WORD]
+      counts frames that carry the marker and come in, by kind; says when it listens; a frame with the other word ends it
+probe kinds
+      the kinds of frames
+ADDRESS may name an interface: fe80::1%eth0. PORT is 7777 where it may be left out.";
+
+fn main() -> ExitCode {
+    let mut words = Words::new(std::env::args().skip(1));
+    let done = match words.next().as_deref() {
+        Some("serve") => serve::run(words),
+        Some("ask") => ask::run(words),
+        Some("ping") => ping::run(words),
+        Some("forge") => packet::forge(words),
+        Some("count") => packet::count(words),
+        Some("kinds") => packet::kinds(),
+        Some(_) | None => Err(ProbeError::Words(String::from("which verb?"))),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(ProbeError::Words(why)) => {
+            eprintln!("probe: {why}\n{USAGE}");
+            ExitCode::from(2)
+        }
+        Err(ProbeError::System(what, error)) => {
+            eprintln!("probe: {what}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a verb could not do its work.
+#[derive(Debug)]
+enum ProbeError {
+    /// The command line makes no sense.
+    Words(String),
+    /// What failed, and what the system said.
+    System(&'static str, std::io::Error),
+}
+
+/// Puts words to a system's error.
+fn failed<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> ProbeError {
+    move |error| ProbeError::System(what, error.into())
+}

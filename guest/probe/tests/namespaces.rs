@@ -1,0 +1,180 @@
+//! The program between two network namespaces with nothing but a wire between them: what is asked is answered, and
+//! every kind of forged frame goes out as it is.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Output, Stdio};
+
+use hearth_guest_probe::forge::Kind;
+
+/// A network namespace, which lasts as long as a program that waits in it.
+struct Namespace(Child);
+
+impl Namespace {
+    fn new() -> Self {
+        let mut program = Command::new("unshare");
+        program.args(["--net", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = Self(program.spawn().expect("unshare runs"));
+        // Its answer shows that it is where it belongs.
+        child.0.stdin.as_mut().expect("a pipe").write_all(b"there\n").expect("it reads");
+        let mut line = String::new();
+        BufReader::new(child.0.stdout.as_mut().expect("a pipe")).read_line(&mut line).expect("it answers");
+        assert_eq!(line, "there\n", "namespaces are made by root only");
+        child
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{}/ns/net", self.0.id())).args(words);
+        command
+    }
+
+    fn ip(&self, script: &str) {
+        let output = self.command(&["sh", "-e", "-c", script]).output().expect("nsenter runs");
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn probe(&self, words: &str) -> Command {
+        let words: Vec<&str> = words.split_whitespace().collect();
+        self.command(&[&[env!("CARGO_BIN_EXE_probe")], &words[..]].concat())
+    }
+
+    /// Runs the program to its end.
+    fn run(&self, words: &str) -> Outcome {
+        Outcome::of(&self.probe(words).output().expect("nsenter runs"))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Outcome {
+    code: Option<i32>,
+    line: String,
+}
+
+impl Outcome {
+    fn of(output: &Output) -> Self {
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        Self { code: output.status.code(), line: text.lines().last().unwrap_or_default().to_owned() }
+    }
+
+    fn number(&self, name: &str) -> u64 {
+        let (_, rest) =
+            self.line.split_once(&format!("\"{name}\":")).unwrap_or_else(|| panic!("{name}: {}", self.line));
+        rest.split([',', '}'])
+            .next()
+            .and_then(|word| word.parse().ok())
+            .unwrap_or_else(|| panic!("{name}: {}", self.line))
+    }
+}
+
+/// A program that has said that it listens. Killed when dropped.
+struct Listening(Child, BufReader<std::process::ChildStdout>);
+
+impl Listening {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("nsenter runs");
+        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut listening = Self(child, stdout);
+        assert!(listening.line().contains("\"listening\":true"));
+        listening
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.1.read_line(&mut line).expect("it writes");
+        line
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+const NEAR_MAC: &str = "02:00:00:00:00:01";
+const FAR_MAC: &str = "02:00:00:00:00:02";
+
+/// Two namespaces with a wire between them.
+fn two() -> (Namespace, Namespace) {
+    let (near, far) = (Namespace::new(), Namespace::new());
+    near.ip(&format!(
+        "ip link set lo up; ip link add eth0 address {NEAR_MAC} type veth peer name far address {FAR_MAC}
+         ip link set far netns {}; ip link set eth0 up
+         ip addr add 192.0.2.1/24 dev eth0; ip addr add 2001:db8::1/64 dev eth0 nodad",
+        far.0.id()
+    ));
+    far.ip("ip link set far name eth0; ip link set lo up; ip link set eth0 up
+         ip addr add 192.0.2.2/24 dev eth0; ip addr add 2001:db8::2/64 dev eth0 nodad");
+    (near, far)
+}
+
+#[test]
+fn what_is_asked_is_answered() {
+    let (near, far) = two();
+    let _echo = Listening::start(far.probe("serve --seconds 60"));
+    for address in ["192.0.2.2", "2001:db8::2"] {
+        for question in [
+            "ask udp A 7777 --bytes 1400 --count 5",
+            "ask udp A 7777 --bytes 60000 --count 3",
+            "ask tcp A 7777 --bytes 1 --count 2",
+            "ask tcp A 7777 --bytes 1000000",
+            "ping A --count 3",
+            "ping A --bytes 60000 --count 2",
+        ] {
+            let outcome = near.run(&question.replace('A', address));
+            assert_eq!(outcome.code, Some(0), "{question}: {}", outcome.line);
+            assert!(outcome.number("answered") > 0 && outcome.number("wrong") == 0, "{}", outcome.line);
+        }
+    }
+}
+
+#[test]
+fn silence_and_refusal_are_failures() {
+    let (near, far) = two();
+    // Nobody listens; nobody is there; nobody says.
+    far.ip("ip route add blackhole 192.0.2.1/32; ip -6 route add blackhole 2001:db8::1/128");
+    for question in [
+        "ask udp 192.0.2.2 7777 --wait-ms 50",
+        "ask tcp 2001:db8::2 7777 --wait-ms 50",
+        "ping 192.0.2.2 --wait-ms 50 --count 2",
+        "ping 2001:db8::2 --wait-ms 50",
+    ] {
+        let outcome = near.run(question);
+        assert_eq!((outcome.code, outcome.number("answered")), (Some(1), 0), "{question}: {}", outcome.line);
+        assert!(outcome.line.contains("\"error\":"), "{}", outcome.line);
+    }
+    for words in ["", "ask", "ask udp nowhere 7", "ping 192.0.2.2 --bytes many", "ping 192.0.2.2 --what x", "forge all"]
+    {
+        let output = near.probe(words).output().expect("nsenter runs");
+        assert_eq!(output.status.code(), Some(2), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
+fn every_kind_goes_out_as_it_is() {
+    let (near, far) = two();
+    let _echo = Listening::start(far.probe("serve --seconds 60"));
+    let mut count = Listening::start(far.probe("count --interface eth0 --marker mark9 --seconds 30 --until the-end"));
+    let forged = near.run(&format!(
+        "forge --interface eth0 --gateway-mac {FAR_MAC} --marker mark9 --own4 192.0.2.1 --own6 2001:db8::1 \
+         --as4 192.0.2.3 --as6 2001:db8::3 --to4 192.0.2.2 --to6 2001:db8::2 honest all"
+    ));
+    assert_eq!(forged.code, Some(0), "{}", forged.line);
+    assert_eq!(near.run("ask udp 2001:db8::2 7777 --text the-end").code, Some(0));
+    let counted = Outcome { code: None, line: count.line() };
+    assert!(counted.line.contains("\"ended\":true"), "{}", counted.line);
+    for kind in [Kind::Honest].into_iter().chain(Kind::FORGED) {
+        let (sent, seen) = (forged.number(kind.name()), counted.number(kind.name()));
+        // Frames too short for a marker are not known again.
+        let short = if kind == Kind::Runt { 5 } else { 0 };
+        assert!(seen + short >= sent && seen > 0, "{}: {seen} of {sent}\n{}", kind.name(), counted.line);
+    }
+}
