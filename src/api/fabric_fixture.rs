@@ -2,7 +2,7 @@
 //! carries.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +21,7 @@ use crate::agent::{Agent, Door, EventRecord, LaunchRequest, Launched, SessionCre
 use crate::sim::{Faults, SimHost, SimWorld};
 
 /// A configuration with a fabric of these peers: name, address and number.
+#[expect(clippy::disallowed_methods, reason = "a file of a test, which need not survive anything")]
 pub(super) fn config(number: u16, more: &str, peers: &[(&str, &str, u16)]) -> Config {
     let mut text = format!("[fabric]\nhost_number = {number}\nipv6_prefix = \"fd3c:91aa:7e2::/48\"\n{more}\n");
     for (name, address, number) in peers {
@@ -28,7 +29,7 @@ pub(super) fn config(number: u16, more: &str, peers: &[(&str, &str, u16)]) -> Co
     }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("hearth.toml");
-    std::fs::write(&path, text).unwrap();
+    std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
     load(Overrides { config: Some(path), ..Overrides::default() }).unwrap()
 }
 

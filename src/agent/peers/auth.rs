@@ -272,6 +272,7 @@ impl Nonces {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
 
     const WHAT: Signed<'static> = Signed { method: "POST", path: "/peer/v1/vms", body: b"{}" };
@@ -350,12 +351,13 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "a file of a test, which need not survive anything")]
     fn a_key_file_is_long_enough_and_not_open_to_everybody() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key");
         let read = |bytes: &[u8], mode| {
             let _ = std::fs::remove_file(&path);
-            std::fs::write(&path, bytes).unwrap();
+            std::fs::File::create(&path).unwrap().write_all(bytes).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
             PeerKey::read(&path)
         };

@@ -1,3 +1,5 @@
+//! The metadata service over a simulated host, at real sockets of this machine.
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 

@@ -1,3 +1,5 @@
+//! Two agents with a link of the test between them, in virtual time; then over sockets of this machine.
+
 use std::net::SocketAddr;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
