@@ -15,14 +15,17 @@ mod exec;
 mod guest;
 mod guest_network;
 mod host_disk;
+mod host_network;
 mod host_vmm;
 mod host_world;
 mod images;
 mod launch;
 mod ledger;
 pub mod log;
+mod member;
 mod metrics;
 pub mod peers;
+mod network;
 mod record;
 mod recover;
 mod self_door;
@@ -58,17 +61,17 @@ pub use record::{
     DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
     StepState, Subject, Timings, VmRecord, VmSpec,
 };
-pub use session::{Drops, FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
+pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
 pub use session_error::SessionError;
-pub use session_record::{Addressing, NetworkRecord, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use self_door::{
     MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
 };
+pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
 pub use crate::wire::control::{FlowStatus, InterfaceStatus};
-pub use world::{HostFacts, ImageImport, ProcessUsage};
+pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
 
 use shared::{Shared, VmHandle};
 use world::{Records, VmDisk, World};
@@ -100,6 +103,7 @@ impl<W: World> Agent<W> {
         let shared = Arc::new(Shared::new(world, config, epoch, last_event));
         tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
         shared.set_conflict("configuration", recover::moved_fabric(&shared.config, &vms)).await?;
+        network::start(&shared).await;
         for vm in vms {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));

@@ -13,7 +13,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
-pub use value::{DiskWord, EgressWord, RateWord, ReferenceWord};
+pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
 /// Where the agent's API answers when nothing else is said.

@@ -5,6 +5,7 @@
 
 mod disk;
 mod guest;
+mod networks;
 mod records;
 mod vmm;
 
@@ -71,6 +72,7 @@ struct State {
     vmms: BTreeMap<i32, vmm::Vmm>,
     next_pid: i32,
     directories: BTreeSet<VmId>,
+    jails: BTreeMap<u16, networks::Jail>,
     violations: Vec<String>,
     /// How long guests boot.
     boot: Duration,
@@ -117,6 +119,7 @@ impl SimHost {
             vmms: BTreeMap::new(),
             next_pid: 100,
             directories: BTreeSet::new(),
+            jails: BTreeMap::new(),
             violations: Vec::new(),
             boot: guest::BOOT,
             guest_streams: 0,
@@ -195,6 +198,11 @@ impl SimHost {
         self.state().directories.iter().cloned().collect()
     }
 
+    /// The VMs that have a jail.
+    pub fn jailed(&self) -> Vec<VmId> {
+        self.state().jails.values().map(|jail| jail.vm.clone()).collect()
+    }
+
     /// Looks into the ledger.
     pub fn with_store<T>(&self, look: impl FnOnce(&mut Store) -> T) -> T {
         look(&mut self.state().store)
@@ -256,6 +264,7 @@ impl World for SimWorld {
     type Clock = SimHost;
     type Vmm = SimHost;
     type Disk = SimHost;
+    type Networks = SimHost;
     type Records = SimHost;
 
     fn clock(&self) -> &SimHost {
@@ -267,6 +276,10 @@ impl World for SimWorld {
     }
 
     fn disk(&self) -> &SimHost {
+        &self.host
+    }
+
+    fn networks(&self) -> &SimHost {
         &self.host
     }
 

@@ -106,6 +106,7 @@ async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
         let lives = host.living().contains(&vm.id);
         assert_eq!(lives, vm.state.holds_resources(), "{} is {}, its VMM lives: {lives}", vm.id, vm.state.name());
         assert_eq!(host.directories().contains(&vm.id), lives, "{} is {}", vm.id, vm.state.name());
+        assert_eq!(host.jailed().contains(&vm.id), lives, "the jail of {}, which is {}", vm.id, vm.state.name());
         if vm.state == VmState::Running {
             let spec = ExecSpec { argv: vec!["true".to_owned()], ..ExecSpec::default() };
             let mut session = door.exec(vm.id.as_str(), spec).await.expect("a running VM runs programs");
@@ -123,7 +124,7 @@ async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
     }
     assert!(door.vms().is_empty());
     nothing_unknown(&host, &door);
-    assert_eq!((host.living(), host.directories()), (vec![], vec![]));
+    assert_eq!((host.living(), host.directories(), host.jailed()), (vec![], vec![], vec![]));
     tokio::time::sleep(Duration::from_secs(120)).await;
     assert!(host.with_store(|store| store.leases().expect("leases")).is_empty(), "uids are left");
     let mut next = 1;
@@ -137,7 +138,7 @@ async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
 /// Every VMM and directory has a record.
 fn nothing_unknown(host: &SimHost, door: &Arc<dyn Door>) {
     let known: Vec<_> = door.vms().iter().map(|vm| vm.id.clone()).collect();
-    for id in host.living().iter().chain(&host.directories()) {
+    for id in host.living().iter().chain(&host.directories()).chain(&host.jailed()) {
         assert!(known.contains(id), "{id} has no record");
     }
 }
@@ -220,7 +221,7 @@ fn a_guest_that_panics_is_failed_and_one_that_is_killed_says_so() {
             let VmState::Failed { cause } = &vm.state else { panic!("it is {}", vm.state.name()) };
             assert_eq!(cause.name(), "vmm_killed");
             assert!(vm.remains.as_ref().is_some_and(|left| !left.console.is_empty()));
-            assert_eq!((host.directories(), host.living()), (vec![], vec![]));
+            assert_eq!((host.directories(), host.living(), host.jailed()), (vec![], vec![], vec![]));
         }
     })
     .expect("no crash");

@@ -87,6 +87,25 @@ impl Default for Uids {
     }
 }
 
+/// Bytes per packet of VMs where no fabric says otherwise: Ethernet's.
+const MTU_DEFAULT: u16 = 1500;
+
+impl Config {
+    /// The number that the names of this host's jails begin with.
+    pub fn network_number(&self) -> u16 {
+        match &self.fabric {
+            Some(fabric) => fabric.host.into(),
+            // At most 65,535: checked.
+            None => u16::try_from(self.uids.host_number).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// Bytes per packet of VMs.
+    pub fn mtu(&self) -> u16 {
+        self.fabric.as_ref().map_or(MTU_DEFAULT, |fabric| fabric.mtu)
+    }
+}
+
 impl Uids {
     /// The first user id of this host.
     pub const fn first(&self) -> u32 {

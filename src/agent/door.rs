@@ -222,6 +222,8 @@ pub trait Door: PeerDoor + SelfDoor {
     fn request_id(&self) -> String;
     /// Stops all VMs and waits for it.
     fn drain(&self) -> BoxFuture<'_, ()>;
+    /// Takes away of the host's network what no VM needs: the agent ends.
+    fn close(&self) -> BoxFuture<'_, ()>;
     /// Becomes `Some` when the agent cannot go on.
     fn broken(&self) -> watch::Receiver<Option<String>>;
 }

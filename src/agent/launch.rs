@@ -10,11 +10,11 @@ use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAns
 use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::session_error::{SessionError, join_refused};
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
-use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, SessionRecord};
+use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
 use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Step, VmState, step};
-use super::world::{Records, VmDisk, World, random_array, random_nonce};
+use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
@@ -38,14 +38,18 @@ pub struct LaunchRequest {
     pub memory_mib: u64,
     /// Disks to attach.
     pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
     /// Session to join: its id, name or network id.
     pub session: Option<String>,
     /// Who puts its session addresses to use; only with a session.
     pub addressing: Option<Addressing>,
     /// What it is in its session.
     pub role: Option<String>,
-    /// What may pass its network interface.
-    pub network_limits: NetLimits,
+    /// Ports of the host that lead to it; only with a session.
+    pub published: Vec<PublishedPort>,
+    /// How many network interfaces it gets; one when nothing is said.
+    pub interfaces: Option<u8>,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -183,6 +187,39 @@ pub enum LaunchError {
         /// What was asked for.
         found: u32,
     },
+    /// No, or too many, interfaces.
+    #[error("{found} network interfaces: 1 to {max} are possible")]
+    Interfaces {
+        /// What was asked for.
+        found: u8,
+        /// The most there can be.
+        max: u8,
+    },
+    /// Too many published ports.
+    #[error("{found} published ports: at most {max} are possible")]
+    TooManyPorts {
+        /// How many.
+        found: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// Not ports.
+    #[error("publish {host_port}:{guest_port}: two ports of TCP or UDP, 1 to 65535, are possible")]
+    Port {
+        /// The host's.
+        host_port: u16,
+        /// The VM's.
+        guest_port: u16,
+    },
+    /// Another VM has the port.
+    #[error("port {port} of this host leads to another VM")]
+    PortTaken {
+        /// The port.
+        port: u16,
+    },
+    /// Published ports need a session.
+    #[error("published ports without a session lead nowhere: name a session")]
+    PublishedWithoutSession,
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
@@ -216,10 +253,15 @@ impl LaunchError {
             | Self::DiskPath { .. }
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
-            | Self::AddressingWithoutSession
             | Self::Role { .. }
             | Self::Count { .. }
             | Self::NetworkLimits(_)
+            | Self::AddressingWithoutSession
+            | Self::PublishedWithoutSession
+            | Self::Interfaces { .. }
+            | Self::TooManyPorts { .. }
+            | Self::Port { .. }
+            | Self::PortTaken { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Session(error) => error.retry(),
@@ -257,6 +299,7 @@ impl<W: World> Agent<W> {
         let session = match &request.session {
             Some(word) => Some(self.session_to_join(word).await?),
             None if request.addressing.is_some() => return Err(LaunchError::AddressingWithoutSession),
+            None if !request.published.is_empty() => return Err(LaunchError::PublishedWithoutSession),
             None => None,
         };
         let record = self.reserve(&request, spec).await?;
@@ -264,8 +307,15 @@ impl<W: World> Agent<W> {
         let addressing = request.addressing.unwrap_or_default();
         let fabric = self.shared.config.fabric.clone();
         let now = self.shared.world.clock().wall();
-        let draft = Draft { record, next, fabric, addressing, now, key: request.key };
-        self.begin_launch(draft, session, asked_at).await.map(Launched::Vm)
+        let draft = Draft { record, next, fabric, addressing, published: request.published, now, key: request.key };
+        let networks = self.shared.world.networks();
+        let used = vms.iter().map(|vm| vm.jail).collect();
+        let jail = networks.take(&used);
+        let begun = self.begin_launch(draft, session, jail, asked_at).await;
+        if let (Err(_), Some(jail)) = (&begun, jail) {
+            networks.give_back(jail);
+        }
+        begun.map(Launched::Vm)
     }
 
     async fn earlier(&self, key: &Key) -> Result<Option<Launched>, LaunchError> {
@@ -317,6 +367,7 @@ impl<W: World> Agent<W> {
         &self,
         draft: Draft,
         session: Option<(SessionRecord, u32)>,
+        jail: Option<u16>,
         asked_at: Monotonic,
     ) -> Result<Arc<VmRecord>, LaunchError> {
         let random = random_array(&self.shared.world);
@@ -325,6 +376,7 @@ impl<W: World> Agent<W> {
         let claim = Claim {
             vm: draft.record.id.clone(),
             session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
+            jail,
             now: draft.now,
         };
         let name = draft.record.name.clone();
@@ -348,6 +400,7 @@ struct Draft {
     next: Step,
     fabric: Option<FabricConfig>,
     addressing: Addressing,
+    published: Vec<PublishedPort>,
     now: UnixNanos,
     key: Option<Key>,
 }
@@ -355,10 +408,11 @@ struct Draft {
 impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { mut record, next, fabric, addressing, now, key } = self;
+        let Self { mut record, next, fabric, addressing, published, now, key } = self;
         record.jail = grant.jail;
         let member = fabric.zip(grant.member);
-        record.network = member.map(|(fabric, (session, local))| network(&fabric, &session, local, addressing));
+        record.network =
+            member.map(|(fabric, (session, local))| network(&fabric, &session, local, (addressing, published)));
         let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
         record.state = next.state;
         record.operation = Some(operation.id.clone());
@@ -379,7 +433,12 @@ impl Draft {
 }
 
 /// A VM's place in its session.
-fn network(fabric: &FabricConfig, session: &SessionRecord, local: LocalId, addressing: Addressing) -> NetworkRecord {
+fn network(
+    fabric: &FabricConfig,
+    session: &SessionRecord,
+    local: LocalId,
+    (addressing, published): (Addressing, Vec<PublishedPort>),
+) -> NetworkRecord {
     let parts = Parts { host: fabric.host, session: session.session_network_id, local };
     // A local id that is too wide was not granted.
     let ipv4 = fabric.fabric.v4(parts).ok().flatten().filter(|_| session.ipv4);
@@ -390,6 +449,8 @@ fn network(fabric: &FabricConfig, session: &SessionRecord, local: LocalId, addre
         ipv6: fabric.fabric.v6(parts),
         ipv4,
         addressing,
+        egress: session.egress.clone(),
+        published,
     }
 }
 

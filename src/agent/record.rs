@@ -85,6 +85,13 @@ pub struct VmSpec {
     /// What may pass its network interface.
     #[serde(default)]
     pub network_limits: NetLimits,
+    /// How many network interfaces it has. The first is in its session; the others lead nowhere yet.
+    #[serde(default = "one")]
+    pub interfaces: u8,
+}
+
+const fn one() -> u8 {
+    1
 }
 
 /// A disk of a VM.

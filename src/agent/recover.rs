@@ -115,6 +115,7 @@ pub(super) async fn sweep<W: World>(shared: Arc<Shared<W>>) {
         Err(error) => tracing::warn!(%error, "cannot list the VMs' directories"),
     }
     loop {
+        super::network::sweep(&shared).await;
         let now = shared.world.clock().wall();
         if let Err(error) = shared.world.records().with(move |store| store.sweep(now)).await {
             tracing::warn!(error = %crate::report::chain(&error), "cannot sweep the ledger");

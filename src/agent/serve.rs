@@ -25,7 +25,7 @@ use super::traffic;
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{
-    Ask, HostFacts, ImageImport, OpenStreamError, Records, VmDisk, VmmHost, VmmProcess, World, random_array,
+    Ask, HostFacts, ImageImport, OpenStreamError, Records, VmDisk, VmNetworks, VmmHost, VmmProcess, World, random_array,
 };
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
@@ -190,7 +190,7 @@ impl<W: World> Door for Agent<W> {
     }
 
     fn session<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<SessionView, SessionError>> {
-        async move { Ok(self.view(self.find_session(word).await?)) }.boxed()
+        async move { Ok(self.view(self.find_session(word).await?).await) }.boxed()
     }
 
     fn remove_session<'a>(
@@ -331,6 +331,15 @@ impl<W: World> Door for Agent<W> {
                 }
             }))
             .await;
+        }
+        .boxed()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async move {
+            if let Err(error) = self.shared.world.networks().end().await {
+                tracing::warn!(error = %crate::report::chain(&error), "something of the network is left");
+            }
         }
         .boxed()
     }

@@ -15,7 +15,7 @@ use super::record::{SCHEMA_VERSION, VmRecord};
 use super::session_error::{SessionError, join_refused, refused_number};
 use super::session_record::{SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 use super::shared::session_event;
-use super::world::{Records, World, random_array};
+use super::world::{Drops, Records, VmNetworks, World, random_array};
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
 use crate::ids::SessionId;
@@ -70,17 +70,6 @@ pub struct Member {
     pub vm: Arc<VmRecord>,
     /// Packets its jail dropped.
     pub drops: Drops,
-}
-
-/// Packets a jail dropped, by reason.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Drops {
-    /// The source was not the VM's own address, or not an address at all.
-    pub spoof: u64,
-    /// The other end was in the fabric, but not in the session.
-    pub foreign_session: u64,
-    /// The other end was outside the fabric, and not allowed.
-    pub not_allowed: u64,
 }
 
 /// The fabric as this agent sees it.
@@ -149,7 +138,7 @@ impl<W: World> Agent<W> {
         }
         // Recorded but not answered: the client hung up, or an agent ended between.
         match self.find_session(&row.object).await {
-            Ok(record) => Ok(Some(SessionCreated::Session(self.view(record)))),
+            Ok(record) => Ok(Some(SessionCreated::Session(self.view(record).await))),
             Err(SessionError::Unknown { .. }) => Ok(None),
             Err(error) => Err(error),
         }
@@ -217,13 +206,19 @@ impl<W: World> Agent<W> {
     /// All sessions, oldest first.
     pub(super) async fn list_sessions(&self) -> Result<Vec<SessionView>, LedgerError> {
         let sessions = self.shared.world.records().with(|store| store.sessions()).await?;
-        Ok(sessions.into_iter().map(|session| self.view(session)).collect())
+        let mut views = Vec::with_capacity(sessions.len());
+        for session in sessions {
+            views.push(self.view(session).await);
+        }
+        Ok(views)
     }
 
     /// A session and who is in it.
-    pub(super) fn view(&self, record: SessionRecord) -> SessionView {
-        let members = self.members(&record.id).into_iter();
-        let members = members.map(|vm| Member { drops: self.drops(&vm), vm }).collect();
+    pub(super) async fn view(&self, record: SessionRecord) -> SessionView {
+        let mut members = Vec::new();
+        for vm in self.members(&record.id) {
+            members.push(Member { drops: self.drops(&vm).await, vm });
+        }
         SessionView { record, members }
     }
 
@@ -234,11 +229,19 @@ impl<W: World> Agent<W> {
         vms
     }
 
-    /// Packets a VM's jail dropped.
-    fn drops(&self, vm: &VmRecord) -> Drops {
-        // The one place where drops come from: nothing counts them yet.
-        let _ = (self, vm);
-        Drops::default()
+    /// Packets a VM's jail dropped; none for a VM that has no jail any more.
+    async fn drops(&self, vm: &VmRecord) -> Drops {
+        if !vm.state.holds_resources() {
+            return Drops::default();
+        }
+        match self.shared.world.networks().drops(vm).await {
+            Ok(drops) => drops,
+            Err(error) => {
+                // A jail that is being made has no counters yet.
+                tracing::debug!(vm = %vm.id, error = %crate::report::chain(&error), "cannot read what the jail dropped");
+                Drops::default()
+            }
+        }
     }
 
     /// The fabric as this agent sees it, if it has one.

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
-use super::egress::Egress;
+use super::egress::{Egress, Protocol};
 use crate::clock::UnixNanos;
 use crate::ids::SessionId;
 use crate::net::address::{LocalId, SessionNetworkId};
@@ -81,6 +81,23 @@ pub struct NetworkRecord {
     pub ipv4: Option<Ipv4Addr>,
     /// Who puts the address to use.
     pub addressing: Addressing,
+    /// Where it may go outside of the fabric: its session's when it joined.
+    #[serde(default)]
+    pub egress: Egress,
+    /// Ports of the host that lead to it.
+    #[serde(default)]
+    pub published: Vec<PublishedPort>,
+}
+
+/// A port of the host that leads to a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The host's port.
+    pub host_port: u16,
+    /// The VM's port.
+    pub guest_port: u16,
 }
 
 /// Who puts a VM's session addresses to use.

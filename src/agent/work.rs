@@ -11,18 +11,18 @@ use tokio::time::{sleep, timeout};
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
 use super::guest_network::{self, guest_network};
-use super::host_vmm::mac;
 use super::ledger::{LedgerError, Write};
+use super::member::member;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
 use super::session_end::{after, quarantine};
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, ProcessEnd, StartVmmError, VmDisk, VmmHost, VmmProcess, World, random_array,
+    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, StartVmmError, VmDisk, VmNetworks, VmmHost, VmmProcess, World,
+    random_array,
 };
 use crate::clock::{Clock, Monotonic};
 use crate::ids::Generation;
-use crate::net::member::Member;
 use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
@@ -158,6 +158,9 @@ impl<W: World> Work<W> {
                 let made = self.shared.world.disk().make(&self.record.id).await;
                 made.map_err(|error| host(format!("make the VM's directory: {error}")))
             }
+            Effect::MakeNetwork => self.shared.world.networks().make(&self.record).await.map_err(no_network),
+            Effect::OpenNetwork => self.shared.world.networks().open(&self.record).await.map_err(no_network),
+            Effect::RemoveNetwork => self.shared.world.networks().remove(&self.record).await.map_err(no_network),
             Effect::StartVmm => self.start_vmm().await,
             Effect::BuildMachine => self.build_machine().await,
             Effect::RunMachine => self.run_machine().await,
@@ -331,8 +334,9 @@ impl<W: World> Work<W> {
         };
         link.done(&ToGuest::Identity(identity), ANSWER_LIMIT).await?;
         if link.version >= guest_network::SINCE_VERSION {
-            let member = Member { mac: mac(&self.record.id), session: None };
-            let network = ToGuest::Network(guest_network(&member, 0));
+            let config = &self.shared.config;
+            let member = member(&self.record, config.fabric.as_ref().map(|fabric| &fabric.fabric));
+            let network = ToGuest::Network(guest_network(&member, config.mtu()));
             link.done(&network, ANSWER_LIMIT).await?;
         }
         Ok(heard)
@@ -431,6 +435,10 @@ fn note_of(outcome: &Outcome) -> Option<String> {
 
 fn host(detail: String) -> Outcome {
     Outcome::Failed(FailureCause::Host { detail })
+}
+
+fn no_network(error: NetworkError) -> Outcome {
+    host(format!("the VM's network: {}", chain(&error)))
 }
 
 fn bad_image(detail: String) -> Outcome {

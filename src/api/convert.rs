@@ -16,7 +16,7 @@ use crate::clock::UnixNanos;
 use crate::report::Retry;
 use crate::units::{self, NetLimits, Rate};
 
-pub(super) use session::{addressing, egress, fabric, session};
+pub(super) use session::{addressing, egress, fabric, published_port, session};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {
@@ -68,6 +68,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         memory_mib: vm.spec.memory_mib.into(),
         disks: vm.spec.disks.iter().map(|disk| Disk { path: disk.path.clone(), read_only: disk.read_only }).collect(),
         network_limits: shown_limits(vm.spec.network_limits),
+        published: vm.network.iter().flat_map(|network| network.published.iter().map(session::shown_port)).collect(),
         created_at: timestamp(vm.created_at),
         timings: Timings {
             spawn_ms: ms(timings.spawn_us),

@@ -25,8 +25,8 @@ pub use session::{
     SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,
 };
 pub use vm::{
-    Cause, ConsoleQuery, Disk, GuestStats, RemoveQuery, Stats, StopRequest, Timings, Vm, VmLaunchRequest, VmList,
-    VmState, VmmStats, Wait,
+    Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, RemoveQuery, Stats, StopRequest, Timings, Vm,
+    VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

@@ -52,6 +52,24 @@ fn disks_and_variables() {
 }
 
 #[test]
+fn limits_are_a_rate_and_perhaps_a_burst() {
+    for (text, per_s, burst) in [
+        ("1500", 1_500, None),
+        ("10M", 10_000_000, None),
+        ("10M/64k", 10_000_000, Some(64_000)),
+        ("0/0", 0, Some(0)),
+        ("18G", 18_000_000_000, None),
+    ] {
+        assert_eq!(text.parse(), Ok(RateWord { per_s, burst }), "{text}");
+    }
+    for text in
+        ["", "/", "1/", "/1", "1.5M", "-1", "1m", "1kk", "k", "1/2/3", "18446744073709551616", "18446744073709552k"]
+    {
+        assert!(text.parse::<RateWord>().is_err(), "{text}");
+    }
+}
+
+#[test]
 fn egress_words_are_networks_with_ports_and_protocols() {
     use EgressProtocol::{Any, Icmp, Tcp, Udp};
     for (text, cidr, protocol, ports) in [
@@ -84,24 +102,6 @@ fn egress_words_are_networks_with_ports_and_protocols() {
         "1.2.3.4/x:5",
     ] {
         assert!(bad.parse::<EgressWord>().is_err(), "{bad}");
-    }
-}
-
-#[test]
-fn limits_are_a_rate_and_perhaps_a_burst() {
-    for (text, per_s, burst) in [
-        ("1500", 1_500, None),
-        ("10M", 10_000_000, None),
-        ("10M/64k", 10_000_000, Some(64_000)),
-        ("0/0", 0, Some(0)),
-        ("18G", 18_000_000_000, None),
-    ] {
-        assert_eq!(text.parse(), Ok(RateWord { per_s, burst }), "{text}");
-    }
-    for text in
-        ["", "/", "1/", "/1", "1.5M", "-1", "1m", "1kk", "k", "1/2/3", "18446744073709551616", "18446744073709552k"]
-    {
-        assert!(text.parse::<RateWord>().is_err(), "{text}");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::api::types::{EgressProtocol, EgressRule, NAME_BYTES_MAX};
+use crate::api::types::{EgressProtocol, EgressRule, NAME_BYTES_MAX, PortProtocol, PublishedPort};
 
 /// Longest idempotency key in bytes.
 const KEY_BYTES_MAX: usize = 128;
@@ -26,6 +26,9 @@ pub enum WordError {
     /// Not `NAME=value`.
     #[error("expected NAME=value")]
     Variable,
+    /// Not a rate.
+    #[error("expected RATE or RATE/BURST, numbers with k, M or G behind them for thousands, millions and billions")]
+    Rate,
     /// Less than a second, or not a duration.
     #[error("a time to live is a number of seconds, or a number with s, m or h behind it: at least 1s, up to 49 days")]
     Seconds,
@@ -38,9 +41,9 @@ pub enum WordError {
         /// What was given.
         text: String,
     },
-    /// Not a rate.
-    #[error("expected RATE or RATE/BURST, numbers with k, M or G behind them for thousands, millions and billions")]
-    Rate,
+    /// Not ports.
+    #[error("expected HOSTPORT:GUESTPORT, with /udp behind it for UDP: 8080:80, 5353:53/udp")]
+    Port,
     /// No path.
     #[error("expected FILE or FILE:ro")]
     Disk,
@@ -87,6 +90,66 @@ impl FromStr for DiskWord {
             None => (text, false),
         };
         if path.is_empty() { Err(WordError::Disk) } else { Ok(Self { path: PathBuf::from(path), read_only }) }
+    }
+}
+
+/// A limit: `RATE` per second, or `RATE/BURST` with how much passes at once after a rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RateWord {
+    /// Units per second.
+    pub per_s: u64,
+    /// Units at once, if it was given.
+    pub burst: Option<u64>,
+}
+
+impl FromStr for RateWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (rate, burst) = match text.split_once('/') {
+            Some((rate, burst)) => (rate, Some(number(burst)?)),
+            None => (text, None),
+        };
+        Ok(Self { per_s: number(rate)?, burst })
+    }
+}
+
+/// A whole number, with `k`, `M` or `G` for thousands, millions and billions: decimal, as networks are measured.
+fn number(text: &str) -> Result<u64, WordError> {
+    let digits = text.trim_end_matches(['k', 'M', 'G']);
+    let unit = match &text[digits.len()..] {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        _ => return Err(WordError::Rate),
+    };
+    let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    let number = if plain { digits.parse::<u64>().ok() } else { None };
+    number.and_then(|number| number.checked_mul(unit)).ok_or(WordError::Rate)
+}
+
+/// A published port: `HOSTPORT:GUESTPORT[/PROTOCOL]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortWord(PublishedPort);
+
+impl PortWord {
+    /// The port, as the API takes it.
+    pub const fn port(&self) -> PublishedPort {
+        self.0
+    }
+}
+
+impl FromStr for PortWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (pair, protocol) = match text.split_once('/').unwrap_or((text, "tcp")) {
+            (pair, "tcp") => (pair, PortProtocol::Tcp),
+            (pair, "udp") => (pair, PortProtocol::Udp),
+            (_, _) => return Err(WordError::Port),
+        };
+        let (host, guest) = pair.split_once(':').ok_or(WordError::Port)?;
+        let one = |text: &str| ports(text).filter(|(from, to)| from == to).map(|(from, _)| from).ok_or(WordError::Port);
+        Ok(Self(PublishedPort { protocol, host_port: one(host)?, guest_port: one(guest)? }))
     }
 }
 
@@ -163,41 +226,6 @@ pub(super) fn seconds(text: &str) -> Result<u32, WordError> {
         Ok(0) | Err(_) => Err(WordError::Seconds),
         Ok(ms) => Ok(ms.div_ceil(1000)),
     }
-}
-
-/// A limit: `RATE` per second, or `RATE/BURST` with how much passes at once after a rest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RateWord {
-    /// Units per second.
-    pub per_s: u64,
-    /// Units at once, if it was given.
-    pub burst: Option<u64>,
-}
-
-impl FromStr for RateWord {
-    type Err = WordError;
-    fn from_str(text: &str) -> Result<Self, WordError> {
-        let (rate, burst) = match text.split_once('/') {
-            Some((rate, burst)) => (rate, Some(number(burst)?)),
-            None => (text, None),
-        };
-        Ok(Self { per_s: number(rate)?, burst })
-    }
-}
-
-/// A whole number, with `k`, `M` or `G` for thousands, millions and billions: decimal, as networks are measured.
-fn number(text: &str) -> Result<u64, WordError> {
-    let digits = text.trim_end_matches(['k', 'M', 'G']);
-    let unit = match &text[digits.len()..] {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        _ => return Err(WordError::Rate),
-    };
-    let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-    let number = if plain { digits.parse::<u64>().ok() } else { None };
-    number.and_then(|number| number.checked_mul(unit)).ok_or(WordError::Rate)
 }
 
 /// A new name of a VM or image: a DNS label that starts with a letter.

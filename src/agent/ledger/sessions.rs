@@ -85,6 +85,8 @@ pub struct Claim {
     pub vm: VmId,
     /// The session it joins, and the highest local id that fits its addresses.
     pub session: Option<(SessionId, u32)>,
+    /// The jail it is to have: one that is ready. `None`: whichever is free.
+    pub jail: Option<u16>,
     /// The time.
     pub now: UnixNanos,
 }
@@ -141,7 +143,7 @@ impl Store {
         make: impl FnOnce(Grant) -> (T, Vec<Write>),
     ) -> Result<(T, u64), LedgerError> {
         let transaction = self.connection.transaction()?;
-        let jail = free_jail(&transaction)?;
+        let jail = claim.jail.map_or_else(|| free_jail(&transaction), Ok)?;
         let member = match &claim.session {
             Some((session, local_max)) => {
                 let session = open_session(&transaction, session, claim.now)?;

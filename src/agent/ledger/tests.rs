@@ -22,6 +22,7 @@ pub(super) fn vm(number: u8, name: &str) -> VmRecord {
             disks: Vec::new(),
             role: None,
             network_limits: Default::default(),
+            interfaces: 1,
         },
         generation: "00".repeat(16),
         uid: 1000,
@@ -209,7 +210,7 @@ fn a_ledger_of_the_first_version_becomes_one_of_this() {
     let loaded = store.begin().unwrap();
     assert_eq!((loaded.vms, loaded.last_event), (expected.clone(), 1));
     assert_eq!(store.events(0).unwrap()[0].subject, Subject::Vm(expected[0].id.clone()));
-    let claim = Claim { vm: VmId::from_random([9; 10]), session: None, now: UnixNanos(0) };
+    let claim = Claim { vm: VmId::from_random([9; 10]), session: None, jail: None, now: UnixNanos(0) };
     let (jail, _) = store.admit_vm(&claim, |grant| (grant.jail, Vec::new())).unwrap();
     assert_eq!(jail, 2);
     assert!(store.sessions().unwrap().is_empty());

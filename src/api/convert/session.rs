@@ -3,8 +3,8 @@
 use super::{state, timestamp};
 use crate::agent::{self, EgressError};
 use crate::api::types::{
-    Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session, SessionMember,
-    SessionState,
+    Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, PortProtocol, PublishedPort,
+    Session, SessionMember, SessionState,
 };
 
 /// A session and who is in it.
@@ -86,6 +86,26 @@ pub(in crate::api) const fn addressing(asked: Addressing) -> agent::Addressing {
         Addressing::Guest => agent::Addressing::Guest,
         Addressing::Invariant => agent::Addressing::Invariant,
     }
+}
+
+/// A port to publish.
+pub(in crate::api) const fn published_port(asked: &PublishedPort) -> agent::PublishedPort {
+    let PublishedPort { protocol, host_port, guest_port } = *asked;
+    let protocol = match protocol {
+        PortProtocol::Tcp => agent::Protocol::Tcp,
+        PortProtocol::Udp => agent::Protocol::Udp,
+    };
+    agent::PublishedPort { protocol, host_port, guest_port }
+}
+
+/// A port that is published.
+pub(super) const fn shown_port(port: &agent::PublishedPort) -> PublishedPort {
+    let agent::PublishedPort { protocol, host_port, guest_port } = *port;
+    let protocol = match protocol {
+        agent::Protocol::Udp => PortProtocol::Udp,
+        agent::Protocol::Tcp | agent::Protocol::Icmp | agent::Protocol::Any => PortProtocol::Tcp,
+    };
+    PublishedPort { protocol, host_port, guest_port }
 }
 
 /// The fabric as this agent sees it.

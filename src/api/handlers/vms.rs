@@ -34,18 +34,24 @@ pub(in crate::api) async fn launch_vm(
     body: JsonBody<VmLaunchRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, session, addressing, role, wait } = value;
+    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, session, addressing, .. } = value;
+    let (wait, interfaces, role) = (value.wait, value.interfaces, value.role);
+    let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
+    let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
+    let addressing = addressing.map(convert::addressing);
     let request = LaunchRequest {
         name,
         image,
         vcpus,
         memory_mib,
-        disks: disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect(),
+        disks,
         network_limits,
         session,
-        addressing: addressing.map(convert::addressing),
-        role,
+        addressing,
+        published,
+        interfaces,
+            role,
         key: key.clone(),
     };
     let vm = match served.door.launch(request).await? {

@@ -27,6 +27,9 @@ pub struct VmLaunchRequest {
     /// Raw files of this host to attach as block devices, in order: at most 6.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// What may pass its network interface; without it everything may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_limits: Option<NetworkLimits>,
     /// Session to join: its id, name or network id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<String>,
@@ -36,9 +39,12 @@ pub struct VmLaunchRequest {
     /// What the VM is in its session, for those who look: up to 63 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<String>,
-    /// What may pass its network interface; without it everything may.
+    /// Ports of this host that lead to the VM, for clients outside of the fabric. Only with a session.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<PublishedPort>,
+    /// How many network interfaces it has, 1 to 8; 1 when left out. The first is in the session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub network_limits: Option<NetworkLimits>,
+    pub interfaces: Option<u8>,
     /// How far the VM has to be for the call to answer.
     #[serde(default)]
     pub wait: Wait,
@@ -52,10 +58,12 @@ impl Default for VmLaunchRequest {
             vcpus: vcpus_default(),
             memory_mib: memory_mib_default(),
             disks: Vec::new(),
+            network_limits: None,
             session: None,
             addressing: None,
             role: None,
-            network_limits: None,
+            publish: Vec::new(),
+            interfaces: None,
             wait: Wait::None,
         }
     }
@@ -84,6 +92,30 @@ pub enum Wait {
     Registered,
     /// Running, and the agent in the guest answers.
     Running,
+}
+
+/// A port of the host that leads to a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishedPort {
+    /// TCP when left out.
+    #[serde(default)]
+    pub protocol: PortProtocol,
+    /// The host's port; one leads to one VM.
+    pub host_port: u16,
+    /// The VM's port.
+    pub guest_port: u16,
+}
+
+/// A protocol with ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PortProtocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
 }
 
 /// A disk of a VM.
@@ -138,6 +170,9 @@ pub struct Vm {
     /// What may pass its network interface.
     #[serde(default)]
     pub network_limits: NetworkLimits,
+    /// Ports of this host that lead to it.
+    #[serde(default)]
+    pub published: Vec<PublishedPort>,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,

@@ -92,7 +92,7 @@ fn a_session_is_found_by_id_name_and_number() {
 fn join(store: &mut Store, vm: u8, session: u8, max: u32, now: u64) -> Result<(u16, u32), LedgerError> {
     let vm_id = VmId::from_random([vm; 10]);
     let session = Some((id(session), max));
-    let claim = Claim { vm: vm_id, session, now: UnixNanos(now) };
+    let claim = Claim { vm: vm_id, session, jail: None, now: UnixNanos(now) };
     let (got, _) = store.admit_vm(&claim, |grant| {
         let (session, local_id) = grant.member.unwrap();
         let network = NetworkRecord {
@@ -102,6 +102,8 @@ fn join(store: &mut Store, vm: u8, session: u8, max: u32, now: u64) -> Result<(u
             ipv6: std::net::Ipv6Addr::LOCALHOST,
             ipv4: None,
             addressing: Addressing::Guest,
+            egress: Default::default(),
+            published: Vec::new(),
         };
         let record = crate::agent::ledger::tests::vm(vm, &format!("vm{vm}"));
         let record = VmRecord { jail: grant.jail, network: Some(network), ..record };
@@ -156,7 +158,7 @@ fn there_is_an_end_to_jails() {
     for jail in 0..JAILS_MAX {
         let [high, low] = jail.to_be_bytes();
         let vm = VmId::from_random([high, low, 0, 0, 0, 0, 0, 0, 0, 0]);
-        let claim = Claim { vm: vm.clone(), session: None, now: UnixNanos(0) };
+        let claim = Claim { vm: vm.clone(), session: None, jail: None, now: UnixNanos(0) };
         let made = |grant: Grant| {
             let record = crate::agent::ledger::tests::vm(1, "x");
             let record = VmRecord { id: vm, name: None, jail: grant.jail, ..record };
@@ -164,6 +166,6 @@ fn there_is_an_end_to_jails() {
         };
         assert_eq!(store.admit_vm(&claim, made).unwrap().0, jail);
     }
-    let claim = Claim { vm: VmId::from_random([255; 10]), session: None, now: UnixNanos(0) };
+    let claim = Claim { vm: VmId::from_random([255; 10]), session: None, jail: None, now: UnixNanos(0) };
     assert_eq!(refusal(store.admit_vm(&claim, |grant| (grant, Vec::new()))), SessionRefusal::NoJail);
 }
