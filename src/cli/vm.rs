@@ -40,7 +40,7 @@ Examples:
 pub enum VmCommand {
     /// Boot a VM and wait until its guest answers
     #[command(after_help = LAUNCH_HELP)]
-    Launch(LaunchArgs),
+    Launch(Box<LaunchArgs>),
     /// List the VMs of this host
     Ls,
     /// Show one VM: state, timings of its launch, and why it failed
