@@ -14,3 +14,11 @@ mod nft;
 mod speed;
 #[path = "net/watch.rs"]
 mod watch;
+#[path = "net/hostile.rs"]
+mod hostile;
+#[path = "net/sniff.rs"]
+mod sniff;
+#[path = "net/tap_end.rs"]
+mod tap_end;
+#[path = "net/world.rs"]
+mod world;
