@@ -173,7 +173,6 @@ impl World {
     ) -> Vm {
         let on = &self.hosts[host];
         let mut member = member(on.number, session, u32::from(on.jails) + 1, addressing);
-        member.session.iter_mut().for_each(|_| ());
         if let Some(session) = &mut member.session {
             allow(session);
         }
