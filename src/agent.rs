@@ -10,20 +10,28 @@ mod admit;
 pub mod config;
 mod door;
 mod effect;
+mod egress;
 mod exec;
 mod guest;
 mod guest_network;
 mod host_disk;
+mod host_network;
 mod host_vmm;
 mod host_world;
 mod images;
 mod launch;
 mod ledger;
 pub mod log;
+mod member;
 mod metrics;
+mod network;
 mod record;
 mod recover;
 mod serve;
+mod session;
+mod session_end;
+mod session_error;
+mod session_record;
 mod shared;
 mod traffic;
 mod vm_actor;
@@ -35,6 +43,7 @@ use std::sync::Arc;
 
 pub use door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, VmStats};
 pub use effect::Effect;
+pub use egress::{Cidr, CidrError, EGRESS_RULES_MAX, Egress, EgressError, EgressRule, Protocol};
 pub use exec::{
     AnyStream, ExecError, ExecExit, ExecInput, ExecOutput, ExecReceiver, ExecSender, ExecSession, ExecSpec,
 };
@@ -42,16 +51,22 @@ pub use guest::GuestError;
 pub use host_world::{HostWorld, OpenHostError};
 pub use images::{Image, ImageError, NAME_BYTES_MAX};
 pub use launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
-pub use ledger::{EVENTS_PAGE, KeyRow, LedgerError, Loaded, Store, StoredAnswer, Taken, Write};
+pub use ledger::{
+    Claim, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded, LocalLease, NewSession, NumberChoice, SessionRefusal,
+    Store, StoredAnswer, Taken, Write,
+};
 pub use record::{
     DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
-    StepState, Timings, VmRecord, VmSpec,
+    StepState, Subject, Timings, VmRecord, VmSpec,
 };
+pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
+pub use session_error::SessionError;
+pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
 pub use crate::wire::control::{FlowStatus, InterfaceStatus};
-pub use world::{HostFacts, ImageImport, ProcessUsage};
+pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
 
 use shared::{Shared, VmHandle};
 use world::{Records, VmDisk, World};
@@ -82,6 +97,8 @@ impl<W: World> Agent<W> {
         let Loaded { vms, mut operations, epoch, last_event } = loaded;
         let shared = Arc::new(Shared::new(world, config, epoch, last_event));
         tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
+        shared.set_conflict("configuration", recover::moved_fabric(&shared.config, &vms)).await?;
+        network::start(&shared).await;
         for vm in vms {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));
@@ -90,7 +107,9 @@ impl<W: World> Agent<W> {
         }
         recover::end_orphans(&shared, operations).await?;
         tokio::spawn(recover::sweep(Arc::clone(&shared)));
-        Ok(Self { shared, admission: Arc::default() })
+        let agent = Self { shared, admission: Arc::default() };
+        tokio::spawn(agent.clone().end_sessions());
+        Ok(agent)
     }
 
     /// All records, oldest first.

@@ -2,6 +2,7 @@
 //! A word that cannot be right is refused here, with exit code 2 and before anything is touched.
 #![forbid(unsafe_code)]
 
+mod session;
 mod value;
 mod vm;
 
@@ -11,8 +12,9 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-pub use value::{DiskWord, RateWord, ReferenceWord};
-pub use vm::{ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
+pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
+pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
+pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
 /// Where the agent's API answers when nothing else is said.
 pub const SOCKET_DEFAULT: &str = "/run/hearth/api.sock";
@@ -92,6 +94,9 @@ pub enum ClientCommand {
     /// Virtual machines: launch, look at, run commands in, stop
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Sessions: VMs that may talk to each other, and what they may reach
+    #[command(subcommand)]
+    Session(SessionCommand),
     /// Images that VMs boot
     #[command(subcommand)]
     Image(ImageCommand),

@@ -17,6 +17,7 @@ mod link;
 mod operation;
 mod output;
 mod progress;
+mod session;
 mod signal;
 mod table;
 mod terminal;
@@ -37,6 +38,7 @@ pub use image::ImportError;
 pub use launch::LaunchError;
 pub use link::LinkError;
 pub use output::OutputError;
+pub use session::SessionError;
 
 use call::Agent;
 use output::Output;
@@ -72,6 +74,8 @@ pub enum Error {
     Console(#[from] ConsoleError),
     /// `image import`.
     Import(#[from] ImportError),
+    /// `session`.
+    Session(#[from] SessionError),
     /// `events`.
     Events(#[from] EventsError),
     /// `host probe`.
@@ -92,6 +96,7 @@ impl Error {
             Self::Exec(error) => error.advice(),
             Self::Console(error) => error.advice(),
             Self::Import(error) => error.advice(),
+            Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
             Self::Probe(error) => error.advice(),
             Self::Bench(error) => error.advice(),
@@ -109,6 +114,7 @@ impl Error {
             | Self::Exec(_)
             | Self::Console(_)
             | Self::Import(_)
+            | Self::Session(_)
             | Self::Events(_)
             | Self::Probe(_)
             | Self::Bench(_)
@@ -123,11 +129,13 @@ impl Error {
             Self::Launch(LaunchError::Output(error)) | Self::Console(ConsoleError::Output(error)) => error.is_unread(),
             Self::Import(ImportError::Output(error)) | Self::Probe(ProbeError::Output(error)) => error.is_unread(),
             Self::Bench(BenchError::Output(error)) | Self::Exec(ExecError::Output(error)) => error.is_unread(),
+            Self::Session(SessionError::Output(error)) => error.is_unread(),
             Self::Call(_)
             | Self::Launch(_)
             | Self::Exec(_)
             | Self::Console(_)
             | Self::Import(_)
+            | Self::Session(_)
             | Self::Events(_)
             | Self::Probe(_)
             | Self::Bench(_)
@@ -166,6 +174,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Pause { vm }) => vm::pause(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Resume { vm }) => vm::resume(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
+        ClientCommand::Session(command) => session::run(agent, out, command).await?,
         ClientCommand::Image(command) => image::run(agent, out, command).await?,
         ClientCommand::Operation(command) => operation::run(agent, out, command).await?,
         ClientCommand::Events(args) => event::run(agent, out, args).await?,

@@ -5,6 +5,8 @@
 
 mod disk;
 mod guest;
+mod leases;
+mod networks;
 mod records;
 mod vmm;
 
@@ -71,17 +73,29 @@ struct State {
     vmms: BTreeMap<i32, vmm::Vmm>,
     next_pid: i32,
     directories: BTreeSet<VmId>,
+    jails: BTreeMap<u16, networks::Jail>,
     violations: Vec<String>,
     /// How long guests boot.
     boot: Duration,
     /// Connections to guests' agents that are open.
     guest_streams: usize,
+    leases: leases::Leases,
 }
+
+/// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
+const REST_NS: u64 = 120 * 1_000_000_000;
 
 impl State {
     fn now_ns(&self) -> u64 {
         let lived = self.origin.map(|origin| origin.elapsed()).unwrap_or_default();
         self.base_ns.saturating_add(u64::try_from(lived.as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Notes what must never be of addresses and session numbers.
+    fn look_at_leases(&mut self) {
+        let now_ns = self.now_ns();
+        let wrong = self.leases.look(&self.store, now_ns);
+        self.violations.extend(wrong);
     }
 
     /// SplitMix64: small, and the same everywhere.
@@ -117,9 +131,11 @@ impl SimHost {
             vmms: BTreeMap::new(),
             next_pid: 100,
             directories: BTreeSet::new(),
+            jails: BTreeMap::new(),
             violations: Vec::new(),
             boot: guest::BOOT,
             guest_streams: 0,
+            leases: leases::Leases::resting_for(REST_NS),
         };
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }
     }
@@ -195,6 +211,11 @@ impl SimHost {
         self.state().directories.iter().cloned().collect()
     }
 
+    /// The VMs that have a jail.
+    pub fn jailed(&self) -> Vec<VmId> {
+        self.state().jails.values().map(|jail| jail.vm.clone()).collect()
+    }
+
     /// Looks into the ledger.
     pub fn with_store<T>(&self, look: impl FnOnce(&mut Store) -> T) -> T {
         look(&mut self.state().store)
@@ -256,6 +277,7 @@ impl World for SimWorld {
     type Clock = SimHost;
     type Vmm = SimHost;
     type Disk = SimHost;
+    type Networks = SimHost;
     type Records = SimHost;
 
     fn clock(&self) -> &SimHost {
@@ -267,6 +289,10 @@ impl World for SimWorld {
     }
 
     fn disk(&self) -> &SimHost {
+        &self.host
+    }
+
+    fn networks(&self) -> &SimHost {
         &self.host
     }
 

@@ -48,6 +48,7 @@ const TESTS: &[Test] = &[
     ("console_flood_is_bounded", kvm::console::flood_is_bounded),
     ("pause_stops_the_counter_and_resume_goes_on", kvm::pause::stops_the_counter_and_resume_goes_on),
     ("net_frames_pass_both_ways", kvm::devices::net_frames_pass_both_ways),
+    ("net_limits_delay_and_lose_nothing", kvm::devices::net_limits_delay_and_lose_nothing),
     ("probe_runs_in_a_guest", kvm::probe::runs_in_a_guest),
     ("blk_file_system_written_in_the_guest_is_clean", kvm::devices::blk_file_system_written_in_the_guest_is_clean),
     ("guest_ends_are_told_apart", kvm::ends::are_told_apart),

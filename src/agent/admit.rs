@@ -1,9 +1,11 @@
 //! Pure: may this VM be made? Decided before anything is made, so a refusal leaves nothing behind.
 
 use super::config::Limits;
+use super::egress::Protocol;
 use super::images::{Image, is_name};
 use super::launch::{LaunchError, LaunchRequest};
 use super::record::{DiskSpec, VmRecord, VmSpec};
+use super::session_record::PublishedPort;
 use super::work::command_line;
 use super::world::HostFacts;
 use crate::units::MIB;
@@ -11,6 +13,9 @@ use crate::wire::control::COMMAND_LINE_BYTES_MAX;
 
 /// Most disks of one VM: the block slots of the guest-physical map.
 pub(crate) const DISKS_MAX: usize = 6;
+
+/// Most published ports of one VM.
+const PORTS_MAX: usize = 32;
 
 /// Bytes of command line the VMM needs for the words that announce devices: 19 slots at most, of up to 48 bytes each.
 pub(crate) const DEVICE_WORDS_BYTES_MAX: usize = 19 * 48;
@@ -54,7 +59,42 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     }
     let _ = host;
     let (disks, network_limits) = (request.disks.clone(), request.network_limits);
-    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, network_limits })
+    let interfaces = interfaces(request.interfaces)?;
+    ports(&request.published, vms)?;
+    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, network_limits, interfaces })
+}
+
+/// How many network interfaces a VM gets: one, when nothing is said.
+fn interfaces(found: Option<u8>) -> Result<u8, LaunchError> {
+    let max = crate::net::desired::TAPS_MAX;
+    match found.unwrap_or(1) {
+        count if (1..=max).contains(&count) => Ok(count),
+        found => Err(LaunchError::Interfaces { found, max }),
+    }
+}
+
+/// Whether the host's ports that are to lead to a VM are free: each leads to one.
+fn ports(wanted: &[PublishedPort], vms: &[std::sync::Arc<VmRecord>]) -> Result<(), LaunchError> {
+    if wanted.len() > PORTS_MAX {
+        return Err(LaunchError::TooManyPorts { found: wanted.len(), max: PORTS_MAX });
+    }
+    let living = vms.iter().filter(|vm| vm.state.holds_resources());
+    let mut taken: Vec<(Protocol, u16)> = living
+        .filter_map(|vm| vm.network.as_ref())
+        .flat_map(|network| network.published.iter().map(|port| (port.protocol, port.host_port)))
+        .collect();
+    for port in wanted {
+        let is_possible = matches!(port.protocol, Protocol::Tcp | Protocol::Udp);
+        if !is_possible || port.host_port == 0 || port.guest_port == 0 {
+            return Err(LaunchError::Port { host_port: port.host_port, guest_port: port.guest_port });
+        }
+        let key = (port.protocol, port.host_port);
+        if taken.contains(&key) {
+            return Err(LaunchError::PortTaken { port: port.host_port });
+        }
+        taken.push(key);
+    }
+    Ok(())
 }
 
 /// Guest memory of the VMs that live, in bytes.
@@ -119,15 +159,7 @@ mod tests {
     }
 
     fn request() -> LaunchRequest {
-        LaunchRequest {
-            name: None,
-            image: "demo".to_owned(),
-            vcpus: 1,
-            memory_mib: 128,
-            disks: Vec::new(),
-            network_limits: NetLimits::default(),
-            key: None,
-        }
+        LaunchRequest { image: "demo".to_owned(), vcpus: 1, memory_mib: 128, ..LaunchRequest::default() }
     }
 
     fn decide(request: &LaunchRequest, image: &Image) -> Result<VmSpec, LaunchError> {

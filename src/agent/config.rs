@@ -1,9 +1,13 @@
 //! The agent's configuration: words checked once, at start. Nothing here depends on the host.
 
+mod fabric;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+
+pub use fabric::{FabricConfig, Peer, Underlay};
 
 /// Where the configuration is looked for when no path is given. It may be absent.
 pub const PATH_DEFAULT: &str = "/etc/hearth/hearth.toml";
@@ -34,6 +38,8 @@ pub struct Config {
     pub uids: Uids,
     /// How long things may take.
     pub waits: Waits,
+    /// What session networks are made of; without it there are none.
+    pub fabric: Option<FabricConfig>,
 }
 
 /// Bounds on what users may ask for.
@@ -63,8 +69,7 @@ pub const VCPUS_MAX: u32 = 32;
 pub const UIDS_PER_HOST: u32 = 4096;
 
 /// Which user ids VMMs get: `base + host_number * 4096 + slot`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Uids {
     /// The first user id.
     pub base: u32,
@@ -79,6 +84,25 @@ impl Default for Uids {
         // Above what distributions (up to 60,000), systemd (up to 61,439 and 1,879,048,192) and subordinate ids
         // (from 100,000 in blocks of 65,536 for the first users) take by default.
         Self { base: 1_610_612_736, host_number: 0, quarantine_s: 10 }
+    }
+}
+
+/// Bytes per packet of VMs where no fabric says otherwise: Ethernet's.
+const MTU_DEFAULT: u16 = 1500;
+
+impl Config {
+    /// The number that the names of this host's jails begin with.
+    pub fn network_number(&self) -> u16 {
+        match &self.fabric {
+            Some(fabric) => fabric.host.into(),
+            // At most 65,535: checked.
+            None => u16::try_from(self.uids.host_number).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// Bytes per packet of VMs.
+    pub fn mtu(&self) -> u16 {
+        self.fabric.as_ref().map_or(MTU_DEFAULT, |fabric| fabric.mtu)
     }
 }
 
@@ -135,8 +159,19 @@ struct Written {
     images_dir: Option<PathBuf>,
     socket: Option<PathBuf>,
     limits: Limits,
-    uids: Uids,
+    uids: WrittenUids,
     waits: Waits,
+    fabric: Option<fabric::WrittenFabric>,
+    peers: Vec<fabric::WrittenPeer>,
+}
+
+/// [`Uids`] as they are written: what is not said may follow from elsewhere.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WrittenUids {
+    base: Option<u32>,
+    host_number: Option<u32>,
+    quarantine_s: Option<u32>,
 }
 
 /// Why there is no configuration.
@@ -164,7 +199,7 @@ pub enum ConfigError {
     #[error("{what} is {found}, {wanted}")]
     Range {
         /// Which value.
-        what: &'static str,
+        what: String,
         /// What it is.
         found: String,
         /// What it may be.
@@ -206,15 +241,24 @@ fn parse(path: &Path, text: &str) -> Result<Written, ConfigError> {
     toml::from_str(text).map_err(|source| ConfigError::Syntax { path: path.to_owned(), source: Box::new(source) })
 }
 
-fn in_range(what: &'static str, found: u64, from: u64, to: u64) -> Result<(), ConfigError> {
+fn in_range(what: &str, found: u64, from: u64, to: u64) -> Result<(), ConfigError> {
     if (from..=to).contains(&found) {
         return Ok(());
     }
-    Err(ConfigError::Range { what, found: found.to_string(), wanted: format!("{from} to {to} are possible") })
+    let wanted = format!("{from} to {to} are possible");
+    Err(ConfigError::Range { what: what.to_owned(), found: found.to_string(), wanted })
 }
 
 fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> {
-    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits } = written;
+    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits, fabric, peers } = written;
+    let fabric = fabric::check(fabric, peers)?;
+    let defaults = Uids::default();
+    let in_fabric = fabric.as_ref().map(|fabric| u16::from(fabric.host).into());
+    let uids = Uids {
+        base: uids.base.unwrap_or(defaults.base),
+        host_number: uids.host_number.or(in_fabric).unwrap_or(defaults.host_number),
+        quarantine_s: uids.quarantine_s.unwrap_or(defaults.quarantine_s),
+    };
     in_range("limits.vms_max", limits.vms_max.into(), 1, UIDS_PER_HOST.into())?;
     in_range("limits.vcpus_max", limits.vcpus_max.into(), 1, VCPUS_MAX.into())?;
     in_range("limits.memory_reserve_mib", limits.memory_reserve_mib, 0, 1 << 40)?;
@@ -227,14 +271,14 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
     let state_dir = overrides.state_dir.or(state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
     let images_dir = overrides.images_dir.or(images_dir).unwrap_or_else(|| state_dir.join("images"));
     let socket = overrides.socket.or(socket).unwrap_or_else(|| SOCKET_DEFAULT.into());
-    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits })
+    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits, fabric })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn checked(text: &str) -> Result<Config, String> {
+    pub(super) fn checked(text: &str) -> Result<Config, String> {
         let written = parse(Path::new("hearth.toml"), text).map_err(|error| crate::report::chain(&error))?;
         check(written, Overrides::default()).map_err(|error| crate::report::chain(&error))
     }

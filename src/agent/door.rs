@@ -2,6 +2,7 @@
 //! agent's world: the HTTP side is tested over a simulated one.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
@@ -12,6 +13,8 @@ use super::images::{Image, ImageError};
 use super::launch::{Key, LaunchError, LaunchRequest, Launched};
 use super::ledger::{KeyRow, LedgerError, StoredAnswer};
 use super::record::{EventRecord, OperationRecord, VmRecord};
+use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
+use super::session_error::SessionError;
 use super::vm_actor::{Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{HostFacts, ImageImport, OpenStreamError, ProcessUsage};
@@ -160,6 +163,21 @@ pub trait Door: Send + Sync + 'static {
     fn key(&self, key: Key) -> BoxFuture<'_, Result<Option<KeyRow>, LedgerError>>;
     /// Remembers the answer to a create with a key.
     fn remember(&self, key: Key, object: String, answer: StoredAnswer) -> BoxFuture<'_, Result<(), LedgerError>>;
+    /// The fabric as this agent sees it, if it has one.
+    fn fabric(&self) -> Option<FabricView>;
+    /// Checks and records a session.
+    fn create_session(&self, request: SessionRequest) -> BoxFuture<'_, Result<SessionCreated, SessionError>>;
+    /// All sessions, oldest first.
+    fn sessions(&self) -> BoxFuture<'_, Result<Vec<SessionView>, LedgerError>>;
+    /// The session a word means: its id, its name, its network id, or the start of its id.
+    fn session<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<SessionView, SessionError>>;
+    /// Removes a session without VMs; with `drain` its VMs first, whose guests have `grace` to power off.
+    fn remove_session<'a>(
+        &'a self,
+        word: &'a str,
+        drain: bool,
+        grace: Duration,
+    ) -> BoxFuture<'a, Result<(), SessionError>>;
     /// All VMs, oldest first.
     fn vms(&self) -> Vec<Arc<VmRecord>>;
     /// The VM a word means: its id, its name, or the start of its id.
@@ -202,6 +220,8 @@ pub trait Door: Send + Sync + 'static {
     fn request_id(&self) -> String;
     /// Stops all VMs and waits for it.
     fn drain(&self) -> BoxFuture<'_, ()>;
+    /// Takes away of the host's network what no VM needs: the agent ends.
+    fn close(&self) -> BoxFuture<'_, ()>;
     /// Becomes `Some` when the agent cannot go on.
     fn broken(&self) -> watch::Receiver<Option<String>>;
 }

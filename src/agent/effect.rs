@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 pub enum Effect {
     /// Make the VM's directory. Inverse: [`Effect::RemoveDirectory`].
     MakeDirectory,
+    /// Have a jail for the VM, closed: nothing passes. Inverse: [`Effect::RemoveNetwork`].
+    MakeNetwork,
+    /// Let the VM's own traffic pass its jail. Inverse: [`Effect::RemoveNetwork`].
+    OpenNetwork,
     /// Have a VMM process that knows this VM's nonce, and its pid in the record. Inverse: [`Effect::EndVmm`].
     StartVmm,
     /// Have the machine built in the VMM. Inverse: [`Effect::EndVmm`].
@@ -27,6 +31,8 @@ pub enum Effect {
     EndVmm,
     /// Copy what the VMM left behind (last words, last serial lines, log) into the record.
     KeepRemains,
+    /// Have no jail and nothing on the host that leads to one. Nothing undoes it.
+    RemoveNetwork,
     /// Have no directory. Nothing undoes it.
     RemoveDirectory,
     /// Give the uid back, in quarantine first. Nothing undoes it.
@@ -40,6 +46,8 @@ impl Effect {
     pub const fn name(self) -> &'static str {
         match self {
             Self::MakeDirectory => "make_directory",
+            Self::MakeNetwork => "make_network",
+            Self::OpenNetwork => "open_network",
             Self::StartVmm => "start_vmm",
             Self::BuildMachine => "build_machine",
             Self::RunMachine => "run_machine",
@@ -49,6 +57,7 @@ impl Effect {
             Self::ShutDownGuest => "shut_down_guest",
             Self::EndVmm => "end_vmm",
             Self::KeepRemains => "keep_remains",
+            Self::RemoveNetwork => "remove_network",
             Self::RemoveDirectory => "remove_directory",
             Self::ReleaseUid => "release_uid",
             Self::Forget => "forget",
@@ -59,6 +68,7 @@ impl Effect {
     pub const fn inverse(self) -> Option<Self> {
         match self {
             Self::MakeDirectory => Some(Self::RemoveDirectory),
+            Self::MakeNetwork | Self::OpenNetwork => Some(Self::RemoveNetwork),
             Self::StartVmm | Self::BuildMachine => Some(Self::EndVmm),
             Self::RunMachine => Some(Self::HoldMachine),
             Self::HoldMachine => Some(Self::RunMachine),
@@ -67,6 +77,7 @@ impl Effect {
             | Self::ShutDownGuest
             | Self::EndVmm
             | Self::KeepRemains
+            | Self::RemoveNetwork
             | Self::RemoveDirectory
             | Self::ReleaseUid
             | Self::Forget => None,
@@ -75,7 +86,15 @@ impl Effect {
 
     /// Whether it takes away what a VM held.
     pub const fn is_cleaning(self) -> bool {
-        matches!(self, Self::EndVmm | Self::KeepRemains | Self::RemoveDirectory | Self::ReleaseUid | Self::Forget)
+        matches!(
+            self,
+            Self::EndVmm
+                | Self::KeepRemains
+                | Self::RemoveNetwork
+                | Self::RemoveDirectory
+                | Self::ReleaseUid
+                | Self::Forget
+        )
     }
 
     /// Whether the work goes on when this effect fails: the failure is noted in the operation's step.

@@ -21,6 +21,7 @@ use super::world::{
     Ask, AskError, LaunchPlan, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
 };
 use crate::ids::VmId;
+use crate::net::desired::{self, jail_name};
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
@@ -50,6 +51,10 @@ pub struct HostVmm {
     pub(super) dirs: VmDirs,
     pub(super) images: ImageStore,
     pub(super) waits: Waits,
+    /// This host's number, which the names of its jails begin with.
+    pub(super) host_number: u16,
+    /// Bytes per packet that guests are told.
+    pub(super) mtu: u16,
 }
 
 /// A held VMM process.
@@ -172,8 +177,8 @@ impl VmmHost for HostVmm {
     type Stream = tokio::net::UnixStream;
 
     async fn start(&self, vm: &VmRecord) -> Result<HostProcess, StartVmmError> {
-        let (dirs, vm) = (self.dirs.clone(), vm.clone());
-        let started = spawn_blocking(move || start(&dirs, &vm)).await;
+        let (dirs, vm, host_number) = (self.dirs.clone(), vm.clone(), self.host_number);
+        let started = spawn_blocking(move || start(&dirs, &vm, host_number)).await;
         let started = started.map_err(|_| StartVmmError::Spawn {
             step: "wait for it".to_owned(),
             source: io::Error::other("the agent is ending"),
@@ -248,8 +253,9 @@ async fn read_line(stream: &mut tokio::net::UnixStream) -> Result<String, OpenSt
     }
 }
 
-fn start(dirs: &VmDirs, vm: &VmRecord) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
+fn start(dirs: &VmDirs, vm: &VmRecord, host_number: u16) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
     let failed = |what| move |source| StartVmmError::File { what, source };
+    let jail = netns::open_named(&jail_name(host_number, vm.jail)).map_err(failed("the VM's network namespace"))?;
     let dir = dirs.open(&vm.id).map_err(failed("the VM's directory"))?;
     let control = bind_in_dir(&dir, names::CONTROL).map_err(failed(names::CONTROL))?;
     let last_words = dirs.create(&vm.id, names::LAST_WORDS).map_err(failed(names::LAST_WORDS))?;
@@ -263,7 +269,7 @@ fn start(dirs: &VmDirs, vm: &VmRecord) -> Result<(ProcessRecord, OwnedFd), Start
         control: control.as_fd(),
         last_words: last_words.as_fd(),
         log: log.as_fd(),
-        network: SpawnNetwork::New,
+        network: SpawnNetwork::In(jail.as_fd()),
     });
     let spawned =
         spawned.map_err(|error| StartVmmError::Spawn { step: error.step.to_owned(), source: error.source })?;
@@ -305,7 +311,8 @@ impl HostVmm {
             Ask::Network => exchange(&mut socket, &Request::Network, &[], limit),
             Ask::ReplaceTap { index } => {
                 let index = *index;
-                let tap = open_tap(vm, index).map_err(|source| AskError::Open { what: tap_name(index), source })?;
+                let tap = self.open_tap(vm, index);
+                let tap = tap.map_err(|source| AskError::Open { what: desired::tap(index), source })?;
                 exchange(&mut socket, &Request::ReplaceTap { index }, &[tap.into()], limit)
             }
             Ask::Launch(plan) => {
@@ -313,6 +320,12 @@ impl HostVmm {
                 exchange(&mut socket, &Request::Launch(spec), &files, limit)
             }
         }
+    }
+
+    /// Attaches to a tap of the VM's jail.
+    fn open_tap(&self, vm: &VmRecord, slot: u8) -> io::Result<File> {
+        let jail = netns::open_named(&jail_name(self.host_number, vm.jail))?;
+        netns::in_fd(&jail, || tap::open(&desired::tap(slot)))?
     }
 
     /// Opens what the VMM needs, in the order the launch names it.
@@ -336,31 +349,26 @@ impl HostVmm {
             files.push(file.map_err(failed(&disk.path))?.into());
             devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
         }
-        // Made in the VMM's own namespace: it can be entered from here, never left from there.
-        files.push(open_tap(vm, 0).map_err(failed(&tap_name(0)))?.into());
-        devices.push(DeviceSpec::Net { index: 0, mac: mac(&vm.id), mtu: None, limits: plan.network_limits });
+        for index in 0..vm.spec.interfaces {
+            let tap = self.open_tap(vm, index).map_err(failed(&desired::tap(index)))?;
+            files.push(tap.into());
+            let (mac, limits) = (interface_mac(&vm.id, index), plan.network_limits);
+            devices.push(DeviceSpec::Net { index, mac, mtu: Some(self.mtu), limits });
+        }
         let LaunchPlan { vcpus, memory_bytes, command_line, .. } = plan.clone();
         Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
     }
 }
 
-/// Name of an interface's tap, in the VMM's network namespace.
-fn tap_name(index: u8) -> String {
-    format!("tap{index}")
-}
-
-fn open_tap(vm: &VmRecord, index: u8) -> io::Result<File> {
-    let gone = || io::Error::new(io::ErrorKind::NotFound, "the VMM is gone");
-    let ProcessRecord { pid, start_ticks } = vm.process.ok_or_else(gone)?;
-    let pidfd = process::find(pid, start_ticks)?.ok_or_else(gone)?;
-    netns::in_that_of(&pidfd, || tap::open(&tap_name(index)))?
-}
-
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
 pub(super) fn mac(vm: &VmId) -> [u8; 6] {
+    interface_mac(vm, 0)
+}
+
+fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
     let digest = blake3::hash(vm.as_str().as_bytes());
     let [a, b, c, d, e, ..] = *digest.as_bytes();
-    [0x02, a, b, c, d, e]
+    [0x02, a, b, c, d, e ^ index]
 }
 
 fn exchange(

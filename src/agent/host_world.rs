@@ -1,16 +1,20 @@
 //! The real world: this host. Made at start-up, in this order: directories, lock, ledger, then the rest.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::PathBuf;
 
-use super::config::Config;
+use super::config::{self, Config, FabricConfig};
 use super::host_disk::{HostDisk, VmDirs};
+use super::host_network::HostNetworks;
 use super::host_vmm::HostVmm;
 use super::images::ImageStore;
 use super::ledger::LedgerError;
 use super::ledger::writer::LedgerThread;
 use super::world::World;
 use crate::clock::SystemClock;
+use crate::net::desired::{Host, Peer, Underlay};
+use crate::net::host::{NetworkSpec, OpenNetworkError};
 use crate::sys::file;
 
 /// This host.
@@ -19,6 +23,7 @@ pub struct HostWorld {
     clock: SystemClock,
     vmm: HostVmm,
     disk: HostDisk,
+    networks: HostNetworks,
     records: LedgerThread,
     /// Held as long as this agent lives.
     _lock: file::Lock,
@@ -57,6 +62,53 @@ pub enum OpenHostError {
     /// The ledger could not be opened.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    /// The network could not be opened.
+    #[error("open this host's network")]
+    Network(#[from] OpenNetworkError),
+    /// This host has no address towards a peer, which VXLAN needs.
+    #[error("find the address that peer {peer} ({address}) is reached from; give this host one, or a route there")]
+    Underlay {
+        /// The peer.
+        peer: String,
+        /// Where it is.
+        address: IpAddr,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What the configuration makes of this host's network, and how many jails are made ahead.
+fn network_spec(config: &Config) -> Result<(NetworkSpec, usize), OpenHostError> {
+    let host = config.fabric.as_ref().map(fabric_host).transpose()?;
+    let pool = config.fabric.as_ref().map_or(0, |fabric| usize::try_from(fabric.pool).unwrap_or(0));
+    Ok((NetworkSpec { number: config.network_number(), host, mtu: config.mtu().into() }, pool))
+}
+
+fn fabric_host(fabric: &FabricConfig) -> Result<Host, OpenHostError> {
+    let underlay = match (fabric.underlay, fabric.peers.first()) {
+        (config::Underlay::Vxlan { id, port }, Some(peer)) => {
+            let local = address_towards(peer.address).map_err(|source| OpenHostError::Underlay {
+                peer: peer.name.clone(),
+                address: peer.address,
+                source,
+            })?;
+            Underlay::Vxlan { id, port, local }
+        }
+        // Nobody to carry packets to.
+        (config::Underlay::Vxlan { .. }, None) | (config::Underlay::Routed, _) => Underlay::Routed,
+    };
+    let peers = fabric.peers.iter().map(|peer| Peer { number: peer.host, address: peer.address }).collect();
+    Ok(Host { fabric: fabric.fabric, number: fabric.host, peers, underlay, mtu: fabric.mtu.into() })
+}
+
+/// The address of this host that the kernel takes for packets to another. Nothing is sent.
+fn address_towards(other: IpAddr) -> io::Result<IpAddr> {
+    let any: IpAddr = if other.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    // The discard port (RFC 863): a route is looked up, no packet is made.
+    socket.connect((other, 9))?;
+    Ok(socket.local_addr()?.ip())
 }
 
 impl HostWorld {
@@ -75,9 +127,16 @@ impl HostWorld {
         let records = LedgerThread::start(&path.join("ledger.db"))?;
         let dirs = VmDirs::new(vms);
         let images = ImageStore::new(config.images_dir.clone());
-        let vmm = HostVmm { dirs: dirs.clone(), images: images.clone(), waits: config.waits };
+        let networks = network_spec(config).and_then(|(spec, pool)| Ok(HostNetworks::open(spec, pool)?))?;
+        let vmm = HostVmm {
+            dirs: dirs.clone(),
+            images: images.clone(),
+            waits: config.waits,
+            host_number: config.network_number(),
+            mtu: config.mtu(),
+        };
         let disk = HostDisk::new(dirs, images, config.host_name.clone());
-        Ok(Self { clock: SystemClock::new(), vmm, disk, records, _lock: lock })
+        Ok(Self { clock: SystemClock::new(), vmm, disk, networks, records, _lock: lock })
     }
 }
 
@@ -85,6 +144,7 @@ impl World for HostWorld {
     type Clock = SystemClock;
     type Vmm = HostVmm;
     type Disk = HostDisk;
+    type Networks = HostNetworks;
     type Records = LedgerThread;
 
     fn clock(&self) -> &SystemClock {
@@ -97,6 +157,10 @@ impl World for HostWorld {
 
     fn disk(&self) -> &HostDisk {
         &self.disk
+    }
+
+    fn networks(&self) -> &HostNetworks {
+        &self.networks
     }
 
     fn records(&self) -> &LedgerThread {

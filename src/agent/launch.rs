@@ -3,16 +3,21 @@
 
 use std::sync::Arc;
 
-use super::Agent;
 use super::admit::{Facts, admit};
+use super::config::FabricConfig;
 use super::images::ImageError;
-use super::ledger::{KeyRow, LedgerError, StoredAnswer, Taken, Write};
-use super::record::{DiskSpec, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
+use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::session_error::{SessionError, join_refused};
+use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
+use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
-use super::vm_state::{Event, Goal, VmState, step};
-use super::world::{Records, VmDisk, World, random_array, random_nonce};
-use crate::clock::{Clock, UnixNanos};
+use super::vm_state::{Event, Goal, Step, VmState, step};
+use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
+use super::{Agent, Store};
+use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::{Generation, OperationId, VmId};
+use crate::net::address::{LocalId, Parts};
 use crate::report::Retry;
 use crate::units::{NetLimitError, NetLimits};
 
@@ -20,7 +25,7 @@ use crate::units::{NetLimitError, NetLimits};
 pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
 
 /// A VM to make.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LaunchRequest {
     /// Its name, if it gets one.
     pub name: Option<String>,
@@ -34,6 +39,14 @@ pub struct LaunchRequest {
     pub disks: Vec<DiskSpec>,
     /// What may pass its network interface.
     pub network_limits: NetLimits,
+    /// Session to join: its id, name or network id.
+    pub session: Option<String>,
+    /// Who puts its session addresses to use; only with a session.
+    pub addressing: Option<Addressing>,
+    /// Ports of the host that lead to it; only with a session.
+    pub published: Vec<PublishedPort>,
+    /// How many network interfaces it gets; one when nothing is said.
+    pub interfaces: Option<u8>,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -153,6 +166,45 @@ pub enum LaunchError {
     /// All user ids rest.
     #[error("no user id is free for the VM")]
     NoUid,
+    /// The session does not take it.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// An addressing without addresses.
+    #[error("addressing without a session: a VM without one has no addresses")]
+    AddressingWithoutSession,
+    /// No, or too many, interfaces.
+    #[error("{found} network interfaces: 1 to {max} are possible")]
+    Interfaces {
+        /// What was asked for.
+        found: u8,
+        /// The most there can be.
+        max: u8,
+    },
+    /// Too many published ports.
+    #[error("{found} published ports: at most {max} are possible")]
+    TooManyPorts {
+        /// How many.
+        found: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// Not ports.
+    #[error("publish {host_port}:{guest_port}: two ports of TCP or UDP, 1 to 65535, are possible")]
+    Port {
+        /// The host's.
+        host_port: u16,
+        /// The VM's.
+        guest_port: u16,
+    },
+    /// Another VM has the port.
+    #[error("port {port} of this host leads to another VM")]
+    PortTaken {
+        /// The port.
+        port: u16,
+    },
+    /// Published ports need a session.
+    #[error("published ports without a session lead nowhere: name a session")]
+    PublishedWithoutSession,
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
@@ -187,8 +239,15 @@ impl LaunchError {
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
             | Self::NetworkLimits(_)
+            | Self::AddressingWithoutSession
+            | Self::PublishedWithoutSession
+            | Self::Interfaces { .. }
+            | Self::TooManyPorts { .. }
+            | Self::Port { .. }
+            | Self::PortTaken { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
+            Self::Session(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
                 Retry::Later
             }
@@ -220,9 +279,26 @@ impl<W: World> Agent<W> {
             let checked = disk.check_disk(one).await;
             checked.map_err(|source| LaunchError::Disk { path: one.path.clone(), source })?;
         }
+        let session = match &request.session {
+            Some(word) => Some(self.session_to_join(word).await?),
+            None if request.addressing.is_some() => return Err(LaunchError::AddressingWithoutSession),
+            None if !request.published.is_empty() => return Err(LaunchError::PublishedWithoutSession),
+            None => None,
+        };
         let record = self.reserve(&request, spec).await?;
         let next = step(&record.state, &Event::LaunchAsked).map_err(|_| LaunchError::Ending)?;
-        self.begin_launch(record, next, request.key, asked_at).await.map(Launched::Vm)
+        let addressing = request.addressing.unwrap_or_default();
+        let fabric = self.shared.config.fabric.clone();
+        let now = self.shared.world.clock().wall();
+        let draft = Draft { record, next, fabric, addressing, published: request.published, now, key: request.key };
+        let networks = self.shared.world.networks();
+        let used = vms.iter().map(|vm| vm.jail).collect();
+        let jail = networks.take(&used);
+        let begun = self.begin_launch(draft, session, jail, asked_at).await;
+        if let (Err(_), Some(jail)) = (&begun, jail) {
+            networks.give_back(jail);
+        }
+        begun.map(Launched::Vm)
     }
 
     async fn earlier(&self, key: &Key) -> Result<Option<Launched>, LaunchError> {
@@ -258,6 +334,9 @@ impl<W: World> Agent<W> {
             spec,
             generation: Generation(random_array(world).map_err(random)?).to_string(),
             uid,
+            // Both come with the record's transaction.
+            jail: 0,
+            network: None,
             nonce: random_nonce(world).map_err(random)?,
             process: None,
             operation: None,
@@ -269,40 +348,100 @@ impl<W: World> Agent<W> {
 
     async fn begin_launch(
         &self,
-        mut record: VmRecord,
-        next: super::vm_state::Step,
-        key: Option<Key>,
-        asked_at: crate::clock::Monotonic,
+        draft: Draft,
+        session: Option<(SessionRecord, u32)>,
+        jail: Option<u16>,
+        asked_at: Monotonic,
     ) -> Result<Arc<VmRecord>, LaunchError> {
-        let clock = self.shared.world.clock();
         let random = random_array(&self.shared.world);
         let random = random.map_err(|source| LaunchError::Host { what: "read randomness", source })?;
         let id = OperationId::from_random(random);
-        let operation = operation_for(&record, id, Goal::Launch, false, &next, clock);
+        let claim = Claim {
+            vm: draft.record.id.clone(),
+            session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
+            jail,
+            now: draft.now,
+        };
+        let name = draft.record.name.clone();
+        let admit = move |store: &mut Store| store.admit_vm(&claim, |grant| draft.admitted(grant, id));
+        let ((record, operation), last) = match self.shared.world.records().with(admit).await {
+            Ok(admitted) => admitted,
+            Err(error) => return Err(not_admitted(error, session.as_ref(), name)),
+        };
+        self.shared.wake_readers(last);
+        tracing::info!(vm = %record.id, name = record.name, image = record.spec.image, "launching");
+        let handle = start(&self.shared, record, Begin::Launch(operation, asked_at));
+        let record = handle.record.borrow().clone();
+        Ok(record)
+    }
+}
+
+/// A VM to be, but for what is handed out one by one. Becomes a VM on the ledger's thread, so it asks nobody anything
+/// there.
+struct Draft {
+    record: VmRecord,
+    next: Step,
+    fabric: Option<FabricConfig>,
+    addressing: Addressing,
+    published: Vec<PublishedPort>,
+    now: UnixNanos,
+    key: Option<Key>,
+}
+
+impl Draft {
+    /// The VM, its operation, and all that is written of them.
+    fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
+        let Self { mut record, next, fabric, addressing, published, now, key } = self;
+        record.jail = grant.jail;
+        let member = fabric.zip(grant.member);
+        record.network =
+            member.map(|(fabric, (session, local))| network(&fabric, &session, local, (addressing, published)));
+        let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
         record.state = next.state;
         record.operation = Some(operation.id.clone());
         let mut writes = vec![
             Write::Vm(Box::new(record.clone())),
             Write::Lease { uid: record.uid, vm: record.id.clone() },
             Write::Operation(Box::new(operation.clone())),
-            self.shared.vm_event(&record),
-            self.shared.operation_event(&operation),
+            vm_event(now, &record),
+            operation_event(now, &operation),
         ];
         if let Some(Key { key, route, body_hash }) = key {
-            let expires = UnixNanos(clock.wall().0.saturating_add(KEY_LIFETIME_NS));
+            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
             let object = record.id.to_string();
             writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
         }
-        match self.shared.commit(writes).await {
-            Ok(()) => {}
-            Err(LedgerError::Taken { what: Taken::Name }) => {
-                return Err(LaunchError::NameTaken { name: record.name.unwrap_or_default() });
-            }
-            Err(error) => return Err(LaunchError::Ledger(error)),
-        }
-        tracing::info!(vm = %record.id, name = record.name, image = record.spec.image, "launching");
-        let handle = start(&self.shared, record, Begin::Launch(operation, asked_at));
-        let record = handle.record.borrow().clone();
-        Ok(record)
+        ((record, operation), writes)
+    }
+}
+
+/// A VM's place in its session.
+fn network(
+    fabric: &FabricConfig,
+    session: &SessionRecord,
+    local: LocalId,
+    (addressing, published): (Addressing, Vec<PublishedPort>),
+) -> NetworkRecord {
+    let parts = Parts { host: fabric.host, session: session.session_network_id, local };
+    // A local id that is too wide was not granted.
+    let ipv4 = fabric.fabric.v4(parts).ok().flatten().filter(|_| session.ipv4);
+    NetworkRecord {
+        session: session.id.clone(),
+        session_network_id: session.session_network_id,
+        local_id: local,
+        ipv6: fabric.fabric.v6(parts),
+        ipv4,
+        addressing,
+        egress: session.egress.clone(),
+        published,
+    }
+}
+
+fn not_admitted(error: LedgerError, session: Option<&(SessionRecord, u32)>, name: Option<String>) -> LaunchError {
+    match (error, session) {
+        (LedgerError::Taken { what: Taken::Name }, _) => LaunchError::NameTaken { name: name.unwrap_or_default() },
+        (LedgerError::Session(SessionRefusal::NoJail), _) => LaunchError::TooManyVms { max: JAILS_MAX.into() },
+        (LedgerError::Session(refusal), Some((session, max))) => join_refused(session, *max, refusal).into(),
+        (error, _) => LaunchError::Ledger(error),
     }
 }

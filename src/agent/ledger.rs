@@ -6,16 +6,20 @@
 
 mod rows;
 mod schema;
+mod sessions;
 pub(super) mod writer;
 
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
-use super::record::{EventRecord, OperationRecord, OperationState, StepRecord, VmRecord};
+use super::record::{EventRecord, OperationRecord, OperationState, StepRecord, Subject, VmRecord};
+use super::session_record::SessionRecord;
 use crate::clock::UnixNanos;
 use crate::ids::{OperationId, VmId};
 use crate::report::Retry;
+
+pub use sessions::{Claim, Grant, LocalLease, NewSession, NumberChoice, SessionRefusal};
 
 /// Events that are kept; older ones are dropped. A client that polls once a minute at ten events a second misses none.
 pub(super) const EVENTS_KEPT: u64 = 10_000;
@@ -82,6 +86,9 @@ pub enum LedgerError {
         /// What.
         what: Taken,
     },
+    /// A session, or a VM in one, is not taken or given up.
+    #[error("use the session")]
+    Session(#[from] SessionRefusal),
     /// The thread that owns the ledger has ended.
     #[error("the ledger is closed")]
     Closed,
@@ -94,6 +101,8 @@ pub enum Taken {
     Name,
     /// A VMM's user id.
     Uid,
+    /// A VM's jail.
+    Jail,
     /// An idempotency key.
     Key,
 }
@@ -103,6 +112,7 @@ impl std::fmt::Display for Taken {
         out.write_str(match self {
             Self::Name => "the name",
             Self::Uid => "the uid",
+            Self::Jail => "the jail",
             Self::Key => "the idempotency key",
         })
     }
@@ -112,7 +122,11 @@ impl LedgerError {
     /// Whether the same request may succeed later.
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::Foreign { .. } | Self::Newer { .. } | Self::Damaged { .. } | Self::Taken { .. } => Retry::WithChange,
+            Self::Foreign { .. }
+            | Self::Newer { .. }
+            | Self::Damaged { .. }
+            | Self::Taken { .. }
+            | Self::Session(_) => Retry::WithChange,
             Self::Open { .. } | Self::Sql(_) | Self::Closed => Retry::Later,
             Self::Row { .. } => Retry::Never,
         }
@@ -153,6 +167,15 @@ pub enum Write {
         /// When it may be used again.
         quarantine_until: UnixNanos,
     },
+    /// A VM's local id is not used any more, and may be again from then on. Nothing for a VM without a session.
+    ReleaseLocal {
+        /// Whose it was.
+        vm: VmId,
+        /// When it may be used again.
+        quarantine_until: UnixNanos,
+    },
+    /// A session that is there, whole.
+    Session(Box<SessionRecord>),
     /// A create with an idempotency key began; fails when the key is known.
     Key(KeyRow),
     /// The answer to a create with an idempotency key.
@@ -173,8 +196,8 @@ pub struct NewEvent {
     pub at: UnixNanos,
     /// What.
     pub kind: &'static str,
-    /// The VM it is about.
-    pub vm: VmId,
+    /// What it is about.
+    pub subject: Subject,
     /// The operation it belongs to.
     pub operation: Option<OperationId>,
     /// What is worth knowing about it.
@@ -261,6 +284,11 @@ impl Store {
         Ok(last)
     }
 
+    /// All VMs, oldest first.
+    pub fn vms(&self) -> Result<Vec<VmRecord>, LedgerError> {
+        rows::vms(&self.connection)
+    }
+
     /// Events after `since`, oldest first, at most [`EVENTS_PAGE`].
     pub fn events(&self, since: u64) -> Result<Vec<EventRecord>, LedgerError> {
         rows::events(&self.connection, since, EVENTS_PAGE)
@@ -298,9 +326,10 @@ impl Store {
 
     /// Drops what has run out: quarantines and idempotency keys.
     pub fn sweep(&mut self, now: UnixNanos) -> Result<(), LedgerError> {
-        let now = rows::nanos(now);
-        self.connection.execute("DELETE FROM leases WHERE quarantine_until <= ?1", [now])?;
-        self.connection.execute("DELETE FROM idempotency WHERE expires <= ?1", [now])?;
+        sessions::sweep(&self.connection, now)?;
+        let nanos = rows::nanos(now);
+        self.connection.execute("DELETE FROM leases WHERE quarantine_until <= ?1", [nanos])?;
+        self.connection.execute("DELETE FROM idempotency WHERE expires <= ?1", [nanos])?;
         Ok(())
     }
 
@@ -332,6 +361,8 @@ fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
             to.execute(release, params![vm.as_str(), until])?;
             Ok(())
         }
+        Write::ReleaseLocal { vm, quarantine_until } => sessions::release(to, vm, *quarantine_until),
+        Write::Session(session) => sessions::update(to, session),
         Write::Key(key) => rows::put_key(to, key),
         Write::Answer { key, route, answer } => {
             let put = "UPDATE idempotency SET status = ?3, answer = ?4 WHERE key = ?1 AND route = ?2";

@@ -4,9 +4,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
+use super::session_record::NetworkRecord;
 use super::vm_state::{Goal, VmState};
 use crate::clock::UnixNanos;
-use crate::ids::{OperationId, VmId};
+use crate::ids::{OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
 use crate::units::NetLimits;
 use crate::wire::control::Nonce;
@@ -33,6 +34,11 @@ pub struct VmRecord {
     pub generation: String,
     /// The user id of its VMM.
     pub uid: u32,
+    /// The number of its jail, the network namespace it lives in: no two records on a host have the same.
+    pub jail: u16,
+    /// Its place in its session; `None` for a VM without one.
+    #[serde(default)]
+    pub network: Option<NetworkRecord>,
     /// The secret its VMM was started with.
     pub nonce: Nonce,
     /// Its VMM process, once started.
@@ -68,6 +74,13 @@ pub struct VmSpec {
     /// What may pass its network interface.
     #[serde(default)]
     pub network_limits: NetLimits,
+    /// How many network interfaces it has. The first is in its session; the others lead nowhere yet.
+    #[serde(default = "one")]
+    pub interfaces: u8,
+}
+
+const fn one() -> u8 {
+    1
 }
 
 /// A disk of a VM.
@@ -221,12 +234,56 @@ pub struct EventRecord {
     pub seq: u64,
     /// When.
     pub at: UnixNanos,
-    /// What, as `noun.verb`.
+    /// What, as `noun_verb`.
     pub kind: String,
-    /// The VM it is about.
-    pub vm: VmId,
+    /// What it is about.
+    pub subject: Subject,
     /// The operation it belongs to.
     pub operation: Option<OperationId>,
     /// What is worth knowing about it.
     pub body: serde_json::Value,
+}
+
+/// What an event is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Subject {
+    /// A VM.
+    Vm(VmId),
+    /// A session.
+    Session(SessionId),
+    /// This host: what is of no VM or session in particular.
+    Host,
+}
+
+/// The word for [`Subject::Host`].
+const HOST_WORD: &str = "host";
+
+impl std::fmt::Display for Subject {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Self::Vm(id) => id.as_str(),
+            Self::Session(id) => id.as_str(),
+            Self::Host => HOST_WORD,
+        })
+    }
+}
+
+impl TryFrom<String> for Subject {
+    type Error = ParseIdError;
+    fn try_from(text: String) -> Result<Self, ParseIdError> {
+        if text == HOST_WORD {
+            Ok(Self::Host)
+        } else if text.starts_with(SessionId::PREFIX) {
+            text.try_into().map(Self::Session)
+        } else {
+            text.try_into().map(Self::Vm)
+        }
+    }
+}
+
+impl From<Subject> for String {
+    fn from(subject: Subject) -> Self {
+        subject.to_string()
+    }
 }

@@ -4,14 +4,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::config::Config;
 use super::effect::Effect;
 use super::ledger::{LedgerError, Write};
 use super::record::{OperationRecord, OperationState, StepState, VmRecord};
+use super::session_record::NetworkRecord;
 use super::shared::Shared;
 use super::vm_state::{Goal, VmState};
 use super::world::{Records, VmDisk, VmmHost, VmmProcess, World};
 use crate::clock::Clock;
 use crate::ids::VmId;
+use crate::net::address::Parts;
 
 /// What to do with a VM at the start of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +72,28 @@ pub(super) async fn end_orphans<W: World>(
     Ok(())
 }
 
+/// Whether a VM that lives has other addresses than this fabric gives it: host number or prefix were changed under it.
+pub(super) fn moved_fabric(config: &Config, vms: &[VmRecord]) -> Option<String> {
+    let living = vms.iter().filter(|vm| vm.state.holds_resources());
+    for (vm, network) in living.filter_map(|vm| Some((vm, vm.network.as_ref()?))) {
+        let (id, has) = (&vm.id, network.ipv6);
+        let Some(fabric) = &config.fabric else {
+            return Some(format!("{id} has the address {has}, but the configuration has no [fabric] any more"));
+        };
+        let NetworkRecord { session_network_id: session, local_id: local, ipv4, .. } = network;
+        let parts = Parts { host: fabric.host, session: *session, local: *local };
+        let wanted = (fabric.fabric.v6(parts), fabric.fabric.v4(parts).ok().flatten());
+        if has != wanted.0 || ipv4.is_some() && *ipv4 != wanted.1 {
+            return Some(format!(
+                "{id} has the address {has}, this configuration gives it {}: restore host_number, ipv6_prefix and \
+                 ipv4 of [fabric], or remove the VMs in sessions and restart the agent",
+                wanted.0
+            ));
+        }
+    }
+    None
+}
+
 /// Time between two sweeps of what has run out.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -90,6 +115,7 @@ pub(super) async fn sweep<W: World>(shared: Arc<Shared<W>>) {
         Err(error) => tracing::warn!(%error, "cannot list the VMs' directories"),
     }
     loop {
+        super::network::sweep(&shared).await;
         let now = shared.world.clock().wall();
         if let Err(error) = shared.world.records().with(move |store| store.sweep(now)).await {
             tracing::warn!(error = %crate::report::chain(&error), "cannot sweep the ledger");

@@ -18,12 +18,14 @@ use super::images::{Image, ImageError};
 use super::launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
 use super::ledger::{KeyRow, LedgerError, StoredAnswer, Write};
 use super::record::{EventRecord, OperationRecord, VmRecord};
+use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
+use super::session_error::SessionError;
 use super::shared::{Shared, VmHandle};
 use super::traffic;
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{
-    Ask, HostFacts, ImageImport, OpenStreamError, Records, VmDisk, VmmHost, VmmProcess, World, random_array,
+    Ask, HostFacts, ImageImport, OpenStreamError, Records, VmDisk, VmNetworks, VmmHost, VmmProcess, World, random_array,
 };
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
@@ -51,7 +53,7 @@ impl<W: World> Agent<W> {
         Ok(GuestLink::open(AnyStream::new(stream)).await?)
     }
 
-    async fn ask_actor(&self, vm: &VmHandle, verb: Verb) -> Result<Arc<VmRecord>, VmError> {
+    pub(super) async fn ask_actor(&self, vm: &VmHandle, verb: Verb) -> Result<Arc<VmRecord>, VmError> {
         let gone = || VmError::Verb(VerbError::Gone { vm: vm.id.to_string() });
         let (reply, answer) = oneshot::channel();
         let sent = vm.inbox.try_send(Request { verb, reply });
@@ -171,6 +173,37 @@ impl<W: World> Door for Agent<W> {
                 Err(LedgerError::Taken { .. }) => self.shared.commit(vec![update]).await,
                 other => other,
             }
+        }
+        .boxed()
+    }
+
+    fn fabric(&self) -> Option<FabricView> {
+        self.fabric_view()
+    }
+
+    fn create_session(&self, request: SessionRequest) -> BoxFuture<'_, Result<SessionCreated, SessionError>> {
+        self.make_session(request).boxed()
+    }
+
+    fn sessions(&self) -> BoxFuture<'_, Result<Vec<SessionView>, LedgerError>> {
+        self.list_sessions().boxed()
+    }
+
+    fn session<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<SessionView, SessionError>> {
+        async move { Ok(self.view(self.find_session(word).await?).await) }.boxed()
+    }
+
+    fn remove_session<'a>(
+        &'a self,
+        word: &'a str,
+        drain: bool,
+        grace: Duration,
+    ) -> BoxFuture<'a, Result<(), SessionError>> {
+        // On a task of its own: a client that hangs up does not leave a session half drained.
+        let (agent, word) = (self.clone(), word.to_owned());
+        async move {
+            let ending = tokio::spawn(async move { agent.end_session(&word, drain, grace).await });
+            ending.await.unwrap_or(Err(SessionError::Ending))
         }
         .boxed()
     }
@@ -298,6 +331,15 @@ impl<W: World> Door for Agent<W> {
                 }
             }))
             .await;
+        }
+        .boxed()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async move {
+            if let Err(error) = self.shared.world.networks().end().await {
+                tracing::warn!(error = %crate::report::chain(&error), "something of the network is left");
+            }
         }
         .boxed()
     }

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use super::config::Config;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
-use super::record::{OperationRecord, VmRecord};
+use super::record::{OperationRecord, Subject, VmRecord};
+use super::session_record::SessionRecord;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
@@ -27,6 +28,11 @@ pub(crate) struct Shared<W: World> {
     /// Set once the ledger cannot be written: the agent then ends, its VMs go on, the next agent recovers.
     pub(crate) broken: watch::Sender<Option<String>>,
     pub(crate) metrics: Metrics,
+    /// What speaks against session networks at the moment, by who found it. While there is anything, no session is
+    /// made and no VM joins one.
+    conflicts: watch::Sender<BTreeMap<String, String>>,
+    /// A session has come that may have to end.
+    pub(crate) sessions_changed: Notify,
     pub(crate) traffic: Traffic,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
@@ -52,6 +58,8 @@ impl<W: World> Shared<W> {
             last_event: watch::Sender::new(last_event),
             broken: watch::Sender::new(None),
             metrics: Metrics::new(),
+            conflicts: watch::Sender::default(),
+            sessions_changed: Notify::new(),
             traffic: Traffic::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
@@ -65,12 +73,45 @@ impl<W: World> Shared<W> {
     /// Writes all or nothing and wakes the readers of events.
     pub(crate) async fn commit(&self, writes: Vec<Write>) -> Result<(), LedgerError> {
         let last = self.world.records().with(move |store| store.commit(&writes)).await?;
+        self.wake_readers(last);
+        Ok(())
+    }
+
+    /// Wakes the readers of events up to the one with this number.
+    pub(crate) fn wake_readers(&self, last: u64) {
         self.last_event.send_if_modified(|event| {
             let newer = last > *event;
             *event = last.max(*event);
             newer
         });
-        Ok(())
+    }
+
+    /// What speaks against session networks at the moment.
+    pub(crate) fn conflicts(&self) -> Vec<String> {
+        self.conflicts.borrow().values().cloned().collect()
+    }
+
+    /// Says what `source` finds wrong with session networks (`None`: nothing any more), with an event when that is new.
+    pub(crate) async fn set_conflict(&self, source: &str, reason: Option<String>) -> Result<(), LedgerError> {
+        let changed = self.conflicts.send_if_modified(|conflicts| match &reason {
+            Some(reason) => conflicts.insert(source.to_owned(), reason.clone()).as_ref() != Some(reason),
+            None => conflicts.remove(source).is_some(),
+        });
+        if !changed {
+            return Ok(());
+        }
+        match &reason {
+            Some(reason) => tracing::error!(source, reason, "fabric conflict: sessions are refused"),
+            None => tracing::info!(source, "fabric conflict is over"),
+        }
+        let event = NewEvent {
+            at: self.world.clock().wall(),
+            kind: "fabric_conflict",
+            subject: Subject::Host,
+            operation: None,
+            body: serde_json::json!({ "source": source, "reason": reason }),
+        };
+        self.commit(vec![Write::Event(event)]).await
     }
 
     /// Records that the ledger cannot be written any more.
@@ -86,17 +127,7 @@ impl<W: World> Shared<W> {
 
     /// The event of a VM's new state.
     pub(crate) fn vm_event(&self, vm: &VmRecord) -> Write {
-        let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
-        if let super::vm_state::VmState::Failed { cause } = &vm.state {
-            body["cause"] = cause.name().into();
-        }
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind: "vm_state",
-            vm: vm.id.clone(),
-            operation: vm.operation.clone(),
-            body,
-        })
+        vm_event(self.world.clock().wall(), vm)
     }
 
     /// The event that a VM is forgotten.
@@ -104,7 +135,7 @@ impl<W: World> Shared<W> {
         Write::Event(NewEvent {
             at: self.world.clock().wall(),
             kind: "vm_removed",
-            vm: vm.id.clone(),
+            subject: Subject::Vm(vm.id.clone()),
             operation: vm.operation.clone(),
             body: serde_json::json!({ "name": vm.name }),
         })
@@ -112,13 +143,38 @@ impl<W: World> Shared<W> {
 
     /// The event of an operation's new state.
     pub(crate) fn operation_event(&self, operation: &OperationRecord) -> Write {
-        let error = operation.error.as_ref().map(|error| error.code.clone());
-        Write::Event(NewEvent {
-            at: self.world.clock().wall(),
-            kind: "operation_state",
-            vm: operation.vm.clone(),
-            operation: Some(operation.id.clone()),
-            body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
-        })
+        operation_event(self.world.clock().wall(), operation)
     }
+}
+
+/// The event of a VM's new state.
+pub(super) fn vm_event(at: UnixNanos, vm: &VmRecord) -> Write {
+    let mut body = serde_json::json!({ "state": vm.state.name(), "revision": vm.revision, "name": vm.name });
+    if let super::vm_state::VmState::Failed { cause } = &vm.state {
+        body["cause"] = cause.name().into();
+    }
+    let (subject, operation) = (Subject::Vm(vm.id.clone()), vm.operation.clone());
+    Write::Event(NewEvent { at, kind: "vm_state", subject, operation, body })
+}
+
+/// The event of an operation's new state.
+pub(super) fn operation_event(at: UnixNanos, operation: &OperationRecord) -> Write {
+    let error = operation.error.as_ref().map(|error| error.code.clone());
+    Write::Event(NewEvent {
+        at,
+        kind: "operation_state",
+        subject: Subject::Vm(operation.vm.clone()),
+        operation: Some(operation.id.clone()),
+        body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
+    })
+}
+
+/// The event of something that happened to a session.
+pub(super) fn session_event(at: UnixNanos, kind: &'static str, session: &SessionRecord) -> Write {
+    let body = serde_json::json!({
+        "state": session.state.name(),
+        "name": session.name,
+        "session_network_id": session.session_network_id,
+    });
+    Write::Event(NewEvent { at, kind, subject: Subject::Session(session.id.clone()), operation: None, body })
 }

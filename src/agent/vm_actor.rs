@@ -18,8 +18,8 @@ use super::record::{OperationError, OperationRecord, OperationState, StepRecord,
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
 use super::work::{Outcome, Report, Work, ended};
-use super::world::{Ask, ProcessEnd, VmDisk, VmmHost, World, random_array};
-use crate::clock::{Clock, Monotonic};
+use super::world::{Ask, ProcessEnd, VmDisk, VmNetworks, VmmHost, World, random_array};
+use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::OperationId;
 use crate::report::Retry;
 use crate::wire::last_words::LastWords;
@@ -281,7 +281,7 @@ impl<W: World> VmActor<W> {
             goal,
             then_remove,
             next,
-            self.shared.world.clock(),
+            self.shared.world.clock().wall(),
         )
     }
 
@@ -473,12 +473,25 @@ impl<W: World> VmActor<W> {
         }
     }
 
+    /// Takes over the jail of a VM that runs; what is not as it should be is made so. A VM whose network cannot be seen
+    /// to goes on without: the next try comes with the next change there.
+    async fn see_to_network(&mut self) {
+        if !self.record.state.holds_resources() {
+            return;
+        }
+        if let Err(error) = self.shared.world.networks().open(&self.record).await {
+            let error = crate::report::chain(&error);
+            tracing::warn!(vm = %self.record.id, error, "the network of a VM that runs is not as it should be");
+        }
+    }
+
     /// Continues what an earlier agent left: performs unfinished effects again, or sees to a VMM that ended meanwhile.
     async fn recover(&mut self, recovered: Recovered) -> Result<(), LedgerError> {
         self.process = self.look_for_vmm().await;
         match super::recover::plan(&self.record, recovered.operation, self.process.is_some()) {
             super::recover::Plan::Rest => {
                 self.greet_vmm().await;
+                self.see_to_network().await;
                 Ok(())
             }
             super::recover::Plan::Continue(operation) => {
@@ -507,7 +520,7 @@ pub(crate) fn operation_for(
     goal: Goal,
     then_remove: bool,
     next: &Step,
-    clock: &impl Clock,
+    now: UnixNanos,
 ) -> OperationRecord {
     let pending = |&effect| StepRecord { effect, state: StepState::Pending, took_us: None, note: None };
     OperationRecord {
@@ -518,7 +531,7 @@ pub(crate) fn operation_for(
         state: OperationState::Running,
         steps: next.effects.iter().map(pending).collect(),
         error: None,
-        created_at: clock.wall(),
+        created_at: now,
         ended_at: None,
     }
 }

@@ -234,19 +234,29 @@ fn step_to(state: VmState, effects: &[Effect]) -> Result<Step, Denied> {
     Ok(Step { state, effects: effects.to_vec() })
 }
 
-const LAUNCH: [Effect; 5] =
-    [Effect::MakeDirectory, Effect::StartVmm, Effect::BuildMachine, Effect::RunMachine, Effect::GreetGuest];
+const LAUNCH: [Effect; 7] = [
+    Effect::MakeDirectory,
+    Effect::MakeNetwork,
+    Effect::StartVmm,
+    Effect::BuildMachine,
+    Effect::RunMachine,
+    Effect::GreetGuest,
+    Effect::OpenNetwork,
+];
 const RESUME: [Effect; 2] = [Effect::RunMachine, Effect::SetGuestClock];
-const CLEAN: [Effect; 4] = [Effect::EndVmm, Effect::KeepRemains, Effect::RemoveDirectory, Effect::ReleaseUid];
-const SHUT_DOWN: [Effect; 6] = [
+const CLEAN: [Effect; 5] =
+    [Effect::EndVmm, Effect::KeepRemains, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid];
+const SHUT_DOWN: [Effect; 7] = [
     Effect::RunMachine,
     Effect::ShutDownGuest,
     Effect::EndVmm,
     Effect::KeepRemains,
+    Effect::RemoveNetwork,
     Effect::RemoveDirectory,
     Effect::ReleaseUid,
 ];
-const FORGET: [Effect; 4] = [Effect::EndVmm, Effect::RemoveDirectory, Effect::ReleaseUid, Effect::Forget];
+const FORGET: [Effect; 5] =
+    [Effect::EndVmm, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid, Effect::Forget];
 
 /// The next state and what to do, or why not. Every pair of state and event has an answer; the golden file
 /// `tests/golden/vm_state.txt` shows them all.
@@ -391,6 +401,7 @@ mod tests {
                 // From `stopping` the cleaning was done before (or could not be, which the record then says).
                 if ends && state != VmState::Stopping {
                     assert!(next.effects.contains(&Effect::EndVmm), "{state:?} {event:?}");
+                    assert!(next.effects.contains(&Effect::RemoveNetwork), "{state:?} {event:?}");
                     assert!(next.effects.contains(&Effect::ReleaseUid), "{state:?} {event:?}");
                 }
             }

@@ -11,17 +11,18 @@ use tokio::time::{sleep, timeout};
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
 use super::guest_network::{self, guest_network};
-use super::host_vmm::mac;
 use super::ledger::{LedgerError, Write};
+use super::member::member;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
+use super::session_end::{after, quarantine};
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, ProcessEnd, StartVmmError, VmDisk, VmmHost, VmmProcess, World, random_array,
+    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, StartVmmError, VmDisk, VmNetworks, VmmHost, VmmProcess, World,
+    random_array,
 };
-use crate::clock::{Clock, Monotonic, UnixNanos};
+use crate::clock::{Clock, Monotonic};
 use crate::ids::Generation;
-use crate::net::member::Member;
 use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
@@ -117,7 +118,7 @@ impl<W: World> Work<W> {
                 writes.push(self.shared.removed_event(&self.record));
             }
             if effect == Effect::ReleaseUid && performed.is_ok() {
-                writes.push(self.release());
+                writes.extend(self.release());
             }
             if let Err(error) = self.shared.commit(writes).await {
                 return Outcome::Broken(error);
@@ -157,6 +158,9 @@ impl<W: World> Work<W> {
                 let made = self.shared.world.disk().make(&self.record.id).await;
                 made.map_err(|error| host(format!("make the VM's directory: {error}")))
             }
+            Effect::MakeNetwork => self.shared.world.networks().make(&self.record).await.map_err(no_network),
+            Effect::OpenNetwork => self.shared.world.networks().open(&self.record).await.map_err(no_network),
+            Effect::RemoveNetwork => self.shared.world.networks().remove(&self.record).await.map_err(no_network),
             Effect::StartVmm => self.start_vmm().await,
             Effect::BuildMachine => self.build_machine().await,
             Effect::RunMachine => self.run_machine().await,
@@ -185,10 +189,16 @@ impl<W: World> Work<W> {
         self.shared.world.clock().monotonic()
     }
 
-    fn release(&self) -> Write {
-        let rest = u64::try_from(self.shared.config.uids.quarantine().as_nanos()).unwrap_or(u64::MAX);
-        let until = UnixNanos(self.shared.world.clock().wall().0.saturating_add(rest));
-        Write::Release { vm: self.record.id.clone(), quarantine_until: until }
+    /// What a VM was lent goes back together: its uid and its addresses, each to rest for its own time.
+    fn release(&self) -> [Write; 2] {
+        let now = self.shared.world.clock().wall();
+        let config = &self.shared.config;
+        let vm = &self.record.id;
+        let (uid, local) = (after(now, config.uids.quarantine()), after(now, quarantine(config)));
+        [
+            Write::Release { vm: vm.clone(), quarantine_until: uid },
+            Write::ReleaseLocal { vm: vm.clone(), quarantine_until: local },
+        ]
     }
 
     async fn find(&mut self) -> Result<Option<Process<W>>, Outcome> {
@@ -324,8 +334,9 @@ impl<W: World> Work<W> {
         };
         link.done(&ToGuest::Identity(identity), ANSWER_LIMIT).await?;
         if link.version >= guest_network::SINCE_VERSION {
-            let member = Member { mac: mac(&self.record.id), session: None };
-            let network = ToGuest::Network(guest_network(&member, 0));
+            let config = &self.shared.config;
+            let member = member(&self.record, config.fabric.as_ref().map(|fabric| &fabric.fabric));
+            let network = ToGuest::Network(guest_network(&member, config.mtu()));
             link.done(&network, ANSWER_LIMIT).await?;
         }
         Ok(heard)
@@ -424,6 +435,10 @@ fn note_of(outcome: &Outcome) -> Option<String> {
 
 fn host(detail: String) -> Outcome {
     Outcome::Failed(FailureCause::Host { detail })
+}
+
+fn no_network(error: NetworkError) -> Outcome {
+    host(format!("the VM's network: {}", chain(&error)))
 }
 
 fn bad_image(detail: String) -> Outcome {

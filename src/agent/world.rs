@@ -1,11 +1,13 @@
-//! What the agent is made against: the clock, VMM processes, files, records and randomness behind narrow traits. The
-//! real ones are in `host_world`, the simulated ones in `crate::sim`. Networks and peers join as later work needs them.
+//! What the agent is made against: the clock, VMM processes, files, networks, records and randomness behind narrow
+//! traits. The real ones are in `host_world`, the simulated ones in `crate::sim`.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
 
 use super::images::{Image, ImageError};
 use super::ledger::{LedgerError, Store};
@@ -26,6 +28,8 @@ pub trait World: Send + Sync + 'static {
     type Vmm: VmmHost;
     /// The VMs' directories, images and facts of the host.
     type Disk: VmDisk;
+    /// The VMs' jails, and what leads to them.
+    type Networks: VmNetworks;
     /// Durable records.
     type Records: Records;
 
@@ -35,6 +39,8 @@ pub trait World: Send + Sync + 'static {
     fn vmm(&self) -> &Self::Vmm;
     /// Files.
     fn disk(&self) -> &Self::Disk;
+    /// Networks.
+    fn networks(&self) -> &Self::Networks;
     /// Durable records.
     fn records(&self) -> &Self::Records;
     /// Fills `bytes` with randomness fit for keys.
@@ -286,6 +292,63 @@ pub struct HostFacts {
     pub memory_available_bytes: u64,
     /// What the probe found; `None` until it answered.
     pub probe: Option<serde_json::Value>,
+}
+
+/// The VMs' jails: network namespaces with a tap for each interface, rules, and what leads to them on the host.
+pub trait VmNetworks: Send + Sync + 'static {
+    /// Has a closed jail for this VM: nothing passes.
+    fn make(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has an open jail for this VM: its own traffic passes. Makes what is missing.
+    fn open(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has no jail of this VM, and nothing on the host that led to it.
+    fn remove(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has the host's own part: routes to peers and such. Before the first VM.
+    fn start(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Takes away what no VM needs: the agent ends.
+    fn end(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Removes the jails that an earlier agent left, and those of launches that never were; `known` are the VMs'. Gives
+    /// the numbers of the removed.
+    fn sweep(&self, known: BTreeSet<u16>) -> impl Future<Output = Result<Vec<u16>, NetworkError>> + Send;
+    /// What a VM's jail dropped so far.
+    fn drops(&self, vm: &VmRecord) -> impl Future<Output = Result<Drops, NetworkError>> + Send;
+    /// A number for a new VM's jail, of one made ahead if there is any; none of `used`. `None`: there are no more.
+    fn take(&self, used: &BTreeSet<u16>) -> Option<u16>;
+    /// The launch that took this number did not come to be.
+    fn give_back(&self, number: u16);
+    /// Sockets in the VM's jail that its guest reaches at the metadata addresses.
+    fn metadata_sockets(&self, vm: &VmRecord) -> io::Result<Vec<std::net::TcpListener>>;
+    /// What others changed and was put right, once; `None` when it was asked for before, or nothing is watched.
+    fn changes(&self) -> Option<mpsc::Receiver<NetworkChange>>;
+}
+
+/// Something in the network was not as it should be, by no doing of the agent's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkChange {
+    /// Whose jail; `None`: the host's own part.
+    pub jail: Option<u16>,
+    /// What was done about it.
+    pub steps: Vec<String>,
+    /// What could not be done.
+    pub failures: Vec<String>,
+}
+
+/// Packets a jail dropped, by reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drops {
+    /// From the VM with another's address, or made to look like it.
+    pub spoof: u64,
+    /// To or from another session.
+    pub foreign_session: u64,
+    /// To or from somewhere else that is not allowed.
+    pub not_allowed: u64,
+}
+
+/// Why a network is not as it should be. All that failed, each with what it was.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", failures.join("; "))]
+pub struct NetworkError {
+    /// What failed, each a chain.
+    pub failures: Vec<String>,
 }
 
 /// Durable records: one store, written by one writer.

@@ -1,5 +1,7 @@
 //! Records of the agent → bodies of the API, field by field: what is inside may change, what is said may not.
 
+mod session;
+
 use jiff::Timestamp;
 
 use axum::http::StatusCode;
@@ -13,6 +15,8 @@ use crate::agent;
 use crate::clock::UnixNanos;
 use crate::report::Retry;
 use crate::units::{self, NetLimits, Rate};
+
+pub(super) use session::{addressing, egress, fabric, published_port, session};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {
@@ -54,14 +58,16 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         cause: cause(vm),
         image: Some(vm.spec.image.clone()),
         bundle_id: None,
-        session_network_id: None,
-        addresses: Vec::new(),
+        session_id: vm.network.as_ref().map(|network| network.session.clone()),
+        session_network_id: vm.network.as_ref().map(|network| network.session_network_id.into()),
+        addresses: session::addresses(vm),
         generation: vm.generation.clone(),
         host: host.to_owned(),
         vcpus: vm.spec.vcpus.into(),
         memory_mib: vm.spec.memory_mib.into(),
         disks: vm.spec.disks.iter().map(|disk| Disk { path: disk.path.clone(), read_only: disk.read_only }).collect(),
         network_limits: shown_limits(vm.spec.network_limits),
+        published: vm.network.iter().flat_map(|network| network.published.iter().map(session::shown_port)).collect(),
         created_at: timestamp(vm.created_at),
         timings: Timings {
             spawn_ms: ms(timings.spawn_us),
@@ -145,19 +151,19 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
 
 /// An event.
 pub(super) fn event(event: agent::EventRecord) -> Event {
-    let agent::EventRecord { seq, at, kind, vm, operation, body } = event;
+    let agent::EventRecord { seq, at, kind, subject, operation, body } = event;
     // What happened to an operation is told of the operation; its VM is in the detail.
     let mut detail = body;
     let object = match (kind.as_str(), operation) {
         ("operation_state", Some(operation)) => {
-            detail["vm"] = vm.to_string().into();
+            detail["vm"] = subject.to_string().into();
             operation.to_string()
         }
         (_, Some(operation)) => {
             detail["operation"] = operation.to_string().into();
-            vm.to_string()
+            subject.to_string()
         }
-        (_, None) => vm.to_string(),
+        (_, None) => subject.to_string(),
     };
     Event { seq, at: timestamp(at), kind, object, detail }
 }
@@ -234,7 +240,11 @@ fn shown_limits(limits: NetLimits) -> NetworkLimits {
 }
 
 /// This host.
-pub(super) fn host(view: agent::HostView, vms: &[std::sync::Arc<agent::VmRecord>]) -> Host {
+pub(super) fn host(
+    view: agent::HostView,
+    vms: &[std::sync::Arc<agent::VmRecord>],
+    fabric: Option<&agent::FabricView>,
+) -> Host {
     let agent::HostView { facts, started_at, state_dir, epoch: _ } = view;
     let mut count = HostVms { total: u32::try_from(vms.len()).unwrap_or(u32::MAX), ..HostVms::default() };
     for vm in vms {
@@ -262,6 +272,7 @@ pub(super) fn host(view: agent::HostView, vms: &[std::sync::Arc<agent::VmRecord>
         memory_bytes: facts.memory_bytes,
         memory_available_bytes: facts.memory_available_bytes,
         vms: count,
+        fabric: fabric.map(session::fabric),
         probe: facts.probe,
     }
 }

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::{
     Denied, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning,
-    VerbError, VmError, VmState,
+    SessionError, VerbError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 
@@ -190,12 +190,90 @@ impl From<LaunchError> for ApiError {
             LaunchError::NetworkLimits(_) => (StatusCode::BAD_REQUEST, "invalid_network_limits"),
             LaunchError::TooManyVms { .. } => (StatusCode::CONFLICT, "too_many_vms"),
             LaunchError::NoUid => (StatusCode::SERVICE_UNAVAILABLE, "no_uid"),
+            LaunchError::Session(error) => return error.into(),
+            LaunchError::AddressingWithoutSession => (StatusCode::BAD_REQUEST, "addressing_without_session"),
+            LaunchError::PublishedWithoutSession => (StatusCode::BAD_REQUEST, "publish_without_session"),
+            LaunchError::Interfaces { .. } => (StatusCode::BAD_REQUEST, "bad_interfaces"),
+            LaunchError::TooManyPorts { .. } => (StatusCode::BAD_REQUEST, "too_many_ports"),
+            LaunchError::Port { .. } => (StatusCode::BAD_REQUEST, "bad_port"),
+            LaunchError::PortTaken { .. } => (StatusCode::CONFLICT, "port_taken"),
             LaunchError::KeyMismatch => (StatusCode::CONFLICT, "idempotency_mismatch"),
             LaunchError::Ending => (StatusCode::SERVICE_UNAVAILABLE, "agent_ending"),
             LaunchError::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure"),
             LaunchError::Ledger(error) => return error.into(),
         };
         Self::new(status, code, message, retry)
+    }
+}
+
+impl From<SessionError> for ApiError {
+    fn from(error: SessionError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        let (status, code, todo) = match error {
+            SessionError::NoFabric => {
+                let todo = "add [fabric] with host_number and ipv6_prefix to /etc/hearth/hearth.toml, then restart \
+                            the agent";
+                (StatusCode::CONFLICT, "no_fabric", Some(todo))
+            }
+            SessionError::FabricConflict { .. } => (StatusCode::SERVICE_UNAVAILABLE, "fabric_conflict", None),
+            SessionError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name", None),
+            SessionError::NameTaken { .. } => (StatusCode::CONFLICT, "name_taken", None),
+            SessionError::Reserved(_) => (StatusCode::UNPROCESSABLE_ENTITY, "session_id_reserved", None),
+            SessionError::NumberTaken { .. } => {
+                (StatusCode::CONFLICT, "session_id_taken", Some("`hearth session ls` shows which are in use"))
+            }
+            SessionError::Resting { .. } => {
+                let todo = "wait until then, or leave the network id out to get one that is free";
+                (StatusCode::CONFLICT, "session_id_quarantined", Some(todo))
+            }
+            SessionError::NoNumber { .. } => {
+                let todo = "remove sessions, wait for resting ids, or make it with ipv4 false: there are more ids then";
+                (StatusCode::CONFLICT, "session_space_exhausted", Some(todo))
+            }
+            SessionError::TooWide(_) => {
+                let todo = "take a smaller network id, or make the session without IPv4";
+                (StatusCode::UNPROCESSABLE_ENTITY, "session_id_too_wide_for_ipv4", Some(todo))
+            }
+            SessionError::ChosenTooWide { .. } => {
+                let todo = "give a network id up to 1022 that no other host of the fabric uses, or do without IPv4";
+                (StatusCode::UNPROCESSABLE_ENTITY, "session_id_too_wide_for_ipv4", Some(todo))
+            }
+            SessionError::NoIpv4 => (StatusCode::UNPROCESSABLE_ENTITY, "no_ipv4", None),
+            SessionError::Egress(_) => (StatusCode::BAD_REQUEST, "invalid_egress", None),
+            SessionError::Ttl { .. } => (StatusCode::BAD_REQUEST, "invalid_ttl", None),
+            SessionError::UserData { .. } => (StatusCode::BAD_REQUEST, "user_data_too_long", None),
+            SessionError::Unknown { .. } => {
+                let todo = "`hearth session ls` lists the sessions of this host";
+                (StatusCode::NOT_FOUND, "unknown_session", Some(todo))
+            }
+            SessionError::Ambiguous { .. } => (StatusCode::CONFLICT, "ambiguous_id", None),
+            SessionError::Draining { .. } => (StatusCode::CONFLICT, "session_draining", None),
+            SessionError::Expired { .. } => {
+                (StatusCode::CONFLICT, "session_expired", Some("make a new session, with a longer ttl or none"))
+            }
+            SessionError::NoLocal { .. } => {
+                let todo = "remove VMs of the session and wait for their addresses to rest, or use a session without \
+                            IPv4: it has room for more";
+                (StatusCode::CONFLICT, "local_space_exhausted", Some(todo))
+            }
+            SessionError::InUse { .. } => {
+                let todo = "remove its VMs first, or let that be done: `hearth session rm --drain`, ?drain=true";
+                (StatusCode::CONFLICT, "session_in_use", Some(todo))
+            }
+            SessionError::NotDrained { .. } => {
+                let todo = "the agent goes on trying; `hearth session show` tells what is left";
+                (StatusCode::INTERNAL_SERVER_ERROR, "session_not_drained", Some(todo))
+            }
+            SessionError::KeyMismatch => (StatusCode::CONFLICT, "idempotency_mismatch", None),
+            SessionError::Ending => (StatusCode::SERVICE_UNAVAILABLE, "agent_ending", None),
+            SessionError::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure", None),
+            SessionError::Ledger(error) => return error.into(),
+        };
+        let answer = Self::new(status, code, message, retry);
+        match todo {
+            Some(todo) => answer.with_detail(todo),
+            None => answer,
+        }
     }
 }
 

@@ -4,4 +4,5 @@ pub(super) mod exec;
 pub(super) mod host;
 pub(super) mod images;
 pub(super) mod operations;
+pub(super) mod sessions;
 pub(super) mod vms;

@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::ApiError;
-use super::handlers::{exec, host, images, operations, vms};
+use super::handlers::{exec, host, images, operations, sessions, vms};
 use super::http::Client;
 use super::types;
 use crate::agent::Door;
@@ -43,6 +43,7 @@ impl std::fmt::Debug for Served {
     components(schemas(types::Event)),
     tags(
         (name = "vms", description = "Virtual machines"),
+        (name = "sessions", description = "VMs that may talk to each other"),
         (name = "images", description = "Images that VMs boot"),
         (name = "operations", description = "Long work, and what happened"),
         (name = "host", description = "This host and its agent"),
@@ -60,6 +61,9 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(vms::vm_stats))
         .routes(routes!(exec::exec))
         .routes(routes!(exec::console_history, exec::console))
+        .routes(routes!(sessions::create_session, sessions::list_sessions))
+        .routes(routes!(sessions::show_session, sessions::remove_session))
+        .routes(routes!(sessions::show_fabric))
         .routes(routes!(images::list_images, images::import_image))
         .routes(routes!(images::show_image, images::remove_image))
         .routes(routes!(operations::list_operations))

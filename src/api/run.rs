@@ -89,6 +89,7 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
     if options.drain && result.is_ok() {
         agent.drain().await;
     }
+    agent.close().await;
     end.send_replace(true);
     // Its connections have a bound of their own.
     let _ = serving.await;

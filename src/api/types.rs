@@ -11,6 +11,7 @@ mod host;
 mod image;
 mod network;
 mod operation;
+mod session;
 mod vm;
 
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
@@ -19,9 +20,13 @@ pub use host::{Host, HostVms};
 pub use image::{Image, ImageImportRequest, ImageList};
 pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
+pub use session::{
+    Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,
+    SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,
+};
 pub use vm::{
-    Cause, ConsoleQuery, Disk, GuestStats, RemoveQuery, Stats, StopRequest, Timings, Vm, VmLaunchRequest, VmList,
-    VmState, VmmStats, Wait,
+    Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, RemoveQuery, Stats, StopRequest, Timings, Vm,
+    VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

@@ -1,7 +1,8 @@
 //! Words become values or are refused.
 
-use super::value::{duration_ms, name, variable};
+use super::value::{duration_ms, name, seconds, session_number, variable};
 use super::*;
+use crate::api::types::EgressProtocol;
 use proptest::prelude::*;
 
 #[test]
@@ -69,6 +70,52 @@ fn limits_are_a_rate_and_perhaps_a_burst() {
 }
 
 #[test]
+fn egress_words_are_networks_with_ports_and_protocols() {
+    use EgressProtocol::{Any, Icmp, Tcp, Udp};
+    for (text, cidr, protocol, ports) in [
+        ("0.0.0.0/0", "0.0.0.0/0", Any, None),
+        ("::/0", "::/0", Any, None),
+        ("192.0.2.0/24:443", "192.0.2.0/24", Tcp, Some((443, 443))),
+        ("2001:db8::/32:8000-8100/udp", "2001:db8::/32", Udp, Some((8000, 8100))),
+        ("2001:db8::/32/icmp", "2001:db8::/32", Icmp, None),
+        ("192.0.2.0/24/tcp", "192.0.2.0/24", Tcp, None),
+    ] {
+        let rule = text.parse::<EgressWord>().unwrap().rule();
+        assert_eq!((rule.cidr.as_str(), rule.protocol, rule.ports), (cidr, protocol, ports), "{text}");
+    }
+    for bad in [
+        "",
+        "/",
+        "1.2.3.4",
+        "1.2.3.4/",
+        "/8",
+        "1.2.3.4/8:",
+        "1.2.3.4/8:0",
+        "1.2.3.4/8:9-5",
+        "1.2.3.4/8:5-",
+        "1.2.3.4/8/",
+        "1.2.3.4/8/sctp",
+        "1.2.3.4/8:5/icmp",
+        "1.2.3.4/8:65536",
+        "1.2.3.4/8/tcp/udp",
+        "1.2.3.4/8:+5",
+        "1.2.3.4/x:5",
+    ] {
+        assert!(bad.parse::<EgressWord>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn session_words() {
+    assert_eq!((session_number("517"), session_number("0x205")), (Ok(517), Ok(517)));
+    for bad in ["", "0", "-1", "+1", "0x", "0x+1", "4294967295", "x", "1.5"] {
+        assert!(session_number(bad).is_err(), "{bad}");
+    }
+    assert_eq!((seconds("1h"), seconds("1"), seconds("1500ms")), (Ok(3600), Ok(1), Ok(2)));
+    assert!(seconds("0").is_err() && seconds("0ms").is_err() && seconds("x").is_err());
+}
+
+#[test]
 fn words_after_the_dashes_are_the_commands() {
     let cli = Cli::try_parse_from(["hearth", "vm", "exec", "web", "--", "sh", "-c", "exit 3", "--json"]).unwrap();
     let Command::Client(ClientCommand::Vm(VmCommand::Exec(args))) = cli.command else { panic!("an exec") };
@@ -103,5 +150,8 @@ proptest! {
         let _ = variable(&text);
         let _ = text.parse::<ReferenceWord>();
         let _ = text.parse::<DiskWord>();
+        let _ = text.parse::<EgressWord>();
+        let _ = session_number(&text);
+        let _ = seconds(&text);
     }
 }

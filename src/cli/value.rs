@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::api::types::NAME_BYTES_MAX;
+use crate::api::types::{EgressProtocol, EgressRule, NAME_BYTES_MAX, PortProtocol, PublishedPort};
 
 /// Longest idempotency key in bytes.
 const KEY_BYTES_MAX: usize = 128;
@@ -29,6 +29,21 @@ pub enum WordError {
     /// Not a rate.
     #[error("expected RATE or RATE/BURST, numbers with k, M or G behind them for thousands, millions and billions")]
     Rate,
+    /// Less than a second, or not a duration.
+    #[error("a time to live is a number of seconds, or a number with s, m or h behind it: at least 1s, up to 49 days")]
+    Seconds,
+    /// Not a session's network id.
+    #[error("a network id is a number from 1 to 4294967294, decimal or 0x and hexadecimal digits")]
+    SessionNumber,
+    /// Not something to reach.
+    #[error("{text:?}: expected NETWORK[:PORT[-PORT]][/tcp|udp|icmp], such as 192.0.2.0/24:443 or ::/0:53/udp")]
+    Egress {
+        /// What was given.
+        text: String,
+    },
+    /// Not ports.
+    #[error("expected HOSTPORT:GUESTPORT, with /udp behind it for UDP: 8080:80, 5353:53/udp")]
+    Port,
     /// No path.
     #[error("expected FILE or FILE:ro")]
     Disk,
@@ -111,6 +126,106 @@ fn number(text: &str) -> Result<u64, WordError> {
     let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
     let number = if plain { digits.parse::<u64>().ok() } else { None };
     number.and_then(|number| number.checked_mul(unit)).ok_or(WordError::Rate)
+}
+
+/// A published port: `HOSTPORT:GUESTPORT[/PROTOCOL]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortWord(PublishedPort);
+
+impl PortWord {
+    /// The port, as the API takes it.
+    pub const fn port(&self) -> PublishedPort {
+        self.0
+    }
+}
+
+impl FromStr for PortWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (pair, protocol) = match text.split_once('/').unwrap_or((text, "tcp")) {
+            (pair, "tcp") => (pair, PortProtocol::Tcp),
+            (pair, "udp") => (pair, PortProtocol::Udp),
+            (_, _) => return Err(WordError::Port),
+        };
+        let (host, guest) = pair.split_once(':').ok_or(WordError::Port)?;
+        let one = |text: &str| ports(text).filter(|(from, to)| from == to).map(|(from, _)| from).ok_or(WordError::Port);
+        Ok(Self(PublishedPort { protocol, host_port: one(host)?, guest_port: one(guest)? }))
+    }
+}
+
+/// What may be reached outside: `NETWORK[:PORT[-PORT]][/PROTOCOL]`. The agent checks the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EgressWord(EgressRule);
+
+impl EgressWord {
+    /// The rule, as the API takes it.
+    pub fn rule(&self) -> EgressRule {
+        self.0.clone()
+    }
+}
+
+impl FromStr for EgressWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let wrong = || WordError::Egress { text: text.to_owned() };
+        // The network's own slash comes first; only behind it are colons no part of an IPv6 address.
+        let (address, rest) = text.split_once('/').ok_or_else(wrong)?;
+        let (rest, protocol) = match rest.split_once('/') {
+            Some((rest, word)) => (rest, Some(protocol(word).ok_or_else(wrong)?)),
+            None => (rest, None),
+        };
+        let (bits, ports) = match rest.split_once(':') {
+            Some((bits, range)) => (bits, Some(ports(range).ok_or_else(wrong)?)),
+            None => (rest, None),
+        };
+        let has_network = !address.is_empty() && !bits.is_empty() && bits.bytes().all(|byte| byte.is_ascii_digit());
+        let protocol = match (protocol, ports) {
+            (None, Some(_)) => EgressProtocol::Tcp,
+            (None, None) => EgressProtocol::Any,
+            (Some(EgressProtocol::Icmp), Some(_)) => return Err(wrong()),
+            (Some(protocol), _) => protocol,
+        };
+        if !has_network {
+            return Err(wrong());
+        }
+        Ok(Self(EgressRule { cidr: format!("{address}/{bits}"), protocol, ports }))
+    }
+}
+
+fn protocol(word: &str) -> Option<EgressProtocol> {
+    match word {
+        "tcp" => Some(EgressProtocol::Tcp),
+        "udp" => Some(EgressProtocol::Udp),
+        "icmp" => Some(EgressProtocol::Icmp),
+        _ => None,
+    }
+}
+
+/// `443` or `8000-8100`.
+fn ports(text: &str) -> Option<(u16, u16)> {
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0 && !text.starts_with('+'));
+    let (from, to) = text.split_once('-').unwrap_or((text, text));
+    let (from, to) = (port(from)?, port(to)?);
+    (from <= to).then_some((from, to))
+}
+
+/// A session's network id, decimal or hexadecimal.
+pub(super) fn session_number(text: &str) -> Result<u32, WordError> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) if !digits.starts_with('+') => u32::from_str_radix(digits, 16),
+        _ if text.starts_with('+') => return Err(WordError::SessionNumber),
+        _ => text.parse(),
+    };
+    // Which numbers between are reserved is the agent's to say.
+    number.ok().filter(|number| *number != 0 && *number != u32::MAX).ok_or(WordError::SessionNumber)
+}
+
+/// Whole seconds from what [`duration_ms`] reads; a part of a second counts as one.
+pub(super) fn seconds(text: &str) -> Result<u32, WordError> {
+    match duration_ms(text) {
+        Ok(0) | Err(_) => Err(WordError::Seconds),
+        Ok(ms) => Ok(ms.div_ceil(1000)),
+    }
 }
 
 /// A new name of a VM or image: a DNS label that starts with a letter.

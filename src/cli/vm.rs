@@ -2,14 +2,15 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::value::{DiskWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
-use crate::api::types::{DISKS_MAX, IMAGE_DEFAULT, Wait};
+use super::value::{DiskWord, PortWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
+use crate::api::types::{Addressing, DISKS_MAX, IMAGE_DEFAULT, Wait};
 
 const LAUNCH_HELP: &str = "\
 Examples:
   hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
   hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
+  hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
@@ -104,6 +105,18 @@ pub struct LaunchArgs {
     /// Most packets per second from the guest
     #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
     pub tx_packets: Option<RateWord>,
+    /// Session to join: its id, a unique prefix of it, its name, or its network id
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<ReferenceWord>,
+    /// Who puts the VM's session addresses to use [default: guest]
+    #[arg(long, value_enum, requires = "session")]
+    pub addressing: Option<AddressingWord>,
+    /// Port of this host that leads to one of the VM, for clients outside: 8080:80, 5353:53/udp. May be repeated
+    #[arg(long = "publish", value_name = "HOST:GUEST[/udp]", requires = "session")]
+    pub publish: Vec<PortWord>,
+    /// Number of network interfaces, 1 to 8; the first is in the session
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub interfaces: Option<u8>,
     /// What to wait for
     #[arg(long, value_enum, default_value_t = WaitWord::Running)]
     pub wait: WaitWord,
@@ -119,6 +132,24 @@ impl LaunchArgs {
             return Err(format!("--disk was given {} times: a VM takes at most {DISKS_MAX}", self.disks.len()));
         }
         Ok(())
+    }
+}
+
+/// Who puts a VM's session addresses to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AddressingWord {
+    /// The guest's interface has them
+    Guest,
+    /// The guest has fixed inner addresses; its jail translates one to one (for clones of a saved guest)
+    Invariant,
+}
+
+impl From<AddressingWord> for Addressing {
+    fn from(word: AddressingWord) -> Self {
+        match word {
+            AddressingWord::Guest => Self::Guest,
+            AddressingWord::Invariant => Self::Invariant,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use super::call::Agent;
 use super::output::{Output, OutputError};
 use super::progress::shown;
 use super::table::{age, bytes, pairs, plain};
-use crate::api::types::Host;
+use crate::api::types::{Fabric, Host};
 
 /// How long a probe may take; it is meant to take two seconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
@@ -144,7 +144,7 @@ pub(super) async fn show(agent: &Agent, out: Output) -> Result<(), Error> {
     let host: Host = agent.get("/v1/host").await?;
     out.value(&host, |host| {
         let vms = &host.vms;
-        pairs([
+        let mut text = pairs([
             ("name", Some(host.name.clone())),
             ("agent version", Some(host.version.clone())),
             ("agent pid", Some(host.agent_pid.to_string())),
@@ -160,9 +160,44 @@ pub(super) async fn show(agent: &Agent, out: Output) -> Result<(), Error> {
                     vms.alive, vms.changing, vms.failed, vms.total
                 )),
             ),
-        ])
+        ]);
+        text.push_str("\n\n");
+        text.push_str(&fabric(host.fabric.as_ref()));
+        text
     })?;
     Ok(())
+}
+
+/// What VMs' addresses are made of, and the other hosts.
+fn fabric(fabric: Option<&Fabric>) -> String {
+    let Some(fabric) = fabric else {
+        return "fabric  none: add [fabric] to the configuration to have sessions".to_owned();
+    };
+    let ipv4 = match &fabric.ipv4 {
+        Some(ipv4) => format!(
+            "{} (host {} bits, session {}, VM {})",
+            ipv4.subnet, ipv4.host_bits, ipv4.session_bits, ipv4.local_bits
+        ),
+        None => "none".to_owned(),
+    };
+    let underlay = match (fabric.vxlan_id, fabric.vxlan_port) {
+        (Some(id), Some(port)) => format!("{} (id {id}, port {port})", fabric.underlay),
+        (_, _) => fabric.underlay.clone(),
+    };
+    let peers =
+        fabric.peers.iter().map(|peer| format!("{} (host {}) at {}", peer.name, peer.host_number, peer.address));
+    let peers: Vec<_> = peers.collect();
+    let rows = pairs([
+        ("ipv6 prefix", Some(fabric.ipv6_prefix.clone())),
+        ("host number", Some(fabric.host_number.to_string())),
+        ("ipv6 subnet", Some(fabric.ipv6_subnet.clone())),
+        ("ipv4 subnet", Some(ipv4)),
+        ("underlay", Some(underlay)),
+        ("mtu", Some(fabric.mtu.to_string())),
+        ("peers", Some(if peers.is_empty() { "none".to_owned() } else { peers.join(", ") })),
+        ("conflicts", (!fabric.conflicts.is_empty()).then(|| fabric.conflicts.join("; "))),
+    ]);
+    format!("fabric\n{}", indent(&rows))
 }
 
 #[cfg(test)]

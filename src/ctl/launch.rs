@@ -10,7 +10,7 @@ use crate::api::types::{
     Disk, ErrorDetail, FlowLimits, NetworkLimits, Operation, OperationState, RetryHint, Vm, VmLaunchRequest, VmState,
     Wait,
 };
-use crate::cli::{LaunchArgs, RateWord, WaitWord};
+use crate::cli::{LaunchArgs, PortWord, RateWord, WaitWord};
 use crate::ids::VmId;
 
 /// Why a VM does not run.
@@ -104,6 +104,10 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         memory_mib: args.memory,
         disks: disks.collect::<Result<_, LaunchError>>()?,
         network_limits: (limits != NetworkLimits::default()).then_some(limits),
+        session: args.session.map(|session| session.as_str().to_owned()),
+        addressing: args.addressing.map(Into::into),
+        publish: args.publish.iter().map(PortWord::port).collect(),
+        interfaces: args.interfaces,
         // Waiting is done here, by looking at the operation, so that its steps can be shown.
         wait: Wait::None,
     })

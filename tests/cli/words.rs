@@ -2,7 +2,7 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 6] = ["vm", "image", "operation", "events", "host", "bench"];
+const NOUNS: [&str; 7] = ["vm", "session", "image", "operation", "events", "host", "bench"];
 
 #[test]
 fn wrong_words_are_usage_errors() {
@@ -28,6 +28,20 @@ fn wrong_words_are_usage_errors() {
         &["vm", "exec", "web", "-t", "-n", "--", "sh"],
         &["vm", "rm"],
         &["vm", "rm", "web", "--all"],
+        &["vm", "launch", "--addressing", "guest"],
+        &["vm", "launch", "--session", "a/b"],
+        &["session"],
+        &["session", "create", "--id", "0"],
+        &["session", "create", "--id", "4294967295"],
+        &["session", "create", "--name", "7"],
+        &["session", "create", "--ipv4", "--no-ipv4"],
+        &["session", "create", "--nat"],
+        &["session", "create", "--egress", "10.0.0.0"],
+        &["session", "create", "--egress", "10.0.0.0/8:70000"],
+        &["session", "create", "--ttl", "0"],
+        &["session", "show"],
+        &["session", "rm"],
+        &["session", "rm", "etl", "--timeout", "5s"],
         &["events", "--since", "yesterday"],
         &["bench", "boot", "--count", "0"],
         &["image", "import", "mine"],
@@ -53,12 +67,22 @@ fn every_noun_has_help() {
 }
 
 #[test]
+fn sessions_have_help_with_examples() {
+    for (verb, wanted) in [("create", "--egress 0.0.0.0/0:443"), ("rm", "--drain"), ("ls", "List"), ("show", "members")]
+    {
+        let output = output(hearth(&["session", verb, "--help"]));
+        let help = text(&output.stdout);
+        assert!(output.status.success() && help.contains("Usage: hearth session") && help.contains(wanted), "{help}");
+    }
+}
+
+#[test]
 fn help_shows_what_there_is_and_nothing_else() {
     let help = text(&output(hearth(&["--help"])).stdout);
     for noun in NOUNS {
         assert!(help.lines().any(|line| line.trim_start().starts_with(noun)), "no {noun} in {help}");
     }
-    for later in ["bundle", "session", "volume", "migration", "vmm"] {
+    for later in ["bundle", "volume", "migration", "vmm"] {
         assert!(!help.lines().any(|line| line.trim_start().starts_with(later)), "{later} in {help}");
     }
     assert!(text(&output(hearth(&["--version"])).stdout).starts_with("hearth "));

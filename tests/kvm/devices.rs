@@ -1,6 +1,7 @@
 //! Devices as the guest's drivers use them: a disk and a network interface.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use super::fixture::{Agent, text};
 
@@ -43,14 +44,17 @@ pub(crate) fn blk_file_system_written_in_the_guest_is_clean(agent: &Agent) {
     assert!(std::fs::read(&read_only).expect("the read-only disk").iter().all(|byte| *byte == b'r'));
 }
 
+/// Runs a program of the host in a VM's network namespace.
+fn outside(agent: &Agent, vm: &str, words: &[&str]) -> String {
+    let namespace = format!("--net=/proc/{}/ns/net", agent.vmm_pid(vm));
+    let output = Command::new("nsenter").arg(&namespace).args(words).output().expect("run nsenter");
+    assert!(output.status.success(), "{words:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
 pub(crate) fn net_frames_pass_both_ways(agent: &Agent) {
     let vm = agent.shared();
-    let namespace = format!("--net=/proc/{}/ns/net", agent.vmm_pid(vm));
-    let outside = |words: &[&str]| {
-        let output = Command::new("nsenter").arg(&namespace).args(words).output().expect("run nsenter");
-        assert!(output.status.success(), "{words:?}: {}{}", text(&output.stdout), text(&output.stderr));
-        text(&output.stdout)
-    };
+    let outside = |words: &[&str]| outside(agent, vm, words);
     outside(&["ip", "address", "add", "192.0.2.1/24", "dev", "tap0"]);
     outside(&["ip", "link", "set", "tap0", "up"]);
     agent.sh(vm, "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up");
@@ -63,4 +67,37 @@ pub(crate) fn net_frames_pass_both_ways(agent: &Agent) {
     for counter in counters.lines() {
         assert!(counter.parse::<u64>().expect("a counter") >= 8, "{counters}");
     }
+    let stats = agent.json(&["vm", "stats", vm]);
+    let interface = &stats["network"][0];
+    assert_eq!((&interface["slot"], &interface["link_up"]), (&0.into(), &true.into()), "{stats:#}");
+    for direction in ["rx", "tx"] {
+        let count = |name: &str| interface[direction][name].as_u64().expect("a counter");
+        // The guest counts what it was given and what it gave away; nothing is between that and the device.
+        assert!(count("packets") >= 8 && count("bytes") > 16_000, "{stats:#}");
+    }
+}
+
+/// What is over a limit comes later, and comes.
+pub(crate) fn net_limits_delay_and_lose_nothing(agent: &Agent) {
+    agent.launch("slow", &["--rx-packets", "20/5", "--tx-limit", "1M/2k"]);
+    let outside = |words: &[&str]| outside(agent, "slow", words);
+    outside(&["ip", "address", "add", "192.0.2.1/24", "dev", "tap0"]);
+    outside(&["ip", "link", "set", "tap0", "up"]);
+    agent.sh("slow", "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up");
+    outside(&["ping", "-c", "1", "-W", "10", "192.0.2.2"]);
+    let rx = || agent.json(&["vm", "stats", "slow"])["network"][0]["rx"].clone();
+    let packets = |rx: &serde_json::Value| rx["packets"].as_u64().expect("a counter");
+    let (before, begun) = (packets(&rx()), Instant::now());
+    // It does not wait for all answers: some come too late for it.
+    outside(&["ping", "-q", "-c", "40", "-i", "0.01", "-s", "1000", "-W", "1", "192.0.2.2"]);
+    let mut after = rx();
+    while packets(&after) < before + 40 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{after:#}");
+        std::thread::sleep(Duration::from_millis(20));
+        after = rx();
+    }
+    // 40 packets less the burst, at 20 a second; the sending took less than half a second.
+    assert!(begun.elapsed() >= Duration::from_millis(1_700), "{:?} {after:#}", begun.elapsed());
+    assert!(after["throttled"].as_u64().is_some_and(|times| times >= 10) && after["dropped"] == 0, "{after:#}");
+    agent.ok(&["vm", "rm", "slow", "--timeout", "0"]);
 }

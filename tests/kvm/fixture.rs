@@ -26,14 +26,22 @@ pub(crate) fn need(name: &str) -> PathBuf {
 pub(crate) struct Agent {
     directory: tempfile::TempDir,
     child: Mutex<Child>,
+    namespace: Option<String>,
 }
 
 impl Agent {
     /// Starts an agent on an empty state directory.
     pub(crate) fn start() -> Self {
+        Self::start_with("", None)
+    }
+
+    /// Starts an agent with this configuration on an empty state directory, in a named network namespace: a host of
+    /// its own as far as its network goes.
+    pub(crate) fn start_with(config: &str, namespace: Option<&str>) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let child = Mutex::new(spawn_agent(directory.path()));
-        Self { directory, child }
+        std::fs::write(directory.path().join("hearth.toml"), config).expect("a configuration");
+        let child = Mutex::new(spawn_agent(directory.path(), namespace));
+        Self { directory, child, namespace: namespace.map(str::to_owned) }
     }
 
     /// The state directory.
@@ -142,7 +150,7 @@ impl Agent {
         let mut child = self.child.lock().expect("the agent");
         child.kill().expect("kill the agent");
         child.wait().expect("wait for the agent");
-        *child = spawn_agent(self.directory.path());
+        *child = spawn_agent(self.directory.path(), self.namespace.as_deref());
     }
 
     /// The end of the agent's log.
@@ -168,10 +176,21 @@ impl Agent {
     }
 }
 
-fn spawn_agent(directory: &Path) -> Child {
-    let mut child = Command::new(need("HEARTH_BINARY"))
+fn spawn_agent(directory: &Path, namespace: Option<&str>) -> Child {
+    let mut command = match namespace {
+        // Only the network differs: unlike `ip netns exec`, this leaves mounts, and so named namespaces, shared.
+        Some(namespace) => {
+            let mut command = Command::new("nsenter");
+            command.arg(format!("--net=/run/netns/{namespace}")).arg(need("HEARTH_BINARY"));
+            command
+        }
+        None => Command::new(need("HEARTH_BINARY")),
+    };
+    let mut child = command
         .arg("agent")
-        .args(["--config", "/dev/null", "--state-dir"])
+        .arg("--config")
+        .arg(directory.join("hearth.toml"))
+        .arg("--state-dir")
         .arg(directory.join("state"))
         .arg("--socket")
         .arg(directory.join("api.sock"))

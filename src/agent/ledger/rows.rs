@@ -19,25 +19,30 @@ fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-fn to_json<T: Serialize>(table: &'static str, id: &str, value: &T) -> Result<String, LedgerError> {
+pub(super) fn to_json<T: Serialize>(table: &'static str, id: &str, value: &T) -> Result<String, LedgerError> {
     serde_json::to_string(value).map_err(|source| LedgerError::Row { table, id: id.to_owned(), source })
 }
 
-fn from_json<T: DeserializeOwned>(table: &'static str, id: &str, text: &str) -> Result<T, LedgerError> {
+pub(super) fn from_json<T: DeserializeOwned>(table: &'static str, id: &str, text: &str) -> Result<T, LedgerError> {
     serde_json::from_str(text).map_err(|source| LedgerError::Row { table, id: id.to_owned(), source })
 }
 
-fn is_taken(error: &rusqlite::Error) -> bool {
+pub(super) fn is_taken(error: &rusqlite::Error) -> bool {
     error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation)
 }
 
 pub(super) fn put_vm(to: &Connection, vm: &VmRecord) -> Result<(), LedgerError> {
-    let put = "INSERT INTO vms(id, name, state, revision, record) VALUES (?1, ?2, ?3, ?4, ?5)
+    let put = "INSERT INTO vms(id, name, state, revision, record, jail, session_network_id)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
                ON CONFLICT(id) DO UPDATE SET state = ?3, revision = ?4, record = ?5";
     let record = to_json("vms", vm.id.as_str(), vm)?;
-    let row = params![vm.id.as_str(), vm.name, vm.state.name(), signed(vm.revision), record];
+    let session = vm.network.as_ref().map(|network| u32::from(network.session_network_id));
+    let row = params![vm.id.as_str(), vm.name, vm.state.name(), signed(vm.revision), record, vm.jail, session];
     match to.prepare_cached(put)?.execute(row) {
         Ok(_) => Ok(()),
+        Err(error) if is_taken(&error) && error.to_string().contains("vms.jail") => {
+            Err(LedgerError::Taken { what: Taken::Jail })
+        }
         Err(error) if is_taken(&error) => Err(LedgerError::Taken { what: Taken::Name }),
         Err(error) => Err(error.into()),
     }
@@ -139,7 +144,7 @@ pub(super) fn put_event(to: &Connection, event: &NewEvent) -> Result<(), LedgerE
     let put = "INSERT INTO events(at, kind, vm, operation, body) VALUES (?1, ?2, ?3, ?4, ?5)";
     let body = to_json("events", event.kind, &event.body)?;
     let operation = event.operation.as_ref().map(OperationId::as_str);
-    let row = params![nanos(event.at), event.kind, event.vm.as_str(), operation, body];
+    let row = params![nanos(event.at), event.kind, event.subject.to_string(), operation, body];
     to.prepare_cached(put)?.execute(row)?;
     let last = to.last_insert_rowid().cast_unsigned();
     if last > EVENTS_KEPT && last.is_multiple_of(64) {
@@ -168,23 +173,23 @@ pub(super) fn events(from: &Connection, since: u64, limit: u32) -> Result<Vec<Ev
         ))
     })?;
     rows.map(|row| {
-        let (seq, at, kind, vm, operation, body) = row?;
+        let (seq, at, kind, subject, operation, body) = row?;
         let id = seq.to_string();
         Ok(EventRecord {
             seq,
             at,
             kind,
-            vm: parse_id(&id, &vm)?,
-            operation: operation.map(|operation| parse_id(&id, &operation)).transpose()?,
+            subject: parse_id("events", &id, &subject)?,
+            operation: operation.map(|operation| parse_id("events", &id, &operation)).transpose()?,
             body: from_json("events", &id, &body)?,
         })
     })
     .collect()
 }
 
-fn parse_id<T: DeserializeOwned>(row: &str, text: &str) -> Result<T, LedgerError> {
+pub(super) fn parse_id<T: DeserializeOwned>(table: &'static str, row: &str, text: &str) -> Result<T, LedgerError> {
     let value = serde_json::Value::String(text.to_owned());
-    serde_json::from_value(value).map_err(|source| LedgerError::Row { table: "events", id: row.to_owned(), source })
+    serde_json::from_value(value).map_err(|source| LedgerError::Row { table, id: row.to_owned(), source })
 }
 
 pub(super) fn put_key(to: &Connection, key: &KeyRow) -> Result<(), LedgerError> {
@@ -229,7 +234,7 @@ pub(super) fn leases(from: &Connection) -> Result<Vec<(u32, VmId)>, LedgerError>
     let rows = query.query_map([], |row| Ok((row.get::<_, u32>(0)?, row.get::<_, String>(1)?)))?;
     rows.map(|row| {
         let (uid, vm) = row?;
-        Ok((uid, parse_id(&uid.to_string(), &vm)?))
+        Ok((uid, parse_id("leases", &uid.to_string(), &vm)?))
     })
     .collect()
 }

@@ -11,7 +11,7 @@ use super::LedgerError;
 const APPLICATION_ID: i64 = 0x4852_5448;
 
 /// Each migration brings a file from the version of its index to the next one. Never changed once shipped: appended.
-const MIGRATIONS: [&str; 1] = [V1];
+const MIGRATIONS: [&str; 2] = [V1, V2];
 
 const V1: &str = "
 CREATE TABLE meta(
@@ -66,9 +66,39 @@ CREATE TABLE leases(
 ) STRICT;
 ";
 
+/// Sessions. VMs that were there before get jails in the order they were made; they are in no session.
+const V2: &str = "
+CREATE TABLE sessions(
+    id TEXT NOT NULL PRIMARY KEY,
+    name TEXT UNIQUE,
+    session_network_id INTEGER NOT NULL UNIQUE,
+    state TEXT NOT NULL,
+    record TEXT NOT NULL,
+    user_data TEXT
+) STRICT;
+CREATE TABLE resting_sessions(
+    session_network_id INTEGER NOT NULL PRIMARY KEY,
+    quarantine_until INTEGER NOT NULL
+) STRICT;
+CREATE TABLE locals(
+    session_network_id INTEGER NOT NULL,
+    local_id INTEGER NOT NULL,
+    vm TEXT NOT NULL,
+    quarantine_until INTEGER,
+    PRIMARY KEY(session_network_id, local_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX locals_by_vm ON locals(vm);
+ALTER TABLE vms ADD COLUMN jail INTEGER;
+ALTER TABLE vms ADD COLUMN session_network_id INTEGER;
+UPDATE vms SET jail = (SELECT count(*) FROM vms AS earlier WHERE earlier.rowid < vms.rowid);
+UPDATE vms SET record = json_set(record, '$.jail', jail);
+CREATE UNIQUE INDEX vms_by_jail ON vms(jail);
+CREATE INDEX vms_by_session ON vms(session_network_id);
+";
+
 /// Version of a ledger this program writes.
-const VERSION: i64 = 1;
-const _: () = assert!(MIGRATIONS.len() == 1, "VERSION is the number of migrations");
+const VERSION: i64 = 2;
+const _: () = assert!(MIGRATIONS.len() == 2, "VERSION is the number of migrations");
 
 /// Opens, checks and migrates.
 pub(super) fn open(path: &Path) -> Result<Connection, LedgerError> {
@@ -120,4 +150,14 @@ fn migrate(connection: &mut Connection, from: i64) -> rusqlite::Result<()> {
     transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
     transaction.pragma_update(None, "user_version", VERSION)?;
     transaction.commit()
+}
+
+/// A ledger as the first version of this program made it.
+#[cfg(test)]
+pub(super) fn make_version_1(path: &Path) -> Connection {
+    let connection = Connection::open(path).expect("a file");
+    connection.execute_batch(V1).expect("the first schema");
+    connection.pragma_update(None, "application_id", APPLICATION_ID).expect("a pragma");
+    connection.pragma_update(None, "user_version", 1).expect("a pragma");
+    connection
 }

@@ -8,7 +8,7 @@ use crate::agent::vm_state::{Goal, VmState};
 use crate::sys::file;
 use crate::wire::control::Nonce;
 
-fn vm(number: u8, name: &str) -> VmRecord {
+pub(super) fn vm(number: u8, name: &str) -> VmRecord {
     VmRecord {
         schema_version: SCHEMA_VERSION,
         id: VmId::from_random([number; 10]),
@@ -21,9 +21,12 @@ fn vm(number: u8, name: &str) -> VmRecord {
             memory_mib: 128,
             disks: Vec::new(),
             network_limits: Default::default(),
+            interfaces: 1,
         },
         generation: "00".repeat(16),
         uid: 1000,
+        jail: number.into(),
+        network: None,
         nonce: Nonce([number; 16]),
         process: None,
         operation: None,
@@ -50,8 +53,8 @@ fn operation(number: u8, state: OperationState) -> OperationRecord {
 
 fn event(number: u64) -> Write {
     let body = serde_json::json!({ "number": number });
-    let vm = VmId::from_random([1; 10]);
-    Write::Event(NewEvent { at: UnixNanos(number), kind: "vm_state", vm, operation: None, body })
+    let subject = Subject::Vm(VmId::from_random([1; 10]));
+    Write::Event(NewEvent { at: UnixNanos(number), kind: "vm_state", subject, operation: None, body })
 }
 
 #[test]
@@ -181,4 +184,35 @@ fn a_damaged_file_is_refused() {
     file::replace(&path, &bytes).unwrap();
     let error = Store::open(&path).unwrap_err();
     assert!(matches!(error, LedgerError::Damaged { .. } | LedgerError::Foreign { .. }), "{error:?}");
+}
+
+#[test]
+fn a_ledger_of_the_first_version_becomes_one_of_this() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.db");
+    let old = schema::make_version_1(&path);
+    let mut expected = Vec::new();
+    for (number, jail) in [(5, 0), (3, 1)] {
+        let kept = VmRecord { jail, ..vm(number, &format!("vm{number}")) };
+        // As version 1 wrote it: without jail and network.
+        let mut json = serde_json::to_value(&kept).unwrap();
+        let fields = json.as_object_mut().unwrap();
+        assert!(fields.remove("jail").is_some() && fields.remove("network").is_some());
+        let put = "INSERT INTO vms(id, name, state, revision, record) VALUES (?1, ?2, 'launching', 1, ?3)";
+        old.execute(put, params![kept.id.as_str(), kept.name, json.to_string()]).unwrap();
+        expected.push(kept);
+    }
+    let put = "INSERT INTO events(at, kind, vm, body) VALUES (1, 'vm_state', ?1, '{}')";
+    old.execute(put, [expected[0].id.as_str()]).unwrap();
+    drop(old);
+    let mut store = Store::open(&path).unwrap();
+    let loaded = store.begin().unwrap();
+    assert_eq!((loaded.vms, loaded.last_event), (expected.clone(), 1));
+    assert_eq!(store.events(0).unwrap()[0].subject, Subject::Vm(expected[0].id.clone()));
+    let claim = Claim { vm: VmId::from_random([9; 10]), session: None, jail: None, now: UnixNanos(0) };
+    let (jail, _) = store.admit_vm(&claim, |grant| (grant.jail, Vec::new())).unwrap();
+    assert_eq!(jail, 2);
+    assert!(store.sessions().unwrap().is_empty());
+    drop(store);
+    assert_eq!(Store::open(&path).unwrap().begin().unwrap().vms, expected, "a second time it is left as it is");
 }

@@ -21,7 +21,7 @@ pub(in crate::api) async fn show_host(State(served): State<Served>) -> Result<Js
         let message = format!("ask the host: {error}");
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "host_failure", message, Retry::Later)
     })?;
-    Ok(Json(convert::host(view, &served.door.vms())))
+    Ok(Json(convert::host(view, &served.door.vms(), served.door.fabric().as_ref())))
 }
 
 /// Metrics in Prometheus' text format.

@@ -17,7 +17,7 @@ use crate::api::types::{ErrorBody, RemoveQuery, Stats, StopRequest, Vm, VmLaunch
 use crate::units::NetLimits;
 
 /// How long a guest may take to power off when the request does not say.
-const GRACE_DEFAULT: Duration = Duration::from_secs(10);
+pub(super) const GRACE_DEFAULT: Duration = Duration::from_secs(10);
 
 /// Launch a VM.
 #[utoipa::path(
@@ -34,10 +34,25 @@ pub(in crate::api) async fn launch_vm(
     body: JsonBody<VmLaunchRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, wait } = value;
+    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, session, addressing, .. } = value;
+    let (wait, interfaces) = (value.wait, value.interfaces);
+    let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
     let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
-    let request = LaunchRequest { name, image, vcpus, memory_mib, disks, network_limits, key: key.clone() };
+    let addressing = addressing.map(convert::addressing);
+    let request = LaunchRequest {
+        name,
+        image,
+        vcpus,
+        memory_mib,
+        disks,
+        network_limits,
+        session,
+        addressing,
+        published,
+        interfaces,
+        key: key.clone(),
+    };
     let vm = match served.door.launch(request).await? {
         Launched::Answered(answer) => return Ok(again(&answer)),
         Launched::Vm(vm) => vm,

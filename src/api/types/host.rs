@@ -26,6 +26,9 @@ pub struct Host {
     pub memory_available_bytes: u64,
     /// VMs by what they do.
     pub vms: HostVms,
+    /// What VMs' addresses are made of, and the other hosts; null without a fabric.
+    #[serde(default)]
+    pub fabric: Option<super::Fabric>,
     /// What the probe found at the agent's start (`hearth host probe` prints the same); null before it answered.
     #[schema(value_type = Option<Object>)]
     pub probe: Option<serde_json::Value>,

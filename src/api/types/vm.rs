@@ -4,8 +4,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{IMAGE_DEFAULT, InterfaceStats, NetworkLimits};
-use crate::ids::{OperationId, VmId};
+use super::{Addressing, IMAGE_DEFAULT, InterfaceStats, NetworkLimits};
+use crate::ids::{OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -30,6 +30,18 @@ pub struct VmLaunchRequest {
     /// What may pass its network interface; without it everything may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_limits: Option<NetworkLimits>,
+    /// Session to join: its id, name or network id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// Who puts the VM's session addresses to use: the guest when left out. Only with a session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addressing: Option<Addressing>,
+    /// Ports of this host that lead to the VM, for clients outside of the fabric. Only with a session.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<PublishedPort>,
+    /// How many network interfaces it has, 1 to 8; 1 when left out. The first is in the session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interfaces: Option<u8>,
     /// How far the VM has to be for the call to answer.
     #[serde(default)]
     pub wait: Wait,
@@ -44,6 +56,10 @@ impl Default for VmLaunchRequest {
             memory_mib: memory_mib_default(),
             disks: Vec::new(),
             network_limits: None,
+            session: None,
+            addressing: None,
+            publish: Vec::new(),
+            interfaces: None,
             wait: Wait::None,
         }
     }
@@ -74,6 +90,30 @@ pub enum Wait {
     Running,
 }
 
+/// A port of the host that leads to a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishedPort {
+    /// TCP when left out.
+    #[serde(default)]
+    pub protocol: PortProtocol,
+    /// The host's port; one leads to one VM.
+    pub host_port: u16,
+    /// The VM's port.
+    pub guest_port: u16,
+}
+
+/// A protocol with ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PortProtocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
 /// A disk of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -101,9 +141,13 @@ pub struct Vm {
     pub image: Option<String>,
     /// Bundle it was launched from; null for a VM of an image.
     pub bundle_id: Option<String>,
+    /// Its session; null outside sessions.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub session_id: Option<SessionId>,
     /// Network id of its session; null outside sessions.
     pub session_network_id: Option<u32>,
-    /// Its addresses.
+    /// Its addresses, IPv6 first; none outside sessions and for a VM that ended.
     pub addresses: Vec<String>,
     /// VM generation id, 32 hexadecimal digits: differs for every launch and restore.
     pub generation: String,
@@ -119,6 +163,9 @@ pub struct Vm {
     /// What may pass its network interface.
     #[serde(default)]
     pub network_limits: NetworkLimits,
+    /// Ports of this host that lead to it.
+    #[serde(default)]
+    pub published: Vec<PublishedPort>,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,

@@ -145,10 +145,9 @@ async fn launch_one(
         name: Some(name.to_owned()),
         vcpus: args.vcpus,
         memory_mib: args.memory,
-        disks: Vec::new(),
-        network_limits: None,
         // Looking at the operation again and again would take processor time from the guest.
         wait: Wait::Running,
+        ..VmLaunchRequest::default()
     };
     let vm: Vm = agent.post("/v1/vms", &request, LAUNCH_LIMIT).await?;
     let asked = clock.monotonic();

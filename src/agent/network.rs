@@ -1,0 +1,84 @@
+//! What others do to this host's network, and what becomes of it: each change that was put right is an event, and a VM
+//! whose tap was deleted gets the new one. Also the sweep of jails that no VM has.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::ledger::{NewEvent, Write};
+use super::record::{Subject, VmRecord};
+use super::shared::Shared;
+use super::vm_state::VmState;
+use super::world::{Ask, NetworkChange, VmNetworks, VmmHost, World};
+use crate::clock::Clock;
+use crate::report::chain;
+
+/// Has the host's own part of the network as it should be. What fails is said and tried again with the next change.
+pub(super) async fn start<W: World>(shared: &Arc<Shared<W>>) {
+    if let Err(error) = shared.world.networks().start().await {
+        tracing::error!(error = %chain(&error), "this host's network is not as it should be");
+    }
+    tokio::spawn(follow(Arc::clone(shared)));
+}
+
+/// Writes down what was changed by others, as long as the network tells of it.
+async fn follow<W: World>(shared: Arc<Shared<W>>) {
+    let Some(mut changes) = shared.world.networks().changes() else { return };
+    while let Some(change) = changes.recv().await {
+        let vm = change.jail.and_then(|jail| of_jail(&shared, jail));
+        let subject = vm.as_ref().map_or(Subject::Host, |vm| Subject::Vm(vm.id.clone()));
+        let NetworkChange { jail, steps, failures } = change;
+        tracing::warn!(%subject, ?steps, ?failures, "the network was changed by somebody else");
+        let kind = if failures.is_empty() { "network_healed" } else { "network_failed" };
+        let event = NewEvent {
+            at: shared.world.clock().wall(),
+            kind,
+            subject,
+            operation: None,
+            body: serde_json::json!({ "jail": jail, "steps": steps, "failures": failures }),
+        };
+        if let Err(error) = shared.commit(vec![Write::Event(event)]).await {
+            shared.declare_broken(&error);
+            return;
+        }
+        if let Some(vm) = vm {
+            replace_taps(&shared, &vm, &steps).await;
+        }
+    }
+}
+
+fn of_jail<W: World>(shared: &Arc<Shared<W>>, jail: u16) -> Option<Arc<VmRecord>> {
+    let vms = shared.vms();
+    let records = vms.values().map(|vm| vm.record.borrow().clone());
+    records.into_iter().find(|vm| vm.jail == jail && vm.state.holds_resources())
+}
+
+/// Hands taps that were made anew to the machine they belong to.
+async fn replace_taps<W: World>(shared: &Arc<Shared<W>>, vm: &VmRecord, steps: &[String]) {
+    if !matches!(vm.state, VmState::Running | VmState::Paused) {
+        return;
+    }
+    for index in 0..vm.spec.interfaces {
+        let made = format!("make link {}", crate::net::desired::tap(index));
+        if !steps.contains(&made) {
+            continue;
+        }
+        match shared.world.vmm().ask(vm, shared.epoch, Ask::ReplaceTap { index }).await {
+            Ok(_) => tracing::info!(vm = %vm.id, index, "the VM has its new tap"),
+            Err(error) => tracing::error!(vm = %vm.id, index, error = %chain(&error), "the VM is without its tap"),
+        }
+    }
+}
+
+/// Removes the jails that belong to no VM: what an earlier agent left half-made.
+pub(super) async fn sweep<W: World>(shared: &Arc<Shared<W>>) {
+    let known: BTreeSet<u16> = {
+        let vms = shared.vms();
+        let records = vms.values().map(|vm| vm.record.borrow().clone());
+        records.filter(|vm| vm.state.holds_resources()).map(|vm| vm.jail).collect()
+    };
+    match shared.world.networks().sweep(known).await {
+        Ok(removed) if removed.is_empty() => {}
+        Ok(removed) => tracing::warn!(?removed, "removed jails that belong to no VM"),
+        Err(error) => tracing::warn!(error = %chain(&error), "cannot remove jails that belong to no VM"),
+    }
+}

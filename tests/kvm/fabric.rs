@@ -1,0 +1,116 @@
+//! Three hosts on one machine: network namespaces joined by a bridge, an agent in each.
+
+use std::process::Command;
+
+use super::fixture::{Agent, text};
+
+/// Runs a command that has to succeed; its standard output.
+pub(crate) fn run(program: &str, words: &[&str]) -> String {
+    let output = Command::new(program).args(words).output().unwrap_or_else(|error| panic!("run {program}: {error}"));
+    assert!(output.status.success(), "{program} {words:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// Names of the hosts' namespaces.
+const HOSTS: [&str; 3] = ["htest-a", "htest-b", "htest-c"];
+
+/// The namespace of the bridge.
+const WIRE: &str = "htest-wire";
+
+/// The hosts' numbers in their fabric.
+const NUMBERS: [u16; 3] = [3, 4, 5];
+
+/// The fabric's prefix.
+pub(crate) const PREFIX: &str = "fd3c:91aa:7e2::/48";
+
+/// Hosts and what joins them; gone when dropped.
+pub(crate) struct Fabric {
+    agents: Vec<Option<Agent>>,
+}
+
+impl Fabric {
+    /// Makes the hosts and starts their agents.
+    pub(crate) fn start(underlay: &str) -> Self {
+        let fabric = Self { agents: Vec::new() };
+        fabric.wire();
+        let configs = (0..HOSTS.len()).map(|host| config(host, underlay));
+        let agents = configs.zip(HOSTS).map(|(config, name)| Some(Agent::start_with(&config, Some(name)))).collect();
+        Self { agents, ..fabric }
+    }
+
+    fn wire(&self) {
+        for name in HOSTS.iter().chain([&WIRE]) {
+            let _ = Command::new("ip").args(["netns", "delete", name]).output();
+            run("ip", &["netns", "add", name]);
+        }
+        run("ip", &["-n", WIRE, "link", "add", "fabric", "type", "bridge"]);
+        run("ip", &["-n", WIRE, "link", "set", "fabric", "up"]);
+        for (name, number) in HOSTS.iter().zip(NUMBERS) {
+            let port = format!("port{number}");
+            let peer = ["type", "veth", "peer", "name", "wire", "netns", name];
+            run("ip", &[&["-n", WIRE, "link", "add", port.as_str()], peer.as_slice()].concat());
+            run("ip", &["-n", WIRE, "link", "set", &port, "master", "fabric", "up"]);
+            run("ip", &["-n", name, "link", "set", "lo", "up"]);
+            run("ip", &["-n", name, "link", "set", "wire", "up"]);
+            run("ip", &["-n", name, "address", "add", &format!("fd00:f::{number}/64"), "dev", "wire", "nodad"]);
+            run("ip", &["-n", name, "address", "add", &format!("192.0.2.{number}/24"), "dev", "wire"]);
+        }
+    }
+
+    /// The agent of a host, 0 to 2.
+    pub(crate) fn agent(&self, host: usize) -> &Agent {
+        self.agents[host].as_ref().expect("the agent runs")
+    }
+
+    /// A host's rules, without counters, its jails' included.
+    pub(crate) fn rules(&self, host: usize) -> String {
+        let mut all = run("ip", &["netns", "exec", HOSTS[host], "nft", "-s", "list", "ruleset"]);
+        for jail in self.jails(host) {
+            all += &format!("-- {jail}\n");
+            all += &run("ip", &["netns", "exec", &jail, "nft", "-s", "list", "ruleset"]);
+        }
+        all
+    }
+
+    /// Names of a host's jails.
+    pub(crate) fn jails(&self, host: usize) -> Vec<String> {
+        let prefix = format!("hth{}-", NUMBERS[host]);
+        let names = run("ip", &["netns", "list"]);
+        let names = names.lines().filter_map(|line| line.split_whitespace().next());
+        names.filter(|name| name.starts_with(&prefix)).map(str::to_owned).collect()
+    }
+
+    /// Ends the agents and removes the hosts; nothing may be left in them.
+    pub(crate) fn finish(mut self) {
+        for (host, agent) in self.agents.iter_mut().enumerate() {
+            agent.take().expect("the agent runs").finish();
+            let name = HOSTS[host];
+            let prefix = format!("hth{}", NUMBERS[host]);
+            let links = run("ip", &["-n", name, "-o", "link"]);
+            assert!(!links.contains(&prefix), "links of {name}: {links}");
+            let namespaces = run("ip", &["netns", "list"]);
+            assert!(!namespaces.contains(&format!("{prefix}-")), "jails of {name}: {namespaces}");
+        }
+    }
+}
+
+impl Drop for Fabric {
+    fn drop(&mut self) {
+        self.agents.clear();
+        for name in HOSTS.iter().chain([&WIRE]) {
+            let _ = Command::new("ip").args(["netns", "delete", name]).output();
+        }
+    }
+}
+
+fn config(host: usize, underlay: &str) -> String {
+    let mut text = format!(
+        "host_name = \"{}\"\n[fabric]\nhost_number = {}\nipv6_prefix = \"{PREFIX}\"\nunderlay = \"{underlay}\"\n",
+        HOSTS[host], NUMBERS[host]
+    );
+    for (peer, name) in HOSTS.iter().enumerate().filter(|(peer, _)| *peer != host) {
+        let number = NUMBERS[peer];
+        text += &format!("[[peers]]\nname = \"{name}\"\naddress = \"fd00:f::{number}\"\nhost_number = {number}\n");
+    }
+    text
+}
