@@ -2,15 +2,27 @@
 //! every test has a network and a `/run` of its own, so that it sees nothing of the host's and leaves nothing, even
 //! when it is killed.
 
+#[path = "net/allowed.rs"]
+mod allowed;
+#[path = "net/guest.rs"]
+mod guest;
 #[path = "net/host.rs"]
 mod host;
+#[path = "net/hostile.rs"]
+mod hostile;
 #[path = "net/netlink.rs"]
 mod netlink;
 #[path = "net/netns.rs"]
 mod netns;
 #[path = "net/nft.rs"]
 mod nft;
+#[path = "net/sniff.rs"]
+mod sniff;
 #[path = "net/speed.rs"]
 mod speed;
+#[path = "net/tap_end.rs"]
+mod tap_end;
 #[path = "net/watch.rs"]
 mod watch;
+#[path = "net/world.rs"]
+mod world;

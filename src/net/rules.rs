@@ -143,13 +143,24 @@ pub fn jail(fabric: Option<&Fabric>) -> String {
     let deny = |other: &str| {
         networks(fabric, |family, net| format!("{family} {other} {net} counter name foreign_session drop"))
     };
-    let untracked =
-        session(fabric, |family, _, net| format!("{family} saddr {net} {family} daddr {net} notrack accept"));
+    // A jail that translates has the guest's inner address here: so by what is its own, and not by two members' bits.
+    let untracked = |own: &str, other: &str| {
+        session(fabric, |family, size, net| format!("{family} {own} @own{size} {family} {other} {net} notrack accept"))
+    };
     let mut text =
         String::from("table inet hearth\ndelete table inet hearth\ntable arp hearth\ndelete table arp hearth\n");
     text += "table inet hearth {\n";
     text += JAIL_SETS;
-    chain(&mut text, "known", &["\t\tiifname \"tap0\" jump from_vm\n", &untracked, "\t\taccept\n"]);
+    chain(
+        &mut text,
+        "known",
+        &[
+            "\t\tiifname \"tap0\" jump from_vm\n",
+            &untracked("saddr", "daddr"),
+            &untracked("daddr", "saddr"),
+            "\t\taccept\n",
+        ],
+    );
     text += FROM_VM;
     chain(&mut text, "leave", &[&admit("saddr", "daddr"), &deny("daddr"), EGRESS]);
     chain(&mut text, "enter", &[&admit("daddr", "saddr"), &deny("saddr"), INGRESS]);
@@ -233,8 +244,7 @@ fn networks(fabric: Option<&Fabric>, rule: impl Fn(&str, &str) -> String) -> Str
     rules
 }
 
-/// What a VM may ask of its jail. What the host's end of the veth says to groups on the link is no VM's doing and not
-/// counted.
+/// What a VM may ask of its jail. The host's own chatter (memberships of groups) is nothing to count.
 fn here(text: &mut String) {
     let _ = write!(
         text,
@@ -242,7 +252,7 @@ fn here(text: &mut String) {
 	chain here {{
 		type filter hook input priority filter; policy drop;
 		iifname \"lo\" accept
-		iifname \"up0\" ip6 daddr ff02::/16 drop
+		iifname \"up0\" drop
 		iifname \"tap0\" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
 		iifname \"tap0\" icmpv6 type nd-router-solicit drop
 		iifname \"tap0\" ip6 daddr {METADATA_V6} tcp dport {METADATA_PORT} accept
