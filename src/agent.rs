@@ -24,8 +24,8 @@ mod ledger;
 pub mod log;
 mod member;
 mod metrics;
-pub mod peers;
 mod network;
+pub mod peers;
 mod record;
 mod recover;
 mod self_door;
@@ -61,11 +61,11 @@ pub use record::{
     DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
     StepState, Subject, Timings, VmRecord, VmSpec,
 };
-pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
-pub use session_error::SessionError;
 pub use self_door::{
     MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
 };
+pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
+pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};

@@ -67,7 +67,15 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     let (disks, network_limits) = (request.disks.clone(), request.network_limits);
     let interfaces = interfaces(request.interfaces)?;
     ports(&request.published, vms)?;
-    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, role: request.role.clone(), network_limits, interfaces })
+    Ok(VmSpec {
+        image: image.name.clone(),
+        vcpus,
+        memory_mib,
+        disks,
+        role: request.role.clone(),
+        network_limits,
+        interfaces,
+    })
 }
 
 /// How many network interfaces a VM gets: one, when nothing is said.

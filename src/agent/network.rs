@@ -80,7 +80,13 @@ async fn replace_taps<W: World>(shared: &Arc<Shared<W>>, vm: &VmRecord, steps: &
             continue;
         }
         match shared.world.vmm().ask(vm, shared.epoch, Ask::ReplaceTap { index }).await {
-            Ok(_) => tracing::info!(vm = %vm.id, index, "the VM has its new tap"),
+            Ok(_) => {
+                tracing::info!(vm = %vm.id, index, "the VM has its new tap");
+                if index == 0 {
+                    // The sockets were the old tap's.
+                    shared.serve_metadata(vm);
+                }
+            }
             Err(error) => tracing::error!(vm = %vm.id, index, error = %chain(&error), "the VM is without its tap"),
         }
     }

@@ -24,7 +24,7 @@ use super::session_error::SessionError;
 use super::session_record::{JAILS_MAX, SessionRecord};
 use super::shared::Shared;
 use super::vm_actor::Verb;
-use super::world::{Records, World};
+use super::world::{Records, VmNetworks, World};
 use crate::clock::{Clock, Monotonic};
 use crate::ids::{SessionId, VmId};
 use crate::report::Retry;
@@ -173,13 +173,21 @@ pub(super) struct Asking {
     launching: Mutex<BTreeSet<VmId>>,
     /// Refused launches: since when they are counted, and how many.
     denials: Mutex<BTreeMap<VmId, (Monotonic, u32)>>,
+    /// The VMs whose service was offered; dropping one's sender ends it.
+    served: Mutex<BTreeMap<VmId, watch::Sender<bool>>>,
 }
 
 impl Asking {
     pub(super) fn new() -> Self {
         // One offer for each jail there can be: an offer is never waited for.
         let (offers, offered) = mpsc::channel(JAILS_MAX.into());
-        Self { offers, offered: Mutex::new(Some(offered)), launching: Mutex::default(), denials: Mutex::default() }
+        Self {
+            offers,
+            offered: Mutex::new(Some(offered)),
+            launching: Mutex::default(),
+            denials: Mutex::default(),
+            served: Mutex::default(),
+        }
     }
 }
 
@@ -201,6 +209,27 @@ impl<W: World> Shared<W> {
         if let Err(error) = self.asking.offers.try_send(door) {
             tracing::warn!(error = %error, "a VM has no metadata service");
         }
+    }
+
+    /// Has the metadata service of a VM answer in its jail, on new sockets.
+    pub(super) fn serve_metadata(&self, vm: &VmRecord) {
+        let sockets = self.world.networks().metadata_sockets(vm);
+        let listeners = sockets.and_then(|sockets| sockets.into_iter().map(TcpListener::from_std).collect());
+        let listeners: Vec<TcpListener> = match listeners {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                tracing::warn!(vm = %vm.id, %error, "cannot listen at the metadata addresses");
+                return;
+            }
+        };
+        let (close, closed) = watch::channel(false);
+        self.asking.served.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.id.clone(), close);
+        self.offer_metadata(MetadataDoor { vm: vm.id.clone(), listeners, closed });
+    }
+
+    /// Ends the metadata service of a VM, if it has one.
+    pub(super) fn end_metadata(&self, vm: &VmId) {
+        self.asking.served.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
     }
 
     /// Begins a VM's launch, if it has none under way.
@@ -336,7 +365,7 @@ impl<W: World> Agent<W> {
         let Some(host) = launch.peer else {
             return Ok(OwnLaunched::Here(self.launch_members(&network.session, &order).await?));
         };
-        let fabric: &FabricConfig = self.usable_fabric()?;
+        let fabric: &FabricConfig = self.usable_fabric().await?;
         let peer = fabric.peers.iter().find(|peer| peer.name == host).ok_or(OwnError::UnknownHost { host })?;
         // Not of a session that takes no more members here: they would be its first new ones elsewhere.
         let (session, _) = self.session_to_join(network.session.as_str()).await?;

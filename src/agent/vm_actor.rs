@@ -483,6 +483,7 @@ impl<W: World> VmActor<W> {
             let error = crate::report::chain(&error);
             tracing::warn!(vm = %self.record.id, error, "the network of a VM that runs is not as it should be");
         }
+        self.shared.serve_metadata(&self.record);
     }
 
     /// Continues what an earlier agent left: performs unfinished effects again, or sees to a VMM that ended meanwhile.

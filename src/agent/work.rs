@@ -163,8 +163,15 @@ impl<W: World> Work<W> {
                 made.map_err(|error| host(format!("make the VM's directory: {error}")))
             }
             Effect::MakeNetwork => self.shared.world.networks().make(&self.record).await.map_err(no_network),
-            Effect::OpenNetwork => self.shared.world.networks().open(&self.record).await.map_err(no_network),
-            Effect::RemoveNetwork => self.shared.world.networks().remove(&self.record).await.map_err(no_network),
+            Effect::OpenNetwork => {
+                self.shared.world.networks().open(&self.record).await.map_err(no_network)?;
+                self.shared.serve_metadata(&self.record);
+                Ok(())
+            }
+            Effect::RemoveNetwork => {
+                self.shared.end_metadata(&self.record.id);
+                self.shared.world.networks().remove(&self.record).await.map_err(no_network)
+            }
             Effect::StartVmm => self.start_vmm().await,
             Effect::BuildMachine => self.build_machine().await,
             Effect::RunMachine => self.run_machine().await,

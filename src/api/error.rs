@@ -6,11 +6,11 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use super::types::{ErrorBody, ErrorDetail};
+use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::agent::{
     Denied, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning, OwnError,
     SessionError, VerbError, VmError, VmState,
 };
-use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::report::{Retry, chain};
 
 /// An answer that says no.
