@@ -336,7 +336,7 @@ impl<W: World> Agent<W> {
         let Some(host) = launch.peer else {
             return Ok(OwnLaunched::Here(self.launch_members(&network.session, &order).await?));
         };
-        let fabric: &FabricConfig = self.usable_fabric()?;
+        let fabric: &FabricConfig = self.usable_fabric().await?;
         let peer = fabric.peers.iter().find(|peer| peer.name == host).ok_or(OwnError::UnknownHost { host })?;
         // Not of a session that takes no more members here: they would be its first new ones elsewhere.
         let (session, _) = self.session_to_join(network.session.as_str()).await?;

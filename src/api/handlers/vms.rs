@@ -51,7 +51,7 @@ pub(in crate::api) async fn launch_vm(
         addressing,
         published,
         interfaces,
-            role,
+        role,
         key: key.clone(),
     };
     let vm = match served.door.launch(request).await? {
