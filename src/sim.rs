@@ -5,6 +5,7 @@
 
 mod disk;
 mod guest;
+mod leases;
 mod networks;
 mod records;
 mod vmm;
@@ -78,12 +79,23 @@ struct State {
     boot: Duration,
     /// Connections to guests' agents that are open.
     guest_streams: usize,
+    leases: leases::Leases,
 }
+
+/// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
+const REST_NS: u64 = 120 * 1_000_000_000;
 
 impl State {
     fn now_ns(&self) -> u64 {
         let lived = self.origin.map(|origin| origin.elapsed()).unwrap_or_default();
         self.base_ns.saturating_add(u64::try_from(lived.as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Notes what must never be of addresses and session numbers.
+    fn look_at_leases(&mut self) {
+        let now_ns = self.now_ns();
+        let wrong = self.leases.look(&self.store, now_ns);
+        self.violations.extend(wrong);
     }
 
     /// SplitMix64: small, and the same everywhere.
@@ -123,6 +135,7 @@ impl SimHost {
             violations: Vec::new(),
             boot: guest::BOOT,
             guest_streams: 0,
+            leases: leases::Leases::resting_for(REST_NS),
         };
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }
     }

@@ -6,11 +6,15 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "tests")]
 
 use std::future::Future;
-use std::sync::Arc;
+use std::io::Write;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hearth::agent::config::{Config, Overrides, load};
-use hearth::agent::{Agent, Door, ExecOutput, ExecSpec, Goal, LaunchRequest, Launched, OperationState, Verb, VmState};
+use hearth::agent::{
+    Agent, Door, ExecOutput, ExecSpec, Goal, LaunchRequest, Launched, OperationState, SessionCreated, SessionError,
+    SessionRequest, SessionState, Verb, VmState,
+};
 use hearth::sim::{Faults, SimHost};
 
 /// Lives of agents before the last, quiet one.
@@ -23,8 +27,13 @@ const REQUESTS: u64 = 12;
 const REST: Duration = Duration::from_secs(400);
 
 fn config() -> Config {
-    // A path that is not there would be refused; nothing is read from this one.
-    load(Overrides { config: Some("/dev/null".into()), ..Overrides::default() }).expect("the defaults")
+    static CONFIG: OnceLock<Config> = OnceLock::new();
+    let read = || {
+        let mut file = tempfile::NamedTempFile::new().expect("a file");
+        file.write_all(b"[fabric]\nhost_number = 3\nipv6_prefix = 'fd3c:91aa:7e2::/48'\n").expect("it is written");
+        load(Overrides { config: Some(file.path().into()), ..Overrides::default() }).expect("a configuration")
+    };
+    CONFIG.get_or_init(read).clone()
 }
 
 /// Runs an agent's life in a runtime of its own, until `work` is done or a fault kills the agent: then all its tasks
@@ -33,12 +42,20 @@ fn life<F, T>(host: &SimHost, faults: Faults, work: impl FnOnce(Arc<dyn Door>) -
 where
     F: Future<Output = T>,
 {
+    life_with(host, faults, config(), work)
+}
+
+/// [`life`] with a configuration of its own.
+fn life_with<F, T>(host: &SimHost, faults: Faults, config: Config, work: impl FnOnce(Arc<dyn Door>) -> F) -> Option<T>
+where
+    F: Future<Output = T>,
+{
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime");
     let done = runtime.block_on(async {
         let world = host.begin_life(faults);
         let living = async {
-            let agent = Agent::start(world, config()).await.expect("the ledger is readable");
+            let agent = Agent::start(world, config).await.expect("the ledger is readable");
             work(Arc::new(agent)).await
         };
         let done = tokio::select! {
@@ -57,15 +74,28 @@ fn request(name: Option<String>) -> LaunchRequest {
     LaunchRequest { name, image: "demo".to_owned(), vcpus: 1, memory_mib: 128, ..LaunchRequest::default() }
 }
 
+fn in_session(name: Option<String>, session: &str) -> LaunchRequest {
+    LaunchRequest { session: Some(session.to_owned()), ..request(name) }
+}
+
+/// A session of this name, with a short life or none.
+fn session(name: &str, ttl_s: Option<u32>) -> SessionRequest {
+    SessionRequest { name: Some(name.to_owned()), ttl_s, ..SessionRequest::default() }
+}
+
 /// One client's request, at random. What it is answered does not matter here, only that it is.
 async fn one_request(host: SimHost, door: Arc<dyn Door>) {
     let names = ["one", "two", "three", "four"];
     let index = usize::try_from(host.pick(4)).expect("a small number");
     let name = names[index];
     let grace = Duration::from_secs(host.pick(3) * 5);
-    match host.pick(10) {
+    let sessions = ["red", "green"];
+    let session_name = sessions[usize::try_from(host.pick(2)).expect("a small number")];
+    match host.pick(15) {
         0..=3 => {
-            if let Ok(Launched::Vm(vm)) = door.launch(request(Some(name.to_owned()))).await
+            let wanted = Some(name.to_owned());
+            let wanted = if host.pick(4) == 0 { request(wanted) } else { in_session(wanted, session_name) };
+            if let Ok(Launched::Vm(vm)) = door.launch(wanted).await
                 && host.pick(2) == 0
             {
                 let _ = door.launched(vm).await;
@@ -81,6 +111,12 @@ async fn one_request(host: SimHost, door: Arc<dyn Door>) {
                 while let Ok(ExecOutput::Stdout(_) | ExecOutput::Stderr(_)) = session.output.next().await {}
             }
         }
+        9..=11 => {
+            let ttl_s = u32::try_from(host.pick(120)).ok().filter(|ttl_s| *ttl_s > 60);
+            drop(door.create_session(session(session_name, ttl_s)).await);
+        }
+        12 => drop(door.remove_session(session_name, true, grace).await),
+        13 => drop(door.remove_session(session_name, false, grace).await),
         _ => host.kill_some_vmm(),
     }
 }
@@ -117,6 +153,10 @@ async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
         assert_ne!(operation.state, OperationState::Running, "{:?} of {} never ended", operation.goal, operation.vm);
     }
     nothing_unknown(&host, &door);
+    for session in door.sessions().await.expect("sessions") {
+        assert_eq!(session.record.state, SessionState::Active, "{} was never drained", session.record.id);
+        assert!(!session.record.is_expired(door.now()), "{} lives past its time", session.record.id);
+    }
     for vm in door.vms() {
         let grace = Duration::from_secs(1);
         let removed = door.ask(vm.id.as_str(), Verb::Remove { grace }).await;
@@ -125,8 +165,15 @@ async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
     assert!(door.vms().is_empty());
     nothing_unknown(&host, &door);
     assert_eq!((host.living(), host.directories(), host.jailed()), (vec![], vec![], vec![]));
-    tokio::time::sleep(Duration::from_secs(120)).await;
+    for session in door.sessions().await.expect("sessions") {
+        let word = session.record.session_network_id.to_string();
+        door.remove_session(&word, false, Duration::ZERO).await.expect("a session without VMs is removed");
+    }
+    // Uids rest 10 s, local ids 120 s; what has run out is swept each minute.
+    tokio::time::sleep(Duration::from_secs(200)).await;
     assert!(host.with_store(|store| store.leases().expect("leases")).is_empty(), "uids are left");
+    assert!(host.with_store(|store| store.locals().expect("local ids")).is_empty(), "local ids are left");
+    assert!(door.sessions().await.expect("sessions").is_empty());
     let mut next = 1;
     let events = door.events(0).await.expect("events");
     for event in &events {
@@ -175,11 +222,17 @@ fn random_histories_come_to_rest() {
 
 /// What a client does in [`a_crash_at_every_point_is_recovered_from`].
 async fn whole_story(door: Arc<dyn Door>) {
-    let Ok(Launched::Vm(vm)) = door.launch(request(Some("story".to_owned()))).await else { panic!("a launch") };
+    let made = door.create_session(session("tale", None)).await;
+    assert!(matches!(made, Ok(SessionCreated::Session(_))));
+    let launch = door.launch(in_session(Some("story".to_owned()), "tale")).await;
+    let Ok(Launched::Vm(vm)) = launch else { panic!("a launch") };
     door.launched(vm).await.expect("it runs");
     door.ask("story", Verb::Pause).await.expect("paused");
     door.ask("story", Verb::Resume).await.expect("resumed");
-    door.ask("story", Verb::Remove { grace: Duration::from_secs(10) }).await.expect("removed");
+    let grace = Duration::from_secs(10);
+    let refused = door.remove_session("tale", false, grace).await;
+    assert!(matches!(refused, Err(SessionError::InUse { members: 1, .. })), "{refused:?}");
+    door.remove_session("tale", true, grace).await.expect("drained");
     assert!(door.vms().is_empty());
 }
 
@@ -204,7 +257,7 @@ fn a_crash_at_every_point_is_recovered_from() {
         point += 1;
     }
     println!("{} points", point - 1);
-    assert!(point > 40, "a launch, pause, resume, stop and removal have more points than {point}");
+    assert!(point > 40, "a session, a launch, pause, resume, stop and removal have more points than {point}");
 }
 
 #[test]
@@ -242,4 +295,93 @@ fn a_stop_cuts_a_launch_short() {
         assert_eq!(launch.state, OperationState::Cancelled);
     })
     .expect("no crash");
+}
+
+#[test]
+fn a_session_ends_when_its_time_has_run_out() {
+    let host = SimHost::new(5);
+    life(&host, Faults::default(), |door| {
+        let host = host.clone();
+        async move {
+            let made = door.create_session(session("brief", Some(60))).await;
+            let Ok(SessionCreated::Session(made)) = made else { panic!("a session: {made:?}") };
+            let number = made.record.session_network_id;
+            let Ok(Launched::Vm(vm)) = door.launch(in_session(None, "brief")).await else { panic!("a launch") };
+            door.launched(vm).await.expect("it runs");
+            tokio::time::sleep(Duration::from_secs(100)).await;
+            assert!(door.vms().is_empty() && host.living().is_empty(), "its VMs are gone");
+            assert!(door.sessions().await.expect("sessions").is_empty());
+            // Its number rests, and whoever asks for it is told until when.
+            let again = SessionRequest { session_network_id: Some(number.into()), ..SessionRequest::default() };
+            let refused = door.create_session(again.clone()).await;
+            assert!(matches!(refused, Err(SessionError::Resting { .. })), "{refused:?}");
+            let refused = door.launch(in_session(None, &number.to_string())).await;
+            assert!(refused.is_err_and(|error| error.to_string().contains("rests until")));
+            tokio::time::sleep(Duration::from_secs(120)).await;
+            assert!(door.create_session(again).await.is_ok());
+            let events = door.events(0).await.expect("events");
+            let of_session = events.iter().filter(|event| event.subject.to_string() == made.record.id.to_string());
+            let kinds: Vec<&str> = of_session.map(|event| event.kind.as_str()).collect();
+            assert_eq!(kinds, ["session_created", "session_draining", "session_removed"]);
+        }
+    })
+    .expect("no crash");
+    assert_eq!(host.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn an_expiry_while_no_agent_ran_is_made_up_for() {
+    let host = SimHost::new(6);
+    let faults = Faults { crash_at_point: Some(70), ..Faults::default() };
+    let life_of_maker = life(&host, faults, |door| async move {
+        door.create_session(session("brief", Some(3600))).await.expect("a session");
+        let Ok(Launched::Vm(vm)) = door.launch(in_session(None, "brief")).await else { panic!("a launch") };
+        door.launched(vm).await.expect("it runs");
+        // Until the crash: looks and sweeps pass points.
+        tokio::time::sleep(Duration::from_secs(4000)).await;
+    });
+    assert!(life_of_maker.is_none(), "the agent was to die");
+    life(&host, Faults::default(), |door| async move {
+        tokio::time::sleep(Duration::from_secs(4000)).await;
+        assert!(door.vms().is_empty());
+        assert!(door.sessions().await.expect("sessions").is_empty());
+    })
+    .expect("no crash");
+    assert_eq!(host.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_host_that_changed_its_number_says_so_and_takes_no_members() {
+    let host = SimHost::new(8);
+    life(&host, Faults::default(), |door| async move {
+        door.create_session(session("old", None)).await.expect("a session");
+        let Ok(Launched::Vm(vm)) = door.launch(in_session(None, "old")).await else { panic!("a launch") };
+        assert_eq!(
+            vm.network.as_ref().map(|network| network.ipv6.to_string()).as_deref(),
+            Some("fd3c:91aa:7e2:3:0:1:0:1")
+        );
+        door.launched(vm).await.expect("it runs");
+    })
+    .expect("no crash");
+    let mut changed = config();
+    if let Some(fabric) = &mut changed.fabric {
+        fabric.host = 4.try_into().expect("a host number");
+    }
+    life_with(&host, Faults::default(), changed, |door| async move {
+        let conflicts = door.fabric().expect("a fabric").conflicts;
+        assert!(conflicts.len() == 1 && conflicts[0].contains("host_number"), "{conflicts:?}");
+        let refused = door.launch(in_session(None, "old")).await;
+        assert!(refused.is_err_and(|error| error.to_string().contains("host_number")));
+        let refused = door.create_session(session("new", None)).await;
+        assert!(matches!(refused, Err(SessionError::FabricConflict { .. })), "{refused:?}");
+        // What has no addresses is none of the fabric's business, and what is there can be removed.
+        assert!(door.launch(request(None)).await.is_ok());
+        door.remove_session("old", true, Duration::from_secs(1)).await.expect("drained");
+    })
+    .expect("no crash");
+    life(&host, Faults::default(), |door| async move {
+        assert!(door.fabric().expect("a fabric").conflicts.is_empty());
+    })
+    .expect("no crash");
+    assert_eq!(host.violations(), Vec::<String>::new());
 }

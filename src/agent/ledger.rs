@@ -284,6 +284,11 @@ impl Store {
         Ok(last)
     }
 
+    /// All VMs, oldest first.
+    pub fn vms(&self) -> Result<Vec<VmRecord>, LedgerError> {
+        rows::vms(&self.connection)
+    }
+
     /// Events after `since`, oldest first, at most [`EVENTS_PAGE`].
     pub fn events(&self, since: u64) -> Result<Vec<EventRecord>, LedgerError> {
         rows::events(&self.connection, since, EVENTS_PAGE)

@@ -63,9 +63,10 @@ impl<W: World> Agent<W> {
 
     /// Removes a draining session's VMs, then it. May be done by several at once.
     async fn drain_session(&self, session: &SessionRecord, grace: Duration) -> Result<(), SessionError> {
+        let members = self.members(&session.id);
         let handles: Vec<_> = {
             let vms = self.shared.vms();
-            self.members(&session.id).iter().filter_map(|vm| vms.get(&vm.id).cloned()).collect()
+            members.iter().filter_map(|vm| vms.get(&vm.id).cloned()).collect()
         };
         let removals = handles.into_iter().map(|vm| async move {
             match self.ask_actor(&vm, Verb::Remove { grace }).await {

@@ -1,5 +1,7 @@
 //! The API over a simulated host, in real time, on a real socket.
 
+mod sessions;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,9 +32,16 @@ struct Api {
 
 impl Api {
     async fn start() -> Self {
+        Self::configured("").await
+    }
+
+    /// With a configuration of this text.
+    async fn configured(text: &str) -> Self {
         let host = SimHost::new(1);
         host.set_boot(Duration::from_millis(20));
-        let config = load(Overrides { config: Some("/dev/null".into()), ..Overrides::default() }).unwrap();
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+        let config = load(Overrides { config: Some(file.path().into()), ..Overrides::default() }).unwrap();
         let agent: Arc<dyn Door> = Arc::new(Agent::start(host.begin_life(Faults::default()), config).await.unwrap());
         let dir = tempfile::tempdir().unwrap();
         let listener = tokio::net::UnixListener::bind(dir.path().join("api.sock")).unwrap();

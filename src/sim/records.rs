@@ -12,7 +12,12 @@ impl Records for SimHost {
     ) -> Result<T, LedgerError> {
         // A ledger that fails ends the agent, which is what the crashes here are.
         self.point(false).await.map_err(|_| LedgerError::Closed)?;
-        let done = job(&mut self.state().store);
+        let done = {
+            let mut state = self.state();
+            let done = job(&mut state.store);
+            state.look_at_leases();
+            done
+        };
         self.point(false).await.map_err(|_| LedgerError::Closed)?;
         done
     }

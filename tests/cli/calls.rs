@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::fake::{Fake, VM};
+use crate::fake::{Fake, SESSION, VM};
 use crate::run::{at, code, output, piped, text};
 
 /// Everything on standard output has to be one JSON value on one line.
@@ -31,6 +31,11 @@ fn json_is_exactly_one_value() {
         &["vm", "launch", "--wait", "none"],
         &["vm", "exec", "web", "--", "both"],
         &["vm", "console", "web", "--history"],
+        &["session", "create"],
+        &["session", "ls"],
+        &["session", "show", "etl"],
+        &["session", "rm", "etl", "517"],
+        &["session", "rm", "etl", "--drain"],
         &["image", "ls"],
         &["image", "show", "demo"],
         &["image", "import", "mine", "--kernel", "/proc/self/exe"],
@@ -68,11 +73,17 @@ fn people_get_tables() {
             &["vmm resident", "does not answer", "NETWORK", "THROTTLED", "from guest", "1.5 KiB", "down"],
         ),
         (&["vm", "pause", "web"], &["web", "is paused"]),
+        (&["session", "ls"], &["NETWORK ID", "etl", SESSION, "517", "active", "10"]),
+        (&["session", "show", "etl"], &["517 (0x205)", "0.0.0.0/0:443/tcp (by NAT)", "10.3.129.69", "7 spoofed"]),
         (&["image", "ls"], &["NAME", "demo", "000000000000"]),
         (&["operation", "ls"], &["KIND", "vm_launch", "boot_guest"]),
         (&["operation", "show", "op-a"], &["STEP", "spawn vmm", "done", "2.00 ms"]),
         (&["events"], &["vm_state", VM]),
         (&["host", "show"], &["state directory", "/s", "1 alive"]),
+        (
+            &["host", "show"],
+            &["fd3c:91aa:7e2:3::/64", "vxlan (id 5, port 4789)", "b (host 4) at 192.0.2.2", "conflicts"],
+        ),
         (&["vm", "console", "web", "--history"], &["line one\nline two\n"]),
     ] {
         let output = output(at(&fake.socket(), words));
@@ -92,6 +103,9 @@ fn calls_go_where_they_should() {
         &["vm", "stop", "web"],
         &["events", "--since", "7"],
         &["image", "rm", "demo"],
+        &["session", "rm", "etl"],
+        &["session", "rm", "etl", "--drain"],
+        &["session", "rm", "etl", "--drain", "--timeout", "0"],
     ] {
         assert!(output(at(&fake.socket(), words)).status.success(), "{words:?}");
     }
@@ -100,6 +114,9 @@ fn calls_go_where_they_should() {
         "POST /v1/vms/web/stop",
         "GET /v1/events?since=7&follow=false",
         "DELETE /v1/images/demo",
+        "DELETE /v1/sessions/etl",
+        "DELETE /v1/sessions/etl?drain=true",
+        "DELETE /v1/sessions/etl?drain=true&timeout_ms=0",
     ];
     assert_eq!(fake.noted(|notes| notes.calls.clone()), wanted);
 }

@@ -23,6 +23,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 /// Id of every VM that is launched here.
 pub(crate) const VM: &str = "vm-aaaaaaaaaaaaaaaa";
 
+/// Id of every session.
+pub(crate) const SESSION: &str = "s-aaaaaaaaaaaaaaaa";
+
 const OPERATION: &str = "op-aaaaaaaaaaaaaaaa";
 
 /// What the fake was asked, and what it shall do.
@@ -109,6 +112,8 @@ fn routes(shared: Shared) -> Router {
         .route("/v1/vms/{vm}/stats", get(|| async { ok(stats()) }))
         .route("/v1/vms/{vm}/exec", post(exec))
         .route("/v1/vms/{vm}/console", get(|| async { "line one\nline two\n" }).post(console))
+        .route("/v1/sessions", get(|| async { ok(json!({"sessions": [session()]})) }).post(create_session))
+        .route("/v1/sessions/{session}", get(|| async { ok(session()) }).delete(remove_session))
         .route("/v1/images", get(|| async { ok(json!({"images": [image()]})) }).post(|| async { ok(image()) }))
         .route("/v1/images/{image}", get(|| async { ok(image()) }).delete(|| async { StatusCode::NO_CONTENT }))
         .route("/v1/operations", get(|| async { ok(json!({"operations": [operation("running")]})) }))
@@ -170,6 +175,27 @@ fn image() -> Value {
            "created_at": "2026-01-02T03:04:05Z"})
 }
 
+fn session() -> Value {
+    let drops = json!({"spoof": 7, "foreign_session": 2, "not_allowed": 1});
+    json!({"id": SESSION, "name": "etl", "session_network_id": 517, "state": "active", "ipv4": true,
+           "egress": {"nat": true, "allow": [{"cidr": "0.0.0.0/0", "protocol": "tcp", "ports": [443, 443]}]},
+           "created_at": "2026-01-02T03:04:05Z", "expires_at": null, "drops": drops,
+           "members": [{"id": VM, "name": "web", "state": "running", "drops": drops,
+                        "addresses": ["fd3c:91aa:7e2:3:0:205:0:5", "10.3.129.69"]}]})
+}
+
+async fn create_session(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {
+    shared.notes.lock().expect("notes").bodies.push(body);
+    (StatusCode::CREATED, ok(session())).into_response()
+}
+
+async fn remove_session(Of(name): Of<String>) -> Response {
+    if name == "used" {
+        return refusal(StatusCode::CONFLICT, "session_in_use");
+    }
+    StatusCode::NO_CONTENT.into_response()
+}
+
 fn operation(state: &str) -> Value {
     let step = |name: &str, state: &str, took: Option<f64>| json!({"name": name, "state": state, "took_ms": took});
     json!({"id": OPERATION, "kind": "vm_launch", "object": VM, "state": state, "error": null,
@@ -180,7 +206,11 @@ fn operation(state: &str) -> Value {
 fn host() -> Value {
     json!({"name": "h", "version": "0.1.0", "agent_pid": std::process::id(), "started_at": "2026-01-02T03:04:05Z",
            "state_dir": "/s", "cpus": 2, "memory_bytes": 1 << 30, "memory_available_bytes": 1 << 20,
-           "vms": {"alive": 1, "changing": 0, "failed": 0, "total": 1}, "probe": null})
+           "vms": {"alive": 1, "changing": 0, "failed": 0, "total": 1}, "probe": null,
+           "fabric": {"ipv6_prefix": "fd3c:91aa:7e2::/48", "host_number": 3, "ipv6_subnet": "fd3c:91aa:7e2:3::/64",
+                      "ipv4": null, "mtu": 1430, "underlay": "vxlan", "vxlan_id": 5, "vxlan_port": 4789,
+                      "quarantine_s": 120, "conflicts": ["host number 3 is used by 192.0.2.9 as well"],
+                      "peers": [{"name": "b", "address": "192.0.2.2", "host_number": 4}]}})
 }
 
 async fn launch(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::fake::{Fake, Fate, VM};
+use crate::fake::{Fake, Fate, SESSION, VM};
 use crate::run::{at, code, output, piped, signal, text, wait_until};
 
 #[test]
@@ -25,6 +25,10 @@ fn a_launch_asks_for_what_was_said() {
         "10M/64k",
         "--tx-packets",
         "5k",
+        "--session",
+        "etl",
+        "--addressing",
+        "invariant",
         "--wait",
         "none",
         "--idempotency-key",
@@ -36,6 +40,7 @@ fn a_launch_asks_for_what_was_said() {
     let data = fake.directory().canonicalize().expect("a directory").join("data.img");
     let wanted = json!({
         "image": "demo", "name": "db", "vcpus": 2, "memory_mib": 512, "wait": "none",
+        "session": "etl", "addressing": "invariant",
         "disks": [{"path": data, "read_only": false}, {"path": "/b.img", "read_only": true}],
         "network_limits": {
             "rx": {"bytes_per_s": 10_000_000, "burst_bytes": 64_000, "packets_per_s": null, "burst_packets": null},
@@ -43,6 +48,60 @@ fn a_launch_asks_for_what_was_said() {
         },
     });
     assert_eq!(fake.noted(|notes| (notes.bodies.clone(), notes.keys.clone())), (vec![wanted], vec!["once".to_owned()]));
+}
+
+#[test]
+fn a_session_asks_for_what_was_said() {
+    let fake = Fake::start();
+    let data = fake.directory().join("data.txt");
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(&data)
+        .and_then(|mut file| std::io::Write::write_all(&mut file, b"role=reader"))
+        .expect("a file");
+    let data = data.to_str().expect("a path");
+    let words = ["session", "create", "--id", "0x205", "--name", "etl", "--no-ipv4", "--ttl", "1h", "--nat"];
+    let more = ["--egress", "::/0:443", "--egress", "192.0.2.0/24/icmp", "--user-data", data, "--idempotency-key", "k"];
+    let output = output(at(&fake.socket(), &[&words[..], &more].concat()));
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), format!("{SESSION}\n")));
+    let wanted = json!({
+        "name": "etl", "session_network_id": 517, "ipv4": false, "ttl_s": 3600, "user_data": "role=reader",
+        "egress": {"nat": true, "allow": [
+            {"cidr": "::/0", "protocol": "tcp", "ports": [443, 443]},
+            {"cidr": "192.0.2.0/24", "protocol": "icmp", "ports": null},
+        ]},
+    });
+    assert_eq!(fake.noted(|notes| (notes.bodies.clone(), notes.keys.clone())), (vec![wanted], vec!["k".to_owned()]));
+}
+
+#[test]
+fn a_session_without_words_asks_for_nothing_special() {
+    let fake = Fake::start();
+    assert!(output(at(&fake.socket(), &["session", "create"])).status.success());
+    assert_eq!(fake.noted(|notes| notes.bodies.clone()), [json!({})]);
+}
+
+#[test]
+fn user_data_that_is_missing_or_long_is_named() {
+    let fake = Fake::start();
+    let long = fake.directory().join("long.txt");
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&long).expect("a file");
+    file.set_len(16 * 1024 + 1).expect("its length");
+    for (path, wanted) in [("/nowhere/data", "/nowhere/data"), (long.to_str().expect("a path"), "longer than 16384")] {
+        let output = output(at(&fake.socket(), &["session", "create", "--user-data", path]));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output.stderr).contains(wanted), "{}", text(&output.stderr));
+    }
+    assert!(fake.noted(|notes| notes.calls.is_empty()));
+}
+
+#[test]
+fn a_session_in_use_is_not_removed() {
+    let fake = Fake::start();
+    let output = output(at(&fake.socket(), &["session", "rm", "used"]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("session_in_use"), "{}", text(&output.stderr));
 }
 
 #[test]

@@ -28,6 +28,20 @@ fn wrong_words_are_usage_errors() {
         &["vm", "exec", "web", "-t", "-n", "--", "sh"],
         &["vm", "rm"],
         &["vm", "rm", "web", "--all"],
+        &["vm", "launch", "--addressing", "guest"],
+        &["vm", "launch", "--session", "a/b"],
+        &["session"],
+        &["session", "create", "--id", "0"],
+        &["session", "create", "--id", "4294967295"],
+        &["session", "create", "--name", "7"],
+        &["session", "create", "--ipv4", "--no-ipv4"],
+        &["session", "create", "--nat"],
+        &["session", "create", "--egress", "10.0.0.0"],
+        &["session", "create", "--egress", "10.0.0.0/8:70000"],
+        &["session", "create", "--ttl", "0"],
+        &["session", "show"],
+        &["session", "rm"],
+        &["session", "rm", "etl", "--timeout", "5s"],
         &["events", "--since", "yesterday"],
         &["bench", "boot", "--count", "0"],
         &["image", "import", "mine"],
@@ -49,6 +63,16 @@ fn every_noun_has_help() {
     for verb in ["launch", "ls", "show", "rm", "stop", "pause", "resume", "stats", "exec", "console"] {
         let output = output(hearth(&["vm", verb, "--help"]));
         assert!(output.status.success() && text(&output.stdout).contains("Usage: hearth vm"), "{verb}");
+    }
+}
+
+#[test]
+fn sessions_have_help_with_examples() {
+    for (verb, wanted) in [("create", "--egress 0.0.0.0/0:443"), ("rm", "--drain"), ("ls", "List"), ("show", "members")]
+    {
+        let output = output(hearth(&["session", verb, "--help"]));
+        let help = text(&output.stdout);
+        assert!(output.status.success() && help.contains("Usage: hearth session") && help.contains(wanted), "{help}");
     }
 }
 
