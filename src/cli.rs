@@ -252,7 +252,7 @@ pub enum BenchCommand {
 }
 
 const BENCH_BOOT_HELP: &str = "\
-Phases: spawn (request → VMM answers), load (→ machine built), entry (resume → first vCPU in the guest), \
+Phases: network (jail made and opened), spawn (request → VMM answers), load (→ machine built), entry (resume → first vCPU in the guest), \
 kernel (→ guest agent started), init (→ it answers and knows who it is), exec (→ first answer of `true`). \
 The clock of the total stops at that first answer. VMM overhead is PSS without guest memory and without \
 unchanged pages of the program's file.
@@ -275,6 +275,9 @@ pub struct BenchBootArgs {
     /// Memory of each in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     pub memory: u64,
+    /// Session to launch them into: its id, name or network id
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<ReferenceWord>,
     /// Keep all VMs until the last is measured, instead of removing each before the next
     #[arg(long)]
     pub together: bool,

@@ -214,9 +214,53 @@ pub enum EgressError {
         /// How many.
         found: usize,
     },
+    /// Two rules that say partly the same.
+    #[error(
+        "egress.allow[{index}] and egress.allow[{other}] overlap without one holding the other: split or join them"
+    )]
+    Overlap {
+        /// One.
+        index: usize,
+        /// The other.
+        other: usize,
+    },
     /// NAT for nothing.
     #[error("egress.nat without egress.allow lets nothing out: allow 0.0.0.0/0 and ::/0 for everything")]
     NatForNothing,
+}
+
+impl EgressRule {
+    /// Whether all that `other` allows is allowed by this.
+    pub fn covers(&self, other: &Self) -> bool {
+        self.cidr.covers(other.cidr)
+            && (self.protocol == Protocol::Any || self.protocol == other.protocol)
+            && self.ports.is_none_or(|(from, to)| other.ports.is_some_and(|ports| from <= ports.0 && ports.1 <= to))
+    }
+
+    /// Whether something is allowed by both.
+    fn meets(&self, other: &Self) -> bool {
+        let protocols = self.protocol == other.protocol || [self.protocol, other.protocol].contains(&Protocol::Any);
+        let ports = match (self.ports, other.ports) {
+            (Some(one), Some(other)) => one.0 <= other.1 && other.0 <= one.1,
+            (None, _) | (_, None) => true,
+        };
+        (self.cidr.covers(other.cidr) || other.cidr.covers(self.cidr)) && protocols && ports
+    }
+}
+
+impl Egress {
+    /// The rules without those that another covers: sets of rules take no overlaps.
+    pub fn least(&self) -> Vec<EgressRule> {
+        let rules = &self.allow;
+        let is_covered = |index: usize, rule: &EgressRule| {
+            let covers = |(at, other): (usize, &EgressRule)| {
+                // Of two that are equal the first stays.
+                at != index && other.covers(rule) && (!rule.covers(other) || at < index)
+            };
+            rules.iter().enumerate().any(covers)
+        };
+        rules.iter().enumerate().filter(|(index, rule)| !is_covered(*index, rule)).map(|(_, rule)| *rule).collect()
+    }
 }
 
 /// Checks what of an egress its types do not say.
@@ -244,6 +288,12 @@ pub(super) fn check(egress: &Egress, fabric: &Fabric) -> Result<(), EgressError>
             Some(_) | None => continue,
         };
         return Err(EgressError::Ports { index, what });
+    }
+    for (index, rule) in egress.allow.iter().enumerate() {
+        let crosses = |other: &EgressRule| rule.meets(other) && !rule.covers(other) && !other.covers(rule);
+        if let Some(other) = egress.allow[..index].iter().position(crosses) {
+            return Err(EgressError::Overlap { index, other });
+        }
     }
     Ok(())
 }
@@ -287,6 +337,23 @@ mod tests {
         for cidr in ["0.0.0.0/0", "::/0", "fd00::/8", "fd3c:91aa:7e3::/48", "192.0.2.0/24"] {
             assert!(!refused(&rule(cidr, Protocol::Any, None)), "{cidr}");
         }
+    }
+
+    #[test]
+    fn rules_may_hold_each_other_but_not_cross() {
+        let both = |one: Egress, other: Egress| Egress { nat: false, allow: [one.allow, other.allow].concat() };
+        let tcp = |cidr, ports| rule(cidr, Protocol::Tcp, ports);
+        let inside = both(tcp("10.0.0.0/8", None), tcp("10.1.0.0/16", Some((80, 80))));
+        assert_eq!(check(&inside, &fabric()), Ok(()));
+        assert_eq!(inside.least(), tcp("10.0.0.0/8", None).allow);
+        let twice = both(tcp("::/0", None), tcp("::/0", None));
+        assert_eq!(twice.least().len(), 1);
+        let crossed = both(tcp("10.0.0.0/8", Some((80, 100))), tcp("10.1.0.0/16", Some((90, 110))));
+        assert_eq!(check(&crossed, &fabric()), Err(EgressError::Overlap { index: 1, other: 0 }));
+        let wider = both(rule("10.1.0.0/16", Protocol::Any, None), tcp("10.0.0.0/8", None));
+        assert_eq!(check(&wider, &fabric()), Err(EgressError::Overlap { index: 1, other: 0 }));
+        let apart = both(tcp("10.1.0.0/16", Some((80, 80))), rule("10.1.0.0/16", Protocol::Udp, Some((80, 80))));
+        assert_eq!((check(&apart, &fabric()), apart.least().len()), (Ok(()), 2));
     }
 
     #[test]

@@ -177,6 +177,11 @@ impl VmNetworks for HostNetworks {
         result(self.blocking(HostNetwork::settle_host).await?)
     }
 
+    async fn conflicts(&self) -> Result<Vec<String>, NetworkError> {
+        let routes = self.blocking(HostNetwork::foreign_routes).await?.map_err(|error| failed(&error))?;
+        Ok(routes.iter().map(ToString::to_string).collect())
+    }
+
     async fn end(&self) -> Result<(), NetworkError> {
         let ready: Vec<u16> = lock(&self.0.numbers).ready.drain(..).collect();
         let settled = self.blocking(move |network| {

@@ -47,7 +47,7 @@ fn session(network: &NetworkRecord, fabric: &Fabric) -> SessionAddresses {
 
 /// Egress rules as a jail takes them; one that another covers is left out.
 fn egress(egress: &Egress) -> Vec<EgressRule> {
-    let rules = egress.allow.iter().map(|rule| {
+    let rules = egress.least().into_iter().map(|rule| {
         let (to, v6) = match rule.cidr.address() {
             IpAddr::V4(first) => (Net::V4(V4Net { first, bits: rule.cidr.bits() }), false),
             IpAddr::V6(first) => (Net::V6(V6Net { first, bits: rule.cidr.bits() }), true),

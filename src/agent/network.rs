@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::ledger::{NewEvent, Write};
+use super::ledger::{LedgerError, NewEvent, Write};
 use super::record::{Subject, VmRecord};
 use super::shared::Shared;
 use super::vm_state::VmState;
@@ -17,7 +17,24 @@ pub(super) async fn start<W: World>(shared: &Arc<Shared<W>>) {
     if let Err(error) = shared.world.networks().start().await {
         tracing::error!(error = %chain(&error), "this host's network is not as it should be");
     }
+    if let Err(error) = look_for_conflicts(shared).await {
+        shared.declare_broken(&error);
+    }
     tokio::spawn(follow(Arc::clone(shared)));
+}
+
+/// Looks whether others have routes to addresses of this fabric; while they do, sessions are refused.
+pub(super) async fn look_for_conflicts<W: World>(shared: &Arc<Shared<W>>) -> Result<(), LedgerError> {
+    let reason = match shared.world.networks().conflicts().await {
+        Ok(routes) if routes.is_empty() => None,
+        Ok(routes) => Some(format!(
+            "this host has routes of others to addresses of the fabric ({}): remove them, or choose another \
+             host_number or ipv6_prefix in [fabric], or ipv4 = false",
+            routes.join(", ")
+        )),
+        Err(error) => Some(format!("this host's routes are not known: {}", chain(&error))),
+    };
+    shared.set_conflict("routes", reason).await
 }
 
 /// Writes down what was changed by others, as long as the network tells of it.

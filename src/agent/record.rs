@@ -106,6 +106,9 @@ pub struct ProcessRecord {
 pub struct Timings {
     /// From the request until the VMM process was there.
     pub spawn_us: Option<u64>,
+    /// Making the jail and opening it for the VM.
+    #[serde(default)]
+    pub network_us: Option<u64>,
     /// From sending the launch until the machine was built.
     pub build_us: Option<u64>,
     /// Making the VM, its memory and interrupt controllers (told by the VMM).

@@ -82,8 +82,9 @@ pub struct FabricView {
 
 impl<W: World> Agent<W> {
     /// The fabric, if there is one and nothing speaks against it.
-    pub(super) fn usable_fabric(&self) -> Result<&FabricConfig, SessionError> {
+    pub(super) async fn usable_fabric(&self) -> Result<&FabricConfig, SessionError> {
         let fabric = self.shared.config.fabric.as_ref().ok_or(SessionError::NoFabric)?;
+        super::network::look_for_conflicts(&self.shared).await.map_err(SessionError::Ledger)?;
         let reasons = self.shared.conflicts();
         if reasons.is_empty() { Ok(fabric) } else { Err(SessionError::FabricConflict { reasons }) }
     }
@@ -97,7 +98,7 @@ impl<W: World> Agent<W> {
         {
             return Ok(earlier);
         }
-        let fabric = self.usable_fabric()?;
+        let fabric = self.usable_fabric().await?;
         check(&request, fabric)?;
         let (choice, ipv4) = choose(fabric, request.session_network_id, request.ipv4)?;
         let random = random_array(&self.shared.world);
@@ -168,7 +169,7 @@ impl<W: World> Agent<W> {
     /// The session a VM is to join, and the highest local id that fits its addresses. Whether VMs may join it is
     /// looked at again when the VM is recorded.
     pub(super) async fn session_to_join(&self, word: &str) -> Result<(SessionRecord, u32), SessionError> {
-        let fabric = self.usable_fabric()?;
+        let fabric = self.usable_fabric().await?;
         let session = match self.find_session(word).await {
             Err(SessionError::Unknown { word }) => return Err(self.resting_or_unknown(word).await?),
             found => found?,

@@ -105,6 +105,10 @@ impl<W: World> Work<W> {
                 Err(outcome) => (StepState::Failed, note_of(outcome)),
             };
             let took_us = Some(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+            if matches!(effect, Effect::MakeNetwork | Effect::OpenNetwork) && performed.is_ok() {
+                let so_far = self.record.timings.network_us.unwrap_or(0);
+                self.record.timings.network_us = Some(so_far.saturating_add(micros(took)));
+            }
             let step = StepRecord { effect, state, took_us, note };
             tracing::debug!(vm = %self.record.id, step = effect.name(), ?took, done = performed.is_ok(), "step");
             let mut writes = vec![Write::Step { operation: self.operation.id.clone(), index, step: step.clone() }];

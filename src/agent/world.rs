@@ -304,6 +304,8 @@ pub trait VmNetworks: Send + Sync + 'static {
     fn remove(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
     /// Has the host's own part: routes to peers and such. Before the first VM.
     fn start(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// What others have that speaks against this host's addresses: routes there.
+    fn conflicts(&self) -> impl Future<Output = Result<Vec<String>, NetworkError>> + Send;
     /// Takes away what no VM needs: the agent ends.
     fn end(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
     /// Removes the jails that an earlier agent left, and those of launches that never were; `known` are the VMs'. Gives

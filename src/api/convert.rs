@@ -71,6 +71,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         created_at: timestamp(vm.created_at),
         timings: Timings {
             spawn_ms: ms(timings.spawn_us),
+            network_ms: ms(timings.network_us),
             load_ms: ms(timings.build_us),
             load_vm_ms: ms(timings.vm_us),
             load_kernel_ms: ms(timings.load_us),

@@ -115,6 +115,7 @@ fn limits(limits: FlowLimits) -> Option<String> {
 
 fn timings(timings: &Timings) -> String {
     let rows = [
+        ("  network", timings.network_ms),
         ("  spawn", timings.spawn_ms),
         ("  load", timings.load_ms),
         ("  first entry", timings.first_entry_ms),

@@ -160,6 +160,13 @@ fn vxlan_address(number: HostNumber) -> IpAddr {
 }
 
 impl Host {
+    /// The subnets of all hosts: nobody else may have routes there.
+    pub fn all_subnets(&self) -> Result<Vec<Prefix>, AddressError> {
+        let hosts = std::iter::once(self.number).chain(self.peers.iter().map(|peer| peer.number));
+        let subnets: Vec<_> = hosts.map(|number| self.subnets(number)).collect::<Result<_, _>>()?;
+        Ok(subnets.concat())
+    }
+
     /// The subnets of a host: what its peers route to it, and what it answers for.
     fn subnets(&self, number: HostNumber) -> Result<Vec<Prefix>, AddressError> {
         let v6 = Some(Net::V6(self.fabric.v6_subnet(number)));

@@ -184,6 +184,14 @@ impl Ground {
         lists.ok().flatten().map(|lists| without_elements(&lists.concat()))
     }
 
+    /// Routes of others to addresses of these networks; the default route is to everything and counts as to nothing.
+    pub(super) fn foreign_routes(&mut self, ours: &[Prefix]) -> io::Result<Vec<Prefix>> {
+        let routes = self.netlink.routes(None)?.into_iter();
+        let others = routes.filter(|route| route.protocol != ROUTE_PROTOCOL && route.prefix_len > 0);
+        let to = others.map(|route| Prefix { first: route.destination, bits: route.prefix_len });
+        Ok(to.filter(|to| ours.iter().any(|net| net.meets(to))).collect())
+    }
+
     /// What was counted and dropped, by the counter's name; those of all tables together.
     pub(super) fn counters(&mut self) -> io::Result<BTreeMap<String, u64>> {
         let mut sums = BTreeMap::new();

@@ -16,7 +16,7 @@ use super::address::{AddressError, Fabric};
 use super::desired::{Host, Jail, jail_name};
 use super::ground::{Failure, Ground, Site};
 use super::member::Member;
-use super::object::{Object, Place};
+use super::object::{Object, Place, Prefix};
 use super::plan::{Step, plan};
 use super::rules::{self, JAIL_TABLE, Table, host_tag};
 use crate::sys::netlink::Watch;
@@ -187,6 +187,13 @@ impl HostNetwork {
         let mut settled = host.settle_all();
         settled.failures.extend(failures);
         settled
+    }
+
+    /// Routes of others to addresses of this fabric's hosts.
+    pub fn foreign_routes(&self) -> Result<Vec<Prefix>, OpenNetworkError> {
+        let Some(host) = &self.spec.host else { return Ok(Vec::new()) };
+        let subnets = host.all_subnets()?;
+        lock(&self.host).ground.foreign_routes(&subnets).map_err(opening("list this host's routes"))
     }
 
     /// Takes the host's own part away, if no jail is left.

@@ -35,6 +35,22 @@ impl Prefix {
     }
 }
 
+impl Prefix {
+    /// Whether an address is in both.
+    pub fn meets(&self, other: &Self) -> bool {
+        let shared = u32::from(self.bits.min(other.bits));
+        match (self.first, other.first) {
+            (IpAddr::V4(one), IpAddr::V4(other)) => {
+                (one.to_bits() ^ other.to_bits()).checked_shr(32 - shared).unwrap_or(0) == 0
+            }
+            (IpAddr::V6(one), IpAddr::V6(other)) => {
+                (one.to_bits() ^ other.to_bits()).checked_shr(128 - shared).unwrap_or(0) == 0
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
+        }
+    }
+}
+
 impl From<Net> for Prefix {
     fn from(net: Net) -> Self {
         match net {
@@ -186,6 +202,31 @@ impl std::fmt::Display for Object {
             Self::Rules { place: Place::Jail } => out.write_str("rules of the jail"),
             Self::Rules { place: Place::Host } => out.write_str("rules of the host"),
             Self::Element { element, .. } => write!(out, "element of set {}", element.set),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Prefix;
+
+    #[test]
+    fn networks_meet_when_one_holds_the_other() {
+        let prefix = |text: &str| {
+            let (first, bits) = text.split_once('/').unwrap();
+            Prefix { first: first.parse().unwrap(), bits: bits.parse().unwrap() }
+        };
+        for (one, other, meet) in [
+            ("10.3.0.0/16", "10.0.0.0/8", true),
+            ("10.0.0.0/8", "10.3.7.0/24", true),
+            ("10.3.0.0/16", "10.4.0.0/16", false),
+            ("10.3.0.0/16", "0.0.0.0/0", true),
+            ("10.3.0.1/32", "10.3.0.1/32", true),
+            ("fd00:1::/64", "fd00:1::/48", true),
+            ("fd00:1::/64", "fd00:1:0:1::/64", false),
+            ("::/0", "10.0.0.0/8", false),
+        ] {
+            assert_eq!(prefix(one).meets(&prefix(other)), meet, "{one} {other}");
         }
     }
 }

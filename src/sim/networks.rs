@@ -77,6 +77,10 @@ impl VmNetworks for SimHost {
         Ok(())
     }
 
+    async fn conflicts(&self) -> Result<Vec<String>, NetworkError> {
+        Ok(Vec::new())
+    }
+
     async fn end(&self) -> Result<(), NetworkError> {
         Ok(())
     }

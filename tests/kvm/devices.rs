@@ -52,16 +52,22 @@ fn outside(agent: &Agent, vm: &str, words: &[&str]) -> String {
     text(&output.stdout)
 }
 
+/// The guest's link-local address, as its jail names it.
+fn link_local(agent: &Agent, vm: &str) -> String {
+    let address = agent.sh(vm, r"ip addr show dev eth0 | sed -n 's/.*inet6 \(fe80[^/]*\).*/\1/p'");
+    assert!(address.starts_with("fe80:"), "{address}");
+    format!("{address}%tap0")
+}
+
 pub(crate) fn net_frames_pass_both_ways(agent: &Agent) {
     let vm = agent.shared();
     let outside = |words: &[&str]| outside(agent, vm, words);
-    outside(&["ip", "address", "add", "192.0.2.1/24", "dev", "tap0"]);
-    outside(&["ip", "link", "set", "tap0", "up"]);
-    agent.sh(vm, "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up");
-    outside(&["ping", "-c", "3", "-W", "10", "192.0.2.2"]);
-    agent.sh(vm, "ping -c 3 -W 10 192.0.2.1");
-    // More than fits one frame, both ways, by a real TCP stack on each side.
-    outside(&["ping", "-c", "2", "-s", "8000", "-W", "10", "192.0.2.2"]);
+    // A VM without a session has its link-local address, and its jail to talk to.
+    let address = link_local(agent, vm);
+    outside(&["ping", "-c", "3", "-W", "10", &address]);
+    agent.sh(vm, "ping -c 3 -W 10 -I eth0 fe80::1");
+    // More than fits one frame, both ways, by a real stack on each side.
+    outside(&["ping", "-c", "2", "-s", "8000", "-W", "10", &address]);
     let counters =
         agent.sh(vm, "cat /sys/class/net/eth0/statistics/rx_packets /sys/class/net/eth0/statistics/tx_packets");
     for counter in counters.lines() {
@@ -81,15 +87,13 @@ pub(crate) fn net_frames_pass_both_ways(agent: &Agent) {
 pub(crate) fn net_limits_delay_and_lose_nothing(agent: &Agent) {
     agent.launch("slow", &["--rx-packets", "20/5", "--tx-limit", "1M/2k"]);
     let outside = |words: &[&str]| outside(agent, "slow", words);
-    outside(&["ip", "address", "add", "192.0.2.1/24", "dev", "tap0"]);
-    outside(&["ip", "link", "set", "tap0", "up"]);
-    agent.sh("slow", "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up");
-    outside(&["ping", "-c", "1", "-W", "10", "192.0.2.2"]);
+    let address = link_local(agent, "slow");
+    outside(&["ping", "-c", "1", "-W", "10", &address]);
     let rx = || agent.json(&["vm", "stats", "slow"])["network"][0]["rx"].clone();
     let packets = |rx: &serde_json::Value| rx["packets"].as_u64().expect("a counter");
     let (before, begun) = (packets(&rx()), Instant::now());
     // It does not wait for all answers: some come too late for it.
-    outside(&["ping", "-q", "-c", "40", "-i", "0.01", "-s", "1000", "-W", "1", "192.0.2.2"]);
+    outside(&["ping", "-q", "-c", "40", "-i", "0.01", "-s", "1000", "-W", "1", &address]);
     let mut after = rx();
     while packets(&after) < before + 40 {
         assert!(begun.elapsed() < Duration::from_secs(20), "{after:#}");

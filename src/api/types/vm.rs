@@ -240,6 +240,8 @@ pub struct Cause {
 pub struct Timings {
     /// Request accepted → the VMM answered Hello.
     pub spawn_ms: Option<f64>,
+    /// Making the jail and opening it for the VM.
+    pub network_ms: Option<f64>,
     /// Launch sent → machine built.
     pub load_ms: Option<f64>,
     /// Part of `load_ms`: making the VM, its memory and interrupt controllers.

@@ -26,7 +26,7 @@ const LAUNCH_LIMIT: Duration = Duration::from_secs(180);
 const SETTLE: Duration = Duration::from_secs(1);
 
 /// The phases in order, as they are printed. The last two are sums.
-const PHASES: [&str; 8] = ["spawn", "load", "entry", "kernel", "init", "exec", "running", "total"];
+const PHASES: [&str; 9] = ["network", "spawn", "load", "entry", "kernel", "init", "exec", "running", "total"];
 
 /// The bench's result.
 #[derive(Debug, Serialize)]
@@ -66,6 +66,7 @@ impl Launch {
     fn phase(&self, name: &str) -> Option<f64> {
         let timings = &self.timings;
         match name {
+            "network" => timings.network_ms,
             "spawn" => timings.spawn_ms,
             "load" => timings.load_ms,
             "entry" => timings.first_entry_ms,
@@ -145,6 +146,7 @@ async fn launch_one(
         name: Some(name.to_owned()),
         vcpus: args.vcpus,
         memory_mib: args.memory,
+        session: args.session.as_ref().map(|session| session.as_str().to_owned()),
         // Looking at the operation again and again would take processor time from the guest.
         wait: Wait::Running,
         ..VmLaunchRequest::default()
