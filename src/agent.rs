@@ -24,9 +24,11 @@ mod ledger;
 pub mod log;
 mod member;
 mod metrics;
+pub mod peers;
 mod network;
 mod record;
 mod recover;
+mod self_door;
 mod serve;
 mod session;
 mod session_end;
@@ -61,6 +63,9 @@ pub use record::{
 };
 pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
 pub use session_error::SessionError;
+pub use self_door::{
+    MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
+};
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};

@@ -10,6 +10,9 @@ mod error;
 mod handlers;
 mod http;
 mod listen;
+mod metadata;
+mod peer;
+mod peer_link;
 mod routes;
 mod run;
 pub mod stream;
@@ -20,5 +23,7 @@ pub use listen::ListenError;
 pub use routes::{Served, document, router};
 pub use run::{RunError, RunOptions, run};
 
+#[cfg(test)]
+mod fabric_fixture;
 #[cfg(test)]
 mod tests;

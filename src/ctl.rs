@@ -164,7 +164,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Error> {
 
 async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<u8, Error> {
     match command {
-        ClientCommand::Vm(VmCommand::Launch(args)) => launch::run(agent, out, args).await?,
+        ClientCommand::Vm(VmCommand::Launch(args)) => launch::run(agent, out, *args).await?,
         ClientCommand::Vm(VmCommand::Exec(args)) => return Ok(exec::run(agent, out, args).await?),
         ClientCommand::Vm(VmCommand::Console(args)) => console::run(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Ls) => vm::list(agent, out).await?,

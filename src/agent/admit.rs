@@ -5,6 +5,7 @@ use super::egress::Protocol;
 use super::images::{Image, is_name};
 use super::launch::{LaunchError, LaunchRequest};
 use super::record::{DiskSpec, VmRecord, VmSpec};
+use super::self_door::ROLE_BYTES_MAX;
 use super::session_record::PublishedPort;
 use super::work::command_line;
 use super::world::HostFacts;
@@ -53,6 +54,11 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         return Err(LaunchError::CommandLine { image: image.name.clone(), found: whole, max });
     }
     disks(&request.disks, vms)?;
+    if let Some(role) = &request.role
+        && (role.is_empty() || role.len() > ROLE_BYTES_MAX || role.contains(char::is_control))
+    {
+        return Err(LaunchError::Role { role: role.clone() });
+    }
     request.network_limits.check()?;
     if vms.len() >= limits.vms_max as usize {
         return Err(LaunchError::TooManyVms { max: limits.vms_max });
@@ -61,7 +67,7 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     let (disks, network_limits) = (request.disks.clone(), request.network_limits);
     let interfaces = interfaces(request.interfaces)?;
     ports(&request.published, vms)?;
-    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, network_limits, interfaces })
+    Ok(VmSpec { image: image.name.clone(), vcpus, memory_mib, disks, role: request.role.clone(), network_limits, interfaces })
 }
 
 /// How many network interfaces a VM gets: one, when nothing is said.

@@ -12,7 +12,9 @@ use super::guest::GuestError;
 use super::images::{Image, ImageError};
 use super::launch::{Key, LaunchError, LaunchRequest, Launched};
 use super::ledger::{KeyRow, LedgerError, StoredAnswer};
+use super::peers::PeerDoor;
 use super::record::{EventRecord, OperationRecord, VmRecord};
+use super::self_door::SelfDoor;
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
 use super::vm_actor::{Verb, VerbError};
@@ -154,7 +156,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: Send + Sync + 'static {
+pub trait Door: PeerDoor + SelfDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

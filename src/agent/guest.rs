@@ -110,6 +110,15 @@ impl<S: ByteStream> GuestWriter<S> {
         let bytes = frame::encode(message).map_err(GuestError::Frame)?;
         self.half.write_all(&bytes).await.map_err(GuestError::Stream)
     }
+
+    /// Sends messages in one write.
+    async fn send_all(&mut self, messages: &[ToGuest]) -> Result<(), GuestError> {
+        let mut bytes = Vec::new();
+        for message in messages {
+            frame::encode_to(message, &mut bytes).map_err(GuestError::Frame)?;
+        }
+        self.half.write_all(&bytes).await.map_err(GuestError::Stream)
+    }
 }
 
 impl<S: ByteStream> GuestLink<S> {
@@ -140,6 +149,31 @@ impl<S: ByteStream> GuestLink<S> {
             Ok(answer) => answer,
             Err(_) => Err(GuestError::TimedOut { limit }),
         }
+    }
+
+    /// Asks for several things at once, each answered by Done, all within `limit`: one way there and back instead of
+    /// one for each, which on an emulating host is tens of milliseconds. The first refusal is the error.
+    pub(super) async fn all_done(&mut self, messages: &[ToGuest], limit: Duration) -> Result<(), GuestError> {
+        let exchange = async {
+            self.writer.send_all(messages).await?;
+            for _ in messages {
+                match self.reader.next().await?.ok_or(GuestError::HungUp)? {
+                    FromGuest::Done => {}
+                    FromGuest::Failed { errno, what } => {
+                        return Err(GuestError::Failed { errno, what: printable(&what) });
+                    }
+                    FromGuest::Hello { .. }
+                    | FromGuest::Quiesced { .. }
+                    | FromGuest::Stats(_)
+                    | FromGuest::Started { .. }
+                    | FromGuest::Stdout(_)
+                    | FromGuest::Stderr(_)
+                    | FromGuest::Exited(_) => return Err(GuestError::Unexpected),
+                }
+            }
+            Ok(())
+        };
+        timeout(limit, exchange).await.unwrap_or(Err(GuestError::TimedOut { limit }))
     }
 
     /// Asks for something that is answered by Done.

@@ -9,6 +9,7 @@ use super::images::ImageError;
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
 use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::session_error::{SessionError, join_refused};
+use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
 use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
@@ -43,6 +44,8 @@ pub struct LaunchRequest {
     pub session: Option<String>,
     /// Who puts its session addresses to use; only with a session.
     pub addressing: Option<Addressing>,
+    /// What it is in its session.
+    pub role: Option<String>,
     /// Ports of the host that lead to it; only with a session.
     pub published: Vec<PublishedPort>,
     /// How many network interfaces it gets; one when nothing is said.
@@ -172,6 +175,18 @@ pub enum LaunchError {
     /// An addressing without addresses.
     #[error("addressing without a session: a VM without one has no addresses")]
     AddressingWithoutSession,
+    /// Not a role.
+    #[error("{role:?} is not a role: 1 to {ROLE_BYTES_MAX} bytes without control characters")]
+    Role {
+        /// What was given.
+        role: String,
+    },
+    /// None, or more at once than is possible.
+    #[error("count {found}: 1 to {MEMBERS_AT_ONCE_MAX} are possible")]
+    Count {
+        /// What was asked for.
+        found: u32,
+    },
     /// No, or too many, interfaces.
     #[error("{found} network interfaces: 1 to {max} are possible")]
     Interfaces {
@@ -238,6 +253,8 @@ impl LaunchError {
             | Self::DiskPath { .. }
             | Self::DiskInUse { .. }
             | Self::Disk { .. }
+            | Self::Role { .. }
+            | Self::Count { .. }
             | Self::NetworkLimits(_)
             | Self::AddressingWithoutSession
             | Self::PublishedWithoutSession

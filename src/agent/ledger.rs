@@ -273,6 +273,14 @@ impl Store {
         })
     }
 
+    /// The number that sets this ledger apart from others: `first` when it has none yet, the same from then on.
+    pub fn instance(&mut self, first: u64) -> Result<u64, LedgerError> {
+        let keep = "INSERT INTO meta(key, value) VALUES ('instance', ?1) ON CONFLICT(key) DO NOTHING";
+        self.connection.execute(keep, [first.cast_signed()])?;
+        let find = "SELECT value FROM meta WHERE key = 'instance'";
+        Ok(self.connection.query_row(find, [], |row| row.get::<_, i64>(0))?.cast_unsigned())
+    }
+
     /// Writes all or nothing. Returns the number of the last event.
     pub fn commit(&mut self, writes: &[Write]) -> Result<u64, LedgerError> {
         let transaction = self.connection.transaction()?;

@@ -36,6 +36,11 @@ struct RequestLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusalLabels {
+    reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct FlowLabels {
     vm: String,
     interface: u8,
@@ -88,6 +93,7 @@ pub(crate) struct Metrics {
     operations: Family<OperationLabels, Counter>,
     vms: Family<StateLabels, Gauge>,
     requests: Family<RequestLabels, Counter>,
+    peer_refusals: Family<RefusalLabels, Counter>,
     launch_seconds: Histogram,
     events: Gauge<i64>,
     memory: Gauge<f64, AtomicU64>,
@@ -100,12 +106,18 @@ impl Metrics {
         let operations = Family::default();
         let vms = Family::default();
         let requests = Family::default();
+        let peer_refusals = Family::default();
         let launch_seconds = Histogram::new(LAUNCH_BUCKETS);
         let events = Gauge::default();
         let memory = Gauge::default();
         registry.register("operations", "Operations that ended, by goal and result", operations.clone());
         registry.register("vms", "VMs, by state", vms.clone());
         registry.register("api_requests", "API requests, by route and status", requests.clone());
+        registry.register(
+            "peer_refusals",
+            "Requests of other agents that were not taken, by reason",
+            peer_refusals.clone(),
+        );
         registry.register_with_unit(
             "launch",
             "From the request until the VM was running",
@@ -115,7 +127,7 @@ impl Metrics {
         registry.register("events", "Number of the last event", events.clone());
         registry.register_with_unit("memory_promised", "Guest memory of VMs that live", Unit::Bytes, memory.clone());
         let network = NetworkCounters::new(&mut registry);
-        Self { registry, operations, vms, requests, launch_seconds, events, memory, network }
+        Self { registry, operations, vms, requests, peer_refusals, launch_seconds, events, memory, network }
     }
 
     pub(crate) fn operation_ended(&self, goal: Goal, state: OperationState) {
@@ -132,6 +144,11 @@ impl Metrics {
     /// Counts a request. `route` is the route's pattern, so labels stay few.
     pub(crate) fn request(&self, route: &str, status: u16) {
         self.requests.get_or_create(&RequestLabels { route: route.to_owned(), status }).inc();
+    }
+
+    /// Counts a request of another agent that was not taken.
+    pub(crate) fn peer_refused(&self, reason: &str) {
+        self.peer_refusals.get_or_create(&RefusalLabels { reason: reason.to_owned() }).inc();
     }
 
     /// The text for Prometheus.

@@ -1,6 +1,8 @@
 //! What the ledger keeps: VMs, operations, events. These types are the schema: each change of one that older
 //! records do not fit raises [`SCHEMA_VERSION`] and adds a migration.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
@@ -58,6 +60,12 @@ impl VmRecord {
     pub fn hostname(&self) -> &str {
         self.name.as_deref().unwrap_or(self.id.as_str())
     }
+
+    /// Its addresses, IPv6 first. One that ended has none: they rest, and are somebody else's then.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let Some(network) = self.network.as_ref().filter(|_| self.state.holds_resources()) else { return Vec::new() };
+        std::iter::once(IpAddr::V6(network.ipv6)).chain(network.ipv4.map(IpAddr::V4)).collect()
+    }
 }
 
 /// What was asked for when a VM was created.
@@ -71,6 +79,9 @@ pub struct VmSpec {
     pub memory_mib: u32,
     /// Raw files to attach as block devices, in order.
     pub disks: Vec<DiskSpec>,
+    /// What it is in its session, for those who look: at most [`super::ROLE_BYTES_MAX`] bytes.
+    #[serde(default)]
+    pub role: Option<String>,
     /// What may pass its network interface.
     #[serde(default)]
     pub network_limits: NetLimits,

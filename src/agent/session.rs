@@ -10,6 +10,7 @@ use super::egress::{self, Egress};
 use super::images::is_name;
 use super::launch::{KEY_LIFETIME_NS, Key};
 use super::ledger::{KeyRow, LedgerError, NewSession, NumberChoice, SessionRefusal, StoredAnswer, Write};
+use super::peers::PeerView;
 use super::record::{SCHEMA_VERSION, VmRecord};
 use super::session_error::{SessionError, join_refused, refused_number};
 use super::session_record::{SessionRecord, SessionState, USER_DATA_BYTES_MAX};
@@ -78,6 +79,8 @@ pub struct FabricView {
     pub config: FabricConfig,
     /// What speaks against it at the moment; while there is anything, no session is made or joined.
     pub conflicts: Vec<String>,
+    /// The other hosts, in the order they are configured.
+    pub peers: Vec<PeerView>,
 }
 
 impl<W: World> Agent<W> {
@@ -245,7 +248,8 @@ impl<W: World> Agent<W> {
     /// The fabric as this agent sees it, if it has one.
     pub(super) fn fabric_view(&self) -> Option<FabricView> {
         let config = self.shared.config.fabric.clone()?;
-        Some(FabricView { config, conflicts: self.shared.conflicts() })
+        let peers = self.shared.peers.views(&config.peers, self.shared.world.clock().monotonic());
+        Some(FabricView { config, conflicts: self.shared.conflicts(), peers })
     }
 }
 

@@ -8,7 +8,9 @@ use tokio::sync::{Notify, mpsc, watch};
 use super::config::Config;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
+use super::peers::Peers;
 use super::record::{OperationRecord, Subject, VmRecord};
+use super::self_door::Asking;
 use super::session_record::SessionRecord;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
@@ -33,6 +35,10 @@ pub(crate) struct Shared<W: World> {
     conflicts: watch::Sender<BTreeMap<String, String>>,
     /// A session has come that may have to end.
     pub(crate) sessions_changed: Notify,
+    /// The other hosts of the fabric.
+    pub(super) peers: Peers,
+    /// Guests that ask about themselves.
+    pub(super) asking: Asking,
     pub(crate) traffic: Traffic,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
@@ -60,6 +66,8 @@ impl<W: World> Shared<W> {
             metrics: Metrics::new(),
             conflicts: watch::Sender::default(),
             sessions_changed: Notify::new(),
+            peers: Peers::default(),
+            asking: Asking::new(),
             traffic: Traffic::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
@@ -106,7 +114,7 @@ impl<W: World> Shared<W> {
         }
         let event = NewEvent {
             at: self.world.clock().wall(),
-            kind: "fabric_conflict",
+            kind: if reason.is_some() { "fabric_conflict" } else { "fabric_conflict_over" },
             subject: Subject::Host,
             operation: None,
             body: serde_json::json!({ "source": source, "reason": reason }),

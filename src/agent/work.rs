@@ -336,13 +336,13 @@ impl<W: World> Work<W> {
             unix_ns: world.clock().wall().0,
             interfaces: Vec::new(),
         };
-        link.done(&ToGuest::Identity(identity), ANSWER_LIMIT).await?;
+        let mut messages = vec![ToGuest::Identity(identity)];
         if link.version >= guest_network::SINCE_VERSION {
             let config = &self.shared.config;
             let member = member(&self.record, config.fabric.as_ref().map(|fabric| &fabric.fabric));
-            let network = ToGuest::Network(guest_network(&member, config.mtu()));
-            link.done(&network, ANSWER_LIMIT).await?;
+            messages.push(ToGuest::Network(guest_network(&member, config.mtu())));
         }
+        link.all_done(&messages, ANSWER_LIMIT).await?;
         Ok(heard)
     }
 

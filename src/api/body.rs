@@ -83,7 +83,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
 }
 
 /// Whether the body is said to be JSON.
-fn is_json(headers: &HeaderMap) -> Result<(), ApiError> {
+pub(super) fn is_json(headers: &HeaderMap) -> Result<(), ApiError> {
     let said = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = said.split(';').next().unwrap_or_default().trim();
     if essence.eq_ignore_ascii_case("application/json") {
@@ -95,22 +95,27 @@ fn is_json(headers: &HeaderMap) -> Result<(), ApiError> {
 
 /// The whole body, up to the limit in size and time.
 pub(super) async fn read(body: Body) -> Result<Bytes, ApiError> {
-    let whole = Limited::new(body, BODY_BYTES_MAX).collect();
-    match tokio::time::timeout(BODY_LIMIT, whole).await {
+    read_within(body, BODY_BYTES_MAX, BODY_LIMIT).await
+}
+
+/// The whole body, up to these limits.
+pub(super) async fn read_within(body: Body, bytes_max: usize, limit: Duration) -> Result<Bytes, ApiError> {
+    let whole = Limited::new(body, bytes_max).collect();
+    match tokio::time::timeout(limit, whole).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
-            let message = format!("the body is longer than {BODY_BYTES_MAX} bytes");
+            let message = format!("the body is longer than {bytes_max} bytes");
             Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message, Retry::WithChange))
         }
         Ok(Err(error)) => Err(ApiError::bad_request("broken_body", format!("read the body: {error}"))),
         Err(_) => {
-            let message = format!("the body did not arrive within {} s", BODY_LIMIT.as_secs());
+            let message = format!("the body did not arrive within {} s", limit.as_secs());
             Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message, Retry::Later))
         }
     }
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     serde_json::from_slice(bytes).map_err(|error| {
         let text = error.to_string();
         let code = match error.classify() {

@@ -61,6 +61,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         session_id: vm.network.as_ref().map(|network| network.session.clone()),
         session_network_id: vm.network.as_ref().map(|network| network.session_network_id.into()),
         addresses: session::addresses(vm),
+        role: vm.spec.role.clone(),
         generation: vm.generation.clone(),
         host: host.to_owned(),
         vcpus: vm.spec.vcpus.into(),

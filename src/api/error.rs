@@ -7,9 +7,10 @@ use axum::response::{IntoResponse, Response};
 
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::{
-    Denied, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning,
+    Denied, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning, OwnError,
     SessionError, VerbError, VmError, VmState,
 };
+use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::report::{Retry, chain};
 
 /// An answer that says no.
@@ -192,6 +193,8 @@ impl From<LaunchError> for ApiError {
             LaunchError::NoUid => (StatusCode::SERVICE_UNAVAILABLE, "no_uid"),
             LaunchError::Session(error) => return error.into(),
             LaunchError::AddressingWithoutSession => (StatusCode::BAD_REQUEST, "addressing_without_session"),
+            LaunchError::Role { .. } => (StatusCode::BAD_REQUEST, "invalid_role"),
+            LaunchError::Count { .. } => (StatusCode::BAD_REQUEST, "invalid_count"),
             LaunchError::PublishedWithoutSession => (StatusCode::BAD_REQUEST, "publish_without_session"),
             LaunchError::Interfaces { .. } => (StatusCode::BAD_REQUEST, "bad_interfaces"),
             LaunchError::TooManyPorts { .. } => (StatusCode::BAD_REQUEST, "too_many_ports"),
@@ -274,6 +277,57 @@ impl From<SessionError> for ApiError {
             Some(todo) => answer.with_detail(todo),
             None => answer,
         }
+    }
+}
+
+impl From<PeerRefusal> for ApiError {
+    fn from(error: PeerRefusal) -> Self {
+        let status = match error {
+            PeerRefusal::NotStarted => StatusCode::SERVICE_UNAVAILABLE,
+            PeerRefusal::Unsigned | PeerRefusal::WrongKey => StatusCode::UNAUTHORIZED,
+            PeerRefusal::NoKey | PeerRefusal::BeforeStart | PeerRefusal::Replay(_) => StatusCode::FORBIDDEN,
+            PeerRefusal::OtherHost { .. } => StatusCode::MISDIRECTED_REQUEST,
+        };
+        Self::new(status, error.name(), error.to_string(), Retry::WithChange)
+    }
+}
+
+impl From<PeerError> for ApiError {
+    fn from(error: PeerError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        let (status, code) = match error {
+            // Its status says what was wrong with what was asked for.
+            PeerError::Refused { status, code, .. } => {
+                let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY);
+                return Self::new(status, &code, message, retry);
+            }
+            PeerError::NotStarted | PeerError::NoKey | PeerError::Request { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "peer_unavailable")
+            }
+            PeerError::Unreachable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "peer_unreachable"),
+            PeerError::TimedOut { .. } => (StatusCode::GATEWAY_TIMEOUT, "peer_timeout"),
+            PeerError::Unsealed { .. } | PeerError::KeyRefused { .. } => (StatusCode::BAD_GATEWAY, "peer_key_refused"),
+            PeerError::Malformed { .. } => (StatusCode::BAD_GATEWAY, "peer_malformed"),
+        };
+        Self::new(status, code, message, retry)
+    }
+}
+
+impl From<OwnError> for ApiError {
+    fn from(error: OwnError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        let (status, code) = match error {
+            OwnError::Gone => (StatusCode::NOT_FOUND, "vm_gone"),
+            OwnError::NoSession => (StatusCode::FORBIDDEN, "no_session"),
+            OwnError::Foreign { .. } => (StatusCode::FORBIDDEN, "foreign_session"),
+            OwnError::Busy => (StatusCode::TOO_MANY_REQUESTS, "busy"),
+            OwnError::UnknownHost { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "unknown_host"),
+            OwnError::Peer(error) => return error.into(),
+            OwnError::Launch(error) => return error.into(),
+            OwnError::Session(error) => return error.into(),
+            OwnError::Ledger(error) => return error.into(),
+        };
+        Self::new(status, code, message, retry)
     }
 }
 

@@ -1,15 +1,20 @@
 //! `hearth agent`: from its options to its end.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::http;
 use super::listen::{self, ListenError};
+use super::peer_link::HttpLink;
+use super::{metadata, peer};
 use super::routes::router;
 use crate::agent::config::{self, ConfigError, Overrides};
 use crate::agent::log::{self, LogFormat};
+use crate::agent::peers::{PeerKey, PeerKeyError, PeerSetup};
 use crate::agent::{Agent, Door, HostWorld, LedgerError, OpenHostError};
 
 /// Threads that serve the API and the VMs' actors. What blocks has threads of its own.
@@ -44,6 +49,18 @@ pub enum RunError {
     /// There is no socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The fabric's key is not usable.
+    #[error(transparent)]
+    PeerKey(#[from] PeerKeyError),
+    /// Other hosts' agents could not be listened for.
+    #[error("listen on {address} for other hosts (fabric.listen)")]
+    PeerListen {
+        /// Where.
+        address: SocketAddr,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
     /// The ledger failed while the agent ran.
     #[error("the ledger failed: {why}; the VMs go on, and the next agent finds them")]
     Broken {
@@ -71,9 +88,27 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
     // Before the VMs are touched: an agent that cannot be asked should not act.
     let socket = listen::bind(&config.socket).await?;
     let path = config.socket.clone();
+    let fabric = config.fabric.clone();
+    let key = fabric.as_ref().and_then(|fabric| fabric.key_file.as_deref()).map(PeerKey::read).transpose()?;
+    let peers = match fabric.as_ref().and_then(|fabric| fabric.listen) {
+        Some(address) => {
+            let listener = TcpListener::bind(address).await;
+            Some(listener.map_err(|source| RunError::PeerListen { address, source })?)
+        }
+        None => None,
+    };
     let agent: Arc<dyn Door> = Arc::new(Agent::start(world, config).await?);
     let host = agent.host().await.map_or_else(|_| "localhost".to_owned(), |view| view.facts.name);
     let (end, ending) = watch::channel(false);
+    if fabric.is_some() {
+        agent.start_peers(PeerSetup { key, link: Arc::new(HttpLink), host: host.clone() }).await?;
+    }
+    if let Some(listener) = peers {
+        tokio::spawn(peer::serve(listener, Arc::clone(&agent), host.as_str().into(), ending.clone()));
+    }
+    if let Some(doors) = agent.metadata() {
+        tokio::spawn(metadata::serve(doors, Arc::clone(&agent), host.as_str().into(), ending.clone()));
+    }
     let serving = tokio::spawn(http::serve(socket.listener, router(Arc::clone(&agent), &host), ending));
     tracing::info!(socket = %path.display(), host, version = env!("CARGO_PKG_VERSION"), "serving");
     log::say_ready(options.log_format);

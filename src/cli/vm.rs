@@ -40,7 +40,7 @@ Examples:
 pub enum VmCommand {
     /// Boot a VM and wait until its guest answers
     #[command(after_help = LAUNCH_HELP)]
-    Launch(LaunchArgs),
+    Launch(Box<LaunchArgs>),
     /// List the VMs of this host
     Ls,
     /// Show one VM: state, timings of its launch, and why it failed
@@ -111,6 +111,9 @@ pub struct LaunchArgs {
     /// Who puts the VM's session addresses to use [default: guest]
     #[arg(long, value_enum, requires = "session")]
     pub addressing: Option<AddressingWord>,
+    /// What the VM is in its session, for those who look: up to 63 bytes
+    #[arg(long, value_name = "ROLE")]
+    pub role: Option<String>,
     /// Port of this host that leads to one of the VM, for clients outside: 8080:80, 5353:53/udp. May be repeated
     #[arg(long = "publish", value_name = "HOST:GUEST[/udp]", requires = "session")]
     pub publish: Vec<PortWord>,

@@ -14,7 +14,7 @@ use super::call::Agent;
 use super::output::{Output, OutputError};
 use super::progress::shown;
 use super::table::{age, bytes, pairs, plain};
-use crate::api::types::{Fabric, Host};
+use crate::api::types::{Fabric, FabricPeer, Host};
 
 /// How long a probe may take; it is meant to take two seconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
@@ -184,9 +184,7 @@ fn fabric(fabric: Option<&Fabric>) -> String {
         (Some(id), Some(port)) => format!("{} (id {id}, port {port})", fabric.underlay),
         (_, _) => fabric.underlay.clone(),
     };
-    let peers =
-        fabric.peers.iter().map(|peer| format!("{} (host {}) at {}", peer.name, peer.host_number, peer.address));
-    let peers: Vec<_> = peers.collect();
+    let peers: Vec<_> = fabric.peers.iter().map(peer).collect();
     let rows = pairs([
         ("ipv6 prefix", Some(fabric.ipv6_prefix.clone())),
         ("host number", Some(fabric.host_number.to_string())),
@@ -194,10 +192,22 @@ fn fabric(fabric: Option<&Fabric>) -> String {
         ("ipv4 subnet", Some(ipv4)),
         ("underlay", Some(underlay)),
         ("mtu", Some(fabric.mtu.to_string())),
-        ("peers", Some(if peers.is_empty() { "none".to_owned() } else { peers.join(", ") })),
+        ("peers", Some(if peers.is_empty() { "none".to_owned() } else { peers.join("\n") })),
         ("conflicts", (!fabric.conflicts.is_empty()).then(|| fabric.conflicts.join("; "))),
     ]);
     format!("fabric\n{}", indent(&rows))
+}
+
+/// A peer in one line: who, where, and how it answers.
+fn peer(peer: &FabricPeer) -> String {
+    let mut line = format!("{} (host {}) at {}: {}", peer.name, peer.host_number, peer.address, peer.state);
+    if let Some(ago_ms) = peer.last_hello_ago_ms {
+        line.push_str(&format!(", last hello {} s ago", ago_ms / 1000));
+    }
+    if let Some(reason) = &peer.reason {
+        line.push_str(&format!(" ({reason})"));
+    }
+    plain(&line)
 }
 
 #[cfg(test)]

@@ -106,6 +106,7 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         network_limits: (limits != NetworkLimits::default()).then_some(limits),
         session: args.session.map(|session| session.as_str().to_owned()),
         addressing: args.addressing.map(Into::into),
+        role: args.role,
         publish: args.publish.iter().map(PortWord::port).collect(),
         interfaces: args.interfaces,
         // Waiting is done here, by looking at the operation, so that its steps can be shown.

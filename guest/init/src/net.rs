@@ -1,8 +1,9 @@
 //! Interfaces, addresses, neighbours and default routes: what the host says is what the guest has afterwards.
 //!
-//! An interface is found by its hardware address and ends with exactly the addresses it was given, and its IPv6
-//! link-local one: those of an earlier identity, left by the bundle it was launched from, are removed. Nothing on the
-//! link configures the guest. Applying the same again is harmless, applying something else replaces it.
+//! An interface is found by its hardware address and ends with exactly the addresses it was given, and the IPv6
+//! link-local one that its hardware address makes: those of an earlier identity, left by the bundle it was launched
+//! from, are removed. Nothing on the link configures the guest. Applying the same again is harmless, applying
+//! something else replaces it.
 //!
 //! All changes go to the kernel in one send. When one of them fails the others are made all the same; the answer names
 //! the first that failed.
@@ -15,7 +16,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::ffi::CStr;
 
-use hearth_guest_wire::{GatewayAddress, NetworkInterface};
+use hearth_guest_wire::{Address, GatewayAddress, NetworkInterface};
 
 use crate::identity::failed;
 use crate::link::Refusal;
@@ -32,7 +33,7 @@ pub(crate) fn apply(wanted: &[NetworkInterface]) -> Result<(), Refusal> {
         found.push((find(&links, interface.mac)?, interface));
     }
     for (link, _) in &found {
-        configure_by_host_only(link).map_err(failed("turn automatic addresses off"))?;
+        ignore_routers(link).map_err(failed("turn router advertisements off"))?;
     }
     let present = requests::addresses(&mut channel).map_err(failed("list addresses"))?;
 
@@ -41,12 +42,17 @@ pub(crate) fn apply(wanted: &[NetworkInterface]) -> Result<(), Refusal> {
         requests::bring_up(&mut batch, link.index, 0);
     }
     for (link, interface) in &found {
+        // The kernel would make the same link-local address when the interface comes up, and then ask for a second or
+        // two whether somebody has it already: only the host is at the other end.
+        requests::make_no_addresses(&mut batch, link.index);
         requests::bring_up(&mut batch, link.index, interface.mtu);
-        for old in present.iter().filter(|old| old.index == link.index && !old.link_local) {
+        let link_local = link_local(link.mac);
+        for old in present.iter().filter(|old| old.index == link.index && old.address != link_local) {
             if !interface.addresses.contains(&old.address) {
                 requests::remove_address(&mut batch, link.index, old.address);
             }
         }
+        requests::set_link_local(&mut batch, link.index, link_local);
         // Those that are there as well: with an old address of the same subnet the kernel may have dropped them.
         for new in &interface.addresses {
             requests::set_address(&mut batch, link.index, *new);
@@ -83,19 +89,20 @@ fn set_default_route(batch: &mut Batch, found: &[(&Link, &NetworkInterface)], fa
     requests::remove_default_route(batch, family);
 }
 
-/// Keeps an interface from taking routes and addresses out of router advertisements, and from asking whether someone
-/// has its link-local address already: only the host is at the other end. To be done before it is up, which is when
-/// the kernel would begin with both.
-fn configure_by_host_only(link: &Link) -> Result<(), Errno> {
-    const SETTINGS: [&[u8]; 3] = [b"/accept_ra\0", b"/autoconf\0", b"/accept_dad\0"];
-    for setting in SETTINGS {
-        let path = [b"/proc/sys/net/ipv6/conf/", link.name.as_slice(), setting].concat();
-        let path = CStr::from_bytes_with_nul(&path).map_err(|_| Errno::INVAL)?;
-        match sys::write_setting(path, b"0") {
-            // A kernel without IPv6, or without /proc.
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(errno),
-        }
+/// The link-local address an interface gives itself: the modified EUI-64 of its hardware address (RFC 4291 appendix A).
+fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Address {
+    Address::V6([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f], 64)
+}
+
+/// Keeps an interface from taking routes, and with them addresses, out of router advertisements. To be done before it
+/// is up, which is when the kernel would ask for some. There is no netlink message for it, and a look-up below
+/// /proc/sys costs an emulated kernel 17 ms: so this is the only one.
+fn ignore_routers(link: &Link) -> Result<(), Errno> {
+    let path = [b"/proc/sys/net/ipv6/conf/", link.name.as_slice(), b"/accept_ra\0"].concat();
+    let path = CStr::from_bytes_with_nul(&path).map_err(|_| Errno::INVAL)?;
+    match sys::write_setting(path, b"0") {
+        // A kernel without IPv6, or without /proc.
+        Err(Errno::NOENT) => Ok(()),
+        other => other,
     }
-    Ok(())
 }

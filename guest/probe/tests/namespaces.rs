@@ -34,8 +34,10 @@ impl Namespace {
     }
 
     fn probe(&self, words: &str) -> Command {
+        // The one for guests, if it was built.
+        let program = std::env::var("HEARTH_PROBE").unwrap_or_else(|_| env!("CARGO_BIN_EXE_probe").to_owned());
         let words: Vec<&str> = words.split_whitespace().collect();
-        self.command(&[&[env!("CARGO_BIN_EXE_probe")], &words[..]].concat())
+        self.command(&[&[program.as_str()], &words[..]].concat())
     }
 
     /// Runs the program to its end.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -56,6 +57,10 @@ pub struct FabricConfig {
     pub quarantine_s: u32,
     /// Jails that are made ahead.
     pub pool: u32,
+    /// Where this agent listens for other hosts' agents; `None`: nowhere.
+    pub listen: Option<SocketAddr>,
+    /// The file with the key that the hosts share. Without it, hosts only say hello.
+    pub key_file: Option<PathBuf>,
     /// The other hosts.
     pub peers: Vec<Peer>,
 }
@@ -127,6 +132,8 @@ pub(super) struct WrittenFabric {
     mtu: Option<i64>,
     quarantine_s: Option<i64>,
     pool: Option<i64>,
+    listen: Option<String>,
+    key_file: Option<String>,
 }
 
 /// One of `[[peers]]` as it is written.
@@ -255,10 +262,29 @@ pub(super) fn check(
         mtu: short("fabric.mtu", written.mtu, mtu, MTU_MIN, MTU_MAX)?,
         quarantine_s: number("fabric.quarantine_s", written.quarantine_s, Some(QUARANTINE_S_DEFAULT), 1, 86_400)?,
         pool: number("fabric.pool", written.pool, Some(POOL_DEFAULT), 0, 64)?,
+        listen: listen(written.listen)?,
+        key_file: key_file(written.key_file)?,
         peers,
     };
     check_peers(&config)?;
     Ok(Some(config))
+}
+
+fn listen(found: Option<String>) -> Result<Option<SocketAddr>, ConfigError> {
+    let Some(text) = found else { return Ok(None) };
+    let wanted = "an IP address with a port is possible: 192.0.2.7:7787, [2001:db8::7]:7787";
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() != 0 && !address.ip().is_multicast() => Ok(Some(address)),
+        Ok(_) | Err(_) => Err(range("fabric.listen", format!("{text:?}"), wanted)),
+    }
+}
+
+fn key_file(found: Option<String>) -> Result<Option<PathBuf>, ConfigError> {
+    let Some(text) = found else { return Ok(None) };
+    if !text.starts_with('/') {
+        return Err(range("fabric.key_file", format!("{text:?}"), "an absolute path is possible"));
+    }
+    Ok(Some(text.into()))
 }
 
 fn peer(index: usize, written: WrittenPeer, ipv4: bool) -> Result<Peer, ConfigError> {

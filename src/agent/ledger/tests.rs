@@ -20,6 +20,7 @@ pub(super) fn vm(number: u8, name: &str) -> VmRecord {
             vcpus: 1,
             memory_mib: 128,
             disks: Vec::new(),
+            role: None,
             network_limits: Default::default(),
             interfaces: 1,
         },

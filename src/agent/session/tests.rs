@@ -14,6 +14,8 @@ fn fabric(host: u16, ipv4: bool, with_peer: bool) -> FabricConfig {
         mtu: 1500,
         quarantine_s: 120,
         pool: 0,
+        listen: None,
+        key_file: None,
         peers: with_peer.then_some(peer).into_iter().collect(),
     }
 }

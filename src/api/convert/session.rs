@@ -110,17 +110,20 @@ pub(super) const fn shown_port(port: &agent::PublishedPort) -> PublishedPort {
 
 /// The fabric as this agent sees it.
 pub(in crate::api) fn fabric(view: &agent::FabricView) -> Fabric {
-    let agent::FabricView { config, conflicts } = view;
+    let agent::FabricView { config, conflicts, peers } = view;
     let net = &config.fabric;
     let ipv4 = net.v4_widths().zip(net.v4_net()).zip(net.v4_subnet(config.host).ok().flatten());
     let (vxlan_id, vxlan_port) = match config.underlay {
         agent::config::Underlay::Routed => (None, None),
         agent::config::Underlay::Vxlan { id, port } => (Some(id), Some(port)),
     };
-    let peer = |peer: &agent::config::Peer| FabricPeer {
-        name: peer.name.clone(),
-        address: peer.to_string(),
-        host_number: peer.host.into(),
+    let peer = |view: &agent::peers::PeerView| FabricPeer {
+        name: view.peer.name.clone(),
+        address: view.peer.to_string(),
+        host_number: view.peer.host.into(),
+        state: view.state.name().to_owned(),
+        reason: view.state.why().map(str::to_owned),
+        last_hello_ago_ms: view.heard_ago.map(|ago| u64::try_from(ago.as_millis()).unwrap_or(u64::MAX)),
     };
     Fabric {
         ipv6_prefix: net.v6_net().to_string(),
@@ -138,7 +141,7 @@ pub(in crate::api) fn fabric(view: &agent::FabricView) -> Fabric {
         vxlan_id,
         vxlan_port,
         quarantine_s: config.quarantine_s,
-        peers: config.peers.iter().map(peer).collect(),
+        peers: peers.iter().map(peer).collect(),
         conflicts: conflicts.clone(),
     }
 }

@@ -35,7 +35,7 @@ pub(in crate::api) async fn launch_vm(
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
     let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, session, addressing, .. } = value;
-    let (wait, interfaces) = (value.wait, value.interfaces);
+    let (wait, interfaces, role) = (value.wait, value.interfaces, value.role);
     let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
     let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
@@ -51,6 +51,7 @@ pub(in crate::api) async fn launch_vm(
         addressing,
         published,
         interfaces,
+        role,
         key: key.clone(),
     };
     let vm = match served.door.launch(request).await? {
@@ -93,7 +94,7 @@ pub(super) fn as_json(answer: &StoredAnswer) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], answer.body.clone()).into_response()
 }
 
-pub(super) fn to_json<T: serde::Serialize>(value: &T) -> String {
+pub(in crate::api) fn to_json<T: serde::Serialize>(value: &T) -> String {
     // These types hold nothing that JSON cannot say.
     serde_json::to_string(value).unwrap_or_default()
 }

@@ -223,4 +223,14 @@ pub struct FabricPeer {
     pub address: String,
     /// Its number.
     pub host_number: u16,
+    /// How it answers hellos: `unknown` (not asked yet), `reachable`, `unreachable`, `refused` (another key) or
+    /// `conflict`.
+    #[serde(default)]
+    pub state: String,
+    /// Why it is unreachable or refused; null otherwise.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// How long ago it last answered a hello; null: it has not since the agent started.
+    #[serde(default)]
+    pub last_hello_ago_ms: Option<u64>,
 }

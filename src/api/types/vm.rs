@@ -36,6 +36,9 @@ pub struct VmLaunchRequest {
     /// Who puts the VM's session addresses to use: the guest when left out. Only with a session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addressing: Option<Addressing>,
+    /// What the VM is in its session, for those who look: up to 63 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<String>,
     /// Ports of this host that lead to the VM, for clients outside of the fabric. Only with a session.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<PublishedPort>,
@@ -58,6 +61,7 @@ impl Default for VmLaunchRequest {
             network_limits: None,
             session: None,
             addressing: None,
+            role: None,
             publish: Vec::new(),
             interfaces: None,
             wait: Wait::None,
@@ -149,6 +153,9 @@ pub struct Vm {
     pub session_network_id: Option<u32>,
     /// Its addresses, IPv6 first; none outside sessions and for a VM that ended.
     pub addresses: Vec<String>,
+    /// What it is in its session; null when nobody said.
+    #[serde(default)]
+    pub role: Option<String>,
     /// VM generation id, 32 hexadecimal digits: differs for every launch and restore.
     pub generation: String,
     /// Name of the host it is on.

@@ -21,7 +21,10 @@ const RTM_NEWNEIGH: u16 = 28;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_AF_SPEC: u16 = 26;
 const IFLA_EXT_MASK: u16 = 29;
+/// What IFLA_AF_SPEC holds: of AF_INET6 (10) IFLA_INET6_ADDR_GEN_MODE (8): none (1).
+const NO_GENERATED_ADDRESSES: [u8; 12] = [12, 0, AF_INET6, 0, 5, 0, 8, 0, 1, 0, 0, 0];
 /// Leave the counters out of a listing.
 const RTEXT_FILTER_SKIP_STATS: u32 = 8;
 const IFF_UP: u32 = 1;
@@ -37,7 +40,6 @@ const NUD_PERMANENT: u16 = 0x80;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RT_SCOPE_UNIVERSE: u8 = 0;
-const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_NOWHERE: u8 = 255;
 const RT_TABLE_MAIN: u8 = 254;
 const RTN_UNSPECIFIED: u8 = 0;
@@ -47,6 +49,9 @@ const RTNH_F_ONLINK: u32 = 4;
 
 /// Who made a route: this number marks ours, in guests and on hosts.
 const ROUTE_PROTOCOL: u8 = 104;
+
+/// What the kernel says when it has no IPv6, or none on an interface.
+const NO_IPV6: [Errno; 3] = [Errno::ACCES, Errno::NOTSUPP, Errno::AFNOSUPPORT];
 
 pub(super) const AF_INET: u8 = 2;
 pub(super) const AF_INET6: u8 = 10;
@@ -70,8 +75,6 @@ pub(super) struct Link {
 pub(super) struct Present {
     pub(super) index: u32,
     pub(super) address: Address,
-    /// The IPv6 address that an interface gives itself.
-    pub(super) link_local: bool,
 }
 
 /// All interfaces.
@@ -102,7 +105,7 @@ pub(super) fn links(channel: &mut Channel) -> Result<Vec<Link>, Errno> {
 pub(super) fn addresses(channel: &mut Channel) -> Result<Vec<Present>, Errno> {
     let mut found = Vec::new();
     channel.list(RTM_GETADDR, &[0; ADDRESS_BYTES], &[], |kind, body| {
-        let Some(&[family, prefix, _, scope, i0, i1, i2, i3]) = body.first_chunk::<ADDRESS_BYTES>() else {
+        let Some(&[family, prefix, _, _, i0, i1, i2, i3]) = body.first_chunk::<ADDRESS_BYTES>() else {
             return;
         };
         let attributes = body.get(ADDRESS_BYTES..);
@@ -116,10 +119,17 @@ pub(super) fn addresses(channel: &mut Channel) -> Result<Vec<Present>, Errno> {
             && let Some(address) = address
         {
             let index = u32::from_le_bytes([i0, i1, i2, i3]);
-            found.push(Present { index, address, link_local: family == AF_INET6 && scope == RT_SCOPE_LINK });
+            found.push(Present { index, address });
         }
     })?;
     Ok(found)
+}
+
+/// Keeps the kernel from giving an interface an IPv6 address by itself.
+pub(super) fn make_no_addresses(batch: &mut Batch, index: u32) {
+    batch.request(RTM_NEWLINK, 0, "turn automatic addresses off", &NO_IPV6);
+    batch.raw(&[0; 4]).raw(&index.to_le_bytes()).raw(&[0; 8]);
+    batch.attribute(IFLA_AF_SPEC, &NO_GENERATED_ADDRESSES);
 }
 
 /// Brings an interface up; an `mtu` of 0 leaves that alone.
@@ -135,6 +145,12 @@ pub(super) fn bring_up(batch: &mut Batch, index: u32, mtu: u16) {
 /// Gives an interface an address; fine when it has it.
 pub(super) fn set_address(batch: &mut Batch, index: u32, address: Address) {
     batch.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, "add an address", &[]);
+    with_address(batch, index, address);
+}
+
+/// Gives an interface its link-local address, if there is IPv6 at all.
+pub(super) fn set_link_local(batch: &mut Batch, index: u32, address: Address) {
+    batch.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, "add the link-local address", &NO_IPV6);
     with_address(batch, index, address);
 }
 

@@ -27,6 +27,7 @@ impl Errno {
     pub(crate) const PROTO: Self = Self(71);
     pub(crate) const OVERFLOW: Self = Self(75);
     pub(crate) const NOTSUPP: Self = Self(95);
+    pub(crate) const AFNOSUPPORT: Self = Self(97);
     pub(crate) const ADDRNOTAVAIL: Self = Self(99);
 
     /// The number itself, for messages and the wire.

@@ -32,6 +32,25 @@ fn what_is_not_said_has_its_default() {
 }
 
 #[test]
+fn where_hosts_are_listened_for_and_their_key_are_said_or_absent() {
+    let config = fabric("");
+    assert_eq!((config.listen, config.key_file), (None, None));
+    let config = fabric("listen = '[2001:db8::3]:7787'\nkey_file = '/etc/hearth/fabric.key'");
+    assert_eq!(config.listen, Some("[2001:db8::3]:7787".parse().unwrap()));
+    assert_eq!(config.key_file, Some("/etc/hearth/fabric.key".into()));
+    for (more, named) in [
+        ("listen = '2001:db8::3'", "fabric.listen is \"2001:db8::3\", an IP address with a port is possible"),
+        ("listen = '192.0.2.3:0'", "fabric.listen"),
+        ("listen = '[ff02::1]:7787'", "fabric.listen"),
+        ("listen = 'host:7787'", "fabric.listen"),
+        ("key_file = 'fabric.key'", "fabric.key_file is \"fabric.key\", an absolute path is possible"),
+    ] {
+        let told = wrong(&format!("{MINIMAL}{more}"));
+        assert!(told.contains(named), "{told}");
+    }
+}
+
+#[test]
 fn uids_follow_the_host_number_unless_they_are_told() {
     assert_eq!(checked(MINIMAL).unwrap().uids.host_number, 3);
     assert_eq!(checked(&format!("{MINIMAL}[uids]\nhost_number = 0")).unwrap().uids.host_number, 0);

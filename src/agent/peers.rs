@@ -1,0 +1,165 @@
+//! The other hosts of the fabric: telling each other who one is (hello), seeing what speaks against being of one
+//! fabric, and asking each other for VMs and members of sessions.
+//!
+//! HTTP is not known here: requests go out by a [`PeerLink`], and come in by [`PeerDoor`]. Tasks: one per peer that says
+//! hello, and one that lets faded conflicts go. What can go wrong: a peer does not answer (shown, nothing is refused),
+//! it has another key (shown and counted), or the hosts contradict each other (both refuse new members of sessions).
+
+mod answers;
+mod auth;
+mod bodies;
+mod book;
+mod calls;
+mod hello;
+mod members;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+use super::config::Peer;
+use crate::clock::{Clock, Monotonic};
+
+pub use answers::{PeerDoor, PeerRefusal};
+pub use auth::{CLOCK_DIFFERENCE_MS, KEY_BYTES_MIN, PeerKey, PeerKeyError, RequestHead, Signed};
+pub use bodies::{Conflict, Hello, LaunchedBody, MemberBody, MemberOrder, MembersBody, PeerLaunch};
+pub use book::PeerState;
+pub use calls::PeerError;
+
+use auth::Nonces;
+use book::Book;
+use members::MembersCache;
+
+/// The port of a peer whose address is given without one.
+pub const PEER_PORT_DEFAULT: u16 = 7787;
+
+/// The path of [`Hello`].
+pub const HELLO_PATH: &str = "/peer/v1/hello";
+
+/// The path of [`PeerLaunch`].
+pub const LAUNCH_PATH: &str = "/peer/v1/vms";
+
+/// What the paths of sessions start with.
+pub const SESSIONS_PATH: &str = "/peer/v1/sessions/";
+
+/// The header with a request's [`RequestHead`].
+pub const HEAD_HEADER: &str = "hearth-peer";
+
+/// The header with an answer's MAC.
+pub const SEAL_HEADER: &str = "hearth-peer-seal";
+
+/// Longest body of a request between agents: a launch with user data and egress rules.
+pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
+
+/// Longest body of an answer between agents: the members of a session.
+pub const ANSWER_BYTES_MAX: usize = 1024 * 1024;
+
+/// A request to another agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerCall {
+    /// HTTP method.
+    pub method: &'static str,
+    /// Path.
+    pub path: String,
+    /// JSON body; empty without one.
+    pub body: Vec<u8>,
+    /// Value of [`HEAD_HEADER`]; `None` when there is no key.
+    pub head: Option<String>,
+}
+
+/// An answer of another agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerAnswer {
+    /// HTTP status.
+    pub status: u16,
+    /// Body.
+    pub body: Vec<u8>,
+    /// Value of [`SEAL_HEADER`], if there is one.
+    pub seal: Option<String>,
+}
+
+/// The way to other agents.
+pub trait PeerLink: Send + Sync + 'static {
+    /// Sends one request and reads the answer, both bounded in size. May be dropped at any time.
+    fn call(&self, to: SocketAddr, call: PeerCall) -> BoxFuture<'_, io::Result<PeerAnswer>>;
+}
+
+/// What [`PeerDoor::start_peers`] needs.
+#[derive(Clone)]
+pub struct PeerSetup {
+    /// The fabric's key, if there is one.
+    pub key: Option<PeerKey>,
+    /// The way to other agents.
+    pub link: Arc<dyn PeerLink>,
+    /// This host's name.
+    pub host: String,
+}
+
+impl std::fmt::Debug for PeerSetup {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("PeerSetup").field("key", &self.key).field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+/// Which agent this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Identity {
+    /// Differs for every state directory.
+    instance: u64,
+    /// Differs for every start of an agent.
+    life: u64,
+}
+
+/// A started agent's way to its peers.
+struct Started {
+    setup: PeerSetup,
+    identity: Identity,
+}
+
+/// An agent's part in the fabric.
+#[derive(Default)]
+pub(super) struct Peers {
+    started: OnceLock<Started>,
+    book: Mutex<Book>,
+    nonces: Mutex<Nonces>,
+    members: MembersCache,
+}
+
+/// What is known of a peer.
+#[derive(Debug, Clone)]
+pub struct PeerView {
+    /// What is configured.
+    pub peer: Peer,
+    /// How it is reached.
+    pub state: PeerState,
+    /// How long ago it last answered; `None`: it has not.
+    pub heard_ago: Option<Duration>,
+}
+
+impl Peers {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn nonces(&self) -> MutexGuard<'_, Nonces> {
+        self.nonces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of peers, in the order they are configured.
+    pub(super) fn views(&self, peers: &[Peer], now: Monotonic) -> Vec<PeerView> {
+        let book = self.book();
+        let view = |peer: &Peer| {
+            let entry = book.peer(&peer.name);
+            PeerView { peer: peer.clone(), state: entry.state, heard_ago: entry.heard_at.map(|at| now.since(at)) }
+        };
+        peers.iter().map(view).collect()
+    }
+}
+
+/// Milliseconds since the Unix epoch.
+fn now_ms(clock: &impl Clock) -> u64 {
+    clock.wall().0 / 1_000_000
+}

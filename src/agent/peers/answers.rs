@@ -1,0 +1,230 @@
+//! Answering peers: whose request is it, and is it to be believed; then what it asks for.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
+use super::auth::{ReplayError, RequestHead, Signed};
+use super::bodies::{Hello, PeerLaunch, hello};
+use super::book::CallerChange;
+use super::hello::{greet, let_fade};
+use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
+use crate::agent::Agent;
+use crate::agent::launch::LaunchError;
+use crate::agent::ledger::LedgerError;
+use crate::agent::record::VmRecord;
+use crate::agent::session::{SessionCreated, SessionRequest};
+use crate::agent::session_error::SessionError;
+use crate::agent::session_record::SessionRecord;
+use crate::agent::world::{Records, World, random_array};
+use crate::clock::Clock;
+
+/// Why another agent is not answered what it asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PeerRefusal {
+    /// The agent is not that far, or has no fabric.
+    #[error("this agent does not speak to other hosts (yet)")]
+    NotStarted,
+    /// There is no MAC, and there has to be one.
+    #[error("the request is not signed")]
+    Unsigned,
+    /// The MAC is none of the fabric's key, or is not one at all.
+    #[error("the request is not signed with this host's key")]
+    WrongKey,
+    /// Without a key, hosts only say hello.
+    #[error("this host has no fabric.key_file, without which hosts do nothing for each other")]
+    NoKey,
+    /// It was meant for another host.
+    #[error("the request is for host number {to}, but this host is {own}")]
+    OtherHost {
+        /// Whom it was meant for.
+        to: u16,
+        /// This host's number.
+        own: u16,
+    },
+    /// It was sent before this agent started, which may have taken it before.
+    #[error("the request was sent before this agent started; send it again")]
+    BeforeStart,
+    /// It is not taken now.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
+}
+
+impl PeerRefusal {
+    /// The refusal's name, as in answers and counters.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotStarted => "peers_not_started",
+            Self::Unsigned => "peer_unsigned",
+            Self::WrongKey => "peer_key_refused",
+            Self::NoKey => "peer_key_missing",
+            Self::OtherHost { .. } => "peer_other_host",
+            Self::BeforeStart => "peer_request_stale",
+            Self::Replay(ReplayError::Time { .. }) => "peer_clock_difference",
+            Self::Replay(ReplayError::Again) => "peer_replay",
+            Self::Replay(ReplayError::Busy) => "peer_busy",
+        }
+    }
+}
+
+/// What other agents may ask of this one. Nothing here knows how the request came.
+pub trait PeerDoor: Send + Sync + 'static {
+    /// Starts to say hello to the configured peers, and to answer them. The second time it does nothing.
+    fn start_peers(&self, setup: PeerSetup) -> BoxFuture<'_, Result<(), LedgerError>>;
+
+    /// Checks a request: signed with the key, for this host, of now, and taken for the first time. `None` when there is
+    /// no key here, which leaves hello only.
+    fn admit_peer(&self, what: &Signed<'_>, head: Option<&str>) -> Result<Option<RequestHead>, PeerRefusal>;
+
+    /// The MAC of the answer to an admitted request.
+    fn seal_for_peer(&self, head: &RequestHead, status: u16, body: &[u8]) -> Option<String>;
+
+    /// Answers a hello from this address. `signed`: whether it was signed with the key.
+    fn hello(&self, from: IpAddr, hello: Hello, signed: bool) -> BoxFuture<'_, Result<Hello, PeerRefusal>>;
+
+    /// Launches VMs for another host, all or none.
+    fn launch_for_peer(&self, launch: PeerLaunch) -> BoxFuture<'_, Result<Vec<Arc<VmRecord>>, LaunchError>>;
+
+    /// This host's members of a session; none when there is no such session.
+    fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>>;
+}
+
+/// The word that names whoever found a caller's conflict.
+pub(super) fn source(from: IpAddr) -> String {
+    format!("hello from {from}")
+}
+
+impl<W: World> Agent<W> {
+    async fn begin_peers(&self, setup: PeerSetup) -> Result<(), LedgerError> {
+        let shared = &self.shared;
+        let Some(fabric) = &shared.config.fabric else { return Ok(()) };
+        // A clock's time is what is left when randomness fails: it differs as well.
+        let otherwise = shared.world.clock().wall().0.to_le_bytes();
+        let [first, life] = [(); 2].map(|()| u64::from_le_bytes(random_array(&shared.world).unwrap_or(otherwise)));
+        let instance = shared.world.records().with(move |store| store.instance(first)).await?;
+        let started = Started { setup, identity: Identity { instance, life } };
+        if shared.peers.started.set(started).is_err() {
+            return Ok(());
+        }
+        for peer in fabric.peers.clone() {
+            tokio::spawn(greet(Arc::clone(shared), fabric.clone(), peer));
+        }
+        tokio::spawn(let_fade(Arc::clone(shared)));
+        Ok(())
+    }
+
+    fn admit_request(&self, what: &Signed<'_>, head: Option<&str>) -> Result<Option<RequestHead>, PeerRefusal> {
+        let shared = &self.shared;
+        let started = shared.peers.started.get().ok_or(PeerRefusal::NotStarted)?;
+        let fabric = shared.config.fabric.as_ref().ok_or(PeerRefusal::NotStarted)?;
+        let is_hello = what.path == HELLO_PATH;
+        let Some(key) = &started.setup.key else {
+            return if is_hello { Ok(None) } else { Err(PeerRefusal::NoKey) };
+        };
+        let head: RequestHead = head.ok_or(PeerRefusal::Unsigned)?.parse().map_err(|_| PeerRefusal::WrongKey)?;
+        if !key.has_signed(&head, what) {
+            return Err(PeerRefusal::WrongKey);
+        }
+        // Nonces are forgotten when an agent ends. A hello taken twice does no harm.
+        if !is_hello && head.at_ms < shared.started_at.0 / 1_000_000 {
+            return Err(PeerRefusal::BeforeStart);
+        }
+        let own = fabric.host.into();
+        // A hello for another host is how two find out that they disagree on a number.
+        if !is_hello && head.to != own {
+            return Err(PeerRefusal::OtherHost { to: head.to, own });
+        }
+        shared.peers.nonces().take(&head, now_ms(shared.world.clock()))?;
+        Ok(Some(head))
+    }
+
+    async fn answer_hello(&self, from: IpAddr, theirs: Hello, signed: bool) -> Result<Hello, PeerRefusal> {
+        let shared = &self.shared;
+        let started = shared.peers.started.get().ok_or(PeerRefusal::NotStarted)?;
+        let fabric = shared.config.fabric.as_ref().ok_or(PeerRefusal::NotStarted)?;
+        let peer = fabric.peers.iter().find(|peer| peer.address == from);
+        let mine = hello(fabric, &started.identity, &started.setup.host, peer);
+        let conflict = mine.conflict_with(&theirs, peer.map(|peer| peer.host.into()));
+        let now = shared.world.clock().monotonic();
+        let change = shared.peers.book().heard(from, conflict.as_ref(), signed, now);
+        let who = match peer {
+            Some(peer) => format!("peer {} ({from})", peer.name),
+            None => format!("the host at {from}"),
+        };
+        match change {
+            CallerChange::None => {}
+            CallerChange::Raised => {
+                shared.say_conflict(&source(from), conflict.map(|conflict| conflict.told(&who))).await;
+            }
+            CallerChange::Over => shared.say_conflict(&source(from), None).await,
+        }
+        Ok(mine)
+    }
+
+    /// The session a peer launches into, made if it is not there.
+    async fn session_for_peer(&self, launch: &PeerLaunch) -> Result<SessionRecord, SessionError> {
+        let word = launch.session_network_id.to_string();
+        match self.find_session(&word).await {
+            Err(SessionError::Unknown { .. }) => {}
+            found => return found,
+        }
+        let request = SessionRequest {
+            session_network_id: Some(launch.session_network_id),
+            ipv4: Some(launch.ipv4),
+            egress: launch.egress.clone(),
+            ttl_s: launch.ttl_s,
+            user_data: launch.user_data.clone(),
+            ..SessionRequest::default()
+        };
+        match self.make_session(request).await {
+            Ok(SessionCreated::Session(view)) => Ok(view.record),
+            // Another launch was faster.
+            Ok(SessionCreated::Answered(_)) | Err(SessionError::NumberTaken { .. }) => self.find_session(&word).await,
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl<W: World> PeerDoor for Agent<W> {
+    fn start_peers(&self, setup: PeerSetup) -> BoxFuture<'_, Result<(), LedgerError>> {
+        self.begin_peers(setup).boxed()
+    }
+
+    fn admit_peer(&self, what: &Signed<'_>, head: Option<&str>) -> Result<Option<RequestHead>, PeerRefusal> {
+        self.admit_request(what, head).inspect_err(|refusal| self.shared.metrics.peer_refused(refusal.name()))
+    }
+
+    fn seal_for_peer(&self, head: &RequestHead, status: u16, body: &[u8]) -> Option<String> {
+        let key = self.shared.peers.started.get()?.setup.key.as_ref()?;
+        Some(key.seal(head.nonce, status, body))
+    }
+
+    fn hello(&self, from: IpAddr, hello: Hello, signed: bool) -> BoxFuture<'_, Result<Hello, PeerRefusal>> {
+        self.answer_hello(from, hello, signed).boxed()
+    }
+
+    fn launch_for_peer(&self, launch: PeerLaunch) -> BoxFuture<'_, Result<Vec<Arc<VmRecord>>, LaunchError>> {
+        // On a task of its own: a peer that hangs up does not leave half of the VMs.
+        let agent = self.clone();
+        async move {
+            let launching = tokio::spawn(async move {
+                launch.order.check()?;
+                let session = agent.session_for_peer(&launch).await?;
+                agent.launch_members(&session.id, &launch.order).await
+            });
+            launching.await.unwrap_or(Err(LaunchError::Ending))
+        }
+        .boxed()
+    }
+
+    fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>> {
+        let mut vms = self.records();
+        let is_member = |vm: &VmRecord| {
+            vm.network.as_ref().is_some_and(|network| u32::from(network.session_network_id) == session_network_id)
+        };
+        vms.retain(|vm| is_member(vm));
+        vms
+    }
+}
