@@ -244,7 +244,8 @@ fn networks(fabric: Option<&Fabric>, rule: impl Fn(&str, &str) -> String) -> Str
     rules
 }
 
-/// What a VM may ask of its jail. The host's own chatter (memberships of groups) is nothing to count.
+/// What a VM may ask of its jail. What the host's end of the veth says to groups on the link is no VM's doing and not
+/// counted.
 fn here(text: &mut String) {
     let _ = write!(
         text,
@@ -252,7 +253,7 @@ fn here(text: &mut String) {
 	chain here {{
 		type filter hook input priority filter; policy drop;
 		iifname \"lo\" accept
-		iifname \"up0\" drop
+		iifname \"up0\" ip6 daddr ff02::/16 drop
 		iifname \"tap0\" icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
 		iifname \"tap0\" icmpv6 type nd-router-solicit drop
 		iifname \"tap0\" ip6 daddr {METADATA_V6} tcp dport {METADATA_PORT} accept
