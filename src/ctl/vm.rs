@@ -68,6 +68,7 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("bundle", vm.bundle_id.clone()),
             ("session network", vm.session_network_id.map(|id| id.to_string())),
             ("addresses", (!vm.addresses.is_empty()).then(|| vm.addresses.join(", "))),
+            ("role", vm.role.as_deref().map(plain)),
             ("vcpus", Some(vm.vcpus.to_string())),
             ("memory", Some(format!("{} MiB", vm.memory_mib))),
             ("disks", (!vm.disks.is_empty()).then(|| disks(&vm.disks))),
