@@ -32,6 +32,8 @@ pub(super) struct Vmm {
     /// When it ends by itself, and with which words.
     pub(super) ends_at_ns: Option<(u64, LastWords)>,
     pub(super) end: Option<ProcessEnd>,
+    /// Whether an agent ended it.
+    pub(super) ended_by_agent: bool,
     pub(super) words: Option<LastWords>,
     /// The agent's life it was started in: only that one can learn how it ended.
     pub(super) life: u64,
@@ -92,6 +94,7 @@ impl State {
             answers_at_ns: None,
             ends_at_ns: None,
             end: None,
+            ended_by_agent: false,
             words: None,
             life: self.life,
         };
@@ -156,7 +159,12 @@ impl VmmProcess for SimProcess {
     }
 
     fn kill(&self) -> io::Result<()> {
-        self.host.state().end_vmm(self.record.pid, ProcessEnd::Signalled(9), None);
+        let mut state = self.host.state();
+        if let Some(vmm) = state.vmms.get_mut(&self.record.pid) {
+            vmm.ended_by_agent |= vmm.end.is_none();
+        }
+        state.end_vmm(self.record.pid, ProcessEnd::Signalled(9), None);
+        drop(state);
         self.host.changed.notify_waiters();
         Ok(())
     }
