@@ -153,15 +153,18 @@ fn a_second_ctrl_c_leaves() {
 #[test]
 fn a_broken_stream_is_an_error() {
     let fake = Fake::start();
+    // An agent that goes with words of the client unread resets the connection; otherwise it hangs up.
+    let broken = ["the agent hung up", "reset by peer"];
     for (command, stdout, wanted) in [
-        ("break", "half a ", "the agent hung up"),
-        ("refuse", "", "the guest is gone"),
-        ("garbage", "", "frame of unknown kind 72"),
+        ("break", "half a ", broken.as_slice()),
+        ("refuse", "", &["the guest is gone"]),
+        ("garbage", "", &["frame of unknown kind 72"]),
     ] {
         let output = output(exec(&fake, &["--", command]));
         assert_eq!(output.status.code(), Some(1), "{command}");
         assert_eq!(text(&output.stdout), stdout, "{command}");
-        assert!(text(&output.stderr).contains(wanted), "{command}: {}", text(&output.stderr));
+        let said = text(&output.stderr);
+        assert!(wanted.iter().any(|wanted| said.contains(wanted)), "{command}: {said}");
     }
 }
 
