@@ -296,6 +296,10 @@ impl HostNetwork {
         }
         side.known = failures.is_empty().then_some(jail);
         host.desired.insert(Owner::Jail(number), outside);
+        if !host.known.contains_key(&Owner::Jail(number)) {
+            // Only this jail's part: what fails elsewhere on the host is not its VM's fault.
+            host.learn(number, &side.spec.name);
+        }
         let settled = host.settle_one(Owner::Jail(number));
         steps.extend(settled.steps);
         failures.extend(settled.failures);
