@@ -31,11 +31,13 @@ pub(crate) struct Fabric {
 impl Fabric {
     /// Makes the hosts and starts their agents.
     pub(crate) fn start(underlay: &str) -> Self {
-        let fabric = Self { agents: Vec::new() };
+        let mut fabric = Self { agents: Vec::new() };
         fabric.wire();
         let configs = (0..HOSTS.len()).map(|host| config(host, underlay));
-        let agents = configs.zip(HOSTS).map(|(config, name)| Some(Agent::start_with(&config, Some(name)))).collect();
-        Self { agents, ..fabric }
+        for (config, name) in configs.zip(HOSTS) {
+            fabric.agents.push(Some(Agent::start_with(&config, Some(name))));
+        }
+        fabric
     }
 
     fn wire(&self) {
@@ -62,12 +64,15 @@ impl Fabric {
         self.agents[host].as_ref().expect("the agent runs")
     }
 
-    /// A host's rules, without counters, its jails' included.
-    pub(crate) fn rules(&self, host: usize) -> String {
+    /// A host's rules without counters, and those of the jails its VMs are in.
+    pub(crate) fn rules_of_members(&self, host: usize) -> String {
         let mut all = run("ip", &["netns", "exec", HOSTS[host], "nft", "-s", "list", "ruleset"]);
         for jail in self.jails(host) {
-            all += &format!("-- {jail}\n");
-            all += &run("ip", &["netns", "exec", &jail, "nft", "-s", "list", "ruleset"]);
+            let rules = run("ip", &["netns", "exec", &jail, "nft", "-s", "list", "ruleset"]);
+            // A jail that was made ahead has nobody's hardware address in it.
+            if rules.contains("elements = {") {
+                all += &format!("-- {jail}\n{rules}");
+            }
         }
         all
     }
@@ -96,7 +101,10 @@ impl Fabric {
 
 impl Drop for Fabric {
     fn drop(&mut self) {
-        self.agents.clear();
+        // Only after a failure is there still one.
+        for agent in self.agents.drain(..).flatten() {
+            agent.abandon();
+        }
         for name in HOSTS.iter().chain([&WIRE]) {
             let _ = Command::new("ip").args(["netns", "delete", name]).output();
         }
