@@ -21,6 +21,7 @@ pub mod event_port;
 pub mod events;
 pub mod exit;
 pub mod i8042;
+pub mod image;
 pub mod layout;
 pub mod probe;
 pub mod ram;

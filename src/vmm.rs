@@ -24,6 +24,7 @@ mod console;
 mod event_loop;
 mod launch;
 mod probe;
+mod save;
 mod session;
 
 /// Why a VMM could not start or go on.

@@ -17,6 +17,8 @@ pub enum Effect {
     StartVmm,
     /// Have the machine built in the VMM. Inverse: [`Effect::EndVmm`].
     BuildMachine,
+    /// Have the machine built in the VMM from the VM's bundle, as it was saved. Inverse: [`Effect::EndVmm`].
+    RestoreMachine,
     /// Let the vCPUs run. Inverse: [`Effect::HoldMachine`].
     RunMachine,
     /// Hold the vCPUs. Inverse: [`Effect::RunMachine`].
@@ -25,6 +27,20 @@ pub enum Effect {
     GreetGuest,
     /// Set the guest's wall clock. Nothing to undo.
     SetGuestClock,
+    /// Run the program that warms a guest up, until it is done or says so. Nothing to undo: it ends with the VMM.
+    WarmUp,
+    /// Have the guest's file systems at rest. Inverse: [`Effect::ThawGuest`].
+    QuiesceGuest,
+    /// Let the guest go on after a quiesce and set its wall clock. Nothing to undo.
+    ThawGuest,
+    /// Have the state and memory of the held machine in files of the bundle store. Inverse: [`Effect::DiscardSaved`].
+    SaveMachine,
+    /// Have no such files.
+    DiscardSaved,
+    /// Have a bundle of them, durable and for all to see. Nothing undoes it.
+    CommitBundle,
+    /// Wait until the guest has registered with its cluster. Nothing to undo: it ends with the VMM.
+    Register,
     /// Ask the guest to power off and wait for it, up to a bound. Nothing to undo: it leads to [`Effect::EndVmm`].
     ShutDownGuest,
     /// Have no VMM process. Nothing undoes it.
@@ -50,6 +66,14 @@ impl Effect {
             Self::OpenNetwork => "open_network",
             Self::StartVmm => "start_vmm",
             Self::BuildMachine => "build_machine",
+            Self::RestoreMachine => "restore_machine",
+            Self::WarmUp => "warm_up",
+            Self::QuiesceGuest => "quiesce_guest",
+            Self::ThawGuest => "thaw_guest",
+            Self::SaveMachine => "save_machine",
+            Self::DiscardSaved => "discard_saved",
+            Self::CommitBundle => "commit_bundle",
+            Self::Register => "register",
             Self::RunMachine => "run_machine",
             Self::HoldMachine => "hold_machine",
             Self::GreetGuest => "greet_guest",
@@ -69,10 +93,17 @@ impl Effect {
         match self {
             Self::MakeDirectory => Some(Self::RemoveDirectory),
             Self::MakeNetwork | Self::OpenNetwork => Some(Self::RemoveNetwork),
-            Self::StartVmm | Self::BuildMachine => Some(Self::EndVmm),
+            Self::StartVmm | Self::BuildMachine | Self::RestoreMachine => Some(Self::EndVmm),
+            Self::QuiesceGuest => Some(Self::ThawGuest),
+            Self::SaveMachine => Some(Self::DiscardSaved),
             Self::RunMachine => Some(Self::HoldMachine),
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest
+            | Self::WarmUp
+            | Self::ThawGuest
+            | Self::DiscardSaved
+            | Self::CommitBundle
+            | Self::Register
             | Self::SetGuestClock
             | Self::ShutDownGuest
             | Self::EndVmm
@@ -99,7 +130,10 @@ impl Effect {
 
     /// Whether the work goes on when this effect fails: the failure is noted in the operation's step.
     pub const fn is_best_effort(self) -> bool {
-        matches!(self, Self::SetGuestClock | Self::ShutDownGuest | Self::KeepRemains)
+        matches!(
+            self,
+            Self::SetGuestClock | Self::ThawGuest | Self::DiscardSaved | Self::ShutDownGuest | Self::KeepRemains
+        )
     }
 }
 

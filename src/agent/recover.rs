@@ -25,6 +25,8 @@ pub(crate) enum Plan {
     Continue(OperationRecord),
     /// Its VMM ended while no agent looked; the operation, if any, ends with that.
     Ended(Option<OperationRecord>),
+    /// The operation is not begun again: it fails, and what it did is taken back.
+    Undo(OperationRecord),
     /// Nothing should be left of it, but an operation that saw to that is not recorded: clean up.
     Clean,
 }
@@ -33,9 +35,15 @@ pub(crate) enum Plan {
 pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bool) -> Plan {
     match (&vm.state, unfinished) {
         // A pause or resume of a VM that is gone cannot go on.
-        (VmState::Running | VmState::Paused, operation) if !lives => Plan::Ended(operation),
+        (VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::Registering, operation) if !lives => {
+            Plan::Ended(operation)
+        }
         // A launch whose VMM was there and is not any more: its end says why. Without one, start over.
         (VmState::Launching, Some(operation)) if !lives && was_started(&operation) => Plan::Ended(Some(operation)),
+        // A saved machine becomes a bundle, whoever saved it; what is not saved is not waited for.
+        (_, Some(operation)) if makes_a_bundle(operation.goal) && lives => {
+            if was_done(&operation, Effect::SaveMachine) { Plan::Continue(operation) } else { Plan::Undo(operation) }
+        }
         (_, Some(mut operation)) => {
             for step in &mut operation.steps {
                 step.state = StepState::Pending;
@@ -53,8 +61,16 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
 }
 
 fn was_started(operation: &OperationRecord) -> bool {
-    let start = operation.steps.iter().find(|step| step.effect == Effect::StartVmm);
-    start.is_some_and(|step| step.state == StepState::Done)
+    was_done(operation, Effect::StartVmm)
+}
+
+fn was_done(operation: &OperationRecord, effect: Effect) -> bool {
+    let step = operation.steps.iter().find(|step| step.effect == effect);
+    step.is_some_and(|step| step.state == StepState::Done)
+}
+
+const fn makes_a_bundle(goal: Goal) -> bool {
+    matches!(goal, Goal::Build | Goal::Snapshot)
 }
 
 /// Ends operations whose VM's record is gone: the removal had done all but record its own end.

@@ -5,12 +5,17 @@
 //!                        │           │        │
 //!                        ▼           ▼        ▼
 //!                     failed      stopping ─▶ stopped          any of stopped, failed ─remove─▶ gone
+//!
+//! launching ─in a cluster─▶ registering ─▶ running        running, paused ─snapshot─▶ saving ─▶ as before
 //! ```
+//! A VM that a bundle is built from is launched, warmed up, saved and stopped by one list of effects; it is forgotten
+//! afterwards.
+//!
 //! The new state is written to the ledger together with the effects that lead on from it, before the first of them is
 //! performed. So a record never says less than what may be there, and performing the effects again is always right.
 //!
-//! The states of later work (bundles, swap-out, migration) are listed so that records and clients know their names;
-//! nothing leads to them yet.
+//! The states of later work (swap-out, migration) are listed so that records and clients know their names; nothing leads
+//! to them yet.
 
 use serde::{Deserialize, Serialize};
 
@@ -31,7 +36,10 @@ pub enum VmState {
     /// No vCPU runs; memory is kept.
     Paused,
     /// Its state is being written to a bundle.
-    Saving,
+    Saving {
+        /// Whether it ran before, and is to run again.
+        then_running: bool,
+    },
     /// Its state is being written so that its process can end.
     SwappingOut,
     /// It has no process; its state is kept.
@@ -99,6 +107,23 @@ pub enum FailureCause {
         /// What failed.
         detail: String,
     },
+    /// The bundle cannot be made or restored.
+    Bundle {
+        /// What is wrong.
+        detail: String,
+    },
+    /// The program that warms a guest up failed, or did not get ready in time.
+    WarmUp {
+        /// What it said.
+        detail: String,
+    },
+    /// The guest did not register with its cluster.
+    NotRegistered {
+        /// What happened instead.
+        detail: String,
+    },
+    /// The agent was restarted in the middle of something that is not begun again.
+    Interrupted,
 }
 
 impl FailureCause {
@@ -114,6 +139,10 @@ impl FailureCause {
             Self::VmmGone => "vmm_gone",
             Self::BadImage { .. } => "bad_image",
             Self::Host { .. } => "host",
+            Self::Bundle { .. } => "bundle",
+            Self::WarmUp { .. } => "warm_up",
+            Self::NotRegistered { .. } => "not_registered",
+            Self::Interrupted => "interrupted",
         }
     }
 
@@ -124,11 +153,15 @@ impl FailureCause {
             Self::VmmGone => Some("the VMM of an earlier agent ended without last words".to_owned()),
             Self::VmmKilled { signal } => Some(format!("killed by signal {signal}")),
             Self::VmmExited { code } => Some(format!("exit code {code}")),
+            Self::Interrupted => Some("the agent was restarted in the middle of it".to_owned()),
             Self::GuestFault { detail }
             | Self::GuestUnreachable { detail }
             | Self::VmmError { detail }
             | Self::BadImage { detail }
-            | Self::Host { detail } => Some(detail.clone()),
+            | Self::Host { detail }
+            | Self::Bundle { detail }
+            | Self::WarmUp { detail }
+            | Self::NotRegistered { detail } => Some(detail.clone()),
         }
     }
 }
@@ -142,7 +175,7 @@ impl VmState {
             Self::Registering => "registering",
             Self::Running => "running",
             Self::Paused => "paused",
-            Self::Saving => "saving",
+            Self::Saving { .. } => "saving",
             Self::SwappingOut => "swapping_out",
             Self::SwappedOut => "swapped_out",
             Self::Sending => "sending",
@@ -169,8 +202,10 @@ impl VmState {
 /// What happens to a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Event {
-    /// Somebody wants it to run from an image.
-    LaunchAsked,
+    /// Somebody wants it to run.
+    LaunchAsked(Origin),
+    /// Somebody wants a bundle of it.
+    SnapshotAsked,
     /// Somebody wants it paused.
     PauseAsked,
     /// Somebody wants it to go on.
@@ -188,6 +223,11 @@ pub(super) enum Event {
         /// Why.
         cause: FailureCause,
     },
+    /// So did one of those that were to take a failed snapshot back.
+    UndoFailed {
+        /// Why.
+        cause: FailureCause,
+    },
     /// Its VMM ended by itself, and the guest had ended as asked or by its own wish.
     VmmStopped,
     /// Its VMM ended otherwise.
@@ -195,6 +235,17 @@ pub(super) enum Event {
         /// Why.
         cause: FailureCause,
     },
+}
+
+/// What a VM is launched from, and what for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// From an image, to run.
+    Image,
+    /// From a bundle, to run.
+    Bundle,
+    /// From an image, to become a bundle.
+    Build,
 }
 
 /// What a list of effects leads to.
@@ -211,6 +262,16 @@ pub enum Goal {
     Stop,
     /// Nothing is left.
     Remove,
+    /// There is a bundle of it, and nothing else is wanted of it.
+    Build,
+    /// There is a bundle of it, and it goes on as before.
+    Snapshot,
+    /// It goes on as before a snapshot that failed.
+    Undo,
+    /// The guest runs, has its identity, and is to register.
+    Enlist,
+    /// The guest has registered.
+    Register,
 }
 
 /// The event asks for something that is not possible in this state.
@@ -243,6 +304,40 @@ const LAUNCH: [Effect; 7] = [
     Effect::GreetGuest,
     Effect::OpenNetwork,
 ];
+const LAUNCH_FROM_BUNDLE: [Effect; 7] = [
+    Effect::MakeDirectory,
+    Effect::MakeNetwork,
+    Effect::StartVmm,
+    Effect::RestoreMachine,
+    Effect::RunMachine,
+    Effect::GreetGuest,
+    Effect::OpenNetwork,
+];
+/// The jail stays closed: nothing reaches a guest that has not got its identity for good.
+const BUILD: [Effect; 11] = [
+    Effect::MakeDirectory,
+    Effect::MakeNetwork,
+    Effect::StartVmm,
+    Effect::BuildMachine,
+    Effect::RunMachine,
+    Effect::GreetGuest,
+    Effect::WarmUp,
+    Effect::QuiesceGuest,
+    Effect::HoldMachine,
+    Effect::SaveMachine,
+    Effect::CommitBundle,
+];
+/// The guest goes on before the bundle is made durable: that takes longer than the save, and needs no pause.
+const SNAPSHOT: [Effect; 6] = [
+    Effect::QuiesceGuest,
+    Effect::HoldMachine,
+    Effect::SaveMachine,
+    Effect::RunMachine,
+    Effect::ThawGuest,
+    Effect::CommitBundle,
+];
+const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
+const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
 const RESUME: [Effect; 2] = [Effect::RunMachine, Effect::SetGuestClock];
 const CLEAN: [Effect; 5] =
     [Effect::EndVmm, Effect::KeepRemains, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid];
@@ -269,9 +364,18 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
     let denied = || Err(Denied { state: state.clone() });
     let stay = || step_to(state.clone(), &[]);
     match event {
-        Event::LaunchAsked => match state {
+        Event::LaunchAsked(origin) => match state {
             // Launching again is what an agent does that finds a launch its predecessor did not finish.
-            S::Reserved | S::Launching => step_to(S::Launching, &LAUNCH),
+            S::Reserved | S::Launching => match origin {
+                Origin::Image => step_to(S::Launching, &LAUNCH),
+                Origin::Bundle => step_to(S::Launching, &LAUNCH_FROM_BUNDLE),
+                Origin::Build => step_to(S::Launching, &BUILD),
+            },
+            _ => denied(),
+        },
+        Event::SnapshotAsked => match state {
+            S::Running => step_to(S::Saving { then_running: true }, &SNAPSHOT),
+            S::Paused => step_to(S::Saving { then_running: false }, &SNAPSHOT_PAUSED),
             _ => denied(),
         },
         Event::PauseAsked => match state {
@@ -288,12 +392,14 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Running => step_to(S::Stopping, &SHUT_DOWN[1..]),
             S::Paused => step_to(S::Stopping, &SHUT_DOWN),
             // A guest that is not up yet has nothing to shut down.
-            S::Reserved | S::Launching | S::Stopping => step_to(S::Stopping, &CLEAN),
+            S::Reserved | S::Launching | S::Registering | S::Stopping => step_to(S::Stopping, &CLEAN),
             S::Stopped | S::Failed { .. } => stay(),
             _ => denied(),
         },
         Event::KillAsked => match state {
-            S::Reserved | S::Launching | S::Running | S::Paused | S::Stopping => step_to(S::Stopping, &CLEAN),
+            S::Reserved | S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } | S::Stopping => {
+                step_to(S::Stopping, &CLEAN)
+            }
             S::Stopped | S::Failed { .. } => stay(),
             _ => denied(),
         },
@@ -305,23 +411,35 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             (S::Launching, Goal::Launch) | (S::Paused, Goal::Resume) => step_to(S::Running, &[]),
             (S::Running, Goal::Pause) => step_to(S::Paused, &[]),
             (S::Stopping, Goal::Stop) => step_to(S::Stopped, &[]),
+            (S::Launching, Goal::Build) => step_to(S::Stopped, &CLEAN),
+            (S::Launching, Goal::Enlist) => step_to(S::Registering, &[Effect::Register]),
+            (S::Registering, Goal::Register) => step_to(S::Running, &[]),
+            (S::Saving { then_running }, Goal::Snapshot | Goal::Undo) => {
+                step_to(if *then_running { S::Running } else { S::Paused }, &[])
+            }
             // Cleaning up after an end, and forgetting, change nothing that is told of the VM.
             (S::Stopped | S::Failed { .. }, Goal::Stop) | (S::Gone, Goal::Remove) => stay(),
             _ => denied(),
         },
         Event::WorkFailed { cause } => match state {
-            S::Launching => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::Launching | S::Registering => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::Saving { then_running: true } => step_to(state.clone(), &UNDO_SNAPSHOT),
+            S::Saving { then_running: false } => step_to(state.clone(), &UNDO_SNAPSHOT[..1]),
             S::Stopping => step_to(S::Failed { cause: cause.clone() }, &[]),
             S::Running | S::Paused | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
+        Event::UndoFailed { cause } => match state {
+            S::Saving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            _ => denied(),
+        },
         Event::VmmStopped => match state {
-            S::Launching | S::Running | S::Paused => step_to(S::Stopped, &CLEAN),
+            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => step_to(S::Stopped, &CLEAN),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
         Event::VmmFailed { cause } => match state {
-            S::Launching | S::Running | S::Paused => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
@@ -342,7 +460,8 @@ mod tests {
             S::Registering,
             S::Running,
             S::Paused,
-            S::Saving,
+            S::Saving { then_running: true },
+            S::Saving { then_running: false },
             S::SwappingOut,
             S::SwappedOut,
             S::Sending,
@@ -358,15 +477,22 @@ mod tests {
     fn events() -> Vec<Event> {
         let cause = FailureCause::GuestPanic;
         let mut events = vec![
-            Event::LaunchAsked,
+            Event::LaunchAsked(Origin::Image),
+            Event::LaunchAsked(Origin::Bundle),
+            Event::LaunchAsked(Origin::Build),
+            Event::SnapshotAsked,
             Event::PauseAsked,
             Event::ResumeAsked,
             Event::StopAsked,
             Event::KillAsked,
             Event::RemoveAsked,
         ];
-        events.extend([Goal::Launch, Goal::Pause, Goal::Resume, Goal::Stop, Goal::Remove].map(Event::Done));
-        events.extend([Event::WorkFailed { cause: cause.clone() }, Event::VmmStopped, Event::VmmFailed { cause }]);
+        let goals = [Goal::Launch, Goal::Pause, Goal::Resume, Goal::Stop, Goal::Remove];
+        events.extend(goals.map(Event::Done));
+        let goals = [Goal::Build, Goal::Snapshot, Goal::Undo, Goal::Enlist, Goal::Register];
+        events.extend(goals.map(Event::Done));
+        events.extend([Event::WorkFailed { cause: cause.clone() }, Event::UndoFailed { cause: cause.clone() }]);
+        events.extend([Event::VmmStopped, Event::VmmFailed { cause }]);
         events
     }
 

@@ -10,16 +10,21 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, ReceiveError};
 use super::console::{Console, Interest};
-use super::launch::Launch;
+use super::launch::{Launch, Restore};
+use super::save::{self, SaveFiles, SaveMachineError};
 use super::session::Ownership;
 use super::{VmmError, bounded};
 use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::virtio::{FlowCounts, NetCounts};
-use crate::machine::{BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError};
+use crate::machine::image::WriteImageError;
+use crate::machine::{
+    self, BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError,
+};
 use crate::report;
 use crate::units::Bytes;
 use crate::wire::control::{
-    Answer, FlowStatus, InterfaceStatus, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, Status,
+    Answer, FlowStatus, InterfaceStatus, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, RestoreSpec,
+    SavePhases, SavedPages, Status,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -199,7 +204,25 @@ impl EventLoop {
             Request::Stop => Ok(Answer::Done),
             Request::Network => Ok(Answer::Network(self.guest.as_ref().map_or_else(Vec::new, interfaces))),
             Request::ReplaceTap { index } => self.replace_tap(index, descriptors),
+            Request::Restore(spec) => self.restore(&spec, descriptors).map(Answer::Launched),
+            Request::Save { pages } => self.save(pages, descriptors).map(Answer::Saved),
         }
+    }
+
+    fn save(&self, pages: SavedPages, descriptors: Vec<OwnedFd>) -> Result<SavePhases, Refusal> {
+        let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
+        if guest.state != MachineState::Paused {
+            return Err(Refusal::State { state: guest.state });
+        }
+        let bad = |error: &(dyn std::error::Error + 'static)| Refusal::BadRequest { reason: report::chain(error) };
+        let files = SaveFiles::new(pages, descriptors).map_err(|error| bad(&error))?;
+        save::save(&guest.machine, pages, files, self.clock.as_ref()).map_err(|error| match &error {
+            SaveMachineError::Memory(WriteImageError::NoOriginal) => bad(&error),
+            SaveMachineError::Collect(_)
+            | SaveMachineError::Encode(_)
+            | SaveMachineError::Write { .. }
+            | SaveMachineError::Memory(_) => host(&error),
+        })
     }
 
     fn replace_tap(&mut self, index: u8, mut descriptors: Vec<OwnedFd>) -> Result<Answer, Refusal> {
@@ -255,6 +278,39 @@ impl EventLoop {
             clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
         };
         let machine = Machine::build(launch.kvm, spec).map_err(|error| refusal_of(&error))?;
+        self.adopt_guest(machine, console)
+    }
+
+    /// Builds a paused machine from saved state.
+    fn restore(&mut self, spec: &RestoreSpec, descriptors: Vec<OwnedFd>) -> Result<LaunchPhases, Refusal> {
+        if let Some(guest) = &self.guest {
+            return Err(Refusal::State { state: guest.state });
+        }
+        let begun = self.clock.monotonic();
+        let restore = Restore::new(spec, descriptors);
+        let restore = restore.map_err(|error| Refusal::BadRequest { reason: error.to_string() })?;
+        let bad = |reason| Refusal::BadState { reason: bounded(reason) };
+        let sections = save::read_state(restore.state).map_err(|error| bad(report::chain(&error)))?;
+        let read_ns = nanos(begun, self.clock.monotonic());
+        let console = Console::new(restore.console_file, restore.console_listener);
+        let (console, output) = console.map_err(|error| host(&error))?;
+        let from = machine::RestoreSpec {
+            backing: RamBacking::PrivateFile(restore.memory),
+            devices: restore.devices,
+            console: Box::new(output),
+            clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
+        };
+        let machine = Machine::restore(restore.kvm, from, sections).map_err(|error| refusal_of(&error))?;
+        let found = machine.shape().memory;
+        if found != Bytes(restore.memory_bytes) {
+            return Err(bad(format!("the saved machine has {found} of memory, not {}", Bytes(restore.memory_bytes))));
+        }
+        let phases = self.adopt_guest(machine, console)?;
+        Ok(LaunchPhases { load_ns: read_ns, ..phases })
+    }
+
+    /// From here on the machine's and its console's events are served.
+    fn adopt_guest(&mut self, machine: Machine, console: Console) -> Result<LaunchPhases, Refusal> {
         for number in [machine.events().as_fd().as_raw_fd(), console.listener().as_raw_fd(), console.news().as_raw_fd()]
         {
             self.watch(number, EventSet::IN).map_err(|error| host(&error))?;
@@ -324,16 +380,16 @@ fn refusal_of(error: &BuildError) -> Refusal {
     match error {
         BuildError::VcpuCount { .. } | BuildError::SlotTwice { .. } => Refusal::BadRequest { reason },
         BuildError::Boot(_) => Refusal::BadImage { reason },
+        BuildError::Sections(_) | BuildError::RestoreVm(_) | BuildError::RestoreVcpu { .. } => {
+            Refusal::BadState { reason }
+        }
         BuildError::Kvm(_)
         | BuildError::Ram(_)
         | BuildError::Call(_)
         | BuildError::Serial(_)
         | BuildError::Device(_)
         | BuildError::Address(_)
-        | BuildError::Host { .. }
-        | BuildError::Sections(_)
-        | BuildError::RestoreVm(_)
-        | BuildError::RestoreVcpu { .. } => Refusal::Host { reason },
+        | BuildError::Host { .. } => Refusal::Host { reason },
     }
 }
 

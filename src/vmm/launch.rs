@@ -1,5 +1,5 @@
-//! From a launch request and its descriptors to a machine's specification: descriptors are counted and given names
-//! here, once.
+//! From a launch or restore request and its descriptors to a machine's specification: descriptors are counted and given
+//! names here, once.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
 use crate::machine::virtio::spec::net::MTU_MIN;
 use crate::units::NetLimitError;
-use crate::wire::control::{COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec};
+use crate::wire::control::{COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec, RestoreSpec};
 
 /// A launch request whose parts fit together.
 #[derive(Debug)]
@@ -30,8 +30,27 @@ pub(super) struct Launch {
     pub(super) devices: Vec<(Slot, Backend)>,
 }
 
+/// A restore request whose parts fit together.
+#[derive(Debug)]
+pub(super) struct Restore {
+    /// Guest memory in bytes.
+    pub(super) memory_bytes: u64,
+    /// /dev/kvm.
+    pub(super) kvm: File,
+    /// Saved state.
+    pub(super) state: File,
+    /// The memory image.
+    pub(super) memory: File,
+    /// The console file.
+    pub(super) console_file: File,
+    /// The console's listening socket.
+    pub(super) console_listener: UnixListener,
+    /// Devices by slot.
+    pub(super) devices: Vec<(Slot, Backend)>,
+}
+
 /// Why a launch request does not fit together.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum LaunchRequestError {
     /// Another number of descriptors than the request names.
     #[error("{found} descriptors came with the request, it names {wanted}")]
@@ -77,49 +96,100 @@ pub(super) enum LaunchRequestError {
 /// /dev/kvm, the kernel, the console file and its socket.
 const ALWAYS: usize = 4;
 
-impl Launch {
-    /// Gives each descriptor its name.
-    pub(super) fn new(spec: LaunchSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
-        let for_devices = spec.devices.iter().filter(|device| device.wants_descriptor()).count();
-        let wanted = ALWAYS + usize::from(spec.initrd) + for_devices;
+/// /dev/kvm, state, memory, the console file and its socket.
+const ALWAYS_RESTORED: usize = 5;
+
+/// Descriptors that are yet to get their names.
+struct Unnamed {
+    rest: std::vec::IntoIter<OwnedFd>,
+    error: LaunchRequestError,
+}
+
+impl Unnamed {
+    /// Exactly `wanted` descriptors.
+    fn new(descriptors: Vec<OwnedFd>, wanted: usize) -> Result<Self, LaunchRequestError> {
         let found = descriptors.len();
-        if spec.command_line.len() > COMMAND_LINE_BYTES_MAX {
-            return Err(LaunchRequestError::CommandLine { found: spec.command_line.len() });
-        }
+        let error = || LaunchRequestError::Descriptors { found, wanted };
         if found != wanted {
-            return Err(LaunchRequestError::Descriptors { found, wanted });
+            return Err(error());
         }
-        let mut rest = descriptors.into_iter();
-        let mut next = || rest.next().ok_or(LaunchRequestError::Descriptors { found, wanted });
-        let kvm = File::from(next()?);
-        let kernel = File::from(next()?);
-        let initrd = if spec.initrd { Some(File::from(next()?)) } else { None };
-        let console_file = File::from(next()?);
-        let console_listener = UnixListener::from(next()?);
-        let mut devices: Vec<(Slot, Backend)> = Vec::with_capacity(spec.devices.len());
-        for device in &spec.devices {
-            let (slot, backend) = match *device {
-                DeviceSpec::Vsock => (Slot::VSOCK, Backend::Vsock { listener: UnixListener::from(next()?) }),
-                DeviceSpec::Rng => (Slot::RNG, Backend::Rng),
-                DeviceSpec::Block { index, read_only } => {
-                    let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
-                    (slot, Backend::Block { file: File::from(next()?), read_only })
-                }
-                DeviceSpec::Net { index, mac, mtu, limits } => {
-                    let slot = Slot::net(index).ok_or(LaunchRequestError::DeviceIndex { kind: "net", index })?;
-                    if let Some(found) = mtu.filter(|mtu| *mtu < MTU_MIN) {
-                        return Err(LaunchRequestError::Mtu { index, found });
-                    }
-                    limits.check().map_err(LaunchRequestError::Limits)?;
-                    (slot, Backend::Net { tap: File::from(next()?), mac, mtu, limits })
-                }
-            };
+        Ok(Self { rest: descriptors.into_iter(), error: error() })
+    }
+
+    fn next<T: From<OwnedFd>>(&mut self) -> Result<T, LaunchRequestError> {
+        self.rest.next().map(T::from).ok_or_else(|| self.error.clone())
+    }
+
+    /// Gives each device its descriptor and its slot.
+    fn devices(&mut self, specs: &[DeviceSpec]) -> Result<Vec<(Slot, Backend)>, LaunchRequestError> {
+        let mut devices: Vec<(Slot, Backend)> = Vec::with_capacity(specs.len());
+        for device in specs {
+            let (slot, backend) = self.device(*device)?;
             if devices.iter().any(|(taken, _)| *taken == slot) {
                 return Err(LaunchRequestError::SlotTwice { slot: slot.number() });
             }
             devices.push((slot, backend));
         }
-        Ok(Self { spec, kvm, kernel, initrd, console_file, console_listener, devices })
+        Ok(devices)
+    }
+
+    fn device(&mut self, device: DeviceSpec) -> Result<(Slot, Backend), LaunchRequestError> {
+        Ok(match device {
+            DeviceSpec::Vsock => (Slot::VSOCK, Backend::Vsock { listener: self.next()? }),
+            DeviceSpec::Rng => (Slot::RNG, Backend::Rng),
+            DeviceSpec::Block { index, read_only } => {
+                let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
+                (slot, Backend::Block { file: self.next()?, read_only })
+            }
+            DeviceSpec::Net { index, mac, mtu, limits } => {
+                let slot = Slot::net(index).ok_or(LaunchRequestError::DeviceIndex { kind: "net", index })?;
+                if let Some(found) = mtu.filter(|mtu| *mtu < MTU_MIN) {
+                    return Err(LaunchRequestError::Mtu { index, found });
+                }
+                limits.check().map_err(LaunchRequestError::Limits)?;
+                (slot, Backend::Net { tap: self.next()?, mac, mtu, limits })
+            }
+        })
+    }
+}
+
+fn wanted_by(devices: &[DeviceSpec]) -> usize {
+    devices.iter().filter(|device| device.wants_descriptor()).count()
+}
+
+impl Launch {
+    /// Gives each descriptor its name.
+    pub(super) fn new(spec: LaunchSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
+        if spec.command_line.len() > COMMAND_LINE_BYTES_MAX {
+            return Err(LaunchRequestError::CommandLine { found: spec.command_line.len() });
+        }
+        let wanted = ALWAYS + usize::from(spec.initrd) + wanted_by(&spec.devices);
+        let mut unnamed = Unnamed::new(descriptors, wanted)?;
+        Ok(Self {
+            kvm: unnamed.next()?,
+            kernel: unnamed.next()?,
+            initrd: if spec.initrd { Some(unnamed.next()?) } else { None },
+            console_file: unnamed.next()?,
+            console_listener: unnamed.next()?,
+            devices: unnamed.devices(&spec.devices)?,
+            spec,
+        })
+    }
+}
+
+impl Restore {
+    /// Gives each descriptor its name.
+    pub(super) fn new(spec: &RestoreSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
+        let mut unnamed = Unnamed::new(descriptors, ALWAYS_RESTORED + wanted_by(&spec.devices))?;
+        Ok(Self {
+            memory_bytes: spec.memory_bytes,
+            kvm: unnamed.next()?,
+            state: unnamed.next()?,
+            memory: unnamed.next()?,
+            console_file: unnamed.next()?,
+            console_listener: unnamed.next()?,
+            devices: unnamed.devices(&spec.devices)?,
+        })
     }
 }
 
@@ -142,6 +212,17 @@ mod tests {
         assert!(Launch::new(spec(devices.clone()), files(6)).is_ok());
         for count in [0, 5, 7] {
             let refused = Launch::new(spec(devices.clone()), files(count)).unwrap_err();
+            assert_eq!(refused, LaunchRequestError::Descriptors { found: count, wanted: 6 });
+        }
+    }
+
+    #[test]
+    fn a_restore_counts_its_descriptors_too() {
+        let devices = vec![DeviceSpec::Rng, DeviceSpec::Block { index: 0, read_only: false }];
+        let spec = RestoreSpec { memory_bytes: 128 << 20, devices };
+        assert_eq!(Restore::new(&spec, files(6)).unwrap().devices.len(), 2);
+        for count in [0, 5, 7] {
+            let refused = Restore::new(&spec, files(count)).unwrap_err();
             assert_eq!(refused, LaunchRequestError::Descriptors { found: count, wanted: 6 });
         }
     }

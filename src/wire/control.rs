@@ -79,6 +79,15 @@ pub enum Request {
         /// Which interface, 0 to 7.
         index: u8,
     },
+    /// Build the machine from saved state, paused. Descriptors: /dev/kvm, saved state, memory image, console file,
+    /// console listener, then one for each device that wants one, in the order of `devices`.
+    Restore(RestoreSpec),
+    /// Write the paused machine to files; it stays paused. Descriptors: the VMM's own `/proc/PID/pagemap`, a file for
+    /// the state, one for the memory image, and with [`SavedPages::Changed`] one for the list of pages.
+    Save {
+        /// Which pages of guest memory.
+        pages: SavedPages,
+    },
 }
 
 impl Message for Request {
@@ -90,7 +99,7 @@ impl Message for Request {
 pub enum Answer {
     /// To [`Request::Hello`].
     Welcome(Status),
-    /// To [`Request::Launch`]: the machine is built and paused.
+    /// To [`Request::Launch`] and [`Request::Restore`]: the machine is built and paused.
     Launched(LaunchPhases),
     /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`] and [`Request::ReplaceTap`].
     Done,
@@ -100,6 +109,8 @@ pub enum Answer {
     Refused(Refusal),
     /// To [`Request::Network`]: the interfaces, by index.
     Network(Vec<InterfaceStatus>),
+    /// To [`Request::Save`]: the files are written, not yet durable.
+    Saved(SavePhases),
 }
 
 impl Message for Answer {
@@ -158,12 +169,47 @@ impl DeviceSpec {
     }
 }
 
+/// A machine to build from saved state: vCPUs and memory are what was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreSpec {
+    /// Guest memory in bytes; saved state of another size is refused.
+    pub memory_bytes: u64,
+    /// Devices: exactly the slots that were saved.
+    pub devices: Vec<DeviceSpec>,
+}
+
+/// Which pages of guest memory to save.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SavedPages {
+    /// All that are not zero.
+    All,
+    /// Those that differ from the memory image the machine was restored from. They are listed in a file of their own:
+    /// runs of first page and count, both u64 little-endian, ascending, by their place in the image.
+    Changed,
+}
+
+/// Bytes of one run in the list of [`SavedPages::Changed`].
+pub const PAGE_RUN_BYTES: usize = 16;
+
+/// What a save wrote and where its time went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SavePhases {
+    /// Bytes of state.
+    pub state_bytes: u64,
+    /// Bytes of guest memory that were written.
+    pub memory_bytes: u64,
+    /// Collecting and writing the state, in nanoseconds.
+    pub state_ns: u64,
+    /// Writing guest memory, in nanoseconds.
+    pub memory_ns: u64,
+}
+
 /// Where the time of a launch went, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct LaunchPhases {
     /// Making the VM, its memory and interrupt controllers.
     pub vm_ns: u64,
-    /// Loading kernel and initrd.
+    /// Loading kernel and initrd, or reading saved state.
     pub load_ns: u64,
     /// Making devices and vCPUs.
     pub devices_ns: u64,

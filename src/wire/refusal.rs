@@ -46,6 +46,12 @@ pub enum Refusal {
         /// What failed, as a chain.
         reason: String,
     },
+    /// Saved state or a memory image is not what this build can restore here.
+    #[error("{reason}")]
+    BadState {
+        /// What is wrong, as a chain.
+        reason: String,
+    },
 }
 
 impl Refusal {
@@ -54,7 +60,7 @@ impl Refusal {
         match self {
             Self::HelloFirst | Self::WrongNonce | Self::StaleEpoch { .. } => Retry::Never,
             Self::State { .. } | Self::Host { .. } => Retry::Later,
-            Self::BadRequest { .. } | Self::BadImage { .. } => Retry::WithChange,
+            Self::BadRequest { .. } | Self::BadImage { .. } | Self::BadState { .. } => Retry::WithChange,
         }
     }
 }
