@@ -3,6 +3,7 @@
 //! A random id is its kind's prefix and 80 random bits in lower-case base32 (RFC 4648 alphabet, 16 characters).
 //! There is no time in it: the first characters tell ids apart, so any unique prefix serves as a short id.
 //! Randomness is handed in: this floor does no I/O, and a simulation wants the same ids for the same seed.
+//! A bundle's id is made of 128 bits of a digest in the same way: whoever has the bundle can compute it.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -13,8 +14,8 @@ use serde::{Deserialize, Serialize};
 /// Random bytes in an id.
 pub const ID_RANDOM_BYTES: usize = 10;
 
-/// Characters after the prefix: 80 bits at 5 bits each.
-pub const ID_SUFFIX_CHARS: usize = 16;
+/// Bytes of a digest in an id: as many as make a collision hopeless to look for.
+pub const ID_DIGEST_BYTES: usize = 16;
 
 const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
 
@@ -29,44 +30,61 @@ pub enum ParseIdError {
         /// What it has to start with.
         prefix: &'static str,
     },
-    /// The part after the prefix is not 16 characters of base32.
-    #[error("{text:?} is not {prefix:?} and {ID_SUFFIX_CHARS} characters of a-z and 2-7")]
+    /// The part after the prefix is not base32, or not of the right length.
+    #[error("{text:?} is not {prefix:?} and {chars} characters of a-z and 2-7")]
     Suffix {
         /// What was given.
         text: String,
         /// The kind's prefix.
         prefix: &'static str,
+        /// Characters after the prefix.
+        chars: usize,
     },
 }
 
-fn base32(random: [u8; ID_RANDOM_BYTES]) -> String {
+/// Five bits a character; the last character's missing bits are zero.
+fn base32(bytes: &[u8]) -> String {
     let mut bits: u32 = 0;
     let mut held = 0;
-    let mut text = String::with_capacity(ID_SUFFIX_CHARS);
-    for byte in random {
-        bits = (bits << 8) | u32::from(byte);
+    let mut text = String::with_capacity(suffix_chars(bytes.len()));
+    for byte in bytes {
+        bits = (bits << 8) | u32::from(*byte);
         held += 8;
         while held >= 5 {
             held -= 5;
             text.push(char::from(ALPHABET[((bits >> held) & 31) as usize]));
         }
     }
+    if held > 0 {
+        text.push(char::from(ALPHABET[((bits << (5 - held)) & 31) as usize]));
+    }
     text
 }
 
-fn check(text: &str, prefix: &'static str) -> Result<(), ParseIdError> {
+/// Characters that hold this many bytes.
+const fn suffix_chars(bytes: usize) -> usize {
+    (bytes * 8).div_ceil(5)
+}
+
+fn check(text: &str, prefix: &'static str, bytes: usize) -> Result<(), ParseIdError> {
     let Some(suffix) = text.strip_prefix(prefix) else {
         return Err(ParseIdError::Prefix { text: text.to_owned(), prefix });
     };
-    if suffix.len() == ID_SUFFIX_CHARS && suffix.bytes().all(|byte| ALPHABET.contains(&byte)) {
+    let chars = suffix_chars(bytes);
+    // The bits beyond the last byte are zero, or one id would have several spellings.
+    let spare_bits = chars * 5 - bytes * 8;
+    let digit = |byte: u8| ALPHABET.iter().position(|known| *known == byte);
+    let last = suffix.bytes().last().and_then(digit);
+    let ends_right = last.is_some_and(|last| last & ((1 << spare_bits) - 1) == 0);
+    if suffix.len() == chars && ends_right && suffix.bytes().all(|byte| ALPHABET.contains(&byte)) {
         Ok(())
     } else {
-        Err(ParseIdError::Suffix { text: text.to_owned(), prefix })
+        Err(ParseIdError::Suffix { text: text.to_owned(), prefix, chars })
     }
 }
 
 macro_rules! id {
-    ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
+    ($(#[$doc:meta])* $name:ident, $prefix:literal, $from:ident: $bytes:expr) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -76,9 +94,9 @@ macro_rules! id {
             /// What every id of this kind starts with.
             pub const PREFIX: &'static str = $prefix;
 
-            /// The id made of these random bytes.
-            pub fn from_random(random: [u8; ID_RANDOM_BYTES]) -> Self {
-                Self(format!("{}{}", $prefix, base32(random)))
+            /// The id made of these bytes.
+            pub fn $from(bytes: [u8; $bytes]) -> Self {
+                Self(format!("{}{}", $prefix, base32(&bytes)))
             }
 
             /// The id as text.
@@ -96,7 +114,7 @@ macro_rules! id {
         impl FromStr for $name {
             type Err = ParseIdError;
             fn from_str(text: &str) -> Result<Self, ParseIdError> {
-                check(text, $prefix)?;
+                check(text, $prefix, $bytes)?;
                 Ok(Self(text.to_owned()))
             }
         }
@@ -104,7 +122,7 @@ macro_rules! id {
         impl TryFrom<String> for $name {
             type Error = ParseIdError;
             fn try_from(text: String) -> Result<Self, ParseIdError> {
-                check(&text, $prefix)?;
+                check(&text, $prefix, $bytes)?;
                 Ok(Self(text))
             }
         }
@@ -119,15 +137,19 @@ macro_rules! id {
 
 id!(
     /// A virtual machine.
-    VmId, "vm-"
+    VmId, "vm-", from_random: ID_RANDOM_BYTES
 );
 id!(
     /// A long piece of work that can be asked about.
-    OperationId, "op-"
+    OperationId, "op-", from_random: ID_RANDOM_BYTES
 );
 id!(
     /// A session: VMs that may talk to each other.
-    SessionId, "s-"
+    SessionId, "s-", from_random: ID_RANDOM_BYTES
+);
+id!(
+    /// A bundle: a guest frozen once. The bytes are the first of its manifest's blake3 digest.
+    BundleId, "b-", from_digest: ID_DIGEST_BYTES
 );
 
 /// 128 random bits that differ for every launch of a VM, printed as 32 hex digits.
@@ -178,6 +200,7 @@ mod tests {
         assert_eq!(VmId::from_random([255; 10]).as_str(), "vm-7777777777777777");
         // RFC 4648 section 10: "fooba" is MZXW6YTB.
         assert_eq!(OperationId::from_random(*b"foobafooba").as_str(), "op-mzxw6ytbmzxw6ytb");
+        assert_eq!(BundleId::from_digest([0xff; 16]).as_str(), "b-77777777777777777777777774");
     }
 
     proptest! {
@@ -186,6 +209,19 @@ mod tests {
             let id = VmId::from_random(random);
             prop_assert_eq!(id.as_str().parse::<VmId>(), Ok(id.clone()));
             prop_assert!(id.as_str().parse::<OperationId>().is_err());
+        }
+
+        #[test]
+        fn a_digest_has_one_spelling(bytes: [u8; ID_DIGEST_BYTES]) {
+            let id = BundleId::from_digest(bytes);
+            prop_assert_eq!(id.as_str().parse::<BundleId>(), Ok(id.clone()));
+            let (start, last) = id.as_str().split_at(id.as_str().len() - 1);
+            for other in ALPHABET.iter().map(|byte| char::from(*byte)).filter(|other| !last.contains(*other)) {
+                if let Ok(parsed) = format!("{start}{other}").parse::<BundleId>() {
+                    prop_assert_eq!(ALPHABET.iter().position(|known| char::from(*known) == other).unwrap() % 4, 0);
+                    prop_assert_ne!(parsed, id.clone());
+                }
+            }
         }
 
         #[test]

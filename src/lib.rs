@@ -14,6 +14,7 @@ pub mod units;
 pub mod sys;
 
 // Floor 2: the subjects. Siblings: none imports another.
+pub mod bundle;
 pub mod machine;
 #[cfg(not(fuzzing))]
 pub mod net;

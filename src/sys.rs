@@ -15,5 +15,6 @@ pub mod process;
 pub mod ram;
 pub mod signal;
 pub mod sock;
+pub mod sparse;
 pub mod tap;
 pub mod vectored;

@@ -40,7 +40,13 @@ const FLOORS: &[Floor] = &[
             "netlink_packet_core",
             "netlink_packet_route",
             "netlink_sys",
+            "rustix",
         ],
+    },
+    Floor {
+        module: "bundle",
+        ours: &["ids", "units", "clock", "report", "saved", "sys::file", "sys::sparse", "sys::extent"],
+        outside: &["serde_json", "blake3"],
     },
     Floor {
         module: "wire",
@@ -88,6 +94,7 @@ const FLOORS: &[Floor] = &[
             "!sys::kvm",
             "!sys::ram",
             "wire",
+            "bundle",
             "net",
             "api",
             "sim",

@@ -1,12 +1,12 @@
 //! Files that survive a crash whole: replaced by temporary, write, fsync, rename, fsync of the directory; and locks
 //! that end with their holder.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 
 /// Mode of files the agent makes: its own only.
 pub const FILE_MODE: u32 = 0o600;
@@ -57,6 +57,31 @@ pub fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(FILE_MODE).open(path)
 }
 
+/// Opens a regular file for reading, not what a link leads to; `None` when something else has this name.
+pub fn open_regular(path: &Path) -> io::Result<Option<File>> {
+    // Without O_NONBLOCK a pipe of this name would keep the caller waiting (open(2)).
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) if file.metadata()?.is_file() => Ok(Some(file)),
+        Ok(_) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(nix::Error::ELOOP as i32) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a file that nobody is to change: readable by its owner only.
+pub fn make_read_only(file: &File) -> io::Result<()> {
+    file.set_permissions(Permissions::from_mode(0o400))
+}
+
+/// Removes a directory with all in it; that there is none is fine.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// A lock on a file, held until dropped or until the process ends, however it ends.
 #[derive(Debug)]
 pub struct Lock {
@@ -86,6 +111,21 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         assert!(replace(&dir.path().join("absent/record"), b"x").is_err());
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&path, b"x").unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        make_read_only(&open_regular(&path).unwrap().unwrap()).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o400);
+        assert!(open_regular(&link).unwrap().is_none());
+        assert!(open_regular(dir.path()).unwrap().is_none());
+        assert!(open_regular(&dir.path().join("absent")).is_err());
+        remove_tree(dir.path()).unwrap();
+        remove_tree(dir.path()).unwrap();
     }
 
     #[test]

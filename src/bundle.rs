@@ -1,0 +1,43 @@
+//! Bundles: guests frozen once, to be launched any number of times. This floor knows how one lies on the disk, when it
+//! is whole, and which host can run it; who freezes and who launches is others' business.
+//!
+//! ```text
+//! Store ── stage ──▶ Staging ── commit ──▶ <root>/<id>/{manifest.json, state.bin, memory.img}   never changed again
+//!   │                   │ files for a VMM        │
+//!   │                   └── discard              ├── open_for_launch ──▶ verified files, memory flat
+//!   └── list find children verify compact remove ┘
+//! ```
+//!
+//! All calls block on the disk: callers that may not wait use a thread for them. A store is for one process; it is free
+//! to be used by all of its threads.
+#![doc = include_str!("bundle/FORMAT.md")]
+#![forbid(unsafe_code)]
+
+pub mod admit;
+mod commit;
+mod compact;
+mod damage;
+mod digest;
+mod image;
+mod launch;
+pub mod manifest;
+mod places;
+mod remove;
+mod run;
+mod stage;
+mod stamp;
+mod store;
+mod verify;
+
+pub use commit::{CommitError, Committed, Contents};
+pub use compact::{CompactError, Compaction};
+pub use damage::{Damage, ReadBundleError};
+pub use digest::{Digest, ParseDigestError};
+pub use image::{OnProgress, Progress};
+pub use launch::{LaunchFiles, OpenBundleError};
+pub use manifest::{Manifest, ManifestDraft};
+pub use remove::RemoveError;
+pub use run::{Run, push as push_run};
+pub use stage::{StageError, Staging};
+pub use store::{FindError, Listed, Store, StoreError, Swept};
+pub use verify::{Verified, VerifyError};

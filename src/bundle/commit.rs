@@ -1,0 +1,348 @@
+//! From a staging directory to a bundle: measure memory, check the state, write the manifest last, rename.
+//!
+//! Each step is durable before the next. A crash at any of them leaves a staging directory, which is swept, or a whole
+//! bundle. A failure leaves nothing.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::damage::ReadBundleError;
+use super::digest::Digest;
+use super::image::{self, Image, Measured, OnProgress, View};
+use super::launch::OpenBundleError;
+use super::manifest::{
+    self, CHUNK_BYTES, InvalidManifest, Manifest, ManifestDraft, MemoryMap, Parent, ReadManifestError, STATE_BYTES_MAX,
+    SectionEntry, StateFile,
+};
+use super::places::{FILES, MANIFEST, MEMORY, Places, STATE};
+use super::run::{self, Run};
+use super::stage::{Staging, is_no_space};
+use super::stamp::Stamp;
+use super::store::Known;
+use crate::ids::BundleId;
+use crate::report::Retry;
+use crate::saved::codec::{self, CodecError};
+use crate::sys::{extent, file};
+use crate::units::PAGE_BYTES;
+
+/// What `memory.img` holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Contents {
+    /// All of guest memory.
+    Full,
+    /// Some pages; the others are as in the parent.
+    Diff {
+        /// The parent.
+        parent: BundleId,
+        /// Runs of guest-physical pages that are held, ascending. A page among them that is a hole is zero.
+        pages: Vec<Run>,
+    },
+}
+
+/// A bundle that is there.
+#[derive(Debug, Clone)]
+pub struct Committed {
+    /// Its id.
+    pub id: BundleId,
+    /// Its manifest.
+    pub manifest: Arc<Manifest>,
+    /// Whether the very same bundle was there before.
+    pub existed: bool,
+}
+
+/// Why no bundle came of it. The staging directory is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// What the manifest would say cannot be true.
+    #[error("staging {token}: the manifest")]
+    Invalid {
+        /// The token.
+        token: String,
+        /// What is wrong.
+        #[source]
+        source: InvalidManifest,
+    },
+    /// The manifest cannot be written.
+    #[error("staging {token}: the manifest")]
+    Manifest {
+        /// The token.
+        token: String,
+        /// Why.
+        #[source]
+        source: ReadManifestError,
+    },
+    /// A file is not as long as it has to be.
+    #[error("staging {token}: {file} has {found} bytes instead of {wanted}")]
+    Length {
+        /// The token.
+        token: String,
+        /// The file.
+        file: &'static str,
+        /// Bytes it has.
+        found: u64,
+        /// Bytes it may have.
+        wanted: u64,
+    },
+    /// The state file holds no sections.
+    #[error("staging {token}: state.bin")]
+    State {
+        /// The token.
+        token: String,
+        /// Why not.
+        #[source]
+        source: CodecError,
+    },
+    /// Somebody wrote the memory file while it was measured.
+    #[error("staging {token}: memory.img was written while it was read")]
+    Changed {
+        /// The token.
+        token: String,
+    },
+    /// The parent has another memory.
+    #[error("staging {token}: the guest has {found} bytes of memory, its parent {parent} has {wanted}")]
+    ParentMemory {
+        /// The token.
+        token: String,
+        /// The parent.
+        parent: BundleId,
+        /// Bytes the guest has.
+        found: u64,
+        /// Bytes the parent has.
+        wanted: u64,
+    },
+    /// The parent cannot be built on.
+    #[error("staging {token}: the parent")]
+    Parent {
+        /// The token.
+        token: String,
+        /// Why not.
+        #[source]
+        source: OpenBundleError,
+    },
+    /// The disk is full.
+    #[error("staging {token}: no space left for {}", path.display())]
+    NoSpace {
+        /// The token.
+        token: String,
+        /// The file.
+        path: PathBuf,
+    },
+    /// The disk did not answer.
+    #[error("staging {token}: {}", path.display())]
+    File {
+        /// The token.
+        token: String,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl CommitError {
+    /// Whether doing it all again may succeed.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Invalid { .. } | Self::Manifest { .. } | Self::ParentMemory { .. } => Retry::WithChange,
+            Self::Length { .. } | Self::State { .. } => Retry::Never,
+            Self::Changed { .. } | Self::NoSpace { .. } | Self::File { .. } => Retry::Later,
+            Self::Parent { source, .. } => source.retry(),
+        }
+    }
+}
+
+/// The parent of a diff, ready to be built on.
+struct Base {
+    id: BundleId,
+    manifest: Arc<Manifest>,
+    image: File,
+}
+
+impl Staging {
+    /// Makes a bundle of it. Afterwards nothing is staged, whatever the outcome.
+    pub fn commit(
+        self,
+        draft: ManifestDraft,
+        contents: Contents,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Committed, CommitError> {
+        let committed = self.make(draft, contents, on_progress);
+        if committed.as_ref().map_or(true, |committed| committed.existed) {
+            // What stays is swept; the outcome is decided.
+            let _ = file::remove_tree(&self.directory);
+        }
+        committed
+    }
+
+    fn make(
+        &self,
+        draft: ManifestDraft,
+        contents: Contents,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Committed, CommitError> {
+        let (base, pages) = match contents {
+            Contents::Full => (None, None),
+            Contents::Diff { parent, pages } => (Some(self.base(parent, &draft)?), Some(pages)),
+        };
+        let parent = base.as_ref().map(|base| Parent {
+            bundle: base.id.clone(),
+            depth: base.manifest.parent.as_ref().map_or(0, |parent| parent.depth).saturating_add(1),
+        });
+        // Before anything is read by them: pages and sizes are what the caller says.
+        let empty = MemoryMap { chunk_bytes: CHUNK_BYTES, chunks: Vec::new(), zero_runs: Vec::new(), pages };
+        let mut manifest = draft.complete(empty, StateFile::default(), parent);
+        let whole = manifest.chunk_count();
+        manifest.memory.zero_runs.push(Run { first: 0, count: whole });
+        self.check(&manifest)?;
+
+        manifest.memory = self.memory(&manifest, base.as_ref(), on_progress)?;
+        manifest.state = self.state()?;
+        self.check(&manifest)?;
+        let bytes =
+            manifest.to_bytes().map_err(|source| CommitError::Manifest { token: self.token.clone(), source })?;
+        self.publish(manifest::id_of(&bytes), manifest, &bytes)
+    }
+
+    fn check(&self, manifest: &Manifest) -> Result<(), CommitError> {
+        manifest.check().map_err(|source| CommitError::Invalid { token: self.token.clone(), source })
+    }
+
+    fn base(&self, id: BundleId, draft: &ManifestDraft) -> Result<Base, CommitError> {
+        let failed = |source| CommitError::Parent { token: self.token.clone(), source };
+        let manifest = self.store.manifest(&id).map_err(|error| failed(error.into()))?;
+        let (found, wanted) = (draft.machine.memory_bytes, manifest.machine.memory_bytes);
+        if found != wanted {
+            return Err(CommitError::ParentMemory { token: self.token.clone(), parent: id, found, wanted });
+        }
+        let image = self.store.flat_memory(&id, &manifest).map_err(failed)?;
+        Ok(Base { id, manifest, image })
+    }
+
+    /// Measures the memory file, and gives back the space of what need not be in it.
+    fn memory(
+        &self,
+        manifest: &Manifest,
+        base: Option<&Base>,
+        on_progress: OnProgress<'_>,
+    ) -> Result<MemoryMap, CommitError> {
+        let failed = |source| self.failed(MEMORY, source);
+        let wanted = manifest.machine.memory_bytes;
+        let file = self.open(MEMORY).map_err(failed)?;
+        let before = Stamp::of(&file).map_err(failed)?;
+        if before.bytes() != wanted {
+            let (token, file) = (self.token.clone(), MEMORY);
+            return Err(CommitError::Length { token, file, found: before.bytes(), wanted });
+        }
+        let pages = manifest.memory.pages.clone();
+        // A parent may have been cut into chunks of another size; a diff of it is cut as it was.
+        let chunk_bytes = base.map_or(manifest.memory.chunk_bytes, |base| base.manifest.memory.chunk_bytes);
+        let image = Image::new(&file, wanted, chunk_bytes).map_err(failed)?;
+        let (view, unwanted) = match (base, &pages) {
+            (Some(base), Some(pages)) => {
+                let held: Vec<_> = pages.iter().map(|run| run.bytes(PAGE_BYTES)).collect();
+                let unwanted = run::subtract(image.data(), &held);
+                let below = Image::new(&base.image, wanted, chunk_bytes).map_err(failed)?;
+                (View::over(below, image, pages), unwanted)
+            }
+            (None, _) | (_, None) => (View::flat(image), Vec::new()),
+        };
+        let parent_map = base.map(|base| &base.manifest.memory);
+        let Measured { map, allocated_zeros } = image::measure(view, parent_map, on_progress).map_err(failed)?;
+        if !Stamp::of(&file).map_err(failed)?.same_content(&before) {
+            return Err(CommitError::Changed { token: self.token.clone() });
+        }
+        let zeros = if base.is_none() { allocated_zeros } else { Vec::new() };
+        for range in unwanted.into_iter().chain(zeros) {
+            extent::punch_hole(&file, range.start, range.end - range.start).map_err(failed)?;
+        }
+        file.sync_all().map_err(failed)?;
+        file::make_read_only(&file).map_err(failed)?;
+        Ok(MemoryMap { pages, ..map })
+    }
+
+    fn state(&self) -> Result<StateFile, CommitError> {
+        let failed = |source| self.failed(STATE, source);
+        let file = self.open(STATE).map_err(failed)?;
+        let mut bytes = Vec::new();
+        (&file).take(STATE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+        let found = bytes.len() as u64;
+        if found > STATE_BYTES_MAX {
+            let (token, file) = (self.token.clone(), STATE);
+            return Err(CommitError::Length { token, file, found, wanted: STATE_BYTES_MAX });
+        }
+        let sections =
+            codec::from_bytes(&bytes).map_err(|source| CommitError::State { token: self.token.clone(), source })?;
+        let sections = sections.iter().map(|section| SectionEntry {
+            kind: section.name.kind as u16,
+            instance: section.name.instance,
+            version: section.version,
+        });
+        file.sync_all().map_err(failed)?;
+        file::make_read_only(&file).map_err(failed)?;
+        Ok(StateFile { bytes: found, digest: Digest::of(&bytes), sections: sections.collect() })
+    }
+
+    /// Writes the manifest and gives the directory its name.
+    fn publish(&self, id: BundleId, manifest: Manifest, bytes: &[u8]) -> Result<Committed, CommitError> {
+        let store = &self.store;
+        let manifest_path = self.directory.join(MANIFEST);
+        file::replace(&manifest_path, bytes)
+            .and_then(|()| file::make_read_only(&File::open(&manifest_path)?))
+            .map_err(|source| self.failed(MANIFEST, source))?;
+        for name in Places::names(&self.directory).map_err(|source| self.failed(".", source))? {
+            if !FILES.contains(&name.as_str()) {
+                // Nobody but this program puts anything here: it is of an earlier, interrupted try.
+                let removed = std::fs::remove_file(self.directory.join(&name));
+                removed.map_err(|source| self.failed(&name, source))?;
+            }
+        }
+        let manifest = Arc::new(manifest);
+        let stamps = self.stamps(&manifest).map_err(|source| self.failed(".", source))?;
+
+        let _changes = store.lock_changes();
+        if let Some(parent) = &manifest.parent {
+            // It may have been removed while this was measured.
+            let there = store.manifest(&parent.bundle).map_err(OpenBundleError::from);
+            there.map_err(|source| CommitError::Parent { token: self.token.clone(), source })?;
+        }
+        match store.manifest(&id) {
+            Ok(manifest) => return Ok(Committed { id, manifest, existed: true }),
+            Err(ReadBundleError::Unknown { .. }) => {}
+            // A damaged one of this very content: the whole one takes its place.
+            Err(ReadBundleError::Damaged { .. } | ReadBundleError::File { .. }) => {
+                let removed = file::remove_tree(&store.places().bundle(&id));
+                removed.map_err(|source| self.failed(".", source))?;
+            }
+        }
+        let place = store.places().bundle(&id);
+        std::fs::rename(&self.directory, &place)
+            .and_then(|()| file::sync_parent(&place))
+            .map_err(|source| self.failed(".", source))?;
+        store.lock_known().insert(id.clone(), stamps);
+        Ok(Committed { id, manifest, existed: false })
+    }
+
+    /// The files as they were just measured. Renaming the directory does not change them.
+    fn stamps(&self, manifest: &Arc<Manifest>) -> io::Result<Known> {
+        let stamp = |name: &str| Stamp::of(&File::open(self.directory.join(name))?);
+        Ok(Known {
+            manifest: manifest.clone(),
+            manifest_stamp: stamp(MANIFEST)?,
+            state: Some(stamp(STATE)?),
+            // A diff's own file is looked at again when its flat image is composed.
+            memory: if manifest.is_diff() { None } else { Some((stamp(MEMORY)?, None)) },
+        })
+    }
+
+    fn failed(&self, name: &str, source: io::Error) -> CommitError {
+        let (token, path) = (self.token.clone(), self.directory.join(name));
+        if is_no_space(&source) {
+            CommitError::NoSpace { token, path }
+        } else {
+            CommitError::File { token, path, source }
+        }
+    }
+}
