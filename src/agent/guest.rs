@@ -168,7 +168,10 @@ impl<S: ByteStream> GuestLink<S> {
                     | FromGuest::Started { .. }
                     | FromGuest::Stdout(_)
                     | FromGuest::Stderr(_)
-                    | FromGuest::Exited(_) => return Err(GuestError::Unexpected),
+                    | FromGuest::Exited(_)
+                    | FromGuest::HooksRan(_)
+                    | FromGuest::Register(_)
+                    | FromGuest::Joined { .. } => return Err(GuestError::Unexpected),
                 }
             }
             Ok(())

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hearth_guest_wire::frame::{Decoder, encode};
-use hearth_guest_wire::{Exit, FromGuest, Stats, ToGuest, VERSION};
+use hearth_guest_wire::{Exit, FromGuest, HooksRan, Join, Registration, Stats, ToGuest, VERSION};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use super::SimHost;
@@ -119,7 +119,20 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
             host.changed.notify_waiters();
             vec![FromGuest::Done]
         }
-        ToGuest::Identity(_) | ToGuest::Network(_) | ToGuest::SetClock { .. } | ToGuest::Thaw => vec![FromGuest::Done],
+        ToGuest::Identity(_)
+        | ToGuest::Network(_)
+        | ToGuest::Hardware(_)
+        | ToGuest::SetClock { .. }
+        | ToGuest::Registered { .. }
+        | ToGuest::RegistrationRefused { .. }
+        | ToGuest::Thaw => vec![FromGuest::Done],
+        ToGuest::RunHooks { .. } => vec![FromGuest::HooksRan(HooksRan::default())],
+        ToGuest::Join(Join { endpoint: Some(_), .. }) => vec![FromGuest::Joined { epoch: 1 }],
+        // The VM's id is all that a simulated guest remembers of its identity.
+        ToGuest::Join(Join { cluster_id, executor_id, token, .. }) => {
+            let (vm_id, generation) = (vm.to_string(), [0; 16]);
+            vec![FromGuest::Register(Registration { executor_id, cluster_id, vm_id, generation, token })]
+        }
         ToGuest::Quiesce { .. } => vec![FromGuest::Quiesced { complete: true, took_ms: 1 }],
         ToGuest::Stats => vec![FromGuest::Stats(Stats::default())],
         ToGuest::Exec(exec) if exec.argv[0] == "true" => {

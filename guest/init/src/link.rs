@@ -313,7 +313,12 @@ impl Link {
                 let begun = guest.permitted().and_then(|()| guest.end(how).map_err(From::from));
                 self.answer(begun, "end the guest");
             }
-            ToGuest::Hello { .. }
+            ToGuest::Hardware(_) | ToGuest::RunHooks { .. } | ToGuest::Join(_) => {
+                self.answer(Err(Errno::NOSYS.into()), "not made yet");
+            }
+            ToGuest::Registered { .. }
+            | ToGuest::RegistrationRefused { .. }
+            | ToGuest::Hello { .. }
             | ToGuest::Stdin(_)
             | ToGuest::StdinClosed
             | ToGuest::Signal { .. }

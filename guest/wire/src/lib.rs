@@ -20,15 +20,18 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 pub mod frame;
+pub mod json;
+pub mod registrar;
 
 /// Version of this protocol that this build speaks.
 ///
 /// * 1: identity, programs, quiesce, stats, clock, shutdown.
 /// * 2: [`ToGuest::Network`].
-pub const VERSION: u16 = 2;
+/// * 3: [`ToGuest::Hardware`], [`ToGuest::RunHooks`], [`ToGuest::Join`] and its answers.
+pub const VERSION: u16 = 3;
 
 /// The oldest version this build still understands.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 
 /// vsock port the guest agent listens on.
 pub const PORT: u32 = 1024;
@@ -41,6 +44,12 @@ pub const STREAM_CHUNK_BYTES: usize = 32 * 1024;
 
 /// Most words (`argv` plus `env`) of one [`Exec`].
 pub const EXEC_WORDS_MAX: usize = 4096;
+
+/// Most programs that one [`ToGuest::RunHooks`] runs; with more of them none is run.
+pub const HOOKS_MAX: usize = 64;
+
+/// Most bytes of each text of a [`Join`].
+pub const JOIN_TEXT_BYTES_MAX: usize = 4096;
 
 /// What the host says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +98,44 @@ pub enum ToGuest {
     /// The guest's network, instead of the one before. Answered by [`FromGuest::Done`] once applied: old addresses are
     /// gone by then and the new ones usable. May be sent at any time and any number of times. Since version 2.
     Network(Vec<NetworkInterface>),
+    /// Other hardware addresses for interfaces: after a restore a device has another one than the guest's kernel
+    /// remembers. Answered by [`FromGuest::Done`] once applied, or by [`FromGuest::Failed`] with nothing changed when
+    /// one of the interfaces is missing.
+    ///
+    /// All are found by the addresses they have when the message comes, so two of them may swap. When no interface has
+    /// `from` but one has `to`, it is left alone; when all have what they are to have, nothing is changed, unless the
+    /// message only permutes addresses. The IPv6 link-local address follows. What the kernel knew of neighbours on
+    /// these interfaces is gone: a [`ToGuest::Network`], which finds them by the new addresses, is to come next.
+    /// Since version 3.
+    Hardware(Vec<HardwareAddress>),
+    /// Run the programs with which the image's software takes note of a new identity: the executables in
+    /// `/etc/hearth/identity.d` and `/run/hearth/identity.d`, in the order of their names, one after the other, with
+    /// `HEARTH_VM_ID`, `HEARTH_HOSTNAME` and `HEARTH_GENERATION` (32 hexadecimal digits) in their environment.
+    /// Answered by [`FromGuest::HooksRan`], at once when there are none. Since version 3.
+    RunHooks {
+        /// Longest time for all of them together in milliseconds. The process group of one that runs then is killed,
+        /// and the rest are not started.
+        timeout_ms: u32,
+    },
+    /// Become a member of a cluster, under the identity given last. Without one: [`FromGuest::Failed`]. Since version 3.
+    ///
+    /// Without an endpoint the host's agent is the registrar, on this connection: answered by [`FromGuest::Register`],
+    /// after which only [`ToGuest::Registered`] or [`ToGuest::RegistrationRefused`] is understood. With one the guest
+    /// registers there ([`registrar`]): answered by [`FromGuest::Joined`], or by [`FromGuest::Failed`] when the
+    /// registrar refuses, does not answer in time or answers something else. A guest that is registered already, by
+    /// the same words under the same identity, is answered from memory: a second registration would be refused.
+    Join(Join),
+    /// Answer to [`FromGuest::Register`]: it is a member. Answered by [`FromGuest::Done`]. Since version 3.
+    Registered {
+        /// The number the registrar gave this registration.
+        epoch: u64,
+    },
+    /// Answer to [`FromGuest::Register`]: it is not. Answered by [`FromGuest::Done`]; nothing is remembered. Since
+    /// version 3.
+    RegistrationRefused {
+        /// Why, for people: a lower-case fragment.
+        reason: String,
+    },
 }
 
 /// What the guest says.
@@ -133,6 +180,15 @@ pub enum FromGuest {
     /// streams open (one it left in the background), what was written before its end is delivered, what comes within a
     /// fifth of a second after it may be, and the other process lives on.
     Exited(Exit),
+    /// Answer to [`ToGuest::RunHooks`]. Since version 3.
+    HooksRan(HooksRan),
+    /// Answer to a [`ToGuest::Join`] without an endpoint: the guest asks to be registered. Since version 3.
+    Register(Registration),
+    /// Answer to a [`ToGuest::Join`] with an endpoint: the registrar there has taken the guest. Since version 3.
+    Joined {
+        /// The number the registrar gave this registration.
+        epoch: u64,
+    },
 }
 
 /// How a program ended.
@@ -250,6 +306,72 @@ pub enum GatewayAddress {
     V4([u8; 4]),
     /// IPv6 address, link-local or not.
     V6([u8; 16]),
+}
+
+/// Another hardware address for an interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HardwareAddress {
+    /// The one it is found by.
+    pub from: [u8; 6],
+    /// The one it gets.
+    pub to: [u8; 6],
+}
+
+/// What became of the programs of a [`ToGuest::RunHooks`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct HooksRan {
+    /// How many were started.
+    pub ran: u16,
+    /// Those that did not end with code 0, or were not started; at most [`HOOKS_MAX`].
+    pub failed: Vec<HookFailure>,
+}
+
+/// A hook that failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookFailure {
+    /// File name.
+    pub name: String,
+    /// What became of it, for people: a lower-case fragment.
+    pub reason: String,
+}
+
+/// Membership in a cluster, as the host offers it to a guest. Texts are at most [`JOIN_TEXT_BYTES_MAX`] bytes each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// The cluster.
+    pub cluster_id: String,
+    /// Who the guest is in it.
+    pub executor_id: String,
+    /// Shows the registrar that the guest may join.
+    pub token: String,
+    /// Where the registrar listens (TCP); none: it is the host's agent, on this connection.
+    pub endpoint: Option<Endpoint>,
+    /// Longest time to reach an endpoint and hear its answer, in milliseconds. Not looked at without one.
+    pub timeout_ms: u32,
+}
+
+/// An address and TCP port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Endpoint {
+    /// IPv4.
+    V4([u8; 4], u16),
+    /// IPv6; not link-local, which would need an interface as well.
+    V6([u8; 16], u16),
+}
+
+/// A guest's request to be registered as a member of a cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    /// [`Join::executor_id`].
+    pub executor_id: String,
+    /// [`Join::cluster_id`].
+    pub cluster_id: String,
+    /// [`Identity::vm_id`] of the identity given last.
+    pub vm_id: String,
+    /// [`Identity::generation`] of the identity given last.
+    pub generation: [u8; 16],
+    /// [`Join::token`].
+    pub token: String,
 }
 
 /// What the guest says of itself.

@@ -2,8 +2,9 @@
 
 use hearth_guest_wire::frame::{Decoder, FrameError, HEADER_BYTES, body_length, decode, encode, encode_to};
 use hearth_guest_wire::{
-    Address, Exec, Exit, FRAME_BYTES_MAX, FromGuest, Gateway, GatewayAddress, Identity, Interface, NetworkInterface,
-    STREAM_CHUNK_BYTES, Shutdown, Stats, TerminalSize, ToGuest, VERSION,
+    Address, Endpoint, Exec, Exit, FRAME_BYTES_MAX, FromGuest, Gateway, GatewayAddress, HardwareAddress, HookFailure,
+    HooksRan, Identity, Interface, Join, NetworkInterface, Registration, STREAM_CHUNK_BYTES, Shutdown, Stats,
+    TerminalSize, ToGuest, VERSION,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -58,6 +59,33 @@ fn exec() -> impl Strategy<Value = Exec> {
         .prop_map(|(argv, env, cwd, timeout_ms, terminal)| Exec { argv, env, cwd, timeout_ms, terminal })
 }
 
+fn join() -> impl Strategy<Value = Join> {
+    let endpoint = prop_oneof![
+        (any::<[u8; 4]>(), any::<u16>()).prop_map(|(octets, port)| Endpoint::V4(octets, port)),
+        (any::<[u8; 16]>(), any::<u16>()).prop_map(|(octets, port)| Endpoint::V6(octets, port)),
+    ];
+    (any::<[String; 3]>(), proptest::option::of(endpoint), any::<u32>()).prop_map(
+        |([cluster_id, executor_id, token], endpoint, timeout_ms)| Join {
+            cluster_id,
+            executor_id,
+            token,
+            endpoint,
+            timeout_ms,
+        },
+    )
+}
+
+fn registration() -> impl Strategy<Value = Registration> {
+    (any::<[String; 4]>(), any::<[u8; 16]>()).prop_map(|([executor_id, cluster_id, vm_id, token], generation)| {
+        Registration { executor_id, cluster_id, vm_id, generation, token }
+    })
+}
+
+fn hooks_ran() -> impl Strategy<Value = HooksRan> {
+    let failure = (any::<String>(), any::<String>()).prop_map(|(name, reason)| HookFailure { name, reason });
+    (any::<u16>(), vec(failure, 0..4)).prop_map(|(ran, failed)| HooksRan { ran, failed })
+}
+
 fn to_guest() -> impl Strategy<Value = ToGuest> {
     prop_oneof![
         any::<u16>().prop_map(|version| ToGuest::Hello { version }),
@@ -73,6 +101,12 @@ fn to_guest() -> impl Strategy<Value = ToGuest> {
         any::<u8>().prop_map(|number| ToGuest::Signal { number }),
         (any::<u16>(), any::<u16>()).prop_map(|(rows, columns)| ToGuest::Resize { rows, columns }),
         vec(network_interface(), 0..4).prop_map(ToGuest::Network),
+        vec(any::<[[u8; 6]; 2]>().prop_map(|[from, to]| HardwareAddress { from, to }), 0..4)
+            .prop_map(ToGuest::Hardware),
+        any::<u32>().prop_map(|timeout_ms| ToGuest::RunHooks { timeout_ms }),
+        join().prop_map(ToGuest::Join),
+        any::<u64>().prop_map(|epoch| ToGuest::Registered { epoch }),
+        any::<String>().prop_map(|reason| ToGuest::RegistrationRefused { reason }),
     ]
 }
 
@@ -100,6 +134,9 @@ fn from_guest() -> impl Strategy<Value = FromGuest> {
         vec(any::<u8>(), 0..300).prop_map(FromGuest::Stdout),
         vec(any::<u8>(), 0..300).prop_map(FromGuest::Stderr),
         exit.prop_map(FromGuest::Exited),
+        hooks_ran().prop_map(FromGuest::HooksRan),
+        registration().prop_map(FromGuest::Register),
+        any::<u64>().prop_map(|epoch| FromGuest::Joined { epoch }),
     ]
 }
 
@@ -239,7 +276,7 @@ fn what_is_refused_leaves_earlier_frames_whole() {
 
 #[test]
 fn the_bytes_of_the_protocol_do_not_change() {
-    // Both sides of a running guest were built at different times: these are what versions 1 and 2 look like.
+    // Both sides of a running guest were built at different times: these are what versions 1 to 3 look like.
     let network = ToGuest::Network(vec![NetworkInterface {
         mac: [1, 2, 3, 4, 5, 6],
         mtu: 300,
@@ -248,7 +285,42 @@ fn the_bytes_of_the_protocol_do_not_change() {
     }]);
     let network_bytes: &[u8] =
         &[29, 0, 0, 0, 12, 1, 1, 2, 3, 4, 5, 6, 0xac, 2, 1, 0, 10, 0, 0, 1, 32, 1, 0, 169, 254, 1, 1, 6, 5, 4, 3, 2, 1];
-    let cases: [(Vec<u8>, &[u8]); 11] = [
+    let hardware = ToGuest::Hardware(vec![HardwareAddress { from: [1, 2, 3, 4, 5, 6], to: [6, 5, 4, 3, 2, 1] }]);
+    let join = Join {
+        cluster_id: String::from("c"),
+        executor_id: String::from("ex"),
+        token: String::from("tok"),
+        endpoint: Some(Endpoint::V4([10, 0, 0, 1], 300)),
+        timeout_ms: 300,
+    };
+    let outside: &[u8] =
+        &[20, 0, 0, 0, 15, 1, b'c', 2, b'e', b'x', 3, b't', b'o', b'k', 1, 0, 10, 0, 0, 1, 0xac, 2, 0xac, 2];
+    let inside: &[u8] = &[13, 0, 0, 0, 15, 1, b'c', 2, b'e', b'x', 3, b't', b'o', b'k', 0, 0xac, 2];
+    let register = FromGuest::Register(Registration {
+        executor_id: String::from("ex"),
+        cluster_id: String::from("c"),
+        vm_id: String::from("vm"),
+        generation: [9; 16],
+        token: String::from("tok"),
+    });
+    let register_bytes: &[u8] = &[
+        29, 0, 0, 0, 10, 2, b'e', b'x', 1, b'c', 2, b'v', b'm', 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 3,
+        b't', b'o', b'k',
+    ];
+    let failure = HookFailure { name: String::from("a"), reason: String::from("b") };
+    let cases: [(Vec<u8>, &[u8]); 20] = [
+        (encode(&hardware).unwrap(), &[14, 0, 0, 0, 13, 1, 1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1]),
+        (encode(&ToGuest::RunHooks { timeout_ms: 300 }).unwrap(), &[3, 0, 0, 0, 14, 0xac, 2]),
+        (encode(&ToGuest::Join(join.clone())).unwrap(), outside),
+        (encode(&ToGuest::Join(Join { endpoint: None, ..join })).unwrap(), inside),
+        (encode(&ToGuest::Registered { epoch: 300 }).unwrap(), &[3, 0, 0, 0, 16, 0xac, 2]),
+        (encode(&ToGuest::RegistrationRefused { reason: String::from("x") }).unwrap(), &[3, 0, 0, 0, 17, 1, b'x']),
+        (
+            encode(&FromGuest::HooksRan(HooksRan { ran: 2, failed: vec![failure] })).unwrap(),
+            &[7, 0, 0, 0, 9, 2, 1, 1, b'a', 1, b'b'],
+        ),
+        (encode(&register).unwrap(), register_bytes),
+        (encode(&FromGuest::Joined { epoch: 7 }).unwrap(), &[2, 0, 0, 0, 11, 7]),
         (encode(&network).unwrap(), network_bytes),
         (encode(&ToGuest::Hello { version: 1 }).unwrap(), &[2, 0, 0, 0, 0, 1]),
         (encode(&ToGuest::Quiesce { timeout_ms: 300 }).unwrap(), &[3, 0, 0, 0, 2, 0xac, 2]),
