@@ -7,6 +7,8 @@
 #![forbid(unsafe_code)]
 
 mod admit;
+mod bundle_door;
+mod bundles;
 pub mod config;
 mod door;
 mod effect;
@@ -14,8 +16,10 @@ mod egress;
 mod exec;
 mod guest;
 mod guest_network;
+mod host_bundles;
 mod host_disk;
 mod host_network;
+mod host_probe;
 mod host_vmm;
 mod host_world;
 mod images;
@@ -43,6 +47,8 @@ pub mod world;
 
 use std::sync::Arc;
 
+pub use bundle_door::{BuildRequest, BundleDoor, BundleWork, SnapshotRequest};
+pub use bundles::{BundleError, BundleListed, BundleView, CommitOrder};
 pub use door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, VmStats};
 pub use effect::Effect;
 pub use egress::{Cidr, CidrError, EGRESS_RULES_MAX, Egress, EgressError, EgressRule, Protocol};
@@ -58,7 +64,7 @@ pub use ledger::{
     Store, StoredAnswer, Taken, Write,
 };
 pub use record::{
-    DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
+    BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
     StepState, Subject, Timings, VmRecord, VmSpec,
 };
 pub use self_door::{
@@ -70,6 +76,8 @@ pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord
 pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
+pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
+pub use crate::bundle::{FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError};
 pub use crate::wire::control::{FlowStatus, InterfaceStatus};
 pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
 

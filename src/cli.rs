@@ -2,6 +2,7 @@
 //! A word that cannot be right is refused here, with exit code 2 and before anything is touched.
 #![forbid(unsafe_code)]
 
+mod bundle;
 mod session;
 mod value;
 mod vm;
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
+pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
@@ -28,6 +30,7 @@ Examples:
   hearth vm ls                              what is there
   hearth vm console web                     its serial console (Ctrl-] leaves)
   hearth vm rm web                          stop and forget it
+  hearth bundle build --name base           freeze a booted guest; `hearth vm launch --bundle base` continues it
 
 IDs may be shortened to a unique prefix, and names work wherever ids do.
 Exit codes: 0 done; 1 refused or failed (standard error says what, why and what to do); 2 usage.";
@@ -97,6 +100,9 @@ pub enum ClientCommand {
     /// Sessions: VMs that may talk to each other, and what they may reach
     #[command(subcommand)]
     Session(SessionCommand),
+    /// Bundles: guests frozen once, launched any number of times in milliseconds
+    #[command(subcommand)]
+    Bundle(BundleCommand),
     /// Images that VMs boot
     #[command(subcommand)]
     Image(ImageCommand),

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bundle;
 mod call;
 mod console;
 mod event;
@@ -29,6 +30,7 @@ use std::io;
 use crate::cli::{ClientCommand, Global, HostCommand, VmCommand};
 
 pub use bench::BenchError;
+pub use bundle::BundleError;
 pub use call::CallError;
 pub use console::ConsoleError;
 pub use event::EventsError;
@@ -72,6 +74,8 @@ pub enum Error {
     Exec(#[from] ExecError),
     /// `vm console`.
     Console(#[from] ConsoleError),
+    /// `bundle`, `vm snapshot`.
+    Bundle(#[from] BundleError),
     /// `image import`.
     Import(#[from] ImportError),
     /// `session`.
@@ -95,6 +99,7 @@ impl Error {
             Self::Launch(error) => error.advice(),
             Self::Exec(error) => error.advice(),
             Self::Console(error) => error.advice(),
+            Self::Bundle(error) => error.advice(),
             Self::Import(error) => error.advice(),
             Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
@@ -107,12 +112,15 @@ impl Error {
     /// The exit code: 1, or what a shell expects after Ctrl-C.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Launch(LaunchError::Interrupted { .. }) | Self::Bench(BenchError::Interrupted) => EXIT_INTERRUPTED,
+            Self::Launch(LaunchError::Interrupted { .. })
+            | Self::Bundle(BundleError::Interrupted { .. })
+            | Self::Bench(BenchError::Interrupted) => EXIT_INTERRUPTED,
             Self::Call(_)
             | Self::Output(_)
             | Self::Launch(_)
             | Self::Exec(_)
             | Self::Console(_)
+            | Self::Bundle(_)
             | Self::Import(_)
             | Self::Session(_)
             | Self::Events(_)
@@ -129,11 +137,12 @@ impl Error {
             Self::Launch(LaunchError::Output(error)) | Self::Console(ConsoleError::Output(error)) => error.is_unread(),
             Self::Import(ImportError::Output(error)) | Self::Probe(ProbeError::Output(error)) => error.is_unread(),
             Self::Bench(BenchError::Output(error)) | Self::Exec(ExecError::Output(error)) => error.is_unread(),
-            Self::Session(SessionError::Output(error)) => error.is_unread(),
+            Self::Session(SessionError::Output(error)) | Self::Bundle(BundleError::Output(error)) => error.is_unread(),
             Self::Call(_)
             | Self::Launch(_)
             | Self::Exec(_)
             | Self::Console(_)
+            | Self::Bundle(_)
             | Self::Import(_)
             | Self::Session(_)
             | Self::Events(_)
@@ -173,6 +182,8 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Stop(args)) => vm::stop(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Pause { vm }) => vm::pause(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Resume { vm }) => vm::resume(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::Snapshot(args)) => bundle::snapshot(agent, out, args).await?,
+        ClientCommand::Bundle(command) => bundle::run(agent, out, command).await?,
         ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
         ClientCommand::Session(command) => session::run(agent, out, command).await?,
         ClientCommand::Image(command) => image::run(agent, out, command).await?,

@@ -71,7 +71,7 @@ where
 }
 
 fn request(name: Option<String>) -> LaunchRequest {
-    LaunchRequest { name, image: "demo".to_owned(), vcpus: 1, memory_mib: 128, ..LaunchRequest::default() }
+    LaunchRequest { name, image: "demo".to_owned(), ..LaunchRequest::default() }
 }
 
 fn in_session(name: Option<String>, session: &str) -> LaunchRequest {

@@ -4,11 +4,14 @@ use super::config::Limits;
 use super::egress::Protocol;
 use super::images::{Image, is_name};
 use super::launch::{LaunchError, LaunchRequest};
-use super::record::{DiskSpec, VmRecord, VmSpec};
+use super::record::{BuildSpec, DiskSpec, VmRecord, VmSpec};
 use super::self_door::ROLE_BYTES_MAX;
 use super::session_record::PublishedPort;
 use super::work::command_line;
 use super::world::HostFacts;
+use crate::bundle::Manifest;
+use crate::bundle::manifest::DeviceKind;
+use crate::ids::BundleId;
 use crate::units::MIB;
 use crate::wire::control::COMMAND_LINE_BYTES_MAX;
 
@@ -26,6 +29,8 @@ pub(crate) struct Facts<'a> {
     pub(crate) limits: &'a Limits,
     pub(crate) host: &'a HostFacts,
     pub(crate) image: &'a Image,
+    /// The bundle, when it is launched from one.
+    pub(crate) bundle: Option<(&'a BundleId, &'a Manifest)>,
     /// Words guests on this host need.
     pub(crate) additions: &'a str,
     /// The VMs there are.
@@ -34,7 +39,7 @@ pub(crate) struct Facts<'a> {
 
 /// The VM to make, or why not.
 pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec, LaunchError> {
-    let Facts { limits, host, image, additions, vms } = facts;
+    let Facts { limits, host, image, bundle, additions, vms } = facts;
     if let Some(name) = &request.name {
         if !is_name(name) {
             return Err(LaunchError::Name { name: name.clone() });
@@ -43,11 +48,19 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
             return Err(LaunchError::NameTaken { name: name.clone() });
         }
     }
-    let vcpus = match u8::try_from(request.vcpus) {
-        Ok(vcpus) if vcpus >= 1 && request.vcpus <= limits.vcpus_max => vcpus,
-        Ok(_) | Err(_) => return Err(LaunchError::Vcpus { found: request.vcpus, max: limits.vcpus_max }),
+    let shape = match bundle {
+        Some((id, manifest)) => frozen_shape(request, id, manifest)?,
+        None => Shape {
+            vcpus: request.vcpus.unwrap_or(VCPUS_DEFAULT),
+            memory_mib: request.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT),
+            interfaces: request.interfaces,
+        },
     };
-    let memory_mib = memory(request.memory_mib, facts)?;
+    let vcpus = match u8::try_from(shape.vcpus) {
+        Ok(vcpus) if vcpus >= 1 && shape.vcpus <= limits.vcpus_max => vcpus,
+        Ok(_) | Err(_) => return Err(LaunchError::Vcpus { found: shape.vcpus, max: limits.vcpus_max }),
+    };
+    let memory_mib = memory(shape.memory_mib, facts)?;
     let whole = command_line(additions, &image.command_line).len();
     let max = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX;
     if whole > max {
@@ -65,7 +78,10 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     }
     let _ = host;
     let (disks, network_limits) = (request.disks.clone(), request.network_limits);
-    let interfaces = interfaces(request.interfaces)?;
+    let interfaces = interfaces(shape.interfaces)?;
+    if let Some((build, order)) = &request.build {
+        check_build(build, order.name.as_deref())?;
+    }
     ports(&request.published, vms)?;
     Ok(VmSpec {
         image: image.name.clone(),
@@ -75,7 +91,72 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         role: request.role.clone(),
         network_limits,
         interfaces,
+        bundle: bundle.map(|(id, _)| id.clone()),
+        build: request.build.as_ref().map(|(build, _)| build.clone()),
     })
+}
+
+/// Number of vCPUs when nothing is said.
+const VCPUS_DEFAULT: u32 = 1;
+
+/// Guest memory when nothing is said.
+const MEMORY_MIB_DEFAULT: u64 = 128;
+
+/// What a machine is.
+struct Shape {
+    vcpus: u32,
+    memory_mib: u64,
+    interfaces: Option<u8>,
+}
+
+/// A bundle's machine: what it was frozen with, and nothing else can be asked for.
+fn frozen_shape(request: &LaunchRequest, bundle: &BundleId, manifest: &Manifest) -> Result<Shape, LaunchError> {
+    let count = |kind| manifest.machine.devices.iter().filter(|device| device.kind == kind).count() as u64;
+    let (vcpus, memory_mib) = (u32::from(manifest.machine.vcpus), manifest.machine.memory_bytes / MIB);
+    let (disks, interfaces) = (count(DeviceKind::Block), count(DeviceKind::Net));
+    let asked = [
+        ("vcpus", request.vcpus.map(u64::from), vcpus.into()),
+        ("memory_mib", request.memory_mib, memory_mib),
+        ("interfaces", request.interfaces.map(u64::from), interfaces),
+        ("disks", Some(request.disks.len() as u64), disks),
+    ];
+    for (what, found, frozen) in asked {
+        if let Some(found) = found.filter(|found| *found != frozen) {
+            return Err(LaunchError::BundleShape { bundle: bundle.clone(), what, found, frozen });
+        }
+    }
+    Ok(Shape { vcpus, memory_mib, interfaces: u8::try_from(interfaces).ok() })
+}
+
+/// Longest line that warms a guest up, and longest marker, in bytes.
+const WARMUP_BYTES_MAX: usize = 16 * 1024;
+const MARKER_BYTES_MAX: usize = 256;
+
+/// Longest time a guest may be warmed up, in seconds.
+const WARMUP_S_MAX: u32 = 24 * 3600;
+
+fn check_build(build: &BuildSpec, name: Option<&str>) -> Result<(), LaunchError> {
+    let wrong = |reason: String| Err(LaunchError::Build { reason });
+    if let Some(name) = name
+        && !is_name(name)
+    {
+        return Err(LaunchError::BundleName { name: name.to_owned() });
+    }
+    let BuildSpec { warmup, ready_marker, timeout_s } = build;
+    if let Some(length) = warmup.as_ref().map(String::len)
+        && !(1..=WARMUP_BYTES_MAX).contains(&length)
+    {
+        return wrong(format!("warmup has {length} bytes: 1 to {WARMUP_BYTES_MAX} are possible"));
+    }
+    if let Some(length) = ready_marker.as_ref().map(String::len)
+        && !(1..=MARKER_BYTES_MAX).contains(&length)
+    {
+        return wrong(format!("ready_marker has {length} bytes: 1 to {MARKER_BYTES_MAX} are possible"));
+    }
+    if !(1..=WARMUP_S_MAX).contains(timeout_s) {
+        return wrong(format!("timeout_s {timeout_s}: 1 to {WARMUP_S_MAX} are possible"));
+    }
+    Ok(())
 }
 
 /// How many network interfaces a VM gets: one, when nothing is said.
@@ -173,22 +254,22 @@ mod tests {
     }
 
     fn request() -> LaunchRequest {
-        LaunchRequest { image: "demo".to_owned(), vcpus: 1, memory_mib: 128, ..LaunchRequest::default() }
+        LaunchRequest { image: "demo".to_owned(), ..LaunchRequest::default() }
     }
 
     fn decide(request: &LaunchRequest, image: &Image) -> Result<VmSpec, LaunchError> {
         let host = HostFacts { memory_bytes: 1 << 30, memory_available_bytes: 1 << 30, ..HostFacts::default() };
         let limits = Limits::default();
-        admit(request, &Facts { limits: &limits, host: &host, image, additions: "", vms: &[] })
+        admit(request, &Facts { limits: &limits, host: &host, image, bundle: None, additions: "", vms: &[] })
     }
 
     #[test]
     fn limits_hold_at_their_edges() {
         for (vcpus, fits) in [(0, false), (1, true), (32, true), (33, false), (1000, false)] {
-            assert_eq!(decide(&LaunchRequest { vcpus, ..request() }, &image()).is_ok(), fits, "{vcpus}");
+            assert_eq!(decide(&LaunchRequest { vcpus: Some(vcpus), ..request() }, &image()).is_ok(), fits, "{vcpus}");
         }
         for (memory_mib, fits) in [(0, false), (63, false), (64, true), (768, true), (769, false), (u64::MAX, false)] {
-            assert_eq!(decide(&LaunchRequest { memory_mib, ..request() }, &image()).is_ok(), fits, "{memory_mib}");
+            assert_eq!(decide(&LaunchRequest { memory_mib: Some(memory_mib), ..request() }, &image()).is_ok(), fits, "{memory_mib}");
         }
         let room = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX - "console=ttyS0 ".len();
         for (length, fits) in [(room, true), (room + 1, false)] {

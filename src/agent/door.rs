@@ -7,6 +7,8 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
+use super::bundle_door::BundleDoor;
+use super::bundles::BundleError;
 use super::exec::{AnyStream, ExecError, ExecSession, ExecSpec};
 use super::guest::GuestError;
 use super::images::{Image, ImageError};
@@ -61,6 +63,21 @@ pub enum VmError {
     /// The guest agent does not answer.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// No bundle is made of it.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The bundle's name is not possible, or taken.
+    #[error(transparent)]
+    Snapshot(LaunchError),
+    /// What became of it could not be read.
+    #[error(transparent)]
+    Ledger(LedgerError),
+    /// Only a VM from a bundle differs from one.
+    #[error("{vm} was not launched from a bundle, so there is none to take the difference to: make a full one")]
+    NoParent {
+        /// Which VM.
+        vm: String,
+    },
     /// Its console is not there.
     #[error("attach to the console of {vm}")]
     Console {
@@ -83,12 +100,16 @@ pub enum VmError {
 
 impl VmError {
     /// Whether the same request may succeed later.
-    pub const fn retry(&self) -> Retry {
+    pub fn retry(&self) -> Retry {
         match self {
             Self::Find(_) => Retry::Never,
             Self::Denied(_) => Retry::WithChange,
             Self::Verb(error) => error.retry(),
             Self::Exec(error) => error.retry(),
+            Self::Bundle(error) => error.retry(),
+            Self::Snapshot(error) => error.retry(),
+            Self::Ledger(error) => error.retry(),
+            Self::NoParent { .. } => Retry::WithChange,
             Self::Guest(_) | Self::Console { .. } | Self::History { .. } => Retry::Later,
         }
     }
@@ -156,7 +177,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor {
+pub trait Door: PeerDoor + SelfDoor + BundleDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

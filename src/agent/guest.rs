@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use hearth_guest_wire::frame::{self, Decoder, FrameError};
-use hearth_guest_wire::{FromGuest, PORT, ToGuest, VERSION, VERSION_MIN};
+use hearth_guest_wire::{FromGuest, HooksRan, PORT, ToGuest, VERSION, VERSION_MIN};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::timeout;
 
@@ -50,6 +50,12 @@ pub enum GuestError {
         /// The guest's words.
         what: String,
     },
+    /// Programs in the guest that take note of its identity failed.
+    #[error("programs of /etc/hearth/identity.d failed in the guest: {failed}")]
+    Hooks {
+        /// Which, and how.
+        failed: String,
+    },
     /// The guest answered something else than was asked.
     #[error("the guest agent answered something else than was asked")]
     Unexpected,
@@ -59,6 +65,14 @@ pub enum GuestError {
         /// How long was waited.
         limit: Duration,
     },
+}
+
+impl GuestError {
+    /// The error of these hooks.
+    pub(super) fn hooks(hooks: &HooksRan) -> Self {
+        let failed: Vec<_> = hooks.failed.iter().map(|hook| format!("{}: {}", hook.name, hook.reason)).collect();
+        Self::Hooks { failed: printable(&failed.join(", ")) }
+    }
 }
 
 /// A connection to a guest agent, after Hello.
@@ -151,32 +165,33 @@ impl<S: ByteStream> GuestLink<S> {
         }
     }
 
-    /// Asks for several things at once, each answered by Done, all within `limit`: one way there and back instead of
-    /// one for each, which on an emulating host is tens of milliseconds. The first refusal is the error.
-    pub(super) async fn all_done(&mut self, messages: &[ToGuest], limit: Duration) -> Result<(), GuestError> {
+    /// Asks for several things at once and gives the answers, all within `limit`: one way there and back instead of one
+    /// for each, which on an emulating host is tens of milliseconds. The first refusal is the error.
+    pub(super) async fn answers(
+        &mut self,
+        messages: &[ToGuest],
+        limit: Duration,
+    ) -> Result<Vec<FromGuest>, GuestError> {
         let exchange = async {
             self.writer.send_all(messages).await?;
+            let mut answers = Vec::with_capacity(messages.len());
             for _ in messages {
                 match self.reader.next().await?.ok_or(GuestError::HungUp)? {
-                    FromGuest::Done => {}
                     FromGuest::Failed { errno, what } => {
                         return Err(GuestError::Failed { errno, what: printable(&what) });
                     }
-                    FromGuest::Hello { .. }
-                    | FromGuest::Quiesced { .. }
-                    | FromGuest::Stats(_)
-                    | FromGuest::Started { .. }
-                    | FromGuest::Stdout(_)
-                    | FromGuest::Stderr(_)
-                    | FromGuest::Exited(_)
-                    | FromGuest::HooksRan(_)
-                    | FromGuest::Register(_)
-                    | FromGuest::Joined { .. } => return Err(GuestError::Unexpected),
+                    answer => answers.push(answer),
                 }
             }
-            Ok(())
+            Ok(answers)
         };
         timeout(limit, exchange).await.unwrap_or(Err(GuestError::TimedOut { limit }))
+    }
+
+    /// Asks for several things at once that are each answered by Done.
+    pub(super) async fn all_done(&mut self, messages: &[ToGuest], limit: Duration) -> Result<(), GuestError> {
+        let answers = self.answers(messages, limit).await?;
+        if answers.iter().all(|answer| *answer == FromGuest::Done) { Ok(()) } else { Err(GuestError::Unexpected) }
     }
 
     /// Asks for something that is answered by Done.

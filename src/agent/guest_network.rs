@@ -7,6 +7,10 @@ use crate::net::member::{GATEWAY_V4, GATEWAY_V6, Member, TAP_MAC};
 /// The version of the guest's protocol that knows networks.
 pub(super) const SINCE_VERSION: u16 = 2;
 
+/// The version that knows other hardware addresses and programs that take note of an identity: what a guest has to
+/// speak to be launched from a bundle.
+pub(super) const HOOKS_SINCE_VERSION: u16 = 3;
+
 /// The guest's interfaces: one, with the addresses the guest has inside and its jail as gateway. A VM without a session
 /// has no address but its link-local one, by which it reaches the metadata service. An `mtu` of 0 leaves that alone.
 pub(super) fn guest_network(member: &Member, mtu: u16) -> Vec<NetworkInterface> {

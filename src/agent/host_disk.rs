@@ -4,13 +4,10 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
-use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
+use super::host_probe::HostProbe;
 use super::host_vmm::names;
 use super::images::{Image, ImageError, ImageStore};
 use super::record::{DiskSpec, Remains};
@@ -28,12 +25,6 @@ const LINE_BYTES_MAX: usize = 512;
 
 /// Bytes of the end of a VMM's log that are looked at.
 const LOG_BYTES: u64 = 16 * 1024;
-
-/// Longest answer of the probe.
-const PROBE_BYTES_MAX: u64 = 256 * 1024;
-
-/// Longest run of the probe: it tries KVM with tiny guests.
-const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
 /// The directories of VMs.
 #[derive(Debug, Clone)]
@@ -143,34 +134,12 @@ pub struct HostDisk {
     dirs: VmDirs,
     images: ImageStore,
     host_name: Option<String>,
-    probe: watch::Receiver<Probe>,
-}
-
-/// How far the probe is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Probe {
-    Running,
-    Done(Option<serde_json::Value>),
+    probe: HostProbe,
 }
 
 impl HostDisk {
-    /// Starts the probe in the background. Call inside the runtime.
-    pub(super) fn new(dirs: VmDirs, images: ImageStore, host_name: Option<String>) -> Self {
-        let (said, probe) = watch::channel(Probe::Running);
-        tokio::spawn(async move {
-            let found = match tokio::time::timeout(PROBE_LIMIT, run_probe()).await {
-                Ok(Ok(found)) => Some(found),
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "the host probe failed");
-                    None
-                }
-                Err(_) => {
-                    tracing::warn!(limit = ?PROBE_LIMIT, "the host probe did not end in time");
-                    None
-                }
-            };
-            said.send_replace(Probe::Done(found));
-        });
+    /// Files of this host.
+    pub(super) const fn new(dirs: VmDirs, images: ImageStore, host_name: Option<String>, probe: HostProbe) -> Self {
         Self { dirs, images, host_name, probe }
     }
 
@@ -190,18 +159,6 @@ impl HostDisk {
         let dirs = self.dirs.clone();
         spawn_blocking(move || job(dirs)).await.map_err(|_| io::Error::other("the agent is ending"))
     }
-}
-
-async fn run_probe() -> io::Result<serde_json::Value> {
-    let mut command = tokio::process::Command::new("/proc/self/exe");
-    command.args(["vmm", "--probe"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.kill_on_drop(true).spawn()?;
-    let mut text = Vec::new();
-    if let Some(out) = child.stdout.take() {
-        out.take(PROBE_BYTES_MAX).read_to_end(&mut text).await?;
-    }
-    child.wait().await?;
-    serde_json::from_slice(&text).map_err(io::Error::from)
 }
 
 impl VmDisk for HostDisk {
@@ -254,14 +211,7 @@ impl VmDisk for HostDisk {
     }
 
     async fn command_line_additions(&self) -> String {
-        let mut probe = self.probe.clone();
-        let found = match probe.wait_for(|probe| *probe != Probe::Running).await {
-            Ok(found) => found.clone(),
-            Err(_) => Probe::Done(None),
-        };
-        let Probe::Done(Some(found)) = found else { return String::new() };
-        let additions = found.get("command_line_additions").and_then(|additions| additions.as_str());
-        additions.unwrap_or_default().to_owned()
+        self.probe.command_line_additions().await
     }
 
     async fn host(&self) -> io::Result<HostFacts> {
@@ -269,9 +219,7 @@ impl VmDisk for HostDisk {
         if let Some(name) = &self.host_name {
             facts.name.clone_from(name);
         }
-        if let Probe::Done(found) = &*self.probe.borrow() {
-            facts.probe.clone_from(found);
-        }
+        facts.probe = self.probe.so_far();
         Ok(facts)
     }
 }

@@ -16,16 +16,21 @@ use tokio::task::spawn_blocking;
 use super::config::Waits;
 use super::host_disk::VmDirs;
 use super::images::ImageStore;
-use super::record::{ProcessRecord, VmRecord};
+use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::world::{
-    Ask, AskError, LaunchPlan, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
+    Ask, AskError, LaunchPlan, OpenStreamError, ProcessEnd, ProcessUsage, RestorePlan, StartVmmError, VmmHost,
+    VmmProcess,
 };
+use crate::bundle::Store;
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
-use crate::wire::control::{Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, StartMessage};
+use crate::units::{MIB, NetLimits};
+use crate::wire::control::{
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, StartMessage,
+};
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
 
@@ -37,6 +42,7 @@ pub(super) mod names {
     pub(in crate::agent) const CONSOLE_RING: &str = "console";
     pub(in crate::agent) const LAST_WORDS: &str = "last-words";
     pub(in crate::agent) const LOG: &str = "vmm.log";
+    pub(in crate::agent) const PAGES: &str = "pages";
 }
 
 /// Longest line a VMM answers a stream's request with.
@@ -50,6 +56,7 @@ const CONSOLE_LIMIT: Duration = Duration::from_secs(5);
 pub struct HostVmm {
     pub(super) dirs: VmDirs,
     pub(super) images: ImageStore,
+    pub(super) bundles: Store,
     pub(super) waits: Waits,
     /// This host's number, which the names of its jails begin with.
     pub(super) host_number: u16,
@@ -286,7 +293,7 @@ impl HostVmm {
     fn ask_blocking(&self, vm: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
         let limit = Duration::from_secs(
             match ask {
-                Ask::Launch(_) => self.waits.vmm_launch_s,
+                Ask::Launch(_) | Ask::Restore(_) | Ask::Save { .. } => self.waits.vmm_launch_s,
                 Ask::Status | Ask::Pause | Ask::Resume | Ask::Network | Ask::ReplaceTap { .. } => {
                     self.waits.vmm_answer_s
                 }
@@ -300,7 +307,12 @@ impl HostVmm {
         let hello = Request::Hello { nonce: vm.nonce, epoch };
         let welcome = match exchange(&mut socket, &hello, &[], limit)? {
             Answer::Welcome(status) => status,
-            Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Refused(_) | Answer::Network(_) => {
+            Answer::Launched(_)
+            | Answer::Done
+            | Answer::Status(_)
+            | Answer::Refused(_)
+            | Answer::Network(_)
+            | Answer::Saved(_) => {
                 return Err(AskError::Unexpected);
             }
         };
@@ -319,6 +331,14 @@ impl HostVmm {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
                 exchange(&mut socket, &Request::Launch(spec), &files, limit)
             }
+            Ask::Restore(plan) => {
+                let (spec, files) = self.open_to_restore(vm, &dir, plan)?;
+                exchange(&mut socket, &Request::Restore(spec), &files, limit)
+            }
+            Ask::Save { pages } => {
+                let files = self.open_to_save(vm, *pages)?;
+                exchange(&mut socket, &Request::Save { pages: *pages }, &files, limit)
+            }
         }
     }
 
@@ -328,36 +348,89 @@ impl HostVmm {
         netns::in_fd(&jail, || tap::open(&desired::tap(slot)))?
     }
 
-    /// Opens what the VMM needs, in the order the launch names it.
+    /// Opens what the VMM needs to boot, in the order the launch names it.
     fn open_for(&self, vm: &VmRecord, dir: &File, plan: &LaunchPlan) -> Result<(LaunchSpec, Vec<OwnedFd>), AskError> {
-        let failed = |what: &str| {
-            let what = what.to_owned();
-            move |source| AskError::Open { what, source }
-        };
-        let both = |path: &str| File::options().read(true).write(true).open(path);
-        let image = self.images.open(&plan.image).map_err(AskError::Image)?;
+        let LaunchPlan { image, vcpus, memory_bytes, command_line, disks, network_limits } = plan;
+        let image = self.images.open(image).map_err(AskError::Image)?;
         let initrd = image.initrd.is_some();
-        let mut files: Vec<OwnedFd> = vec![both("/dev/kvm").map_err(failed("/dev/kvm"))?.into(), image.kernel.into()];
+        let mut files: Vec<OwnedFd> = vec![open_kvm()?, image.kernel.into()];
         files.extend(image.initrd.map(OwnedFd::from));
+        let devices = self.open_devices(vm, dir, (disks, *network_limits), &mut files)?;
+        let (vcpus, memory_bytes, command_line) = (*vcpus, *memory_bytes, command_line.clone());
+        Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
+    }
+
+    /// Opens what the VMM needs to restore a machine, in the order the request names it.
+    fn open_to_restore(
+        &self,
+        vm: &VmRecord,
+        dir: &File,
+        plan: &RestorePlan,
+    ) -> Result<(RestoreSpec, Vec<OwnedFd>), AskError> {
+        let RestorePlan { bundle, memory_bytes, disks, network_limits } = plan;
+        let bundle = self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?;
+        let mut files: Vec<OwnedFd> = vec![open_kvm()?, bundle.state.into(), bundle.memory.into()];
+        let devices = self.open_devices(vm, dir, (disks, *network_limits), &mut files)?;
+        Ok((RestoreSpec { memory_bytes: *memory_bytes, devices }, files))
+    }
+
+    /// Console and devices.
+    fn open_devices(
+        &self,
+        vm: &VmRecord,
+        dir: &File,
+        (disks, limits): (&[DiskSpec], NetLimits),
+        files: &mut Vec<OwnedFd>,
+    ) -> Result<Vec<DeviceSpec>, AskError> {
         let ring = self.dirs.create(&vm.id, names::CONSOLE_RING);
-        files.push(ring.map_err(failed(names::CONSOLE_RING))?.into());
-        files.push(bind_in_dir(dir, names::CONSOLE).map_err(failed(names::CONSOLE))?.into());
-        files.push(bind_in_dir(dir, names::VSOCK).map_err(failed(names::VSOCK))?.into());
+        files.push(ring.map_err(unopened(names::CONSOLE_RING))?.into());
+        files.push(bind_in_dir(dir, names::CONSOLE).map_err(unopened(names::CONSOLE))?.into());
+        files.push(bind_in_dir(dir, names::VSOCK).map_err(unopened(names::VSOCK))?.into());
         let mut devices = vec![DeviceSpec::Vsock, DeviceSpec::Rng];
-        for (index, disk) in (0_u8..).zip(&plan.disks) {
+        for (index, disk) in (0_u8..).zip(disks) {
             let file = File::options().read(true).write(!disk.read_only).open(&disk.path);
-            files.push(file.map_err(failed(&disk.path))?.into());
+            files.push(file.map_err(unopened(&disk.path))?.into());
             devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
         }
         for index in 0..vm.spec.interfaces {
-            let tap = self.open_tap(vm, index).map_err(failed(&desired::tap(index)))?;
+            let tap = self.open_tap(vm, index).map_err(unopened(&desired::tap(index)))?;
             files.push(tap.into());
-            let (mac, limits) = (interface_mac(&vm.id, index), plan.network_limits);
+            let mac = interface_mac(&vm.id, index);
             devices.push(DeviceSpec::Net { index, mac, mtu: Some(self.mtu), limits });
         }
-        let LaunchPlan { vcpus, memory_bytes, command_line, .. } = plan.clone();
-        Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
+        Ok(devices)
     }
+
+    /// Files to save a machine into, in the order the request names them.
+    fn open_to_save(&self, vm: &VmRecord, pages: SavedPages) -> Result<Vec<OwnedFd>, AskError> {
+        let pid = vm.process.map_or(0, |process| process.pid);
+        let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(unopened("the VMM's page map"))?;
+        let token = vm.id.as_str();
+        // What an earlier try left is not whole.
+        if let Some(earlier) = self.bundles.reopen(token).map_err(AskError::Stage)? {
+            earlier.discard().map_err(AskError::Stage)?;
+        }
+        let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
+        let staging = self.bundles.stage(token, memory_bytes).map_err(AskError::Stage)?;
+        let state = staging.state_file().map_err(AskError::Stage)?;
+        let memory = staging.memory_file().map_err(AskError::Stage)?;
+        let mut files: Vec<OwnedFd> = vec![pagemap.into(), state.into(), memory.into()];
+        if pages == SavedPages::Changed {
+            let list = self.dirs.create(&vm.id, names::PAGES).map_err(unopened("the list of pages"))?;
+            files.push(list.into());
+        }
+        Ok(files)
+    }
+}
+
+fn unopened(what: &str) -> impl FnOnce(io::Error) -> AskError {
+    let what = what.to_owned();
+    move |source| AskError::Open { what, source }
+}
+
+fn open_kvm() -> Result<OwnedFd, AskError> {
+    let device = File::options().read(true).write(true).open("/dev/kvm");
+    Ok(device.map_err(unopened("/dev/kvm"))?.into())
 }
 
 /// The first interface's hardware address: locally administered, and as unique as the VM's id.
@@ -365,7 +438,8 @@ pub(super) fn mac(vm: &VmId) -> [u8; 6] {
     interface_mac(vm, 0)
 }
 
-fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
+/// An interface's hardware address.
+pub(super) fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
     let digest = blake3::hash(vm.as_str().as_bytes());
     let [a, b, c, d, e, ..] = *digest.as_bytes();
     [0x02, a, b, c, d, e ^ index]
@@ -394,9 +468,12 @@ fn exchange(
         Answer::Refused(refusal) => Err(AskError::Refused(bounded(refusal))),
         // No more of them than there can be.
         Answer::Network(interfaces) if interfaces.len() > INTERFACES_MAX => Err(AskError::Unexpected),
-        answer @ (Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Status(_) | Answer::Network(_)) => {
-            Ok(answer)
-        }
+        answer @ (Answer::Welcome(_)
+        | Answer::Launched(_)
+        | Answer::Done
+        | Answer::Status(_)
+        | Answer::Network(_)
+        | Answer::Saved(_)) => Ok(answer),
     }
 }
 
@@ -407,6 +484,7 @@ fn bounded(refusal: Refusal) -> Refusal {
         Refusal::BadRequest { reason } => Refusal::BadRequest { reason: printable(&reason) },
         Refusal::BadImage { reason } => Refusal::BadImage { reason: printable(&reason) },
         Refusal::Host { reason } => Refusal::Host { reason: printable(&reason) },
+        Refusal::BadState { reason } => Refusal::BadState { reason: printable(&reason) },
         other @ (Refusal::HelloFirst | Refusal::WrongNonce | Refusal::StaleEpoch { .. } | Refusal::State { .. }) => {
             other
         }

@@ -4,9 +4,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::path::PathBuf;
 
+use super::bundles::BundleError;
 use super::config::{self, Config, FabricConfig};
+use super::host_bundles::HostBundles;
 use super::host_disk::{HostDisk, VmDirs};
 use super::host_network::HostNetworks;
+use super::host_probe::HostProbe;
 use super::host_vmm::HostVmm;
 use super::images::ImageStore;
 use super::ledger::LedgerError;
@@ -24,6 +27,7 @@ pub struct HostWorld {
     vmm: HostVmm,
     disk: HostDisk,
     networks: HostNetworks,
+    bundles: HostBundles,
     records: LedgerThread,
     /// Held as long as this agent lives.
     _lock: file::Lock,
@@ -62,6 +66,9 @@ pub enum OpenHostError {
     /// The ledger could not be opened.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    /// The bundles could not be opened.
+    #[error("open the bundles of this host")]
+    Bundles(#[from] BundleError),
     /// The network could not be opened.
     #[error("open this host's network")]
     Network(#[from] OpenNetworkError),
@@ -128,15 +135,20 @@ impl HostWorld {
         let dirs = VmDirs::new(vms);
         let images = ImageStore::new(config.images_dir.clone());
         let networks = network_spec(config).and_then(|(spec, pool)| Ok(HostNetworks::open(spec, pool)?))?;
+        let probe = HostProbe::start();
+        let host = (config.host_name.clone(), config.mtu());
+        let bundles = path.join("bundles");
+        let bundles = HostBundles::open(bundles, dirs.clone(), images.clone(), host, probe.clone())?;
         let vmm = HostVmm {
             dirs: dirs.clone(),
             images: images.clone(),
+            bundles: bundles.store().clone(),
             waits: config.waits,
             host_number: config.network_number(),
             mtu: config.mtu(),
         };
-        let disk = HostDisk::new(dirs, images, config.host_name.clone());
-        Ok(Self { clock: SystemClock::new(), vmm, disk, networks, records, _lock: lock })
+        let disk = HostDisk::new(dirs, images, config.host_name.clone(), probe);
+        Ok(Self { clock: SystemClock::new(), vmm, disk, networks, bundles, records, _lock: lock })
     }
 }
 
@@ -145,6 +157,7 @@ impl World for HostWorld {
     type Vmm = HostVmm;
     type Disk = HostDisk;
     type Networks = HostNetworks;
+    type Bundles = HostBundles;
     type Records = LedgerThread;
 
     fn clock(&self) -> &SystemClock {
@@ -161,6 +174,10 @@ impl World for HostWorld {
 
     fn networks(&self) -> &HostNetworks {
         &self.networks
+    }
+
+    fn bundles(&self) -> &HostBundles {
+        &self.bundles
     }
 
     fn records(&self) -> &LedgerThread {

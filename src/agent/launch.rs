@@ -5,19 +5,21 @@ use std::sync::Arc;
 
 use super::admit::{Facts, admit};
 use super::config::FabricConfig;
-use super::images::ImageError;
+use super::images::{Image, ImageError};
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
-use super::record::{DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::bundles::BundleError;
+use super::record::{BuildSpec, BundleOrder, DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_error::{SessionError, join_refused};
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
 use super::shared::{operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
-use super::vm_state::{Event, Goal, Step, VmState, step};
-use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
+use super::vm_state::{Event, Goal, Origin, Step, VmState, step};
+use super::world::{Records, VmBundles, VmDisk, VmNetworks, World, random_array, random_nonce};
 use super::{Agent, Store};
+use crate::bundle::Manifest;
 use crate::clock::{Clock, Monotonic, UnixNanos};
-use crate::ids::{Generation, OperationId, VmId};
+use crate::ids::{BundleId, Generation, OperationId, VmId};
 use crate::net::address::{LocalId, Parts};
 use crate::report::Retry;
 use crate::units::{NetLimitError, NetLimits};
@@ -30,12 +32,16 @@ pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
 pub struct LaunchRequest {
     /// Its name, if it gets one.
     pub name: Option<String>,
-    /// Image to boot.
+    /// Image to boot, when it is not launched from a bundle.
     pub image: String,
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// Guest memory in MiB.
-    pub memory_mib: u64,
+    /// Bundle to launch from: its id, the start of it, or its name.
+    pub bundle: Option<String>,
+    /// Number of vCPUs; 1 when nothing is said, or what the bundle has.
+    pub vcpus: Option<u32>,
+    /// Guest memory in MiB; 128 when nothing is said, or what the bundle has.
+    pub memory_mib: Option<u64>,
+    /// What it is made into, if it is there to become a bundle: how, and the bundle.
+    pub build: Option<(BuildSpec, BundleOrder)>,
     /// Disks to attach.
     pub disks: Vec<DiskSpec>,
     /// What may pass its network interface.
@@ -92,6 +98,39 @@ pub enum LaunchError {
     /// The image is not usable.
     #[error("use the image")]
     Image(#[source] ImageError),
+    /// The bundle is not usable.
+    #[error("use the bundle")]
+    Bundle(#[source] BundleError),
+    /// A bundle is launched as it is.
+    #[error("{what} {found}: bundle {bundle} was frozen with {frozen}, and is launched with that")]
+    BundleShape {
+        /// The bundle.
+        bundle: BundleId,
+        /// What.
+        what: &'static str,
+        /// What was asked for.
+        found: u64,
+        /// What the bundle has.
+        frozen: u64,
+    },
+    /// Not a label.
+    #[error("{name:?} is not a name of a bundle: 1 to 63 of a-z, 0-9 and -")]
+    BundleName {
+        /// What was given.
+        name: String,
+    },
+    /// A bundle has this name.
+    #[error("there is a bundle named {name:?} already")]
+    BundleNameTaken {
+        /// The name.
+        name: String,
+    },
+    /// Nobody can mean this.
+    #[error("{reason}")]
+    Build {
+        /// What is wrong.
+        reason: String,
+    },
     /// Too few or too many vCPUs.
     #[error("vcpus {found}: 1 to {max} are possible")]
     Vcpus {
@@ -242,7 +281,7 @@ pub enum LaunchError {
 
 impl LaunchError {
     /// Whether the same request may succeed later.
-    pub const fn retry(&self) -> Retry {
+    pub fn retry(&self) -> Retry {
         match self {
             Self::Name { .. }
             | Self::NameTaken { .. }
@@ -262,8 +301,13 @@ impl LaunchError {
             | Self::TooManyPorts { .. }
             | Self::Port { .. }
             | Self::PortTaken { .. }
+            | Self::BundleShape { .. }
+            | Self::BundleName { .. }
+            | Self::BundleNameTaken { .. }
+            | Self::Build { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
+            Self::Bundle(error) => error.retry(),
             Self::Session(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
                 Retry::Later
@@ -277,6 +321,11 @@ impl<W: World> Agent<W> {
     /// Admits and records a VM, and starts its launch.
     pub(crate) async fn launch_vm(&self, request: LaunchRequest) -> Result<Launched, LaunchError> {
         let asked_at = self.shared.world.clock().monotonic();
+        // Before the admission of others waits for it: the first look at a bundle reads all of it.
+        let bundle = match &request.bundle {
+            Some(word) => Some(self.bundle_to_launch(word).await?),
+            None => None,
+        };
         // Held through the record: names, memory and uids are handed out one by one.
         let _admission = self.admission.lock().await;
         if let Some(key) = &request.key
@@ -285,13 +334,20 @@ impl<W: World> Agent<W> {
             return Ok(earlier);
         }
         let disk = self.shared.world.disk();
-        let image = disk.image(&request.image).await.map_err(LaunchError::Image)?;
+        let image = match &bundle {
+            Some((_, manifest)) => image_of(manifest),
+            None => disk.image(&request.image).await.map_err(LaunchError::Image)?,
+        };
         let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
         let additions = disk.command_line_additions().await;
         let vms = self.records();
         let limits = &self.shared.config.limits;
-        let facts = Facts { limits, host: &host, image: &image, additions: &additions, vms: &vms };
+        let bundle = bundle.as_ref().map(|(id, manifest)| (id, &**manifest));
+        let facts = Facts { limits, host: &host, image: &image, bundle, additions: &additions, vms: &vms };
         let spec = admit(&request, &facts)?;
+        if let Some((_, order)) = &request.build {
+            self.bundle_name_is_free(order.name.as_deref()).await?;
+        }
         for one in &spec.disks {
             let checked = disk.check_disk(one).await;
             checked.map_err(|source| LaunchError::Disk { path: one.path.clone(), source })?;
@@ -303,11 +359,18 @@ impl<W: World> Agent<W> {
             None => None,
         };
         let record = self.reserve(&request, spec).await?;
-        let next = step(&record.state, &Event::LaunchAsked).map_err(|_| LaunchError::Ending)?;
+        let (origin, goal) = match (&record.spec.build, &record.spec.bundle) {
+            (Some(_), _) => (Origin::Build, Goal::Build),
+            (None, Some(_)) => (Origin::Bundle, Goal::Launch),
+            (None, None) => (Origin::Image, Goal::Launch),
+        };
+        let next = step(&record.state, &Event::LaunchAsked(origin)).map_err(|_| LaunchError::Ending)?;
+        let makes = request.build.map(|(_, order)| order);
         let addressing = request.addressing.unwrap_or_default();
         let fabric = self.shared.config.fabric.clone();
         let now = self.shared.world.clock().wall();
-        let draft = Draft { record, next, fabric, addressing, published: request.published, now, key: request.key };
+        let published = request.published;
+        let draft = Draft { record, next, goal, makes, fabric, addressing, published, now, key: request.key };
         let networks = self.shared.world.networks();
         let used = vms.iter().map(|vm| vm.jail).collect();
         let jail = networks.take(&used);
@@ -316,6 +379,14 @@ impl<W: World> Agent<W> {
             networks.give_back(jail);
         }
         begun.map(Launched::Vm)
+    }
+
+    /// The bundle a word means, if it is whole and runs here.
+    async fn bundle_to_launch(&self, word: &str) -> Result<(BundleId, Arc<Manifest>), LaunchError> {
+        let bundles = self.shared.world.bundles();
+        let id = bundles.find(word).await.map_err(LaunchError::Bundle)?.id;
+        let manifest = bundles.check(&id).await.map_err(LaunchError::Bundle)?;
+        Ok((id, manifest))
     }
 
     async fn earlier(&self, key: &Key) -> Result<Option<Launched>, LaunchError> {
@@ -357,6 +428,7 @@ impl<W: World> Agent<W> {
             nonce: random_nonce(world).map_err(random)?,
             process: None,
             operation: None,
+            guest_protocol: None,
             created_at: now,
             timings: Timings::default(),
             remains: None,
@@ -393,11 +465,27 @@ impl<W: World> Agent<W> {
     }
 }
 
+/// The image a bundle's guest was booted from, as far as a launch cares: it need not be there any more.
+fn image_of(manifest: &Manifest) -> Image {
+    let image = &manifest.guest.image;
+    Image {
+        name: image.name.clone(),
+        digest: image.digest.to_string(),
+        kernel_bytes: 0,
+        initrd_bytes: None,
+        command_line: String::new(),
+        memory_mib_min: 0,
+        created_at: manifest.provenance.built_at,
+    }
+}
+
 /// A VM to be, but for what is handed out one by one. Becomes a VM on the ledger's thread, so it asks nobody anything
 /// there.
 struct Draft {
     record: VmRecord,
     next: Step,
+    goal: Goal,
+    makes: Option<BundleOrder>,
     fabric: Option<FabricConfig>,
     addressing: Addressing,
     published: Vec<PublishedPort>,
@@ -408,12 +496,13 @@ struct Draft {
 impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { mut record, next, fabric, addressing, published, now, key } = self;
+        let Self { mut record, next, goal, makes, fabric, addressing, published, now, key } = self;
         record.jail = grant.jail;
         let member = fabric.zip(grant.member);
         record.network =
             member.map(|(fabric, (session, local))| network(&fabric, &session, local, (addressing, published)));
-        let operation = operation_for(&record, operation, Goal::Launch, false, &next, now);
+        let mut operation = operation_for(&record, operation, goal, makes.is_some(), &next, now);
+        operation.makes = makes;
         record.state = next.state;
         record.operation = Some(operation.id.clone());
         let mut writes = vec![

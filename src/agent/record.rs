@@ -9,7 +9,7 @@ use super::effect::Effect;
 use super::session_record::NetworkRecord;
 use super::vm_state::{Goal, VmState};
 use crate::clock::UnixNanos;
-use crate::ids::{OperationId, ParseIdError, SessionId, VmId};
+use crate::ids::{BundleId, OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
 use crate::units::NetLimits;
 use crate::wire::control::Nonce;
@@ -47,6 +47,9 @@ pub struct VmRecord {
     pub process: Option<ProcessRecord>,
     /// The operation that works on it, or the last one that did.
     pub operation: Option<OperationId>,
+    /// The version of the protocol its guest agent speaks, once it answered.
+    #[serde(default)]
+    pub guest_protocol: Option<u16>,
     /// When it was asked for.
     pub created_at: UnixNanos,
     /// Where the time of its launch went.
@@ -88,6 +91,40 @@ pub struct VmSpec {
     /// How many network interfaces it has. The first is in its session; the others lead nowhere yet.
     #[serde(default = "one")]
     pub interfaces: u8,
+    /// The bundle it is launched from, with the image that was booted for that; `None`: it boots the image.
+    #[serde(default)]
+    pub bundle: Option<BundleId>,
+    /// How it becomes a bundle, if it is there for that.
+    #[serde(default)]
+    pub build: Option<BuildSpec>,
+}
+
+/// How a guest is made ready to become a bundle.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BuildSpec {
+    /// A line for the guest's shell that warms it up.
+    pub warmup: Option<String>,
+    /// What the program, or without one the guest's console, says when it is warm. A program that says so runs on.
+    pub ready_marker: Option<String>,
+    /// How long that may take, in seconds.
+    pub timeout_s: u32,
+}
+
+/// The bundle an operation makes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BundleOrder {
+    /// Its label.
+    pub name: Option<String>,
+    /// The bundle it holds the difference to; `None`: it is whole.
+    pub parent: Option<BundleId>,
+    /// Its id, once it is there.
+    pub bundle: Option<BundleId>,
+    /// How long no vCPU ran, in microseconds.
+    pub pause_us: Option<u64>,
+    /// Bytes of guest memory that were written.
+    pub memory_bytes: Option<u64>,
+    /// Whether the guest's file systems came to rest in time.
+    pub quiesced: Option<bool>,
 }
 
 const fn one() -> u8 {
@@ -122,6 +159,15 @@ pub struct Timings {
     pub network_us: Option<u64>,
     /// From sending the launch until the machine was built.
     pub build_us: Option<u64>,
+    /// From the request until the vCPUs ran.
+    #[serde(default)]
+    pub resumed_us: Option<u64>,
+    /// From the request until the guest's agent first answered.
+    #[serde(default)]
+    pub answered_us: Option<u64>,
+    /// From the request until the guest had registered with its cluster.
+    #[serde(default)]
+    pub registered_us: Option<u64>,
     /// Making the VM, its memory and interrupt controllers (told by the VMM).
     pub vm_us: Option<u64>,
     /// Loading kernel and initrd (told by the VMM).
@@ -197,6 +243,9 @@ pub struct OperationRecord {
     pub state: OperationState,
     /// Its steps, in order.
     pub steps: Vec<StepRecord>,
+    /// The bundle it makes, if it does.
+    #[serde(default)]
+    pub makes: Option<BundleOrder>,
     /// Why it failed.
     pub error: Option<OperationError>,
     /// When it began.

@@ -138,7 +138,7 @@ pub enum OwnError {
 
 impl OwnError {
     /// Whether the same request may succeed later.
-    pub const fn retry(&self) -> Retry {
+    pub fn retry(&self) -> Retry {
         match self {
             Self::Gone | Self::NoSession => Retry::Never,
             Self::Foreign { .. } | Self::UnknownHost { .. } => Retry::WithChange,
@@ -305,8 +305,8 @@ impl<W: World> Agent<W> {
         for _ in 0..order.count {
             let request = LaunchRequest {
                 image: order.image.clone(),
-                vcpus: order.vcpus,
-                memory_mib: order.memory_mib,
+                vcpus: Some(order.vcpus),
+                memory_mib: Some(order.memory_mib),
                 session: Some(session.to_string()),
                 addressing: Some(order.addressing),
                 role: order.role.clone(),

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::ledger::{LedgerError, Write};
-use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
+use super::record::{BundleOrder, OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
 use super::work::{Outcome, Report, Work, ended};
@@ -40,8 +40,10 @@ pub(crate) struct Request {
 type Reply = oneshot::Sender<Result<Arc<VmRecord>, VerbError>>;
 
 /// What can be asked of a VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verb {
+    /// Make a bundle of it.
+    Snapshot(Box<BundleOrder>),
     /// Hold its vCPUs.
     Pause,
     /// Let its vCPUs run again and set its clock.
@@ -111,8 +113,9 @@ impl VerbError {
 
 impl Verb {
     /// The verb's name.
-    pub const fn name(self) -> &'static str {
+    pub const fn name(&self) -> &'static str {
         match self {
+            Self::Snapshot(_) => "snapshot",
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Stop { .. } => "stop",
@@ -151,6 +154,8 @@ struct VmActor<W: World> {
     hurry: watch::Sender<bool>,
     /// Who waits for the present work.
     asker: Option<(Verb, Reply)>,
+    /// Why what they asked for failed, while that is taken back.
+    failed: Option<OperationError>,
     over: bool,
 }
 
@@ -170,6 +175,7 @@ pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: 
         work: None,
         hurry: watch::Sender::new(false),
         asker: None,
+        failed: None,
         over: false,
     };
     tokio::spawn(actor.run(begin));
@@ -209,22 +215,22 @@ impl<W: World> VmActor<W> {
         Ok(())
     }
 
-    /// Only these two states' work can wait for a guest for long.
+    /// Only these states' work can wait for a guest for long.
     fn may_be_hurried(&self) -> bool {
-        matches!(self.record.state, VmState::Launching | VmState::Stopping)
+        matches!(self.record.state, VmState::Launching | VmState::Registering | VmState::Stopping)
     }
 
     async fn take(&mut self, request: Request) -> Result<(), LedgerError> {
         if self.work.is_none() {
             return self.answer(request).await;
         }
-        let hurries = match (request.verb, &self.record.state) {
-            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching) => true,
+        let hurries = match (&request.verb, &self.record.state) {
+            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering) => true,
             (Verb::Stop { grace } | Verb::Remove { grace }, _) => grace.is_zero(),
-            (Verb::Pause | Verb::Resume, _) => {
+            (Verb::Pause | Verb::Resume | Verb::Snapshot(_), _) => {
                 // Refused now rather than after a launch of minutes.
                 let denied = Denied { state: self.record.state.clone() };
-                self.reply(request.verb, request.reply, Err(denied));
+                self.reply(&request.verb, request.reply, Err(denied));
                 return Ok(());
             }
         };
@@ -237,19 +243,20 @@ impl<W: World> VmActor<W> {
 
     async fn answer(&mut self, request: Request) -> Result<(), LedgerError> {
         let Request { verb, reply } = request;
-        let (event, goal, grace, then_remove) = match verb {
+        let (event, goal, grace, then_remove) = match &verb {
+            Verb::Snapshot(_) => (Event::SnapshotAsked, Goal::Snapshot, Duration::ZERO, false),
             Verb::Pause => (Event::PauseAsked, Goal::Pause, Duration::ZERO, false),
             Verb::Resume => (Event::ResumeAsked, Goal::Resume, Duration::ZERO, false),
-            Verb::Stop { grace } => (stop_event(grace), Goal::Stop, grace, false),
+            Verb::Stop { grace } => (stop_event(*grace), Goal::Stop, *grace, false),
             Verb::Remove { grace } if self.record.state.holds_resources() => {
-                (stop_event(grace), Goal::Stop, grace, true)
+                (stop_event(*grace), Goal::Stop, *grace, true)
             }
-            Verb::Remove { grace } => (Event::RemoveAsked, Goal::Remove, grace, true),
+            Verb::Remove { grace } => (Event::RemoveAsked, Goal::Remove, *grace, true),
         };
         let next = match step(&self.record.state, &event) {
             Ok(next) => next,
             Err(denied) => {
-                self.reply(verb, reply, Err(denied));
+                self.reply(&verb, reply, Err(denied));
                 return Ok(());
             }
         };
@@ -257,14 +264,17 @@ impl<W: World> VmActor<W> {
             let _ = reply.send(Ok(Arc::new(self.record.clone())));
             return Ok(());
         }
+        let mut operation = self.new_operation(goal, then_remove, &next);
+        if let Verb::Snapshot(order) = &verb {
+            operation.makes = Some((**order).clone());
+        }
         self.asker = Some((verb, reply));
-        let operation = self.new_operation(goal, then_remove, &next);
         self.turn(next, Vec::new(), Some(&operation)).await?;
         self.perform(operation, grace, None);
         Ok(())
     }
 
-    fn reply(&self, verb: Verb, reply: Reply, denied: Result<(), Denied>) {
+    fn reply(&self, verb: &Verb, reply: Reply, denied: Result<(), Denied>) {
         if let Err(source) = denied {
             let error = VerbError::Denied { verb: verb.name(), vm: self.record.id.to_string(), source };
             // Whoever asked may have gone.
@@ -320,6 +330,7 @@ impl<W: World> VmActor<W> {
             hurry: self.hurry.subscribe(),
             grace,
             asked_at,
+            held_at: None,
         };
         self.work = Some(Box::pin(work.run()));
     }
@@ -334,7 +345,10 @@ impl<W: World> VmActor<W> {
             Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
             Outcome::Hurried => (OperationState::Cancelled, None, None),
             Outcome::Failed(cause) => {
-                (OperationState::Failed, Some(error_of(&cause)), Some(Event::WorkFailed { cause }))
+                let undone = operation.goal == Goal::Undo;
+                let error = error_of(&cause);
+                let event = if undone { Event::UndoFailed { cause } } else { Event::WorkFailed { cause } };
+                (OperationState::Failed, Some(error), Some(event))
             }
             Outcome::VmmEnded(end) => return self.vmm_ended(end, Some(operation)).await,
             Outcome::Broken(error) => return Err(error),
@@ -360,18 +374,21 @@ impl<W: World> VmActor<W> {
             None => stay,
         };
         let writes = vec![self.shared.operation_event(&operation), Write::Operation(Box::new(operation.clone()))];
-        let cleaning = (!next.effects.is_empty()).then(|| self.new_operation(Goal::Stop, operation.then_remove, &next));
-        self.turn(next, writes, cleaning.as_ref()).await?;
-        if let Some(cleaning) = cleaning {
-            // Whoever waits is answered when nothing but the record is left.
-            self.perform(cleaning, Duration::ZERO, None);
+        let goal = goal_of(&next.state);
+        let more = (!next.effects.is_empty()).then(|| self.new_operation(goal, operation.then_remove, &next));
+        self.turn(next, writes, more.as_ref()).await?;
+        if let Some(more) = more {
+            self.failed = operation.error;
+            // Whoever waits is answered when it is as it was before, or nothing but the record is left.
+            self.perform(more, Duration::ZERO, None);
             return Ok(());
         }
+        let failed = self.failed.take();
         let stopped = operation.goal == Goal::Stop && self.record.state.has_ended();
         if operation.then_remove && stopped {
             return self.remove().await;
         }
-        self.answer_asker(operation.error.as_ref());
+        self.answer_asker(operation.error.as_ref().or(failed.as_ref()));
         while self.work.is_none()
             && let Some(request) = self.waiting.pop_front()
         {
@@ -393,7 +410,7 @@ impl<W: World> VmActor<W> {
         operation.error = error;
         operation.ended_at = Some(self.shared.world.clock().wall());
         self.shared.metrics.operation_ended(operation.goal, state);
-        if operation.goal == Goal::Launch && state == OperationState::Succeeded {
+        if matches!(operation.goal, Goal::Launch | Goal::Enlist) && state == OperationState::Succeeded {
             self.shared.metrics.launched(&self.record.timings);
         }
     }
@@ -499,6 +516,11 @@ impl<W: World> VmActor<W> {
                 self.perform(operation, Duration::ZERO, None);
                 Ok(())
             }
+            super::recover::Plan::Undo(mut operation) => {
+                let cause = FailureCause::Interrupted;
+                self.end_operation(&mut operation, OperationState::Failed, Some(error_of(&cause)));
+                self.conclude(operation, Some(Event::WorkFailed { cause })).await
+            }
             super::recover::Plan::Clean => {
                 let gone = self.record.state == VmState::Gone;
                 let (event, goal) =
@@ -531,9 +553,31 @@ pub(crate) fn operation_for(
         then_remove,
         state: OperationState::Running,
         steps: next.effects.iter().map(pending).collect(),
+        makes: None,
         error: None,
         created_at: now,
         ended_at: None,
+    }
+}
+
+/// What the effects of a state lead to that nobody asked for by a verb.
+const fn goal_of(state: &VmState) -> Goal {
+    match state {
+        VmState::Registering => Goal::Register,
+        VmState::Saving { .. } => Goal::Undo,
+        VmState::Reserved
+        | VmState::Launching
+        | VmState::Running
+        | VmState::Paused
+        | VmState::SwappingOut
+        | VmState::SwappedOut
+        | VmState::Sending
+        | VmState::HandedOver
+        | VmState::Arriving
+        | VmState::Stopping
+        | VmState::Stopped
+        | VmState::Failed { .. }
+        | VmState::Gone => Goal::Stop,
     }
 }
 
@@ -560,7 +604,7 @@ fn end_event(words: Option<LastWords>, end: ProcessEnd) -> Event {
 fn error_of(cause: &FailureCause) -> OperationError {
     let message = cause.detail().unwrap_or_else(|| cause.name().replace('_', " "));
     let retry = match cause {
-        FailureCause::BadImage { .. } => Retry::WithChange,
+        FailureCause::BadImage { .. } | FailureCause::WarmUp { .. } => Retry::WithChange,
         FailureCause::GuestPanic
         | FailureCause::GuestFault { .. }
         | FailureCause::GuestUnreachable { .. }
@@ -568,7 +612,10 @@ fn error_of(cause: &FailureCause) -> OperationError {
         | FailureCause::VmmKilled { .. }
         | FailureCause::VmmExited { .. }
         | FailureCause::VmmGone
-        | FailureCause::Host { .. } => Retry::Later,
+        | FailureCause::Host { .. }
+        | FailureCause::Bundle { .. }
+        | FailureCause::NotRegistered { .. }
+        | FailureCause::Interrupted => Retry::Later,
     };
     OperationError { code: cause.name().to_owned(), message, retry }
 }

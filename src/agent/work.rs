@@ -4,12 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth_guest_wire::{Identity, Shutdown, ToGuest};
+use hearth_guest_wire::{FromGuest, HardwareAddress, Identity, Shutdown, ToGuest};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
+use super::host_vmm::interface_mac;
 use super::guest_network::{self, guest_network};
 use super::ledger::{LedgerError, Write};
 use super::member::member;
@@ -18,8 +19,8 @@ use super::session_end::{after, quarantine};
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, StartVmmError, VmDisk, VmNetworks, VmmHost, VmmProcess, World,
-    random_array,
+    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, StartVmmError, VmBundles, VmDisk, VmNetworks,
+    VmmHost, VmmProcess, World, random_array,
 };
 use crate::clock::{Clock, Monotonic};
 use crate::ids::Generation;
@@ -27,6 +28,8 @@ use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
 use crate::wire::refusal::Refusal;
+
+mod saving;
 
 /// Time between two tries to reach a guest that boots. The VMM answers at once whether something listens in the guest,
 /// so this bounds how late the agent notices. Each try costs a booting guest an interrupt and a packet, which on an
@@ -40,7 +43,12 @@ struct Heard {
     at: Monotonic,
     /// How long it had been running by then.
     running: Duration,
+    /// The version of its protocol.
+    protocol: u16,
 }
+
+/// Longest time for the programs in a guest that take note of its new identity.
+const HOOKS_LIMIT: Duration = Duration::from_secs(30);
 
 /// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -62,6 +70,8 @@ pub(super) struct Work<W: World> {
     pub(super) grace: Duration,
     /// When the request came, if it came to this agent.
     pub(super) asked_at: Option<Monotonic>,
+    /// Since when no vCPU runs, for a save.
+    pub(super) held_at: Option<Monotonic>,
 }
 
 /// How a piece of work ended.
@@ -95,6 +105,10 @@ impl<W: World> Work<W> {
 
     async fn perform_all(&mut self) -> Outcome {
         for index in 0..self.operation.steps.len() {
+            // Done by an agent before this one, and not to be done again.
+            if self.operation.steps[index].state == StepState::Done {
+                continue;
+            }
             let effect = self.operation.steps[index].effect;
             let begun = self.now();
             let before = self.record.clone();
@@ -174,8 +188,16 @@ impl<W: World> Work<W> {
             }
             Effect::StartVmm => self.start_vmm().await,
             Effect::BuildMachine => self.build_machine().await,
+            Effect::RestoreMachine => self.restore_machine().await,
             Effect::RunMachine => self.run_machine().await,
             Effect::HoldMachine => self.hold_machine().await,
+            Effect::WarmUp => self.warm_up().await,
+            Effect::QuiesceGuest => self.quiesce_guest().await,
+            Effect::ThawGuest => self.thaw_guest().await,
+            Effect::SaveMachine => self.save_machine().await,
+            Effect::DiscardSaved => self.discard_saved().await,
+            Effect::CommitBundle => self.commit_bundle().await,
+            Effect::Register => Ok(()),
             Effect::GreetGuest => self.greet_guest().await,
             Effect::SetGuestClock => self.set_guest_clock().await,
             Effect::ShutDownGuest => self.shut_down_guest().await,
@@ -188,6 +210,8 @@ impl<W: World> Work<W> {
                 Ok(())
             }
             Effect::RemoveDirectory => {
+                // What was saved and did not become a bundle is the VM's as well.
+                self.discard_saved().await?;
                 let removed = self.shared.world.disk().remove(&self.record.id).await;
                 removed.map_err(|error| host(format!("remove the VM's directory: {error}")))
             }
@@ -245,9 +269,12 @@ impl<W: World> Work<W> {
     async fn status(&self) -> Result<Status, Outcome> {
         match self.ask(Ask::Status).await? {
             Answer::Status(status) => Ok(status),
-            Answer::Welcome(_) | Answer::Launched(_) | Answer::Done | Answer::Refused(_) | Answer::Network(_) => {
-                Err(ask_failed(AskError::Unexpected))
-            }
+            Answer::Welcome(_)
+            | Answer::Launched(_)
+            | Answer::Done
+            | Answer::Refused(_)
+            | Answer::Network(_)
+            | Answer::Saved(_) => Err(ask_failed(AskError::Unexpected)),
         }
     }
 
@@ -267,8 +294,27 @@ impl<W: World> Work<W> {
             disks: spec.disks.clone(),
             network_limits: spec.network_limits,
         };
+        self.make_machine(Ask::Launch(plan)).await
+    }
+
+    async fn restore_machine(&mut self) -> Result<(), Outcome> {
+        if self.status().await?.state != MachineState::Empty {
+            return Ok(());
+        }
+        let spec = &self.record.spec;
+        let Some(bundle) = spec.bundle.clone() else { return Err(host("this VM has no bundle".to_owned())) };
+        let plan = RestorePlan {
+            bundle,
+            memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
+            disks: spec.disks.clone(),
+            network_limits: spec.network_limits,
+        };
+        self.make_machine(Ask::Restore(plan)).await
+    }
+
+    async fn make_machine(&mut self, ask: Ask) -> Result<(), Outcome> {
         let sent = self.now();
-        match self.ask(Ask::Launch(plan)).await? {
+        match self.ask(ask).await? {
             Answer::Launched(phases) => {
                 let timings = &mut self.record.timings;
                 timings.build_us = Some(micros(self.shared.world.clock().monotonic().since(sent)));
@@ -277,20 +323,33 @@ impl<W: World> Work<W> {
                 timings.devices_us = Some(phases.devices_ns / 1000);
                 Ok(())
             }
-            Answer::Welcome(_) | Answer::Status(_) | Answer::Done | Answer::Refused(_) | Answer::Network(_) => {
-                Err(ask_failed(AskError::Unexpected))
-            }
+            Answer::Welcome(_)
+            | Answer::Status(_)
+            | Answer::Done
+            | Answer::Refused(_)
+            | Answer::Network(_)
+            | Answer::Saved(_) => Err(ask_failed(AskError::Unexpected)),
         }
     }
 
-    async fn run_machine(&self) -> Result<(), Outcome> {
+    async fn run_machine(&mut self) -> Result<(), Outcome> {
         match self.status().await?.state {
-            MachineState::Running => Ok(()),
-            MachineState::Paused | MachineState::Empty => self.ask(Ask::Resume).await.map(|_| ()),
+            MachineState::Running => {}
+            MachineState::Paused | MachineState::Empty => drop(self.ask(Ask::Resume).await?),
         }
+        self.note_run();
+        if self.is_launch() {
+            self.record.timings.resumed_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
+        }
+        Ok(())
     }
 
-    async fn hold_machine(&self) -> Result<(), Outcome> {
+    const fn is_launch(&self) -> bool {
+        matches!(self.operation.goal, Goal::Launch | Goal::Enlist | Goal::Build)
+    }
+
+    async fn hold_machine(&mut self) -> Result<(), Outcome> {
+        self.note_hold();
         match self.status().await?.state {
             MachineState::Paused => Ok(()),
             MachineState::Running | MachineState::Empty => self.ask(Ask::Pause).await.map(|_| ()),
@@ -306,7 +365,9 @@ impl<W: World> Work<W> {
         let greeting = async {
             loop {
                 match self.greet_once().await {
-                    Ok(heard) => return heard,
+                    Ok(heard) => return Ok(heard),
+                    // It answered, and is not fit to run: asking again would not change that.
+                    Err(error @ GuestError::Hooks { .. }) => return Err(unreachable(&error)),
                     Err(error) => last = Some(error),
                 }
                 sleep(GREET_INTERVAL).await;
@@ -316,7 +377,7 @@ impl<W: World> Work<W> {
             biased;
             _ = hurry.wait_for(|hurry| *hurry) => return Err(Outcome::Hurried),
             end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
-            heard = greeting => heard,
+            heard = greeting => heard?,
             () = sleep(limit) => {
                 let last = last.map_or_else(|| "no try ended".to_owned(), |error| chain(&error));
                 let detail = format!("no answer within {} s: {last}", limit.as_secs());
@@ -330,7 +391,8 @@ impl<W: World> Work<W> {
     async fn greet_once(&self) -> Result<Heard, GuestError> {
         let world = &self.shared.world;
         let mut link = guest::connect(world.vmm(), &self.record.id).await?;
-        let heard = Heard { at: self.now(), running: Duration::from_nanos(link.running_ns) };
+        let running = Duration::from_nanos(link.running_ns);
+        let heard = Heard { at: self.now(), running, protocol: link.version };
         let entropy = [random_array(world), random_array(world)];
         let [Ok(first), Ok(second)] = entropy else {
             return Err(GuestError::Stream(std::io::Error::other("no randomness on this host")));
@@ -347,10 +409,33 @@ impl<W: World> Work<W> {
         if link.version >= guest_network::SINCE_VERSION {
             let config = &self.shared.config;
             let member = member(&self.record, config.fabric.as_ref().map(|fabric| &fabric.fabric));
+            let hardware = self.hardware().await;
+            if !hardware.is_empty() {
+                messages.push(ToGuest::Hardware(hardware));
+            }
             messages.push(ToGuest::Network(guest_network(&member, config.mtu())));
         }
-        link.all_done(&messages, ANSWER_LIMIT).await?;
+        if link.version >= guest_network::HOOKS_SINCE_VERSION {
+            messages.push(ToGuest::RunHooks { timeout_ms: u32::try_from(HOOKS_LIMIT.as_millis()).unwrap_or(u32::MAX) });
+        }
+        for answer in link.answers(&messages, ANSWER_LIMIT).await? {
+            match answer {
+                FromGuest::Done => {}
+                FromGuest::HooksRan(hooks) if hooks.failed.is_empty() => {}
+                FromGuest::HooksRan(hooks) => return Err(GuestError::hooks(&hooks)),
+                _ => return Err(GuestError::Unexpected),
+            }
+        }
         Ok(heard)
+    }
+
+    /// The hardware addresses that a guest from a bundle takes its interfaces to have, and those they have.
+    async fn hardware(&self) -> Vec<HardwareAddress> {
+        let Some(bundle) = &self.record.spec.bundle else { return Vec::new() };
+        let Ok(manifest) = self.shared.world.bundles().check(bundle).await else { return Vec::new() };
+        let frozen = manifest.identity.macs.iter().filter_map(|text| parse_mac(text));
+        let own = (0..self.record.spec.interfaces).map(|index| interface_mac(&self.record.id, index));
+        frozen.zip(own).map(|(from, to)| HardwareAddress { from, to }).collect()
     }
 
     async fn keep_boot_times(&mut self, begun: Monotonic, heard: Heard) {
@@ -359,10 +444,15 @@ impl<W: World> Work<W> {
         let kernel = heard.at.since(begun).saturating_sub(first_entry).saturating_sub(heard.running);
         let asked = self.asked_at;
         let now = self.now();
+        self.record.guest_protocol = Some(heard.protocol);
+        let is_boot = self.record.spec.bundle.is_none();
         let timings = &mut self.record.timings;
+        timings.answered_us = asked.map(|asked| micros(heard.at.since(asked)));
         timings.first_entry_us = Some(first_entry_ns / 1000);
-        timings.kernel_us = Some(micros(kernel));
-        timings.init_us = Some(micros(now.since(begun).saturating_sub(first_entry).saturating_sub(kernel)));
+        if is_boot {
+            timings.kernel_us = Some(micros(kernel));
+            timings.init_us = Some(micros(now.since(begun).saturating_sub(first_entry).saturating_sub(kernel)));
+        }
         timings.total_us = asked.map(|asked| micros(now.since(asked)));
     }
 
@@ -430,6 +520,12 @@ pub(super) fn command_line(host_additions: &str, image: &str) -> String {
     words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
+/// `02:00:00:00:00:01` as bytes.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Vec<u8> = text.split(':').map_while(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes.try_into().ok()
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -468,7 +564,10 @@ fn ask_failed(error: AskError) -> Outcome {
     match error {
         AskError::Refused(Refusal::BadImage { reason }) => bad_image(reason),
         AskError::Image(error) => bad_image(chain(&error)),
-        AskError::Refused(_)
+        AskError::Refused(Refusal::BadState { reason }) => Outcome::Failed(FailureCause::Bundle { detail: reason }),
+        AskError::Bundle(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
+        AskError::Stage(_)
+        | AskError::Refused(_)
         | AskError::Open { .. }
         | AskError::Socket(_)
         | AskError::Frame(_)

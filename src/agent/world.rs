@@ -4,18 +4,21 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
+use super::bundles::{BundleError, BundleListed, BundleView, CommitOrder};
 use super::images::{Image, ImageError};
 use super::ledger::{LedgerError, Store};
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
-use crate::clock::Clock;
-use crate::ids::VmId;
+use crate::bundle::{Manifest, OpenBundleError, Verified};
+use crate::clock::{Clock, UnixNanos};
+use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
-use crate::wire::control::{Answer, Nonce};
+use crate::wire::control::{Answer, Nonce, SavedPages};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -30,6 +33,8 @@ pub trait World: Send + Sync + 'static {
     type Disk: VmDisk;
     /// The VMs' jails, and what leads to them.
     type Networks: VmNetworks;
+    /// The bundles, and what is to become one.
+    type Bundles: VmBundles;
     /// Durable records.
     type Records: Records;
 
@@ -41,6 +46,8 @@ pub trait World: Send + Sync + 'static {
     fn disk(&self) -> &Self::Disk;
     /// Networks.
     fn networks(&self) -> &Self::Networks;
+    /// Bundles.
+    fn bundles(&self) -> &Self::Bundles;
     /// Durable records.
     fn records(&self) -> &Self::Records;
     /// Fills `bytes` with randomness fit for keys.
@@ -85,6 +92,13 @@ pub enum Ask {
     Status,
     /// Build the machine.
     Launch(LaunchPlan),
+    /// Build the machine as it was saved in a bundle.
+    Restore(RestorePlan),
+    /// Write the machine, which is held, to files of the bundle store.
+    Save {
+        /// Which pages of memory.
+        pages: SavedPages,
+    },
     /// Hold the vCPUs.
     Pause,
     /// Let the vCPUs run.
@@ -109,6 +123,19 @@ pub struct LaunchPlan {
     pub memory_bytes: u64,
     /// The whole kernel command line, but for the words that announce devices.
     pub command_line: String,
+    /// Raw files to attach.
+    pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
+}
+
+/// A machine to build from a bundle: names of things on this host, opened by whoever sends them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RestorePlan {
+    /// The bundle.
+    pub bundle: BundleId,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
     /// Raw files to attach.
     pub disks: Vec<DiskSpec>,
     /// What may pass its network interface.
@@ -195,6 +222,12 @@ pub enum AskError {
     /// The image is not usable.
     #[error("read the image")]
     Image(#[source] ImageError),
+    /// The bundle is not usable.
+    #[error("open the bundle")]
+    Bundle(#[source] OpenBundleError),
+    /// There is no place to save to.
+    #[error("stage a bundle")]
+    Stage(#[source] crate::bundle::StageError),
     /// The socket failed: usually the VMM is gone.
     #[error("talk to the VMM")]
     Socket(#[source] io::Error),
@@ -292,6 +325,34 @@ pub struct HostFacts {
     pub memory_available_bytes: u64,
     /// What the probe found; `None` until it answered.
     pub probe: Option<serde_json::Value>,
+}
+
+/// The bundles of the host, and what is to become one: what is saved of a VM is named by the VM's id until then.
+pub trait VmBundles: Send + Sync + 'static {
+    /// All of them.
+    fn list(&self) -> impl Future<Output = Result<Vec<BundleListed>, BundleError>> + Send;
+    /// The one a word means: its id, the start of it, or its name.
+    fn find(&self, word: &str) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
+    /// Whether it is whole and runs here. Takes long the first time an agent sees the bundle: all of it is read.
+    fn check(&self, bundle: &BundleId) -> impl Future<Output = Result<Arc<Manifest>, BundleError>> + Send;
+    /// Has a bundle of what was saved; the same one when it is asked for again.
+    fn commit(&self, order: CommitOrder) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
+    /// Has nothing that was saved of this VM and did not become a bundle.
+    fn discard(&self, vm: &VmId) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// Removes what earlier agents began and nobody finishes; what is saved of `kept` stays.
+    fn sweep(&self, kept: Vec<VmId>) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// Reads all of it and compares it with its digests.
+    fn verify(&self, bundle: &BundleId) -> impl Future<Output = Result<Verified, BundleError>> + Send;
+    /// Has no such bundle. One that others build on stays.
+    fn remove(&self, bundle: &BundleId) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// Has a bundle with the same content that builds on no other.
+    fn compact(
+        &self,
+        bundle: &BundleId,
+        name: Option<String>,
+        token: String,
+        built_at: UnixNanos,
+    ) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
 }
 
 /// The VMs' jails: network namespaces with a tap for each interface, rules, and what leads to them on the host.

@@ -1,5 +1,6 @@
 //! Records of the agent → bodies of the API, field by field: what is inside may change, what is said may not.
 
+mod bundle;
 mod session;
 
 use jiff::Timestamp;
@@ -16,6 +17,7 @@ use crate::clock::UnixNanos;
 use crate::report::Retry;
 use crate::units::{self, NetLimits, Rate};
 
+pub(super) use bundle::{bundle, bundles};
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
@@ -57,7 +59,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         state: state(&vm.state),
         cause: cause(vm),
         image: Some(vm.spec.image.clone()),
-        bundle_id: None,
+        bundle_id: vm.spec.bundle.as_ref().map(ToString::to_string),
         session_id: vm.network.as_ref().map(|network| network.session.clone()),
         session_network_id: vm.network.as_ref().map(|network| network.session_network_id.into()),
         addresses: session::addresses(vm),
@@ -74,6 +76,9 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
             spawn_ms: ms(timings.spawn_us),
             network_ms: ms(timings.network_us),
             load_ms: ms(timings.build_us),
+            resumed_ms: ms(timings.resumed_us),
+            answered_ms: ms(timings.answered_us),
+            registered_ms: ms(timings.registered_us),
             load_vm_ms: ms(timings.vm_us),
             load_kernel_ms: ms(timings.load_us),
             load_devices_ms: ms(timings.devices_us),
@@ -95,7 +100,7 @@ fn state(state: &agent::VmState) -> VmState {
         agent::VmState::Registering => VmState::Registering,
         agent::VmState::Running => VmState::Running,
         agent::VmState::Paused => VmState::Paused,
-        agent::VmState::Saving => VmState::Saving,
+        agent::VmState::Saving { .. } => VmState::Saving,
         agent::VmState::SwappingOut => VmState::SwappingOut,
         agent::VmState::SwappedOut => VmState::SwappedOut,
         agent::VmState::Sending => VmState::Sending,
@@ -116,6 +121,11 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         agent::Goal::Resume => "vm_resume",
         agent::Goal::Stop => "vm_stop",
         agent::Goal::Remove => "vm_remove",
+        agent::Goal::Build => "bundle_build",
+        agent::Goal::Snapshot => "vm_snapshot",
+        agent::Goal::Undo => "vm_undo",
+        agent::Goal::Enlist => "vm_launch",
+        agent::Goal::Register => "vm_register",
     };
     let state = match operation.state {
         agent::OperationState::Running => OperationState::Running,
@@ -140,6 +150,10 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         object: operation.vm.to_string(),
         state,
         steps: operation.steps.iter().map(&mut step).collect(),
+        bundle_id: operation.makes.as_ref().and_then(|makes| makes.bundle.clone()),
+        pause_ms: ms(operation.makes.as_ref().and_then(|makes| makes.pause_us)),
+        memory_bytes: operation.makes.as_ref().and_then(|makes| makes.memory_bytes),
+        quiesced: operation.makes.as_ref().and_then(|makes| makes.quiesced),
         error: operation.error.as_ref().map(|error| ErrorDetail {
             code: error.code.clone(),
             message: error.message.clone(),

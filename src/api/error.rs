@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::agent::{
-    Denied, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning, OwnError,
+    BundleError, Denied, FindBundleError, OpenBundleError, ReadBundleError, RemoveError, VerifyError, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning, OwnError,
     SessionError, VerbError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
@@ -99,6 +99,7 @@ impl From<GuestError> for ApiError {
             | GuestError::Frame(_)
             | GuestError::Version { .. }
             | GuestError::Failed { .. }
+            | GuestError::Hooks { .. }
             | GuestError::Unexpected => StatusCode::BAD_GATEWAY,
         };
         Self::new(status, "guest_unreachable", message, Retry::Later)
@@ -135,6 +136,10 @@ impl From<VmError> for ApiError {
             VmError::Verb(error) => error.into(),
             VmError::Exec(error) => error.into(),
             VmError::Guest(error) => error.into(),
+            VmError::Bundle(error) => error.into(),
+            VmError::Snapshot(error) => error.into(),
+            VmError::Ledger(error) => error.into(),
+            VmError::NoParent { .. } => Self::new(StatusCode::CONFLICT, "no_parent", message, Retry::WithChange),
             VmError::Console { .. } => Self::new(StatusCode::BAD_GATEWAY, "no_console", message, Retry::Later),
             VmError::History { .. } => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "host_failure", message, Retry::Later)
@@ -159,6 +164,56 @@ impl From<ImageError> for ApiError {
     }
 }
 
+impl From<BundleError> for ApiError {
+    fn from(error: BundleError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        let listed = "`hearth bundle ls` lists the bundles of this host";
+        let corrupt = (StatusCode::UNPROCESSABLE_ENTITY, "bundle_corrupt", None);
+        let host = (StatusCode::INTERNAL_SERVER_ERROR, "host_failure", None);
+        let full = (StatusCode::INSUFFICIENT_STORAGE, "no_space", Some("free some disk space: `hearth bundle rm`"));
+        let unknown = (StatusCode::NOT_FOUND, "unknown_bundle", Some(listed));
+        let read = |error: &ReadBundleError| match error {
+            ReadBundleError::Unknown { .. } => unknown,
+            ReadBundleError::Damaged { .. } => corrupt,
+            ReadBundleError::File { .. } => host,
+        };
+        let (status, code, todo) = match &error {
+            BundleError::Find(FindBundleError::Unknown { .. }) => unknown,
+            BundleError::Find(FindBundleError::Ambiguous { .. }) => (StatusCode::CONFLICT, "ambiguous_id", None),
+            BundleError::Read(error) => read(error),
+            BundleError::Open(OpenBundleError::Read(error)) => read(error),
+            BundleError::Open(OpenBundleError::NoSpace { .. }) => full,
+            BundleError::Incompatible { .. } => {
+                (StatusCode::CONFLICT, "incompatible_host", Some("build the bundle on a host like this one"))
+            }
+            BundleError::Verify(VerifyError::Damaged { .. }) => corrupt,
+            BundleError::Verify(VerifyError::Read(error)) => read(error),
+            BundleError::Verify(VerifyError::Parent { .. }) => corrupt,
+            BundleError::Remove(RemoveError::Unknown { .. }) => unknown,
+            BundleError::Remove(RemoveError::HasChildren { .. }) => {
+                (StatusCode::CONFLICT, "bundle_in_use", Some("remove those first, or `hearth bundle compact` them"))
+            }
+            BundleError::InUse { .. } => {
+                (StatusCode::CONFLICT, "bundle_in_use", Some("remove its VMs first: `hearth vm ls`"))
+            }
+            BundleError::Compact(_) => (StatusCode::CONFLICT, "not_compacted", None),
+            BundleError::NoFacts => (StatusCode::SERVICE_UNAVAILABLE, "no_host_facts", None),
+            BundleError::Find(FindBundleError::Store(_))
+            | BundleError::Open(OpenBundleError::Compose { .. })
+            | BundleError::Commit(_)
+            | BundleError::NothingSaved { .. }
+            | BundleError::Remove(RemoveError::Store(_) | RemoveError::File { .. })
+            | BundleError::Store(_)
+            | BundleError::Host { .. } => host,
+        };
+        let answer = Self::new(status, code, message, retry);
+        match todo {
+            Some(todo) => answer.with_detail(todo),
+            None => answer,
+        }
+    }
+}
+
 impl From<LedgerError> for ApiError {
     fn from(error: LedgerError) -> Self {
         let (message, retry) = (chain(&error), error.retry());
@@ -180,6 +235,17 @@ impl From<LaunchError> for ApiError {
                 let detail = unknown.then(|| "`hearth image ls` lists the images of this host".to_owned());
                 return Self { status, detail: ErrorDetail { detail, ..inner.detail } };
             }
+            LaunchError::Bundle(error) => {
+                // As with images: the path is right, what it asks for is not.
+                let inner = Self::from(error);
+                let unknown = inner.status == StatusCode::NOT_FOUND;
+                let status = if unknown { StatusCode::UNPROCESSABLE_ENTITY } else { inner.status };
+                return Self { status, detail: inner.detail };
+            }
+            LaunchError::BundleShape { .. } => (StatusCode::CONFLICT, "bundle_differs"),
+            LaunchError::BundleName { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
+            LaunchError::BundleNameTaken { .. } => (StatusCode::CONFLICT, "name_taken"),
+            LaunchError::Build { .. } => (StatusCode::BAD_REQUEST, "invalid_value"),
             LaunchError::Vcpus { .. } => (StatusCode::BAD_REQUEST, "invalid_vcpus"),
             LaunchError::MemoryTooSmall { .. } => (StatusCode::BAD_REQUEST, "memory_too_small"),
             LaunchError::MemoryTooLarge { .. } => (StatusCode::CONFLICT, "insufficient_memory"),
@@ -340,6 +406,10 @@ impl From<NotRunning> for ApiError {
             VmState::Failed { cause } => {
                 let (status, retry) = match cause {
                     FailureCause::BadImage { .. } => (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange),
+                    FailureCause::Bundle { .. } | FailureCause::WarmUp { .. } => {
+                        (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
+                    }
+                    FailureCause::NotRegistered { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
                     FailureCause::GuestUnreachable { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
                     FailureCause::GuestPanic | FailureCause::GuestFault { .. } => {
                         (StatusCode::BAD_GATEWAY, Retry::WithChange)
@@ -348,6 +418,7 @@ impl From<NotRunning> for ApiError {
                     | FailureCause::VmmKilled { .. }
                     | FailureCause::VmmExited { .. }
                     | FailureCause::VmmGone
+                    | FailureCause::Interrupted
                     | FailureCause::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Retry::Later),
                 };
                 Self::new(status, cause.name(), message, retry).with_detail(shown)
@@ -360,7 +431,7 @@ impl From<NotRunning> for ApiError {
             | VmState::Registering
             | VmState::Running
             | VmState::Paused
-            | VmState::Saving
+            | VmState::Saving { .. }
             | VmState::SwappingOut
             | VmState::SwappedOut
             | VmState::Sending

@@ -68,8 +68,6 @@ impl Host {
         let request = LaunchRequest {
             name: Some(name.to_owned()),
             image: "demo".to_owned(),
-            vcpus: 1,
-            memory_mib: 128,
             session: session.map(|number| number.to_string()),
             ..LaunchRequest::default()
         };

@@ -1,5 +1,6 @@
 //! One function per route: parse, one call to the agent, answer. No decisions.
 
+pub(super) mod bundles;
 pub(super) mod exec;
 pub(super) mod host;
 pub(super) mod images;

@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::ApiError;
-use super::handlers::{exec, host, images, operations, sessions, vms};
+use super::handlers::{bundles, exec, host, images, operations, sessions, vms};
 use super::http::Client;
 use super::types;
 use crate::agent::Door;
@@ -45,6 +45,7 @@ impl std::fmt::Debug for Served {
         (name = "vms", description = "Virtual machines"),
         (name = "sessions", description = "VMs that may talk to each other"),
         (name = "images", description = "Images that VMs boot"),
+        (name = "bundles", description = "Guests frozen once, to be launched any number of times"),
         (name = "operations", description = "Long work, and what happened"),
         (name = "host", description = "This host and its agent"),
     )
@@ -66,6 +67,11 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(sessions::show_fabric))
         .routes(routes!(images::list_images, images::import_image))
         .routes(routes!(images::show_image, images::remove_image))
+        .routes(routes!(bundles::build_bundle, bundles::list_bundles))
+        .routes(routes!(bundles::show_bundle, bundles::remove_bundle))
+        .routes(routes!(bundles::verify_bundle))
+        .routes(routes!(bundles::compact_bundle))
+        .routes(routes!(bundles::snapshot_vm))
         .routes(routes!(operations::list_operations))
         .routes(routes!(operations::show_operation))
         .routes(routes!(operations::list_events))

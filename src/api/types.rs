@@ -5,6 +5,7 @@
 //! * Times are RFC 3339 in UTC; durations are milliseconds with fraction and end in `_ms`; sizes are bytes and end in
 //!   `_bytes`, except where people give them (`memory_mib`).
 
+mod bundle;
 mod error;
 mod exec;
 mod host;
@@ -14,6 +15,10 @@ mod operation;
 mod session;
 mod vm;
 
+pub use bundle::{
+    Bundle, BundleBuildRequest, BundleHost, BundleList, BundleRecipe, BundleVerified, CompactRequest, SnapshotRequest,
+    UnreadableBundle,
+};
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
 pub use host::{Host, HostVms};

@@ -2,14 +2,16 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::bundle::SnapshotArgs;
 use super::value::{DiskWord, PortWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
-use crate::api::types::{Addressing, DISKS_MAX, IMAGE_DEFAULT, Wait};
+use crate::api::types::{Addressing, DISKS_MAX, Wait};
 
 const LAUNCH_HELP: &str = "\
 Examples:
   hearth vm launch                                      the demo image, 1 vCPU, 128 MiB
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
   hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
+  hearth vm launch --bundle web                         goes on where the bundle was frozen, in milliseconds
   hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
@@ -38,7 +40,7 @@ Examples:
 /// `hearth vm`.
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
-    /// Boot a VM and wait until its guest answers
+    /// Launch a VM, from an image or a bundle, and wait until its guest answers
     #[command(after_help = LAUNCH_HELP)]
     Launch(Box<LaunchArgs>),
     /// List the VMs of this host
@@ -62,6 +64,8 @@ pub enum VmCommand {
         /// Id of the VM, a unique prefix of it, or its name
         vm: ReferenceWord,
     },
+    /// Make a bundle of a VM, which goes on as before
+    Snapshot(SnapshotArgs),
     /// Memory and CPU of a VM, seen from the host and from the guest
     Stats {
         /// Id of the VM, a unique prefix of it, or its name
@@ -78,18 +82,21 @@ pub enum VmCommand {
 /// `hearth vm launch`.
 #[derive(Debug, Clone, Args)]
 pub struct LaunchArgs {
-    /// Image to boot
-    #[arg(long, value_name = "NAME", default_value = IMAGE_DEFAULT, value_parser = name)]
-    pub image: String,
+    /// Image to boot [default: demo]
+    #[arg(long, value_name = "NAME", value_parser = name, conflicts_with = "bundle")]
+    pub image: Option<String>,
+    /// Bundle to launch from: its id, a unique prefix of it, or its name. vCPUs and memory are the bundle's
+    #[arg(long, value_name = "BUNDLE")]
+    pub bundle: Option<ReferenceWord>,
     /// Name: 1 to 63 of a-z, 0-9 and `-`, starting with a letter; also the guest's host name
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,
-    /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub vcpus: u32,
-    /// Memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
-    pub memory: u64,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u32>,
+    /// Memory in MiB [default: 128]
+    #[arg(long, value_name = "MIB")]
+    pub memory: Option<u64>,
     /// Raw file to attach as a block device; `:ro` refuses the guest's writes. May be given up to 6 times
     #[arg(long = "disk", value_name = "FILE[:ro]")]
     pub disks: Vec<DiskWord>,

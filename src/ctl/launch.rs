@@ -99,6 +99,7 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
     let limits = NetworkLimits { rx: flow(args.rx_limit, args.rx_packets), tx: flow(args.tx_limit, args.tx_packets) };
     Ok(VmLaunchRequest {
         image: args.image,
+        bundle: args.bundle.map(|bundle| bundle.as_str().to_owned()),
         name: args.name,
         vcpus: args.vcpus,
         memory_mib: args.memory,

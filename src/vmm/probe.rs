@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use serde::Serialize;
 
 use crate::clock::SystemClock;
+use crate::machine::layout::LAYOUT_VERSION;
 use crate::machine::probe::{KvmFacts, ProbeKvmError, probe as probe_kvm};
 use crate::report;
 use crate::sys::{netns, tap};
@@ -35,6 +36,15 @@ pub(super) struct HostFacts {
     pub(super) cgroups: CgroupFacts,
     /// Networking.
     pub(super) network: NetworkFacts,
+    /// The machines this program builds.
+    pub(super) machine: MachineFacts,
+}
+
+/// The machines this program builds.
+#[derive(Debug, Serialize)]
+pub(super) struct MachineFacts {
+    /// Version of the map of guest-physical addresses: saved machines of another one cannot be restored.
+    pub(super) layout_version: u16,
 }
 
 /// The processor.
@@ -98,6 +108,7 @@ fn look() -> HostFacts {
         cpu: cpu(),
         cgroups: cgroups(),
         network: network(),
+        machine: MachineFacts { layout_version: LAYOUT_VERSION },
     }
 }
 

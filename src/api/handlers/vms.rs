@@ -13,7 +13,7 @@ use crate::api::body::{JsonBody, OptionalBody, Params};
 use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
-use crate::api::types::{ErrorBody, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait};
+use crate::api::types::{ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait};
 use crate::units::NetLimits;
 
 /// How long a guest may take to power off when the request does not say.
@@ -34,15 +34,22 @@ pub(in crate::api) async fn launch_vm(
     body: JsonBody<VmLaunchRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let VmLaunchRequest { image, name, vcpus, memory_mib, disks, network_limits, session, addressing, .. } = value;
+    if value.image.is_some() && value.bundle.is_some() {
+        let text = "image and bundle together: a VM is made of one of them";
+        return Err(ApiError::bad_request("image_and_bundle", text));
+    }
+    let VmLaunchRequest { name, image, bundle, vcpus, memory_mib, disks, network_limits, session, .. } = value;
+    let image = image.unwrap_or_else(|| IMAGE_DEFAULT.to_owned());
     let (wait, interfaces, role) = (value.wait, value.interfaces, value.role);
     let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
     let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
-    let addressing = addressing.map(convert::addressing);
+    let addressing = value.addressing.map(convert::addressing);
     let request = LaunchRequest {
         name,
         image,
+        bundle,
+        build: None,
         vcpus,
         memory_mib,
         disks,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::ErrorDetail;
-use crate::ids::OperationId;
+use crate::ids::{BundleId, OperationId};
 
 /// `GET /v1/operations/{id}`: a long piece of work.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -21,6 +21,19 @@ pub struct Operation {
     pub state: OperationState,
     /// Its steps in order, those to come included where they are known.
     pub steps: Vec<Step>,
+    /// The bundle that a build or snapshot made; null before, and for other operations.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub bundle_id: Option<BundleId>,
+    /// How long no vCPU ran for a snapshot.
+    #[serde(default)]
+    pub pause_ms: Option<f64>,
+    /// Bytes of guest memory that were written for a build or snapshot.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Whether the guest's file systems were at rest when it was saved.
+    #[serde(default)]
+    pub quiesced: Option<bool>,
     /// Why it failed; null in other states.
     pub error: Option<ErrorDetail>,
     /// When it was asked for.

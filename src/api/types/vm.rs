@@ -4,26 +4,29 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Addressing, IMAGE_DEFAULT, InterfaceStats, NetworkLimits};
+use super::{Addressing, InterfaceStats, NetworkLimits};
 use crate::ids::{OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmLaunchRequest {
-    /// Image to boot.
-    #[serde(default = "image_default")]
+    /// Image to boot; `demo` when neither image nor bundle is named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "demo")]
-    pub image: String,
+    pub image: Option<String>,
+    /// Bundle to launch from: its id, a unique start of it, or its name. Not together with an image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<String>,
     /// Name, unique on this host: 1 to 63 of `a-z 0-9 -`, starting with a letter. Also the guest's host name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Number of vCPUs.
-    #[serde(default = "vcpus_default")]
-    pub vcpus: u32,
-    /// Guest memory in MiB.
-    #[serde(default = "memory_mib_default")]
-    pub memory_mib: u64,
+    /// Number of vCPUs; 1 when left out, or what the bundle has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    /// Guest memory in MiB; 128 when left out, or what the bundle has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
     /// Raw files of this host to attach as block devices, in order: at most 6.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
@@ -48,37 +51,6 @@ pub struct VmLaunchRequest {
     /// How far the VM has to be for the call to answer.
     #[serde(default)]
     pub wait: Wait,
-}
-
-impl Default for VmLaunchRequest {
-    fn default() -> Self {
-        Self {
-            image: image_default(),
-            name: None,
-            vcpus: vcpus_default(),
-            memory_mib: memory_mib_default(),
-            disks: Vec::new(),
-            network_limits: None,
-            session: None,
-            addressing: None,
-            role: None,
-            publish: Vec::new(),
-            interfaces: None,
-            wait: Wait::None,
-        }
-    }
-}
-
-fn image_default() -> String {
-    IMAGE_DEFAULT.to_owned()
-}
-
-const fn vcpus_default() -> u32 {
-    1
-}
-
-const fn memory_mib_default() -> u64 {
-    128
 }
 
 /// How far a launch has to be for the call to answer.
@@ -257,6 +229,12 @@ pub struct Timings {
     pub load_kernel_ms: Option<f64>,
     /// Part of `load_ms`: making devices and vCPUs.
     pub load_devices_ms: Option<f64>,
+    /// Request accepted → the vCPUs run.
+    pub resumed_ms: Option<f64>,
+    /// Request accepted → the guest's agent first answered.
+    pub answered_ms: Option<f64>,
+    /// Request accepted → registered with its cluster.
+    pub registered_ms: Option<f64>,
     /// First resume → first vCPU's entry into the guest.
     pub first_entry_ms: Option<f64>,
     /// First entry → the guest's own agent started.

@@ -142,10 +142,10 @@ async fn launch_one(
     name: &str,
 ) -> Result<Launch, BenchError> {
     let request = VmLaunchRequest {
-        image: args.image.clone(),
+        image: Some(args.image.clone()),
         name: Some(name.to_owned()),
-        vcpus: args.vcpus,
-        memory_mib: args.memory,
+        vcpus: Some(args.vcpus),
+        memory_mib: Some(args.memory),
         session: args.session.as_ref().map(|session| session.as_str().to_owned()),
         // Looking at the operation again and again would take processor time from the guest.
         wait: Wait::Running,

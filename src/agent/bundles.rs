@@ -1,0 +1,134 @@
+//! What the agent wants of bundles, and why it does not get it. The store itself is `crate::bundle`.
+
+use std::io;
+use std::sync::Arc;
+
+use super::record::{BundleOrder, OperationRecord, VmRecord};
+use crate::bundle::admit::Incompatible;
+use crate::bundle::{
+    CommitError, CompactError, FindError, Manifest, OpenBundleError, ReadBundleError, RemoveError, StoreError,
+    VerifyError,
+};
+use crate::ids::{BundleId, VmId};
+use crate::report::Retry;
+
+/// A bundle of this host.
+#[derive(Debug, Clone)]
+pub struct BundleView {
+    /// Its id.
+    pub id: BundleId,
+    /// What it says of itself.
+    pub manifest: Arc<Manifest>,
+    /// Bytes it takes on disk.
+    pub disk_bytes: u64,
+}
+
+/// One of all bundles: one that cannot be read is told of, too.
+#[derive(Debug, Clone)]
+pub enum BundleListed {
+    /// It can be read.
+    Readable(BundleView),
+    /// It cannot.
+    Unreadable {
+        /// Its id.
+        id: BundleId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why something was not done with a bundle.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    /// It is not clear with which.
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// It cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadBundleError),
+    /// It is not whole, or cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenBundleError),
+    /// This host cannot run it.
+    #[error("bundle {bundle} does not run here")]
+    Incompatible {
+        /// Which.
+        bundle: BundleId,
+        /// What differs.
+        #[source]
+        source: Incompatible,
+    },
+    /// This host's facts are not known: the probe failed.
+    #[error("what this host's KVM does is not known: the probe failed; see the agent's log and `hearth host probe`")]
+    NoFacts,
+    /// No bundle came of what was saved.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    /// What was saved is not there.
+    #[error("nothing was saved of {vm}")]
+    NothingSaved {
+        /// The VM.
+        vm: VmId,
+    },
+    /// It is damaged, or could not be looked at.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    /// It was not removed.
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
+    /// It was not made flat.
+    #[error(transparent)]
+    Compact(#[from] CompactError),
+    /// The store does not answer.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// VMs run from it.
+    #[error("bundle {bundle} is used by {vms} VMs")]
+    InUse {
+        /// Which.
+        bundle: BundleId,
+        /// How many.
+        vms: usize,
+    },
+    /// A file beside it could not be used.
+    #[error("{what}")]
+    Host {
+        /// Which.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl BundleError {
+    /// Whether the same request may succeed later.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::Find(error) => error.retry(),
+            Self::Read(error) => error.retry(),
+            Self::Open(error) => error.retry(),
+            Self::Incompatible { source, .. } => source.retry(),
+            Self::Commit(error) => error.retry(),
+            Self::Verify(error) => error.retry(),
+            Self::Remove(error) => error.retry(),
+            Self::Compact(error) => error.retry(),
+            Self::Store(error) => error.retry(),
+            Self::NothingSaved { .. } => Retry::Never,
+            Self::NoFacts | Self::InUse { .. } | Self::Host { .. } => Retry::Later,
+        }
+    }
+}
+
+/// A bundle to make of what was saved of a VM.
+#[derive(Debug, Clone)]
+pub struct CommitOrder {
+    /// The VM, as it was saved.
+    pub vm: VmRecord,
+    /// The operation that saved it: when it began tells this bundle from others of the same VM.
+    pub operation: OperationRecord,
+    /// The bundle.
+    pub order: BundleOrder,
+    /// The guest agent's protocol.
+    pub agent_protocol: u16,
+}

@@ -1,0 +1,58 @@
+//! Bundles.
+
+use super::timestamp;
+use crate::agent::{self, BundleListed, BundleView, DeviceKind, Manifest, Recipe};
+use crate::api::types::{Bundle, BundleHost, BundleList, BundleRecipe, UnreadableBundle};
+use crate::units::MIB;
+
+/// A bundle; `vms` run from it.
+pub(in crate::api) fn bundle(view: &BundleView, vms: usize) -> Bundle {
+    let BundleView { id, manifest, disk_bytes } = view;
+    let Manifest { machine, host, provenance, .. } = &**manifest;
+    let count = |kind| {
+        let devices = machine.devices.iter().filter(|device| device.kind == kind);
+        u32::try_from(devices.count()).unwrap_or(u32::MAX)
+    };
+    Bundle {
+        id: id.clone(),
+        name: manifest.name.clone(),
+        image: manifest.guest.image.name.clone(),
+        vcpus: machine.vcpus.into(),
+        memory_mib: machine.memory_bytes / MIB,
+        disks: count(DeviceKind::Block),
+        interfaces: count(DeviceKind::Net),
+        parent: manifest.parent.as_ref().map(|parent| parent.bundle.clone()),
+        disk_bytes: *disk_bytes,
+        vms: u32::try_from(vms).unwrap_or(u32::MAX),
+        recipe: match (&provenance.compacted_from, provenance.recipe) {
+            (Some(_), _) => BundleRecipe::Compaction,
+            (None, Recipe::Image) => BundleRecipe::Build,
+            (None, Recipe::Snapshot) => BundleRecipe::Snapshot,
+        },
+        warmup: provenance.warmup.first().cloned(),
+        ready_marker: provenance.ready_marker.clone(),
+        source_vm: provenance.source_vm.clone(),
+        built_on: BundleHost {
+            name: provenance.host_name.clone(),
+            provider: host.provider.clone(),
+            kernel_mode_emulated: host.kernel_mode_emulated,
+            tsc_khz: host.tsc_khz,
+            kernel_release: host.kernel_release.clone(),
+        },
+        created_at: timestamp(provenance.built_at),
+    }
+}
+
+/// All bundles.
+pub(in crate::api) fn bundles(listed: &[BundleListed], door: &dyn agent::Door) -> BundleList {
+    let (mut bundles, mut unreadable) = (Vec::new(), Vec::new());
+    for one in listed {
+        match one {
+            BundleListed::Readable(view) => bundles.push(bundle(view, door.users(&view.id))),
+            BundleListed::Unreadable { id, reason } => {
+                unreadable.push(UnreadableBundle { id: id.clone(), reason: reason.clone() });
+            }
+        }
+    }
+    BundleList { bundles, unreadable }
+}
