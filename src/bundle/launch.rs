@@ -241,3 +241,6 @@ fn overlay(path: &Path, manifest: &Manifest, own: &File, below: &File) -> io::Re
     }
     Ok(image)
 }
+
+#[cfg(test)]
+mod tests;
