@@ -229,15 +229,21 @@ impl Staging {
             Ok(manifest) => return Ok(Committed { id, manifest, existed: true }),
             Err(ReadBundleError::Unknown { .. }) => {}
             // A damaged one of this very content: the whole one takes its place.
-            Err(ReadBundleError::Damaged { .. } | ReadBundleError::File { .. }) => {
+            Err(ReadBundleError::Damaged { .. }) => {
                 let removed = file::remove_tree(&store.places().bundle(&id));
                 removed.map_err(|source| self.failed(".", source))?;
             }
+            Err(ReadBundleError::File { path, source, .. }) => {
+                return Err(CommitError::File { token: self.token.clone(), path, source });
+            }
         }
         let place = store.places().bundle(&id);
-        std::fs::rename(&self.directory, &place)
-            .and_then(|()| file::sync_parent(&place))
-            .map_err(|source| self.failed(".", source))?;
+        std::fs::rename(&self.directory, &place).map_err(|source| self.failed(".", source))?;
+        if let Err(source) = file::sync_parent(&place) {
+            // It may not be there after a crash, so it is not there at all.
+            let _ = file::remove_tree(&place);
+            return Err(self.failed(".", source));
+        }
         store.lock_known().insert(id.clone(), stamps);
         Ok(Committed { id, manifest, existed: false })
     }
