@@ -26,8 +26,8 @@ pub use read::{ReadManifestError, id_of, read};
 /// Version of the manifest that is written. All from 1 on are read.
 pub const FORMAT: u32 = 1;
 
-/// Largest manifest in bytes. A chunk's entry takes about 90: this is room for 40 GiB of memory without a zero in
-/// 256 KiB chunks, and for most of what a TiB holds.
+/// Largest manifest in bytes. A chunk's entry takes about 95, so this is room for 40 GiB of memory in 256 KiB chunks of
+/// which none is zero. A guest with more content than that cannot be made a bundle of.
 pub const MANIFEST_BYTES_MAX: usize = 16 << 20;
 
 /// Bytes of a chunk when a bundle is made: small enough that one changed page costs little, large enough that a digest
