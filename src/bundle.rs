@@ -24,6 +24,8 @@ pub mod manifest;
 mod places;
 mod remove;
 mod run;
+#[cfg(test)]
+mod samples;
 mod stage;
 mod stamp;
 mod store;

@@ -4,28 +4,27 @@
 //! bundle. A failure leaves nothing.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::damage::ReadBundleError;
-use super::digest::Digest;
-use super::image::{self, Image, Measured, OnProgress, View};
+use super::image::OnProgress;
 use super::launch::OpenBundleError;
 use super::manifest::{
-    self, CHUNK_BYTES, InvalidManifest, Manifest, ManifestDraft, MemoryMap, Parent, ReadManifestError, STATE_BYTES_MAX,
-    SectionEntry, StateFile,
+    self, CHUNK_BYTES, InvalidManifest, Manifest, ManifestDraft, MemoryMap, Parent, ReadManifestError, StateFile,
 };
 use super::places::{FILES, MANIFEST, MEMORY, Places, STATE};
-use super::run::{self, Run};
+use super::run::Run;
 use super::stage::{Staging, is_no_space};
 use super::stamp::Stamp;
 use super::store::Known;
 use crate::ids::BundleId;
 use crate::report::Retry;
-use crate::saved::codec::{self, CodecError};
-use crate::sys::{extent, file};
-use crate::units::PAGE_BYTES;
+use crate::saved::codec::CodecError;
+use crate::sys::file;
+
+mod measure;
 
 /// What `memory.img` holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,13 +153,6 @@ impl CommitError {
     }
 }
 
-/// The parent of a diff, ready to be built on.
-struct Base {
-    id: BundleId,
-    manifest: Arc<Manifest>,
-    image: File,
-}
-
 impl Staging {
     /// Makes a bundle of it. Afterwards nothing is staged, whatever the outcome.
     pub fn commit(
@@ -210,81 +202,6 @@ impl Staging {
         manifest.check().map_err(|source| CommitError::Invalid { token: self.token.clone(), source })
     }
 
-    fn base(&self, id: BundleId, draft: &ManifestDraft) -> Result<Base, CommitError> {
-        let failed = |source| CommitError::Parent { token: self.token.clone(), source };
-        let manifest = self.store.manifest(&id).map_err(|error| failed(error.into()))?;
-        let (found, wanted) = (draft.machine.memory_bytes, manifest.machine.memory_bytes);
-        if found != wanted {
-            return Err(CommitError::ParentMemory { token: self.token.clone(), parent: id, found, wanted });
-        }
-        let image = self.store.flat_memory(&id, &manifest).map_err(failed)?;
-        Ok(Base { id, manifest, image })
-    }
-
-    /// Measures the memory file, and gives back the space of what need not be in it.
-    fn memory(
-        &self,
-        manifest: &Manifest,
-        base: Option<&Base>,
-        on_progress: OnProgress<'_>,
-    ) -> Result<MemoryMap, CommitError> {
-        let failed = |source| self.failed(MEMORY, source);
-        let wanted = manifest.machine.memory_bytes;
-        let file = self.open(MEMORY).map_err(failed)?;
-        let before = Stamp::of(&file).map_err(failed)?;
-        if before.bytes() != wanted {
-            let (token, file) = (self.token.clone(), MEMORY);
-            return Err(CommitError::Length { token, file, found: before.bytes(), wanted });
-        }
-        let pages = manifest.memory.pages.clone();
-        // A parent may have been cut into chunks of another size; a diff of it is cut as it was.
-        let chunk_bytes = base.map_or(manifest.memory.chunk_bytes, |base| base.manifest.memory.chunk_bytes);
-        let image = Image::new(&file, wanted, chunk_bytes).map_err(failed)?;
-        let (view, unwanted) = match (base, &pages) {
-            (Some(base), Some(pages)) => {
-                let held: Vec<_> = pages.iter().map(|run| run.bytes(PAGE_BYTES)).collect();
-                let unwanted = run::subtract(image.data(), &held);
-                let below = Image::new(&base.image, wanted, chunk_bytes).map_err(failed)?;
-                (View::over(below, image, pages), unwanted)
-            }
-            (None, _) | (_, None) => (View::flat(image), Vec::new()),
-        };
-        let parent_map = base.map(|base| &base.manifest.memory);
-        let Measured { map, allocated_zeros } = image::measure(view, parent_map, on_progress).map_err(failed)?;
-        if !Stamp::of(&file).map_err(failed)?.same_content(&before) {
-            return Err(CommitError::Changed { token: self.token.clone() });
-        }
-        let zeros = if base.is_none() { allocated_zeros } else { Vec::new() };
-        for range in unwanted.into_iter().chain(zeros) {
-            extent::punch_hole(&file, range.start, range.end - range.start).map_err(failed)?;
-        }
-        file.sync_all().map_err(failed)?;
-        file::make_read_only(&file).map_err(failed)?;
-        Ok(MemoryMap { pages, ..map })
-    }
-
-    fn state(&self) -> Result<StateFile, CommitError> {
-        let failed = |source| self.failed(STATE, source);
-        let file = self.open(STATE).map_err(failed)?;
-        let mut bytes = Vec::new();
-        (&file).take(STATE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-        let found = bytes.len() as u64;
-        if found > STATE_BYTES_MAX {
-            let (token, file) = (self.token.clone(), STATE);
-            return Err(CommitError::Length { token, file, found, wanted: STATE_BYTES_MAX });
-        }
-        let sections =
-            codec::from_bytes(&bytes).map_err(|source| CommitError::State { token: self.token.clone(), source })?;
-        let sections = sections.iter().map(|section| SectionEntry {
-            kind: section.name.kind as u16,
-            instance: section.name.instance,
-            version: section.version,
-        });
-        file.sync_all().map_err(failed)?;
-        file::make_read_only(&file).map_err(failed)?;
-        Ok(StateFile { bytes: found, digest: Digest::of(&bytes), sections: sections.collect() })
-    }
-
     /// Writes the manifest and gives the directory its name.
     fn publish(&self, id: BundleId, manifest: Manifest, bytes: &[u8]) -> Result<Committed, CommitError> {
         let store = &self.store;
@@ -312,15 +229,21 @@ impl Staging {
             Ok(manifest) => return Ok(Committed { id, manifest, existed: true }),
             Err(ReadBundleError::Unknown { .. }) => {}
             // A damaged one of this very content: the whole one takes its place.
-            Err(ReadBundleError::Damaged { .. } | ReadBundleError::File { .. }) => {
+            Err(ReadBundleError::Damaged { .. }) => {
                 let removed = file::remove_tree(&store.places().bundle(&id));
                 removed.map_err(|source| self.failed(".", source))?;
             }
+            Err(ReadBundleError::File { path, source, .. }) => {
+                return Err(CommitError::File { token: self.token.clone(), path, source });
+            }
         }
         let place = store.places().bundle(&id);
-        std::fs::rename(&self.directory, &place)
-            .and_then(|()| file::sync_parent(&place))
-            .map_err(|source| self.failed(".", source))?;
+        std::fs::rename(&self.directory, &place).map_err(|source| self.failed(".", source))?;
+        if let Err(source) = file::sync_parent(&place) {
+            // It may not be there after a crash, so it is not there at all.
+            let _ = file::remove_tree(&place);
+            return Err(self.failed(".", source));
+        }
         store.lock_known().insert(id.clone(), stamps);
         Ok(Committed { id, manifest, existed: false })
     }
@@ -346,3 +269,6 @@ impl Staging {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

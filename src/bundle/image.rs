@@ -258,6 +258,3 @@ impl Meter<'_> {
         (self.on_progress)(Progress { done_bytes: self.total, total_bytes: self.total });
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -2,7 +2,7 @@
 //! are the same. A diff is launched from a flat image that is composed of its chain once.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
@@ -94,8 +94,8 @@ impl Store {
             return damaged(Damage::State);
         }
         self.remember(id, |known| known.state = Some(stamp));
-        // Opened again: the first descriptor's offset is at the end.
-        self.places().open(id, STATE)
+        (&file).rewind().map_err(|source| self.unread(id, STATE, source))?;
+        Ok(file)
     }
 
     /// All of a bundle's guest memory as one verified file.
@@ -241,3 +241,6 @@ fn overlay(path: &Path, manifest: &Manifest, own: &File, below: &File) -> io::Re
     }
     Ok(image)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,7 @@
 //! A bundle that is coming to be: a directory under a name of its own, which no list shows. A VMM gets its two files as
-//! descriptors and fills them; [`Staging::commit`] makes a bundle of it.
+//! descriptors and fills them; [`Staging::commit`] makes a bundle of it. By then nobody should hold a descriptor for
+//! writing any more: modes do not stop one that is open. What it would change is noticed by the next launch, but not by
+//! clones that map the image already.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -35,6 +35,8 @@ impl Stamp {
 
     /// Whether the content is the same, as far as the kernel can tell; the mode may be another.
     pub(super) fn same_content(&self, other: &Self) -> bool {
-        self.inode == other.inode && self.bytes == other.bytes && self.modified == other.modified
+        (self.device, self.inode) == (other.device, other.inode)
+            && self.bytes == other.bytes
+            && self.modified == other.modified
     }
 }

@@ -188,13 +188,20 @@ impl Store {
         Ok(manifest)
     }
 
-    /// The diffs that build on this bundle directly.
+    /// The diffs that build on this bundle directly. A bundle that is damaged builds on nothing; one that could not be
+    /// read might, which is an error.
     pub fn children(&self, id: &BundleId) -> Result<Vec<BundleId>, StoreError> {
-        let is_child = |listed: &Listed| {
-            let parent = listed.manifest.as_ref().ok().and_then(|manifest| manifest.parent.as_ref());
-            parent.is_some_and(|parent| parent.bundle == *id)
-        };
-        Ok(self.list()?.into_iter().filter(is_child).map(|listed| listed.id).collect())
+        let mut children = Vec::new();
+        for Listed { id: child, manifest } in self.list()? {
+            match manifest {
+                Ok(manifest) if manifest.parent.as_ref().is_some_and(|parent| parent.bundle == *id) => {
+                    children.push(child);
+                }
+                Ok(_) | Err(ReadBundleError::Unknown { .. } | ReadBundleError::Damaged { .. }) => {}
+                Err(ReadBundleError::File { path, source, .. }) => return Err(StoreError { path, source }),
+            }
+        }
+        Ok(children)
     }
 
     fn ids(&self) -> Result<Vec<BundleId>, StoreError> {

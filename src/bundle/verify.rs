@@ -1,12 +1,14 @@
 //! Looking at all of a bundle again, whatever was seen before: finds a single changed byte and says where it is.
 
+use std::fs::File;
 use std::io::{self, Read};
+use std::sync::Arc;
 
 use super::damage::{Damage, ReadBundleError};
 use super::digest::Digest;
 use super::image::{self, Image, OnProgress, View};
 use super::launch::OpenBundleError;
-use super::manifest::{Manifest, MemoryMap};
+use super::manifest::{Manifest, Parent};
 use super::places::{FILES, MANIFEST, MEMORY, Places, STATE};
 use super::run;
 use super::stamp::Stamp;
@@ -67,6 +69,12 @@ impl VerifyError {
     }
 }
 
+/// The bundle a diff builds on.
+struct Below {
+    manifest: Arc<Manifest>,
+    memory: File,
+}
+
 impl Store {
     /// Reads all of a bundle and compares it with its id. What was known of it before does not count.
     pub fn verify(&self, id: &BundleId, on_progress: OnProgress<'_>) -> Result<Verified, VerifyError> {
@@ -90,9 +98,12 @@ impl Store {
         damages: &mut Vec<Damage>,
         on_progress: OnProgress<'_>,
     ) -> Result<Verified, VerifyError> {
-        let names = Places::names(&self.places().bundle(id)).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => VerifyError::Read(ReadBundleError::Unknown { bundle: id.clone() }),
-            _ => VerifyError::Read(self.unread(id, ".", source)),
+        let names = Places::names(&self.places().bundle(id)).map_err(|source| {
+            VerifyError::Read(if source.kind() == io::ErrorKind::NotFound {
+                ReadBundleError::Unknown { bundle: id.clone() }
+            } else {
+                self.unread(id, ".", source)
+            })
         })?;
         let extra = names.into_iter().filter(|name| !FILES.contains(&name.as_str()));
         damages.extend(extra.take(DAMAGES_MAX).map(|file| Damage::Extra { file }));
@@ -131,27 +142,20 @@ impl Store {
         if sort(self.check_length(id, &stamp, manifest), damages)?.is_none() {
             return Ok(0);
         }
+        let below = match &manifest.parent {
+            None => None,
+            Some(parent) => match self.look_below(id, manifest, parent, damages)? {
+                Some(below) => Some(below),
+                None => return Ok(0),
+            },
+        };
         let (memory_bytes, chunk_bytes) = (manifest.machine.memory_bytes, manifest.memory.chunk_bytes);
         let own = Image::new(&file, memory_bytes, chunk_bytes).map_err(unread)?;
-        let mut below: Option<(std::fs::File, std::sync::Arc<Manifest>)> = None;
-        if let Some(parent) = &manifest.parent {
-            let unusable = |source| VerifyError::Parent { bundle: id.clone(), source };
-            let Some(found) =
-                sort(self.parent_manifest(id, manifest, parent), damages).map_err(|error| match error {
-                    VerifyError::Read(error) => unusable(error.into()),
-                    other => other,
-                })?
-            else {
-                return Ok(0);
-            };
-            let image = self.flat_memory(&parent.bundle, &found).map_err(unusable)?;
-            below = Some((image, found));
-        }
-        let parent_map: Option<&MemoryMap> = below.as_ref().map(|(_, manifest)| &manifest.memory);
+        let parent_map = below.as_ref().map(|below| &below.manifest.memory);
         let view = match (&below, &manifest.memory.pages) {
-            (Some((image, _)), Some(pages)) => {
+            (Some(below), Some(pages)) => {
                 damages.extend(not_held(&own, manifest).map_err(unread)?);
-                View::over(Image::new(image, memory_bytes, chunk_bytes).map_err(unread)?, own, pages)
+                View::over(Image::new(&below.memory, memory_bytes, chunk_bytes).map_err(unread)?, own, pages)
             }
             (None, _) | (_, None) => View::flat(own),
         };
@@ -159,6 +163,27 @@ impl Store {
         let found = image::compare(view, manifest, parent_map, DAMAGES_MAX, on_progress).map_err(unread)?;
         damages.extend(found);
         Ok(chunks)
+    }
+
+    /// The memory a diff builds on; `None` when the two do not fit.
+    fn look_below(
+        &self,
+        id: &BundleId,
+        manifest: &Manifest,
+        parent: &Parent,
+        damages: &mut Vec<Damage>,
+    ) -> Result<Option<Below>, VerifyError> {
+        let unusable = |source| VerifyError::Parent { bundle: id.clone(), source };
+        let manifest = match self.parent_manifest(id, manifest, parent) {
+            Ok(manifest) => manifest,
+            Err(ReadBundleError::Damaged { bundle, damage }) if bundle == *id => {
+                damages.push(damage);
+                return Ok(None);
+            }
+            Err(error) => return Err(unusable(error.into())),
+        };
+        let memory = self.flat_memory(&parent.bundle, &manifest).map_err(unusable)?;
+        Ok(Some(Below { manifest, memory }))
     }
 }
 
@@ -186,3 +211,6 @@ fn not_held(own: &Image<'_>, manifest: &Manifest) -> io::Result<Vec<Damage>> {
     }
     Ok(damages)
 }
+
+#[cfg(test)]
+mod tests;

@@ -117,7 +117,7 @@ mod tests {
     fn only_regular_files_are_opened() {
         let dir = tempfile::tempdir().unwrap();
         let (path, link) = (dir.path().join("file"), dir.path().join("link"));
-        std::fs::write(&path, b"x").unwrap();
+        create(&path).unwrap();
         std::os::unix::fs::symlink(&path, &link).unwrap();
         make_read_only(&open_regular(&path).unwrap().unwrap()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o400);

@@ -143,7 +143,7 @@ fn machine(machine: &MachineShape) -> Result<(), InvalidManifest> {
     if u64::from(machine.page_bytes) != PAGE_BYTES {
         return invalid("machine.page_bytes", format!("{} is not {PAGE_BYTES}", machine.page_bytes));
     }
-    if machine.memory_bytes == 0 || machine.memory_bytes % PAGE_BYTES != 0 {
+    if machine.memory_bytes == 0 || !machine.memory_bytes.is_multiple_of(PAGE_BYTES) {
         return invalid("machine.memory_bytes", format!("{} is no number of pages", machine.memory_bytes));
     }
     at_most("machine.memory_bytes", machine.memory_bytes, MEMORY_BYTES_MAX)?;
