@@ -8,11 +8,11 @@
 //! All changes go to the kernel in one send. When one of them fails the others are made all the same; the answer names
 //! the first that failed.
 
+pub(crate) mod hardware;
 mod netlink;
 mod requests;
 
 use alloc::format;
-use alloc::string::String;
 use alloc::vec::Vec;
 use core::ffi::CStr;
 
@@ -63,7 +63,7 @@ pub(crate) fn apply(wanted: &[NetworkInterface]) -> Result<(), Refusal> {
     }
     set_default_route(&mut batch, &found, AF_INET);
     set_default_route(&mut batch, &found, AF_INET6);
-    channel.carry_out(batch).map_err(|(errno, what)| Refusal { errno, what: Some(String::from(what)) })
+    channel.carry_out(batch).map_err(|(errno, what)| failed(what)(errno))
 }
 
 fn find(links: &[Link], mac: [u8; 6]) -> Result<&Link, Refusal> {

@@ -11,6 +11,7 @@ use hearth_guest_wire::Shutdown;
 
 use crate::console::ConsoleShell;
 use crate::ending::Ending;
+use crate::identity::CurrentIdentity;
 use crate::link::{Link, Part, Served};
 use crate::links::Links;
 use crate::mounts;
@@ -44,8 +45,10 @@ pub(crate) struct Guest {
     pub(crate) scratch: Box<[u8]>,
     /// Programs that have not ended.
     pub(crate) programs_running: u32,
-    /// Connections whose program is to be started, in order, by the base of their tokens.
+    /// Connections whose program or hook is to be started, in order, by the base of their tokens.
     pub(crate) starting: VecDeque<u64>,
+    /// Who the guest is, once it was told.
+    pub(crate) identity: Option<CurrentIdentity>,
     /// Children that sync, kept until they are reaped.
     pub(crate) errands: Vec<Running>,
     timer: Timer,
@@ -71,6 +74,11 @@ impl Guest {
         let at_ns = sys::monotonic_ns().saturating_add(wait_ns);
         self.wake_at(at_ns);
         at_ns
+    }
+
+    /// Wakes the loop in that many milliseconds, and says when that is.
+    pub(crate) fn wake_in_ms(&mut self, wait_ms: u32) -> u64 {
+        self.wake_in(u64::from(wait_ms) * 1_000_000)
     }
 
     fn wake_at(&mut self, at_ns: u64) {
@@ -148,6 +156,7 @@ const INPUT: u64 = 5;
 const OUTPUT: u64 = 6;
 const ERRORS: u64 = 7;
 const CONSOLE: u64 = 8;
+const REGISTRAR: u64 = 9;
 
 fn link_base(slot: usize, generation: u32) -> u64 {
     u64::from(generation) << 32 | (slot as u64) << 8
@@ -156,6 +165,7 @@ fn link_base(slot: usize, generation: u32) -> u64 {
 fn link_token(base: u64, part: Part) -> u64 {
     base | match part {
         Part::Socket => SOCKET,
+        Part::Registrar => REGISTRAR,
         Part::Stream(Stream::Input) => INPUT,
         Part::Stream(Stream::Output) => OUTPUT,
         Part::Stream(Stream::Errors) => ERRORS,
@@ -170,6 +180,7 @@ fn source(token: u64) -> Option<Source> {
         TIMER => return Some(Source::Timer),
         CONSOLE => return Some(Source::Console),
         SOCKET => Part::Socket,
+        REGISTRAR => Part::Registrar,
         INPUT => Part::Stream(Stream::Input),
         OUTPUT => Part::Stream(Stream::Output),
         ERRORS => Part::Stream(Stream::Errors),
@@ -222,6 +233,7 @@ impl Server {
             scratch: vec![0; READ_BYTES].into_boxed_slice(),
             programs_running: 0,
             starting: VecDeque::new(),
+            identity: None,
             errands: Vec::new(),
             timer,
             timer_ns: None,
@@ -308,7 +320,7 @@ impl Server {
             && place.generation == generation
             && let Some(link) = &mut place.link
         {
-            link.start_program(&mut self.guest);
+            link.start(&mut self.guest);
             self.due |= 1 << slot;
         }
     }
@@ -396,7 +408,7 @@ impl Server {
             let Some(link) = &mut place.link else { continue };
             match link.deadline_ns() {
                 Some(at_ns) if at_ns <= now_ns => {
-                    link.expire();
+                    link.expire(&mut self.guest);
                     self.due |= 1 << slot;
                 }
                 Some(at_ns) => next_ns = Some(next_ns.map_or(at_ns, |next: u64| next.min(at_ns))),

@@ -142,6 +142,13 @@ pub(super) fn bring_up(batch: &mut Batch, index: u32, mtu: u16) {
     }
 }
 
+/// Gives an interface another hardware address.
+pub(super) fn set_hardware_address(batch: &mut Batch, index: u32, mac: [u8; 6]) {
+    batch.request(RTM_NEWLINK, 0, "change a hardware address", &[]);
+    batch.raw(&[0; 4]).raw(&index.to_le_bytes()).raw(&[0; 8]);
+    batch.attribute(IFLA_ADDRESS, &mac);
+}
+
 /// Gives an interface an address; fine when it has it.
 pub(super) fn set_address(batch: &mut Batch, index: u32, address: Address) {
     batch.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, "add an address", &[]);
@@ -151,6 +158,16 @@ pub(super) fn set_address(batch: &mut Batch, index: u32, address: Address) {
 /// Gives an interface its link-local address, if there is IPv6 at all.
 pub(super) fn set_link_local(batch: &mut Batch, index: u32, address: Address) {
     batch.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, "add the link-local address", &NO_IPV6);
+    with_address(batch, index, address);
+}
+
+/// Takes an interface's link-local address from it; fine when it has none.
+pub(super) fn remove_link_local(batch: &mut Batch, index: u32, address: Address) {
+    const NOTHING_TO_REMOVE: [Errno; 5] = {
+        let [access, unsupported, family] = NO_IPV6;
+        [access, unsupported, family, Errno::NXIO, Errno::ADDRNOTAVAIL]
+    };
+    batch.request(RTM_DELADDR, 0, "remove the link-local address", &NOTHING_TO_REMOVE);
     with_address(batch, index, address);
 }
 
