@@ -4,11 +4,12 @@
 //! They run one after the other, in the order of their names, all within one time. A guest without any pays for two
 //! look-ups. What they print goes where this program's words go.
 
-use alloc::collections::VecDeque;
 use alloc::ffi::CString;
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 use core::ffi::CStr;
+use core::slice::from_ref;
 
 use hearth_guest_wire::{Exit, HOOKS_MAX, HookFailure, HooksRan};
 
@@ -23,7 +24,8 @@ const DIRECTORIES: [&CStr; 2] = [c"/etc/hearth/identity.d", c"/run/hearth/identi
 
 /// The hooks of one request.
 pub(crate) struct Hooks {
-    left: VecDeque<CString>,
+    /// Paths of those not started, the next one last.
+    left: Vec<CString>,
     environment: [CString; 3],
     /// Their standard input.
     nothing: Fd,
@@ -35,7 +37,7 @@ pub(crate) struct Hooks {
 impl Hooks {
     /// The hooks there are; `None` when there are none.
     pub(crate) fn find(identity: &CurrentIdentity, scratch: &mut [u8]) -> Result<Option<Self>, Refusal> {
-        let mut left = VecDeque::new();
+        let mut left = Vec::new();
         for directory in DIRECTORIES {
             list(directory, &mut left, scratch)?;
         }
@@ -53,7 +55,7 @@ impl Hooks {
 
     /// Path of the next one.
     pub(crate) fn next(&self) -> Option<&CStr> {
-        self.left.front().map(CString::as_c_str)
+        self.left.last().map(CString::as_c_str)
     }
 
     /// Starts the next one that can be started, if none runs; says which one runs now. `None`: all are over.
@@ -61,11 +63,11 @@ impl Hooks {
         if let Some((pid, _)) = self.running {
             return Some(pid);
         }
-        while let Some(path) = self.left.pop_front() {
+        while let Some(path) = self.left.pop() {
             let environment = environment_of(own_environment, &self.environment).unwrap_or_default();
             let launch = Launch {
-                paths: &[path.clone()],
-                arguments: &[path.clone()],
+                paths: from_ref(&path),
+                arguments: from_ref(&path),
                 environment: &environment,
                 directory: c"/",
                 streams: [&self.nothing, sys::console_output(), sys::console_output()],
@@ -101,7 +103,7 @@ impl Hooks {
             sys::kill_group(pid);
             self.fail(&path, String::from("timed out"));
         }
-        while let Some(path) = self.left.pop_front() {
+        while let Some(path) = self.left.pop() {
             self.fail(&path, String::from("not started: the time was over"));
         }
     }
@@ -126,9 +128,9 @@ impl Drop for Hooks {
     }
 }
 
-/// Adds the executables of a directory, in the order of their names; those that were there before go before those of
-/// the same name.
-fn list(directory: &CStr, hooks: &mut VecDeque<CString>, scratch: &mut [u8]) -> Result<(), Refusal> {
+/// Adds the executables of a directory, those that are to run first at the end: in the order of their names, and of two
+/// that have the same the one that was found first.
+fn list(directory: &CStr, hooks: &mut Vec<CString>, scratch: &mut [u8]) -> Result<(), Refusal> {
     let opened = match sys::open_read(directory) {
         Err(Errno::NOENT) => return Ok(()),
         opened => opened.map_err(failed("open the hooks' directory"))?,
@@ -152,7 +154,7 @@ fn list(directory: &CStr, hooks: &mut VecDeque<CString>, scratch: &mut [u8]) -> 
                 let what = Some(format!("more than {HOOKS_MAX} hooks"));
                 return Err(Refusal { errno: Errno::TOO_BIG, what });
             }
-            let place = hooks.partition_point(|other| file_name(other) <= entry.name);
+            let place = hooks.partition_point(|other| file_name(other) > entry.name);
             hooks.insert(place, path);
         }
     }
