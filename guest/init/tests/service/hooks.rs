@@ -95,8 +95,8 @@ fn a_time_out_kills_the_one_that_runs_and_starts_no_other() {
     let background: u32 = agent.must("cat /run/pid").trim().parse().expect("a process id");
     wait_until("the hook's group is gone", || !exists(background));
     assert_eq!(agent.must("cat /run/noted"), "quick\n");
-    // No time at all.
-    assert_eq!(run_hooks(&mut host, 0).failed.len(), 3);
+    // No time at all: the first may have been quicker than the timer.
+    assert!(run_hooks(&mut host, 0).failed.len() >= 2);
 }
 
 #[test]
