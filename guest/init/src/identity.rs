@@ -5,12 +5,13 @@ mod files;
 use alloc::ffi::CString;
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::fmt::Write as _;
 
 use hearth_guest_wire::{Identity, Interface, Join, NetworkInterface, Registration, json};
 
 use crate::link::Refusal;
 use crate::net;
-use crate::sys::{self, Errno};
+use crate::sys::{self, Console, Errno};
 
 /// Who the guest is, by the identity given last.
 pub(crate) struct CurrentIdentity {
@@ -19,9 +20,27 @@ pub(crate) struct CurrentIdentity {
     generation: [u8; 16],
     /// The membership under this identity, with the number of its registration.
     member: Option<(Join, u64)>,
+    /// Whether programs can read it.
+    recorded: bool,
 }
 
 impl CurrentIdentity {
+    /// Whether [`CurrentIdentity::record`] has nothing to do.
+    pub(crate) const fn is_recorded(&self) -> bool {
+        self.recorded
+    }
+
+    /// Writes it down for programs. A guest that cannot do it is told on the console; it is somebody all the same.
+    pub(crate) fn record(&mut self) {
+        if self.recorded {
+            return;
+        }
+        self.recorded = true;
+        if let Err(errno) = files::write_record(self) {
+            let _ = writeln!(Console, "hearth-init: write down the identity: errno {}", errno.number());
+        }
+    }
+
     /// Words for the environment of programs.
     pub(crate) fn environment(&self) -> Result<[CString; 3], Errno> {
         let word = |name: &str, value: &str| CString::new([name, value].concat()).map_err(|_| Errno::INVAL);
@@ -61,7 +80,8 @@ impl CurrentIdentity {
 }
 
 /// Applies an identity, randomness first: guests launched from one bundle share their generator's state until then.
-/// Ends at the first thing that fails; applying an identity again is harmless. `current` is what it replaces.
+/// Ends at the first thing that fails; applying an identity again is harmless. `current` is what it replaces. The record
+/// for programs is left for later: making a file costs an emulated kernel 20 ms, and a launch waits for this.
 pub(crate) fn apply(identity: Identity, current: &mut Option<CurrentIdentity>) -> Result<(), Refusal> {
     let Identity { vm_id, hostname, generation, entropy, unix_ns, interfaces } = identity;
     sys::add_entropy(entropy.as_flattened()).map_err(failed("add randomness"))?;
@@ -71,12 +91,11 @@ pub(crate) fn apply(identity: Identity, current: &mut Option<CurrentIdentity>) -
     sys::set_hostname(&hostname).map_err(failed("set the host name"))?;
     // A membership is one of a launch.
     let member = current.take_if(|current| current.generation == generation).and_then(|current| current.member);
-    let identity = current.insert(CurrentIdentity { vm_id, hostname, generation, member });
+    *current = Some(CurrentIdentity { vm_id, hostname, generation, member, recorded: false });
     // All zeros are no machine id, and no generation.
     if generation != [0; 16] {
         files::write_machine_id(&generation).map_err(failed("write the machine id"))?;
     }
-    files::write_record(identity).map_err(failed("write down the identity"))?;
     if !interfaces.is_empty() {
         // What hosts of version 1 give an interface: addresses, and no way out.
         let interfaces: Vec<NetworkInterface> = interfaces.into_iter().map(without_gateways).collect();

@@ -89,6 +89,11 @@ impl Guest {
         }
     }
 
+    /// Whether nothing is left to do.
+    fn is_at_rest(&self) -> bool {
+        matches!(self.rest, Rest::Done) && self.identity.as_ref().is_none_or(CurrentIdentity::is_recorded)
+    }
+
     /// One step of what is left to do.
     fn do_rest(&mut self) {
         match &mut self.rest {
@@ -101,7 +106,7 @@ impl Guest {
                     self.console.wait(&self.epoll, CONSOLE);
                 }
             }
-            Rest::Done => {}
+            Rest::Done => self.record_identity(),
         }
     }
 
@@ -112,9 +117,16 @@ impl Guest {
         }
     }
 
+    fn record_identity(&mut self) {
+        if let Some(identity) = &mut self.identity {
+            identity.record();
+        }
+    }
+
     /// Does what must be there before this program is started.
     pub(crate) fn prepare_for(&mut self, program: &[u8]) {
         self.finish_mounts();
+        self.record_identity();
         if let Rest::Links(links) = &mut self.rest {
             links.make_for(program);
         }
@@ -249,10 +261,9 @@ impl Server {
     pub(crate) fn serve(&mut self) -> Result<(), Errno> {
         let mut events = [Event::EMPTY; EVENTS];
         loop {
-            let rests = matches!(self.guest.rest, Rest::Done);
-            let happened =
-                self.guest.epoll.wait(&mut events, self.due != 0 || !self.guest.starting.is_empty() || !rests)?;
-            if happened.is_empty() && self.due == 0 && self.guest.starting.is_empty() {
+            let busy = self.due != 0 || !self.guest.starting.is_empty();
+            let happened = self.guest.epoll.wait(&mut events, busy || !self.guest.is_at_rest())?;
+            if happened.is_empty() && !busy {
                 self.guest.do_rest();
                 continue;
             }

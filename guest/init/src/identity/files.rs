@@ -17,11 +17,14 @@ pub(super) fn write_record(identity: &CurrentIdentity) -> Result<(), Errno> {
     let members = [("vm_id", identity.vm_id.as_str()), ("hostname", &identity.hostname), ("generation", &generation)];
     json::push_object(&mut record, &members);
     record.push(b'\n');
-    match sys::make_directory(c"/run/hearth", 0o755) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return Err(errno),
+    let write = || sys::replace_file(c"/run/hearth/identity.json", c"/run/hearth/.identity.json", &record);
+    match write() {
+        Err(Errno::NOENT) => {
+            sys::make_directory(c"/run/hearth", 0o755)?;
+            write()
+        }
+        other => other,
     }
-    sys::replace_file(c"/run/hearth/identity.json", c"/run/hearth/.identity.json", &record)
 }
 
 /// Writes the machine id: in place, in one write of what is always as long, so that it is never seen half-written and
