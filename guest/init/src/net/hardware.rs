@@ -8,14 +8,15 @@ use alloc::vec::Vec;
 use hearth_guest_wire::HardwareAddress;
 
 use super::netlink::Channel;
-use super::{find, link_local, requests};
+use super::{find, link_local, links_with, requests};
 use crate::identity::failed;
 use crate::link::Refusal;
+use crate::sys::Interfaces;
 
 /// Gives interfaces other hardware addresses. Nothing is changed when one of them is missing.
 pub(crate) fn change(wanted: &[HardwareAddress]) -> Result<(), Refusal> {
     let mut channel = Channel::open().map_err(failed("open rtnetlink"))?;
-    let links = requests::links(&mut channel).map_err(failed("list interfaces"))?;
+    let links = links_with(wanted.iter().map(|change| change.from), &mut channel)?;
     let present = |mac| find(&links, mac);
     // Made already, as a whole: an address that one interface was given may be what another was found by.
     if wanted.iter().all(|change| present(change.to).is_ok())
@@ -31,14 +32,20 @@ pub(crate) fn change(wanted: &[HardwareAddress]) -> Result<(), Refusal> {
             Err(missing) => drop(present(change.to).map_err(|_| missing)?),
         }
     }
+    // By ioctl: rtnetlink would tell the change to whoever listens, with all there is to say of the interface, twice.
+    let interfaces = Interfaces::new().map_err(failed("ask for interfaces"))?;
     let mut batch = channel.batch();
+    let mut outcome = Ok(());
     for (link, mac) in found {
-        requests::set_hardware_address(&mut batch, link.index, mac);
+        if let Err(errno) = interfaces.set_hardware_address(&link.name, mac) {
+            outcome = outcome.and(Err(failed("change a hardware address")(errno)));
+            continue;
+        }
         requests::remove_link_local(&mut batch, link.index, link_local(link.mac));
         // One that is down gets its own when it comes up.
         if link.up {
             requests::set_link_local(&mut batch, link.index, link_local(mac));
         }
     }
-    channel.carry_out(batch).map_err(|(errno, what)| failed(what)(errno))
+    outcome.and(channel.carry_out(batch).map_err(|(errno, what)| failed(what)(errno)))
 }

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use hearth_guest_wire::{Address, Gateway, GatewayAddress};
 
 use super::netlink::{Batch, Channel, attribute};
-use crate::sys::Errno;
+use crate::sys::{Errno, InterfaceFacts};
 
 // linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h
 const NLM_F_REPLACE: u16 = 0x100;
@@ -69,6 +69,20 @@ pub(super) struct Link {
     pub(super) mac: [u8; 6],
     pub(super) up: bool,
     pub(super) loopback: bool,
+}
+
+impl Link {
+    /// An interface that was asked for by its index.
+    pub(super) fn from_facts(index: u32, facts: &InterfaceFacts) -> Self {
+        let flags = u32::from(facts.flags);
+        Self {
+            index,
+            name: facts.name().to_vec(),
+            mac: facts.mac,
+            up: flags & IFF_UP != 0,
+            loopback: flags & IFF_LOOPBACK != 0,
+        }
+    }
 }
 
 /// An address as listed.
@@ -140,13 +154,6 @@ pub(super) fn bring_up(batch: &mut Batch, index: u32, mtu: u16) {
     if mtu != 0 {
         batch.attribute(IFLA_MTU, &u32::from(mtu).to_le_bytes());
     }
-}
-
-/// Gives an interface another hardware address.
-pub(super) fn set_hardware_address(batch: &mut Batch, index: u32, mac: [u8; 6]) {
-    batch.request(RTM_NEWLINK, 0, "change a hardware address", &[]);
-    batch.raw(&[0; 4]).raw(&index.to_le_bytes()).raw(&[0; 8]);
-    batch.attribute(IFLA_ADDRESS, &mac);
 }
 
 /// Gives an interface an address; fine when it has it.

@@ -6,7 +6,6 @@ use hearth_guest_wire::Endpoint;
 use super::file::{Fd, O_CLOEXEC, O_NONBLOCK};
 use super::raw::{Errno, count, syscall};
 
-const IOCTL: u64 = 16;
 const SOCKET: u64 = 41;
 const CONNECT: u64 = 42;
 const SENDTO: u64 = 44;
@@ -139,15 +138,7 @@ impl Netlink {
     }
 }
 
-/// Brings the loopback interface up; the kernel gives it its addresses.
-pub(crate) fn loopback_up() -> Result<(), Errno> {
-    const SIOCSIFFLAGS: u32 = 0x8914;
-    const IFF_UP: u16 = 1;
-    // struct ifreq: 16 bytes of name, then the flags in a union of 24.
-    let mut request = [0_u8; 40];
-    request[..2].copy_from_slice(b"lo");
-    request[16..18].copy_from_slice(&IFF_UP.to_le_bytes());
-    let socket = socket(AF_INET, SOCK_DATAGRAM, 0)?;
-    // SAFETY: SIOCSIFFLAGS reads one struct ifreq.
-    unsafe { syscall!(IOCTL, socket.number(), SIOCSIFFLAGS, request.as_ptr()) }.map(drop)
+/// A socket that asks about interfaces.
+pub(super) fn datagram_socket() -> Result<Fd, Errno> {
+    socket(AF_INET, SOCK_DATAGRAM, 0)
 }
