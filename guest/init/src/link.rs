@@ -3,8 +3,8 @@
 //! ```text
 //!   Greeting ──Hello──▶ Requests ──Exec──▶ Starting ──▶ Running ──finished──▶ Closing ──all sent──▶ Parting ──▶ gone
 //!                        │  ▲                              │ host closes: the program's group is killed ──▶ gone
-//!              Quiesce   ▼  │ sync done                    └ frame out of place ──▶ Closing (program killed)
-//!                        Quiescing
+//!      Quiesce, RunHooks ▼  │ done, or late                └ frame out of place ──▶ Closing (program killed)
+//!      or Join           Quiescing, Hooks, Registering, Joining
 //! ```
 //!
 //! Readiness is remembered (edge-triggered): a socket is read until it gives less than was asked for, written until it
@@ -12,30 +12,28 @@
 //! written, and nothing from the program while the host has not taken what is there: both sides feel the other's pace,
 //! and a connection holds at most one frame in each direction and one read.
 
+mod requests;
+
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
-use core::mem;
 
 use hearth_guest_wire::frame::Decoder;
-use hearth_guest_wire::{Exec, Exit, FromGuest, ToGuest, VERSION, VERSION_MIN};
+use hearth_guest_wire::{Exec, Exit, FromGuest, Join, ToGuest, VERSION, VERSION_MIN};
 
-use crate::identity;
-use crate::net;
+use crate::hooks::Hooks;
 use crate::outgoing::Outgoing;
-use crate::program::{GRACE_NS, Program, Stream};
+use crate::program::{Program, Stream};
+use crate::registrar::RegistrarCall;
 use crate::server::Guest;
-use crate::stats;
-use crate::sys::{self, Errand, Errno, Fd, Happened};
+use crate::sys::{self, Errno, Fd, Happened};
+pub(crate) use requests::Refusal;
 
 /// Turns a connection gets before the others get theirs.
 const TURNS: u32 = 8;
 
 /// How long the host is left to close a connection that is over.
 const PARTING_NS: u64 = 2_000_000_000;
-
-/// Errands (syncs) that may be under way; a later one waits for a disk that does not answer the earlier ones either.
-const ERRANDS_MAX: usize = 8;
 
 /// Which descriptor of a connection an event is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +42,8 @@ pub(crate) enum Part {
     Socket,
     /// A stream of its program.
     Stream(Stream),
+    /// The registrar that the guest is to register with.
+    Registrar,
 }
 
 /// What a connection is for at the moment.
@@ -54,6 +54,12 @@ enum Phase {
     Requests,
     /// A sync is under way; the next request waits.
     Quiescing { pid: i32, began_ns: u64 },
+    /// Hooks run; the next request waits.
+    Hooks(Box<Hooks>),
+    /// The host was asked to register the guest; only its answer is understood.
+    Registering(Box<Join>),
+    /// A registrar elsewhere was asked; the next request waits.
+    Joining(Box<RegistrarCall>),
     /// A program is to be started when its turn comes.
     Starting(Box<Exec>),
     /// It belongs to a program.
@@ -138,12 +144,17 @@ impl Link {
                 }
             }
             (Part::Stream(stream), Phase::Running(program)) => program.note(stream, happened),
+            (Part::Registrar, Phase::Joining(call)) => call.note(happened),
             (
-                Part::Stream(_),
+                Part::Stream(_) | Part::Registrar,
                 Phase::Greeting
                 | Phase::Requests
                 | Phase::Quiescing { .. }
+                | Phase::Hooks(_)
+                | Phase::Registering(_)
+                | Phase::Joining(_)
                 | Phase::Starting(_)
+                | Phase::Running(_)
                 | Phase::Closing
                 | Phase::Parting,
             ) => {}
@@ -155,8 +166,14 @@ impl Link {
         for _ in 0..TURNS {
             let mut moved = self.take_frames(guest);
             let (token, base) = (self.token, self.token_base);
-            if self.peer_gone && matches!(self.phase, Phase::Starting(_)) {
+            if self.peer_gone && matches!(self.phase, Phase::Starting(_) | Phase::Hooks(_) | Phase::Joining(_)) {
                 return Served::Over;
+            }
+            if let Phase::Joining(call) = &mut self.phase
+                && let Some(result) = call.go_on(&mut guest.scratch)
+            {
+                self.joined(result, guest);
+                moved = true;
             }
             if let Phase::Running(program) = &mut self.phase {
                 if self.peer_gone {
@@ -219,9 +236,14 @@ impl Link {
     fn takes_frame(&self) -> bool {
         self.outgoing.has_room()
             && match &self.phase {
-                Phase::Greeting | Phase::Requests => true,
+                Phase::Greeting | Phase::Requests | Phase::Registering(_) => true,
                 Phase::Running(program) => program.takes_input(),
-                Phase::Quiescing { .. } | Phase::Starting(_) | Phase::Closing | Phase::Parting => false,
+                Phase::Quiescing { .. }
+                | Phase::Hooks(_)
+                | Phase::Joining(_)
+                | Phase::Starting(_)
+                | Phase::Closing
+                | Phase::Parting => false,
             }
     }
 
@@ -254,6 +276,8 @@ impl Link {
                 self.phase = Phase::Requests;
             }
             (Phase::Requests, message) => self.request(message, guest),
+            (Phase::Registering(_), ToGuest::Registered { epoch }) => self.registered(Some(epoch), guest),
+            (Phase::Registering(_), ToGuest::RegistrationRefused { .. }) => self.registered(None, guest),
             (Phase::Running(program), ToGuest::Stdin(bytes)) => {
                 if bytes.len() > hearth_guest_wire::STREAM_CHUNK_BYTES {
                     self.violated(String::from("input chunk is too long"));
@@ -268,161 +292,15 @@ impl Link {
                 Phase::Greeting
                 | Phase::Running(_)
                 | Phase::Quiescing { .. }
+                | Phase::Hooks(_)
+                | Phase::Registering(_)
+                | Phase::Joining(_)
                 | Phase::Starting(_)
                 | Phase::Closing
                 | Phase::Parting,
                 _,
             ) => {
                 self.violated(String::from("message out of place"));
-            }
-        }
-    }
-
-    /// One request of the host.
-    fn request(&mut self, message: ToGuest, guest: &mut Guest) {
-        match message {
-            ToGuest::Exec(exec) => {
-                self.phase = Phase::Starting(Box::new(exec));
-                guest.starting.push_back(self.token_base);
-            }
-            ToGuest::Identity(identity) => {
-                guest.finish_mounts();
-                let applied = guest.permitted().and_then(|()| identity::apply(&identity));
-                self.answer(applied, "apply the identity");
-            }
-            ToGuest::Network(interfaces) => {
-                guest.finish_mounts();
-                let applied = guest.permitted().and_then(|()| net::apply(&interfaces));
-                self.answer(applied, "apply the network");
-            }
-            ToGuest::SetClock { unix_ns } => {
-                let applied = guest.permitted().and_then(|()| sys::set_wall_ns(unix_ns).map_err(From::from));
-                self.answer(applied, "set the clock");
-            }
-            ToGuest::Quiesce { timeout_ms } => self.quiesce(timeout_ms, guest),
-            // A quiesce holds nothing back (see `guest/README.md`), so there is nothing to let go.
-            ToGuest::Thaw => self.outgoing.push(&FromGuest::Done),
-            ToGuest::Stats => {
-                let stats = stats::read(guest.programs_running);
-                match stats {
-                    Ok(stats) => self.outgoing.push(&FromGuest::Stats(stats)),
-                    Err(errno) => self.answer(Err(errno.into()), "read the guest's state"),
-                }
-            }
-            ToGuest::Shutdown(how) => {
-                let begun = guest.permitted().and_then(|()| guest.end(how).map_err(From::from));
-                self.answer(begun, "end the guest");
-            }
-            ToGuest::Hardware(_) | ToGuest::RunHooks { .. } | ToGuest::Join(_) => {
-                self.answer(Err(Errno::NOSYS.into()), "not made yet");
-            }
-            ToGuest::Registered { .. }
-            | ToGuest::RegistrationRefused { .. }
-            | ToGuest::Hello { .. }
-            | ToGuest::Stdin(_)
-            | ToGuest::StdinClosed
-            | ToGuest::Signal { .. }
-            | ToGuest::Resize { .. } => self.violated(String::from("message out of place")),
-        }
-    }
-
-    /// Starts the program it was asked for: the loop does this one connection at a time.
-    pub(crate) fn start_program(&mut self, guest: &mut Guest) {
-        let Phase::Starting(exec) = &mut self.phase else { return };
-        let exec = mem::take(&mut **exec);
-        guest.prepare_for(exec.argv.first().map(String::as_bytes).unwrap_or_default());
-        let timeout_ms = exec.timeout_ms;
-        let (token, base) = (self.token, self.token_base);
-        let watch = |stream| token(base, Part::Stream(stream));
-        match Program::start(exec, &guest.environment, &guest.epoll, watch) {
-            Ok(program) => {
-                if guest.role.owns_guest() {
-                    sys::queue_group(program.pid());
-                }
-                if timeout_ms > 0 {
-                    self.deadline_ns = Some(guest.wake_in(u64::from(timeout_ms) * 1_000_000));
-                }
-                // Process ids are positive.
-                self.outgoing.push(&FromGuest::Started { pid: program.pid().unsigned_abs() });
-                self.phase = Phase::Running(Box::new(program));
-                guest.programs_running += 1;
-            }
-            Err(error) => self.fail(error.errno, error.what),
-        }
-    }
-
-    fn quiesce(&mut self, timeout_ms: u32, guest: &mut Guest) {
-        if guest.errands.len() >= ERRANDS_MAX {
-            self.answer(Err(Errno::BUSY.into()), "syncs are under way");
-            return;
-        }
-        match sys::start_errand(Errand::Sync) {
-            Ok(errand) => {
-                let wait_ns = u64::from(timeout_ms) * 1_000_000;
-                let deadline_ns = guest.wake_in(wait_ns);
-                self.deadline_ns = Some(deadline_ns);
-                self.phase = Phase::Quiescing { pid: errand.pid(), began_ns: deadline_ns - wait_ns };
-                guest.errands.push(errand);
-            }
-            Err(errno) => self.answer(Err(errno.into()), "sync"),
-        }
-    }
-
-    fn quiesced(&mut self, began_ns: u64, complete: bool) {
-        let took_ms = sys::monotonic_ns().saturating_sub(began_ns) / 1_000_000;
-        let took_ms = u32::try_from(took_ms).unwrap_or(u32::MAX);
-        self.outgoing.push(&FromGuest::Quiesced { complete, took_ms });
-        self.deadline_ns = None;
-        self.phase = Phase::Requests;
-    }
-
-    /// A child ended: says whether it was this connection's.
-    pub(crate) fn reaped(&mut self, pid: i32, exit: Exit, guest: &mut Guest) -> bool {
-        match &mut self.phase {
-            Phase::Running(program) if program.pid() == pid && program.runs() => {
-                guest.programs_running = guest.programs_running.saturating_sub(1);
-                let held = program.ended(exit);
-                self.deadline_ns = held.then(|| guest.wake_in(GRACE_NS));
-                true
-            }
-            Phase::Quiescing { pid: sync, began_ns } if *sync == pid => {
-                let began_ns = *began_ns;
-                self.quiesced(began_ns, true);
-                true
-            }
-            Phase::Running(_)
-            | Phase::Quiescing { .. }
-            | Phase::Greeting
-            | Phase::Requests
-            | Phase::Starting(_)
-            | Phase::Closing
-            | Phase::Parting => false,
-        }
-    }
-
-    /// Its deadline has passed.
-    pub(crate) fn expire(&mut self) {
-        self.deadline_ns = None;
-        match &mut self.phase {
-            Phase::Running(program) => program.expire(),
-            Phase::Quiescing { began_ns, .. } => {
-                let began_ns = *began_ns;
-                self.quiesced(began_ns, false);
-            }
-            Phase::Parting => self.peer_gone = true,
-            Phase::Greeting | Phase::Requests | Phase::Starting(_) | Phase::Closing => {}
-        }
-    }
-
-    /// Says how a request came out.
-    fn answer(&mut self, result: Result<(), Refusal>, what: &str) {
-        match result {
-            Ok(()) => self.outgoing.push(&FromGuest::Done),
-            Err(Refusal { errno, what: Some(what) }) => {
-                self.outgoing.push(&FromGuest::Failed { errno: errno.number(), what });
-            }
-            Err(Refusal { errno, what: None }) => {
-                self.outgoing.push(&FromGuest::Failed { errno: errno.number(), what: String::from(what) });
             }
         }
     }
@@ -442,33 +320,5 @@ impl Link {
     fn fail(&mut self, errno: Errno, what: String) {
         self.outgoing.push(&FromGuest::Failed { errno: errno.number(), what });
         self.phase = Phase::Closing;
-    }
-}
-
-/// Why a request was not carried out.
-#[derive(Debug)]
-pub(crate) struct Refusal {
-    /// What the kernel said, or would have.
-    pub(crate) errno: Errno,
-    /// What failed, when that is more than the request's name.
-    pub(crate) what: Option<String>,
-}
-
-impl From<Errno> for Refusal {
-    fn from(errno: Errno) -> Self {
-        Self { errno, what: None }
-    }
-}
-
-impl Guest {
-    /// Whether this process may change what belongs to the whole guest.
-    pub(crate) fn permitted(&self) -> Result<(), Refusal> {
-        if self.role.owns_guest() {
-            return Ok(());
-        }
-        Err(Refusal {
-            errno: Errno::PERM,
-            what: Some(String::from("this agent is a service without a guest of its own")),
-        })
     }
 }

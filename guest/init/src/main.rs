@@ -8,7 +8,7 @@
 //! a copied page table tens of ms. So: no C library, few pages, few calls, programs started on borrowed memory
 //! (`sys::process`), readiness remembered instead of asked for again (`link`, edge-triggered).
 //!
-//! Absent: threads, floating point, `/etc`, any file of its own, any decision about who may connect (vsock is
+//! Absent: threads, floating point, any file of its own but what says who the guest is, any decision about who may connect (vsock is
 //! reachable from the host only).
 #![no_std]
 #![no_main]
@@ -16,7 +16,9 @@
 extern crate alloc;
 
 mod console;
+mod directory;
 mod ending;
+mod hooks;
 mod identity;
 mod link;
 mod links;
@@ -24,6 +26,7 @@ mod mounts;
 mod net;
 mod outgoing;
 mod program;
+mod registrar;
 mod role;
 mod server;
 mod stats;

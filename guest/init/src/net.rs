@@ -8,11 +8,11 @@
 //! All changes go to the kernel in one send. When one of them fails the others are made all the same; the answer names
 //! the first that failed.
 
+pub(crate) mod hardware;
 mod netlink;
 mod requests;
 
 use alloc::format;
-use alloc::string::String;
 use alloc::vec::Vec;
 use core::ffi::CStr;
 
@@ -20,14 +20,14 @@ use hearth_guest_wire::{Address, GatewayAddress, NetworkInterface};
 
 use crate::identity::failed;
 use crate::link::Refusal;
-use crate::sys::{self, Errno};
+use crate::sys::{self, Errno, Interfaces};
 use netlink::{Batch, Channel};
 use requests::{AF_INET, AF_INET6, Link};
 
 /// Makes the network what `wanted` says.
 pub(crate) fn apply(wanted: &[NetworkInterface]) -> Result<(), Refusal> {
     let mut channel = Channel::open().map_err(failed("open rtnetlink"))?;
-    let links = requests::links(&mut channel).map_err(failed("list interfaces"))?;
+    let links = links_with(wanted.iter().map(|interface| interface.mac), &mut channel)?;
     let mut found = Vec::with_capacity(wanted.len());
     for interface in wanted {
         found.push((find(&links, interface.mac)?, interface));
@@ -63,7 +63,24 @@ pub(crate) fn apply(wanted: &[NetworkInterface]) -> Result<(), Refusal> {
     }
     set_default_route(&mut batch, &found, AF_INET);
     set_default_route(&mut batch, &found, AF_INET6);
-    channel.carry_out(batch).map_err(|(errno, what)| Refusal { errno, what: Some(String::from(what)) })
+    channel.carry_out(batch).map_err(|(errno, what)| failed(what)(errno))
+}
+
+/// The interfaces, all of them or the first ones with these hardware addresses among them. The loopback interface is the
+/// first of all.
+fn links_with(macs: impl Iterator<Item = [u8; 6]> + Clone, channel: &mut Channel) -> Result<Vec<Link>, Refusal> {
+    /// A guest's interfaces are numbered one after the other as it boots. When there are gaps, the kernel is to list.
+    const FIRST: u32 = 24;
+    let interfaces = Interfaces::new().map_err(failed("ask for interfaces"))?;
+    let mut links = Vec::new();
+    for index in 1..=FIRST {
+        let Ok(facts) = interfaces.facts(index) else { continue };
+        links.push(Link::from_facts(index, &facts));
+        if macs.clone().all(|mac| find(&links, mac).is_ok()) {
+            return Ok(links);
+        }
+    }
+    requests::links(channel).map_err(failed("list interfaces"))
 }
 
 fn find(links: &[Link], mac: [u8; 6]) -> Result<&Link, Refusal> {

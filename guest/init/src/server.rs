@@ -11,6 +11,7 @@ use hearth_guest_wire::Shutdown;
 
 use crate::console::ConsoleShell;
 use crate::ending::Ending;
+use crate::identity::CurrentIdentity;
 use crate::link::{Link, Part, Served};
 use crate::links::Links;
 use crate::mounts;
@@ -44,8 +45,10 @@ pub(crate) struct Guest {
     pub(crate) scratch: Box<[u8]>,
     /// Programs that have not ended.
     pub(crate) programs_running: u32,
-    /// Connections whose program is to be started, in order, by the base of their tokens.
+    /// Connections whose program or hook is to be started, in order, by the base of their tokens.
     pub(crate) starting: VecDeque<u64>,
+    /// Who the guest is, once it was told.
+    pub(crate) identity: Option<CurrentIdentity>,
     /// Children that sync, kept until they are reaped.
     pub(crate) errands: Vec<Running>,
     timer: Timer,
@@ -73,12 +76,22 @@ impl Guest {
         at_ns
     }
 
+    /// Wakes the loop in that many milliseconds, and says when that is.
+    pub(crate) fn wake_in_ms(&mut self, wait_ms: u32) -> u64 {
+        self.wake_in(u64::from(wait_ms) * 1_000_000)
+    }
+
     fn wake_at(&mut self, at_ns: u64) {
         if self.timer_ns.is_none_or(|set| at_ns < set) {
             // A timer descriptor that exists takes any time.
             let _ = self.timer.set(at_ns);
             self.timer_ns = Some(at_ns);
         }
+    }
+
+    /// Whether nothing is left to do.
+    fn is_at_rest(&self) -> bool {
+        matches!(self.rest, Rest::Done) && self.identity.as_ref().is_none_or(CurrentIdentity::is_recorded)
     }
 
     /// One step of what is left to do.
@@ -93,7 +106,7 @@ impl Guest {
                     self.console.wait(&self.epoll, CONSOLE);
                 }
             }
-            Rest::Done => {}
+            Rest::Done => self.record_identity(),
         }
     }
 
@@ -104,9 +117,16 @@ impl Guest {
         }
     }
 
+    fn record_identity(&mut self) {
+        if let Some(identity) = &mut self.identity {
+            identity.record();
+        }
+    }
+
     /// Does what must be there before this program is started.
     pub(crate) fn prepare_for(&mut self, program: &[u8]) {
         self.finish_mounts();
+        self.record_identity();
         if let Rest::Links(links) = &mut self.rest {
             links.make_for(program);
         }
@@ -148,6 +168,7 @@ const INPUT: u64 = 5;
 const OUTPUT: u64 = 6;
 const ERRORS: u64 = 7;
 const CONSOLE: u64 = 8;
+const REGISTRAR: u64 = 9;
 
 fn link_base(slot: usize, generation: u32) -> u64 {
     u64::from(generation) << 32 | (slot as u64) << 8
@@ -156,6 +177,7 @@ fn link_base(slot: usize, generation: u32) -> u64 {
 fn link_token(base: u64, part: Part) -> u64 {
     base | match part {
         Part::Socket => SOCKET,
+        Part::Registrar => REGISTRAR,
         Part::Stream(Stream::Input) => INPUT,
         Part::Stream(Stream::Output) => OUTPUT,
         Part::Stream(Stream::Errors) => ERRORS,
@@ -170,6 +192,7 @@ fn source(token: u64) -> Option<Source> {
         TIMER => return Some(Source::Timer),
         CONSOLE => return Some(Source::Console),
         SOCKET => Part::Socket,
+        REGISTRAR => Part::Registrar,
         INPUT => Part::Stream(Stream::Input),
         OUTPUT => Part::Stream(Stream::Output),
         ERRORS => Part::Stream(Stream::Errors),
@@ -222,6 +245,7 @@ impl Server {
             scratch: vec![0; READ_BYTES].into_boxed_slice(),
             programs_running: 0,
             starting: VecDeque::new(),
+            identity: None,
             errands: Vec::new(),
             timer,
             timer_ns: None,
@@ -237,10 +261,9 @@ impl Server {
     pub(crate) fn serve(&mut self) -> Result<(), Errno> {
         let mut events = [Event::EMPTY; EVENTS];
         loop {
-            let rests = matches!(self.guest.rest, Rest::Done);
-            let happened =
-                self.guest.epoll.wait(&mut events, self.due != 0 || !self.guest.starting.is_empty() || !rests)?;
-            if happened.is_empty() && self.due == 0 && self.guest.starting.is_empty() {
+            let busy = self.due != 0 || !self.guest.starting.is_empty();
+            let happened = self.guest.epoll.wait(&mut events, busy || !self.guest.is_at_rest())?;
+            if happened.is_empty() && !busy {
                 self.guest.do_rest();
                 continue;
             }
@@ -308,7 +331,7 @@ impl Server {
             && place.generation == generation
             && let Some(link) = &mut place.link
         {
-            link.start_program(&mut self.guest);
+            link.start(&mut self.guest);
             self.due |= 1 << slot;
         }
     }
@@ -396,7 +419,7 @@ impl Server {
             let Some(link) = &mut place.link else { continue };
             match link.deadline_ns() {
                 Some(at_ns) if at_ns <= now_ns => {
-                    link.expire();
+                    link.expire(&mut self.guest);
                     self.due |= 1 << slot;
                 }
                 Some(at_ns) => next_ns = Some(next_ns.map_or(at_ns, |next: u64| next.min(at_ns))),

@@ -6,6 +6,7 @@ use core::ffi::CStr;
 
 use hearth_guest_wire::Stats;
 
+use crate::directory::Entries;
 use crate::sys::{self, Errno};
 
 /// Reads the guest's state. Some dozens of calls: not for asking many times a second.
@@ -44,18 +45,12 @@ fn processes() -> Result<u32, Errno> {
         if count == 0 {
             return Ok(found);
         }
-        // struct linux_dirent64: inode (8), offset (8), length of this entry (2), type (1), name with a null byte.
-        let mut rest = entries.get(..count).unwrap_or_default();
-        while let Some(&[low, high]) = rest.get(16..18) {
-            let (entry, after) =
-                rest.split_at_checked(usize::from(u16::from_le_bytes([low, high]))).unwrap_or_default();
-            let name = entry.get(19..).and_then(|name| name.split(|byte| *byte == 0).next()).unwrap_or_default();
-            if let Some(pid) = number(name)
+        for entry in Entries(entries.get(..count).unwrap_or_default()) {
+            if let Some(pid) = number(entry.name)
                 && i32::try_from(pid).is_ok_and(sys::user_process)
             {
                 found += 1;
             }
-            rest = after;
         }
     }
 }

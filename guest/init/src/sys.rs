@@ -6,6 +6,7 @@
 mod event;
 mod file;
 mod heap;
+mod interface;
 mod process;
 mod raw;
 mod socket;
@@ -14,15 +15,16 @@ mod system;
 
 pub(crate) use event::{Epoll, Event, Happened, Interest, Signals, Timer};
 pub(crate) use file::{
-    Console, Fd, console_input, hold_standard_streams, make_directory, make_link, mount, open_read, open_terminal,
-    pipe, resize_terminal, write_setting,
+    Console, Fd, console_input, console_output, hold_standard_streams, make_directory, make_link, may_execute, mount,
+    open_read, open_terminal, pipe, replace_file, resize_terminal, write_file, write_setting,
 };
+pub(crate) use interface::{InterfaceFacts, Interfaces, loopback_up};
 pub(crate) use process::{
     Errand, Launch, LaunchError, Running, adopt_orphans, exit, go_first, is_first_process, kill_group, queue_group,
     reap, send_signal, send_signal_to_all, send_signal_to_group, spawn, start_errand, user_process,
 };
 pub(crate) use raw::Errno;
-pub(crate) use socket::{Netlink, accept, end_sending, listen_unix, listen_vsock, loopback_up, receive, send};
+pub(crate) use socket::{Netlink, accept, connect_tcp, end_sending, listen_unix, listen_vsock, receive, send};
 pub(crate) use start::Started;
 pub(crate) use system::{
     Ending, add_entropy, end_guest, monotonic_ns, set_hostname, set_wall_ns, totals, uptime_ns, wall_ns,

@@ -8,6 +8,10 @@
 mod service {
     pub(crate) mod agent;
     mod frames;
+    mod hardware;
+    mod hooks;
+    mod identity;
+    mod join;
     mod limits;
     mod network;
     mod programs;

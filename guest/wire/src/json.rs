@@ -50,76 +50,80 @@ pub enum Value<'a> {
     /// A string, without its escapes.
     Text(String),
     /// A number or one of the three names, as it is written.
-    Bare(&'a str),
+    Bare(&'a [u8]),
 }
 
 /// The member `wanted` of the object that `text` is, the first of that name. `None` when there is none, or when the
 /// text is not one flat object.
-pub fn member<'a>(text: &'a str, wanted: &str) -> Option<Value<'a>> {
+pub fn member<'a>(text: &'a [u8], wanted: &str) -> Option<Value<'a>> {
     let mut reader = Reader { rest: text };
     let mut found = None;
-    reader.take('{')?;
+    reader.take(b'{')?;
     // An empty object has no member that could be wanted.
     loop {
-        reader.take('"')?;
+        reader.take(b'"')?;
         let name = reader.string()?;
-        reader.take(':')?;
-        let value = if reader.take('"').is_some() { Value::Text(reader.string()?) } else { reader.bare()? };
+        reader.take(b':')?;
+        let value = if reader.take(b'"').is_some() { Value::Text(reader.string()?) } else { reader.bare()? };
         if found.is_none() && name == wanted {
             found = Some(value);
         }
-        if reader.take(',').is_none() {
+        if reader.take(b',').is_none() {
             break;
         }
     }
-    reader.take('}')?;
+    reader.take(b'}')?;
     reader.rest.trim_ascii().is_empty().then_some(found)?
 }
 
-/// What is not read yet.
+/// What is not read yet. Bytes and not characters: cutting text brings along what says that it was cut within a character,
+/// which is kilobytes of a guest's agent.
 struct Reader<'a> {
-    rest: &'a str,
+    rest: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
     /// Passes over blanks and this character.
-    fn take(&mut self, character: char) -> Option<()> {
-        self.rest = self.rest.trim_ascii_start().strip_prefix(character)?;
+    fn take(&mut self, character: u8) -> Option<()> {
+        let (first, rest) = self.rest.trim_ascii_start().split_first()?;
+        if *first != character {
+            return None;
+        }
+        self.rest = rest;
         Some(())
     }
 
-    fn next(&mut self) -> Option<char> {
-        let mut characters = self.rest.chars();
-        let next = characters.next();
-        self.rest = characters.as_str();
-        next
+    fn next(&mut self) -> Option<u8> {
+        let (next, rest) = self.rest.split_first()?;
+        self.rest = rest;
+        Some(*next)
     }
 
     /// The rest of a string, whose opening quotation mark is passed.
     fn string(&mut self) -> Option<String> {
-        let mut text = String::new();
+        let mut text = Vec::new();
         loop {
-            text.push(match self.next()? {
-                '"' => return Some(text),
-                '\\' => self.escaped()?,
-                '\0'..' ' => return None,
-                plain => plain,
-            });
+            match self.next()? {
+                b'"' => return String::from_utf8(text).ok(),
+                b'\\' => text.extend_from_slice(self.escaped()?.encode_utf8(&mut [0; 4]).as_bytes()),
+                0..0x20 => return None,
+                plain => text.push(plain),
+            }
         }
     }
 
     fn escaped(&mut self) -> Option<char> {
         match self.next()? {
-            same @ ('"' | '\\' | '/') => Some(same),
-            'b' => Some('\u{8}'),
-            'f' => Some('\u{c}'),
-            'n' => Some('\n'),
-            'r' => Some('\r'),
-            't' => Some('\t'),
-            'u' => {
+            same @ (b'"' | b'\\' | b'/') => Some(char::from(same)),
+            b'b' => Some('\u{8}'),
+            b'f' => Some('\u{c}'),
+            b'n' => Some('\n'),
+            b'r' => Some('\r'),
+            b't' => Some('\t'),
+            b'u' => {
                 let mut number = 0;
                 for _ in 0..4 {
-                    number = number << 4 | self.next()?.to_digit(16)?;
+                    number = number << 4 | char::from(self.next()?).to_digit(16)?;
                 }
                 // Halves of a pair: the words are for people, who see that something was there.
                 Some(char::from_u32(number).unwrap_or(char::REPLACEMENT_CHARACTER))
@@ -131,11 +135,11 @@ impl<'a> Reader<'a> {
     /// A number or a name.
     fn bare(&mut self) -> Option<Value<'a>> {
         let text = self.rest.trim_ascii_start();
-        let end = text.find(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.')));
-        let (bare, rest) = text.split_at(end.unwrap_or(text.len()));
+        let end = text.iter().position(|byte| !(byte.is_ascii_alphanumeric() || b"+-.".contains(byte)));
+        let (bare, rest) = text.split_at_checked(end.unwrap_or(text.len()))?;
         self.rest = rest;
-        let number = bare.starts_with(|c: char| c == '-' || c.is_ascii_digit())
-            && bare.chars().all(|c| c.is_ascii_digit() || matches!(c, '+' | '-' | '.' | 'e' | 'E'));
-        (number || matches!(bare, "true" | "false" | "null")).then_some(Value::Bare(bare))
+        let number = bare.first().is_some_and(|byte| *byte == b'-' || byte.is_ascii_digit())
+            && bare.iter().all(|byte| byte.is_ascii_digit() || b"+-.eE".contains(byte));
+        (number || matches!(bare, b"true" | b"false" | b"null")).then_some(Value::Bare(bare))
     }
 }

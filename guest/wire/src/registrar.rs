@@ -64,17 +64,18 @@ pub fn register_line(registration: &Registration) -> Vec<u8> {
 
 /// Reads a registrar's line, without its line feed.
 pub fn read_answer(line: &[u8]) -> Result<Answer, NoAnswer> {
-    let line = core::str::from_utf8(line).map_err(|_| NoAnswer)?;
-    let (verb, object) = line.split_once(' ').ok_or(NoAnswer)?;
-    match verb {
-        "ACK" => match json::member(object, "epoch") {
-            Some(Value::Bare(number)) => number.parse().map(|epoch| Answer::Registered { epoch }).map_err(|_| NoAnswer),
+    if let Some(object) = line.strip_prefix(b"ACK ") {
+        return match json::member(object, "epoch") {
+            Some(Value::Bare(number)) => epoch(number).map(|epoch| Answer::Registered { epoch }).ok_or(NoAnswer),
             Some(Value::Text(_)) | None => Err(NoAnswer),
-        },
-        "REFUSED" => match json::member(object, "reason") {
-            Some(Value::Text(reason)) => Ok(Answer::Refused { reason }),
-            Some(Value::Bare(_)) | None => Err(NoAnswer),
-        },
-        _ => Err(NoAnswer),
+        };
     }
+    match line.strip_prefix(b"REFUSED ").and_then(|object| json::member(object, "reason")) {
+        Some(Value::Text(reason)) => Ok(Answer::Refused { reason }),
+        Some(Value::Bare(_)) | None => Err(NoAnswer),
+    }
+}
+
+fn epoch(number: &[u8]) -> Option<u64> {
+    core::str::from_utf8(number).ok()?.parse().ok()
 }

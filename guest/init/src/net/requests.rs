@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use hearth_guest_wire::{Address, Gateway, GatewayAddress};
 
 use super::netlink::{Batch, Channel, attribute};
-use crate::sys::Errno;
+use crate::sys::{Errno, InterfaceFacts};
 
 // linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h
 const NLM_F_REPLACE: u16 = 0x100;
@@ -69,6 +69,20 @@ pub(super) struct Link {
     pub(super) mac: [u8; 6],
     pub(super) up: bool,
     pub(super) loopback: bool,
+}
+
+impl Link {
+    /// An interface that was asked for by its index.
+    pub(super) fn from_facts(index: u32, facts: &InterfaceFacts) -> Self {
+        let flags = u32::from(facts.flags);
+        Self {
+            index,
+            name: facts.name().to_vec(),
+            mac: facts.mac,
+            up: flags & IFF_UP != 0,
+            loopback: flags & IFF_LOOPBACK != 0,
+        }
+    }
 }
 
 /// An address as listed.
@@ -151,6 +165,16 @@ pub(super) fn set_address(batch: &mut Batch, index: u32, address: Address) {
 /// Gives an interface its link-local address, if there is IPv6 at all.
 pub(super) fn set_link_local(batch: &mut Batch, index: u32, address: Address) {
     batch.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, "add the link-local address", &NO_IPV6);
+    with_address(batch, index, address);
+}
+
+/// Takes an interface's link-local address from it; fine when it has none.
+pub(super) fn remove_link_local(batch: &mut Batch, index: u32, address: Address) {
+    const NOTHING_TO_REMOVE: [Errno; 5] = {
+        let [access, unsupported, family] = NO_IPV6;
+        [access, unsupported, family, Errno::NXIO, Errno::ADDRNOTAVAIL]
+    };
+    batch.request(RTM_DELADDR, 0, "remove the link-local address", &NOTHING_TO_REMOVE);
     with_address(batch, index, address);
 }
 

@@ -12,7 +12,9 @@ const WRITE: u64 = 1;
 const OPEN: u64 = 2;
 const CLOSE: u64 = 3;
 const IOCTL: u64 = 16;
+const ACCESS: u64 = 21;
 const FCNTL: u64 = 72;
+const RENAME: u64 = 82;
 const MKDIR: u64 = 83;
 const MOUNT: u64 = 165;
 const UMOUNT2: u64 = 166;
@@ -22,6 +24,8 @@ const PIPE2: u64 = 293;
 
 const O_WRONLY: u32 = 1;
 const O_RDWR: u32 = 2;
+const O_CREAT: u32 = 0o100;
+const O_TRUNC: u32 = 0o1000;
 const O_NOCTTY: u32 = 0o400;
 pub(super) const O_NONBLOCK: u32 = 0o4000;
 pub(super) const O_CLOEXEC: u32 = 0o2_000_000;
@@ -109,9 +113,16 @@ pub(crate) fn console_input() -> &'static Fd {
     &INPUT
 }
 
+/// Standard error, for programs that have no other place for their words. Held from the start, and never closed.
+pub(crate) fn console_output() -> &'static Fd {
+    static OUTPUT: Fd = Fd(2);
+    &OUTPUT
+}
+
 fn open(path: &CStr, flags: u32) -> Result<Fd, Errno> {
+    const NEW_FILES: u32 = 0o644;
     // SAFETY: `path` is a C string.
-    unsafe { syscall!(OPEN, path.as_ptr(), flags | O_CLOEXEC, 0_u32) }.map(Fd::from_result)
+    unsafe { syscall!(OPEN, path.as_ptr(), flags | O_CLOEXEC, NEW_FILES) }.map(Fd::from_result)
 }
 
 /// Opens a file or directory for reading.
@@ -122,6 +133,29 @@ pub(crate) fn open_read(path: &CStr) -> Result<Fd, Errno> {
 /// Writes a kernel setting: a file below `/proc/sys` that is there and takes its value whole.
 pub(crate) fn write_setting(path: &CStr, value: &[u8]) -> Result<(), Errno> {
     open(path, O_WRONLY)?.write(value).map(drop)
+}
+
+/// Writes over the beginning of a file, which is made when it is missing.
+pub(crate) fn write_file(path: &CStr, bytes: &[u8]) -> Result<(), Errno> {
+    open(path, O_WRONLY | O_CREAT)?.write(bytes).map(drop)
+}
+
+/// Makes a file of these bytes, or has it replaced at once as a whole, by way of `fresh` in the same directory.
+pub(crate) fn replace_file(path: &CStr, fresh: &CStr, bytes: &[u8]) -> Result<(), Errno> {
+    let taken = open(fresh, O_WRONLY | O_CREAT | O_TRUNC)?.write(bytes)?;
+    // So small a file is written whole, or the file system is full.
+    if taken < bytes.len() {
+        return Err(Errno::NOSPC);
+    }
+    // SAFETY: both are C strings.
+    unsafe { syscall!(RENAME, fresh.as_ptr(), path.as_ptr()) }.map(drop)
+}
+
+/// Whether this program may execute the file.
+pub(crate) fn may_execute(path: &CStr) -> bool {
+    const X_OK: u32 = 1;
+    // SAFETY: `path` is a C string.
+    unsafe { syscall!(ACCESS, path.as_ptr(), X_OK) }.is_ok()
 }
 
 /// Opens a device for reading and writing without making it the controlling terminal.

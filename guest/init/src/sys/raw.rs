@@ -12,6 +12,7 @@ impl Errno {
     pub(crate) const NOENT: Self = Self(2);
     pub(crate) const SRCH: Self = Self(3);
     pub(crate) const INTR: Self = Self(4);
+    pub(crate) const NXIO: Self = Self(6);
     pub(crate) const TOO_BIG: Self = Self(7);
     pub(crate) const BADF: Self = Self(9);
     pub(crate) const AGAIN: Self = Self(11);
@@ -22,13 +23,18 @@ impl Errno {
     pub(crate) const NOTDIR: Self = Self(20);
     pub(crate) const INVAL: Self = Self(22);
     pub(crate) const MFILE: Self = Self(24);
+    pub(crate) const NOSPC: Self = Self(28);
+    pub(crate) const ROFS: Self = Self(30);
     pub(crate) const PIPE: Self = Self(32);
     pub(crate) const NOSYS: Self = Self(38);
+    pub(crate) const NODATA: Self = Self(61);
     pub(crate) const PROTO: Self = Self(71);
     pub(crate) const OVERFLOW: Self = Self(75);
     pub(crate) const NOTSUPP: Self = Self(95);
     pub(crate) const AFNOSUPPORT: Self = Self(97);
     pub(crate) const ADDRNOTAVAIL: Self = Self(99);
+    pub(crate) const TIMEDOUT: Self = Self(110);
+    pub(crate) const INPROGRESS: Self = Self(115);
 
     /// The number itself, for messages and the wire.
     pub(crate) const fn number(self) -> i32 {

@@ -1,11 +1,13 @@
 //! Sockets: the listener, its connections, the kernel's network interface.
 #![expect(unsafe_code, reason = "system calls with pointers")]
 
+use hearth_guest_wire::Endpoint;
+
 use super::file::{Fd, O_CLOEXEC, O_NONBLOCK};
 use super::raw::{Errno, count, syscall};
 
-const IOCTL: u64 = 16;
 const SOCKET: u64 = 41;
+const CONNECT: u64 = 42;
 const SENDTO: u64 = 44;
 const RECVFROM: u64 = 45;
 const SHUTDOWN: u64 = 48;
@@ -15,6 +17,7 @@ const ACCEPT4: u64 = 288;
 
 const AF_UNIX: u16 = 1;
 const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
 const AF_NETLINK: u16 = 16;
 const AF_VSOCK: u16 = 40;
 const SOCK_STREAM: u32 = 1;
@@ -60,6 +63,30 @@ pub(crate) fn listen_unix(path: &[u8]) -> Result<Fd, Errno> {
     let space = address.get_mut(2..2 + path.len()).filter(|_| path.len() < 108).ok_or(Errno::INVAL)?;
     space.copy_from_slice(path);
     listen(socket(AF_UNIX, SOCK_STREAM | O_NONBLOCK, 0)?, &address)
+}
+
+/// Begins a TCP connection, non-blocking: it stands, or has failed, when it can be written to.
+pub(crate) fn connect_tcp(endpoint: Endpoint) -> Result<Fd, Errno> {
+    // struct sockaddr_in6: family, port, flow, address, scope. Of struct sockaddr_in the address is where the flow is.
+    let mut address = [0_u8; 28];
+    let (family, port, length) = match endpoint {
+        Endpoint::V4(octets, port) => {
+            address[4..8].copy_from_slice(&octets);
+            (AF_INET, port, 16)
+        }
+        Endpoint::V6(octets, port) => {
+            address[8..24].copy_from_slice(&octets);
+            (AF_INET6, port, 28)
+        }
+    };
+    address[..2].copy_from_slice(&family.to_le_bytes());
+    address[2..4].copy_from_slice(&port.to_be_bytes());
+    let socket = socket(family, SOCK_STREAM | O_NONBLOCK, 0)?;
+    // SAFETY: the kernel reads `length` bytes of `address`, which has 28.
+    match unsafe { syscall!(CONNECT, socket.number(), address.as_ptr(), length) } {
+        Ok(_) | Err(Errno::INPROGRESS) => Ok(socket),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// The next waiting connection, non-blocking.
@@ -111,15 +138,7 @@ impl Netlink {
     }
 }
 
-/// Brings the loopback interface up; the kernel gives it its addresses.
-pub(crate) fn loopback_up() -> Result<(), Errno> {
-    const SIOCSIFFLAGS: u32 = 0x8914;
-    const IFF_UP: u16 = 1;
-    // struct ifreq: 16 bytes of name, then the flags in a union of 24.
-    let mut request = [0_u8; 40];
-    request[..2].copy_from_slice(b"lo");
-    request[16..18].copy_from_slice(&IFF_UP.to_le_bytes());
-    let socket = socket(AF_INET, SOCK_DATAGRAM, 0)?;
-    // SAFETY: SIOCSIFFLAGS reads one struct ifreq.
-    unsafe { syscall!(IOCTL, socket.number(), SIOCSIFFLAGS, request.as_ptr()) }.map(drop)
+/// A socket that asks about interfaces.
+pub(super) fn datagram_socket() -> Result<Fd, Errno> {
+    socket(AF_INET, SOCK_DATAGRAM, 0)
 }

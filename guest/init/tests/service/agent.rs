@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hearth_guest_wire::frame::{self, Decoder};
-use hearth_guest_wire::{Exec, Exit, FromGuest, STREAM_CHUNK_BYTES, ToGuest, VERSION};
+use hearth_guest_wire::{Exec, Exit, FromGuest, Identity, STREAM_CHUNK_BYTES, ToGuest, VERSION};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::time::Timespec;
@@ -47,6 +47,26 @@ impl Agent {
         agent
     }
 
+    /// Starts the agent with a guest to itself, as far as this host is concerned: a network, names, `/etc` and `/run`
+    /// of its own. `None` without the right to make namespaces.
+    pub(crate) fn start_guest() -> Option<Self> {
+        Self::start_guest_by(&["--net", "--uts", "--mount"], "")
+    }
+
+    /// As [`Agent::start_guest`], with these namespaces of its own and, done before it starts, this.
+    pub(crate) fn start_guest_by(namespaces: &[&str], preparation: &str) -> Option<Self> {
+        let user = Command::new("id").arg("-u").output().expect("id runs");
+        if user.stdout != b"0\n" {
+            eprintln!("skipped: namespaces are made by root only");
+            return None;
+        }
+        let mounts = "mount -t tmpfs tmpfs /etc && mount -t tmpfs tmpfs /run && ";
+        let script = format!("{mounts}{preparation} exec \"$0\" \"$@\"");
+        let command = ["unshare"].iter().chain(namespaces).copied();
+        let command: Vec<&str> = command.chain(["sh", "-c", &script, env!("CARGO_BIN_EXE_init")]).collect();
+        Some(Self::start_by(&command, &["--guest"]))
+    }
+
     pub(crate) fn connect(&self) -> Host {
         let stream = UnixStream::connect(&self.socket).expect("the agent takes connections");
         stream.set_read_timeout(Some(PATIENCE)).expect("time-outs can be set");
@@ -78,6 +98,13 @@ impl Agent {
         let (mut host, _) = self.exec(shell(script));
         host.say(&ToGuest::StdinClosed);
         host.outcome()
+    }
+
+    /// What a shell script prints that has to succeed.
+    pub(crate) fn must(&self, script: &str) -> String {
+        let outcome = self.run(script);
+        assert_eq!(outcome.exit, Exit::Code(0), "{script}: {}", String::from_utf8_lossy(&outcome.stderr));
+        outcome.text().to_owned()
     }
 
     pub(crate) fn status(&self, field: &str) -> u64 {
@@ -169,6 +196,21 @@ impl Host {
         self.try_hear().expect("an answer")
     }
 
+    /// Asks for something that is done.
+    pub(crate) fn has_done(&mut self, message: &ToGuest) {
+        self.say(message);
+        assert_eq!(self.hear(), FromGuest::Done, "{message:?}");
+    }
+
+    /// Asks for something that fails, and goes on.
+    pub(crate) fn has_failed(&mut self, message: &ToGuest) -> (i32, String) {
+        self.say(message);
+        match self.hear() {
+            FromGuest::Failed { errno, what } => (errno, what),
+            other => panic!("expected a failure, heard {other:?}"),
+        }
+    }
+
     /// Hears a failure, and then the end.
     pub(crate) fn hear_failure(&mut self) -> (i32, String) {
         match self.hear() {
@@ -205,6 +247,18 @@ impl Host {
                 other => panic!("out of place: {other:?}"),
             }
         }
+    }
+}
+
+/// An identity that leaves the clock, which is the machine's, and interfaces alone.
+pub(crate) fn identity(hostname: &str, generation: u8) -> Identity {
+    Identity {
+        vm_id: String::from("vm-test"),
+        hostname: String::from(hostname),
+        generation: [generation; 16],
+        entropy: [[7; 32]; 2],
+        unix_ns: 0,
+        interfaces: Vec::new(),
     }
 }
 

@@ -1,8 +1,6 @@
 //! A guest's network, in a network namespace of the agent's own.
 
-use std::process::Command;
-
-use hearth_guest_wire::{Address, Exit, FromGuest, Gateway, GatewayAddress, NetworkInterface, ToGuest};
+use hearth_guest_wire::{Address, FromGuest, Gateway, GatewayAddress, NetworkInterface, ToGuest};
 
 use super::agent::{Agent, Host, program};
 
@@ -20,25 +18,12 @@ fn v6(last: u8) -> Address {
 /// An agent with a network of its own, which has two interfaces that are down, and a name of its own. `None` without
 /// the right to make namespaces.
 fn agent_with_network() -> Option<Agent> {
-    let user = Command::new("id").arg("-u").output().expect("id runs");
-    if user.stdout != b"0\n" {
-        eprintln!("skipped: namespaces are made by root only");
-        return None;
-    }
-    let agent = Agent::start_by(&["unshare", "--net", "--uts", env!("CARGO_BIN_EXE_init")], &["--guest"]);
-    must(
-        &agent,
+    let agent = Agent::start_guest()?;
+    agent.must(
         "ip link add eth0 address 02:00:00:00:00:01 type veth peer name far address 02:00:00:00:00:09 \
          && ip link add eth1 address 02:00:00:00:00:02 type veth peer name away && ip link set away up",
     );
     Some(agent)
-}
-
-/// What a script prints that has to succeed.
-fn must(agent: &Agent, script: &str) -> String {
-    let outcome = agent.run(script);
-    assert_eq!(outcome.exit, Exit::Code(0), "{script}: {}", String::from_utf8_lossy(&outcome.stderr));
-    outcome.text().to_owned()
 }
 
 fn interface(mac: [u8; 6], addresses: &[Address], gateways: &[GatewayAddress]) -> NetworkInterface {
@@ -59,7 +44,7 @@ fn a_guest_reaches_beyond_its_gateway() {
     let begun = "ip link set lo up; echo begun\n".as_bytes().to_vec();
     gateway.say(&ToGuest::Stdin(begun));
     assert_eq!(gateway.hear(), FromGuest::Stdout(b"begun\n".to_vec()));
-    must(&agent, &format!("ip link set far netns {pid}"));
+    agent.must(&format!("ip link set far netns {pid}"));
     let script = "set -e; ip addr add 192.0.2.1/32 dev lo; ip addr add 2001:db8::1/128 dev lo nodad
         ip addr add 169.254.1.1/32 dev far; ip addr add fe80::1/64 dev far nodad
         ip link set far arp off up
@@ -73,14 +58,14 @@ fn a_guest_reaches_beyond_its_gateway() {
     let addresses = [Address::V4([10, 9, 8, 7], 32), v6(5)];
     apply(&mut host, &[interface(FIRST_MAC, &addresses, &[GATEWAY_V4, GATEWAY_V6])]);
     // The far side answers no ARP and no neighbour solicitation for itself: what is not permanent gets nowhere.
-    let seen = must(&agent, "ping -c 1 -W 5 192.0.2.1; ping -c 1 -W 5 2001:db8::1; ping -c 1 -W 5 127.0.0.1");
+    let seen = agent.must("ping -c 1 -W 5 192.0.2.1; ping -c 1 -W 5 2001:db8::1; ping -c 1 -W 5 127.0.0.1");
     assert_eq!(seen.matches("1 received").count(), 3, "{seen}");
 }
 
 #[test]
 fn a_network_is_applied_and_another_replaces_it() {
     let Some(agent) = agent_with_network() else { return };
-    must(&agent, "ip link set far up");
+    agent.must("ip link set far up");
     let mut host = agent.greeted();
     let mut first = interface(FIRST_MAC, &[Address::V4([10, 9, 8, 7], 32), v6(5)], &[GATEWAY_V4, GATEWAY_V6]);
     first.mtu = 1400;
@@ -90,7 +75,7 @@ fn a_network_is_applied_and_another_replaces_it() {
     // Twice: the second time nothing is left to change.
     for _ in 0..2 {
         apply(&mut host, &[first.clone(), second.clone()]);
-        let seen = must(&agent, look);
+        let seen = agent.must(look);
         for part in [
             "inet 10.9.8.7/32 scope global eth0",
             "inet6 fd00:1::5/128 scope global nodad",
@@ -113,7 +98,7 @@ fn a_network_is_applied_and_another_replaces_it() {
     // Other addresses, the way out by the other interface and for IPv4 only.
     let first = interface(FIRST_MAC, &[v6(6), v6(7)], &[]);
     apply(&mut host, &[first, second]);
-    let seen = must(&agent, look);
+    let seen = agent.must(look);
     assert!(seen.contains("fd00:1::6/128") && seen.contains("fd00:1::7/128"), "{seen}");
     assert!(!seen.contains("10.9.8.7") && !seen.contains("fd00:1::5"), "{seen}");
     assert!(seen.contains("default via 169.254.1.1 dev eth1 proto 104 onlink"), "{seen}");
@@ -121,33 +106,33 @@ fn a_network_is_applied_and_another_replaces_it() {
     assert!(seen.contains("fe80::ff:fe00:1/64"), "a link-local address stays: {seen}");
 
     apply(&mut host, &[interface(FIRST_MAC, &[], &[]), interface(SECOND_MAC, &[], &[])]);
-    let seen = must(&agent, look);
+    let seen = agent.must(look);
     assert!(!seen.contains("default via") && !seen.contains("fd00:1"), "{seen}");
 }
 
 #[test]
 fn an_address_stays_when_an_older_one_of_its_subnet_goes() {
     let Some(agent) = agent_with_network() else { return };
-    must(&agent, "ip link set far up");
+    agent.must("ip link set far up");
     let mut host = agent.greeted();
     let (old, kept) = (Address::V4([10, 9, 8, 1], 24), Address::V4([10, 9, 8, 2], 24));
     apply(&mut host, &[interface(FIRST_MAC, &[old, kept], &[])]);
     apply(&mut host, &[interface(FIRST_MAC, &[kept], &[])]);
-    let seen = must(&agent, "ip -o -4 addr show eth0");
+    let seen = agent.must("ip -o -4 addr show eth0");
     assert!(seen.contains("10.9.8.2/24 brd 10.9.8.255") && !seen.contains("10.9.8.1/"), "{seen}");
 }
 
 #[test]
 fn default_routes_of_others_stay() {
     let Some(agent) = agent_with_network() else { return };
-    must(&agent, "ip link set eth1 up; ip link set far up; ip route add default dev eth1 metric 50");
+    agent.must("ip link set eth1 up; ip link set far up; ip route add default dev eth1 metric 50");
     let mut host = agent.greeted();
     let addresses = [Address::V4([10, 9, 8, 7], 32)];
     apply(&mut host, &[interface(FIRST_MAC, &addresses, &[GATEWAY_V4])]);
-    let seen = must(&agent, "ip route");
+    let seen = agent.must("ip route");
     assert!(seen.contains("default via 169.254.1.1 dev eth0") && seen.contains("default dev eth1"), "{seen}");
     apply(&mut host, &[interface(FIRST_MAC, &addresses, &[])]);
-    let seen = must(&agent, "ip route");
+    let seen = agent.must("ip route");
     assert!(!seen.contains("169.254.1.1") && seen.contains("default dev eth1 scope link metric 50"), "{seen}");
 }
 
