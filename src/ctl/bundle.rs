@@ -54,6 +54,10 @@ impl BundleError {
     }
 }
 
+/// A body without fields.
+#[derive(Serialize)]
+struct Nothing {}
+
 #[derive(Serialize)]
 struct Removed<'a> {
     removed: Vec<&'a str>,
@@ -69,7 +73,7 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BundleCommand) -> R
         }
         BundleCommand::Verify { bundle } => {
             let path = format!("/v1/bundles/{}/verify", bundle.as_str());
-            let call = agent.post(&path, &(), DISK_LIMIT);
+            let call = agent.post(&path, &Nothing {}, DISK_LIMIT);
             let verified: BundleVerified = shown(&format!("verify {}", bundle.as_str()), call).await?;
             out.value(&verified, |it| {
                 format!("{} is whole: {} chunks of memory, {} sections of state", it.id, it.chunks, it.sections)
