@@ -1,0 +1,143 @@
+//! An agent's network part is killed between any two steps of setting up and taking down; the next one finishes what
+//! was begun, or undoes it, and nothing is left.
+
+use std::io::Write;
+
+use hearth::net::host::HostNetwork;
+use hearth::net::member::{Addressing, Member};
+
+use crate::host::{on_own_host, run};
+use crate::left::look;
+use crate::traced::{BEGIN, READY, killed_before};
+use crate::world::{NUMBERS, assert_done, member, spec};
+
+/// The jail's number.
+const JAIL: u16 = 5;
+
+/// More steps than there are.
+const STEPS_MAX: u32 = 1000;
+
+fn vm() -> Member {
+    member(NUMBERS[0], 517, 1, Addressing::Invariant)
+}
+
+fn network() -> HostNetwork {
+    HostNetwork::open(spec(NUMBERS[0], false)).unwrap()
+}
+
+/// A host with a way to its peer.
+fn wire() {
+    run("ip link set lo up");
+    run("ip link add wire type veth peer name other");
+    run("ip link set wire up");
+    run("ip link set other up");
+    run("ip address add fd00:f::3/64 dev wire nodad");
+}
+
+/// Sets up as an agent does: its host's part, a jail made ahead, its VM in it.
+fn set_up(network: &HostNetwork) {
+    assert_done(&network.settle_host());
+    assert_done(&network.settle_jail(JAIL, 1, None).unwrap());
+    assert_done(&network.settle_jail(JAIL, 1, Some(vm())).unwrap());
+}
+
+/// Takes down whatever is there, as an agent does that knows of no VM.
+fn take_down(network: &HostNetwork) {
+    for jail in network.jails().unwrap() {
+        assert_done(&network.remove_jail(jail));
+    }
+    assert_done(&network.clear_host());
+}
+
+fn story(work: impl FnOnce()) {
+    // Not by print!: that is locked for as long as a test runs.
+    writeln!(std::io::stdout(), "{READY}").unwrap();
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), BEGIN, "this is a part of another test");
+    work();
+}
+
+#[test]
+#[ignore = "a part of the tests below: it sets up a network in whatever namespace it is started in"]
+fn part_set_up() {
+    story(|| set_up(&network()));
+}
+
+#[test]
+#[ignore = "a part of the tests below: it takes down a network in whatever namespace it is started in"]
+fn part_take_down() {
+    story(|| take_down(&network()));
+}
+
+/// Kills `part` before each of its steps, and has the next agent do `then`.
+fn killed_everywhere(part: &str, before: impl Fn(), then: impl Fn(u32)) {
+    let part = format!("killed::{part}");
+    for step in 1..STEPS_MAX {
+        before();
+        let ended = killed_before(&part, step);
+        if !ended.is_killed() {
+            assert!(ended.status.success(), "{part}: {ended:?}");
+            assert!(ended.steps > 20 && ended.steps == step - 1, "{part}: {ended:?} where step {step} was to come");
+            println!("{part}: killed before each of {} steps", ended.steps);
+            take_down(&network());
+            return;
+        }
+        then(step);
+    }
+    panic!("{part} does not end");
+}
+
+/// The namespace all is in.
+fn here() -> std::os::fd::OwnedFd {
+    hearth::sys::netns::own().unwrap()
+}
+
+#[test]
+fn a_set_up_that_was_killed_anywhere_is_undone() {
+    on_own_host(|| {
+        wire();
+        let before = look(&here());
+        let is_undone = |step| {
+            take_down(&network());
+            assert_eq!(look(&here()), before, "killed before step {step}");
+        };
+        killed_everywhere("part_set_up", || (), is_undone);
+        assert_eq!(look(&here()), before);
+    });
+}
+
+#[test]
+fn a_set_up_that_was_killed_anywhere_is_finished() {
+    on_own_host(|| {
+        wire();
+        let before = look(&here());
+        let is_finished = |step| {
+            let network = network();
+            set_up(&network);
+            drop(network);
+            // One that knows nothing finds nothing to do.
+            let next = self::network();
+            assert_eq!(next.settle_host().steps, [], "killed before step {step}");
+            let settled = next.settle_jail(JAIL, 1, Some(vm())).unwrap();
+            assert_eq!((settled.steps, settled.failures), (vec![], vec![]), "killed before step {step}");
+            take_down(&next);
+            assert_eq!(look(&here()), before, "killed before step {step}");
+        };
+        killed_everywhere("part_set_up", || (), is_finished);
+    });
+}
+
+#[test]
+fn a_removal_that_was_killed_anywhere_is_finished() {
+    on_own_host(|| {
+        wire();
+        let before = look(&here());
+        let is_finished = |step| {
+            take_down(&network());
+            assert_eq!(look(&here()), before, "killed before step {step}");
+        };
+        killed_everywhere("part_take_down", || set_up(&network()), is_finished);
+        assert_eq!(look(&here()), before);
+    });
+}
