@@ -61,8 +61,8 @@ pub(crate) struct Counting(Child, BufReader<ChildStdout>);
 
 impl Counting {
     pub(crate) fn start(agent: &Agent, vm: &str, marker: &str, until: &str) -> Self {
-        let words = ["--interface", "eth0", "--seconds", "60", "--marker", marker, "--until", until];
-        let words = ["vm", "exec", vm, "--", PATH, "count"].iter().chain(&words);
+        let count = ["vm", "exec", vm, "--", PATH, "count", "--interface", "eth0", "--seconds", "60"];
+        let words = count.into_iter().chain(["--marker", marker, "--until", until]);
         let (child, lines) = start_listening(&mut agent.command(words));
         Self(child, lines)
     }
