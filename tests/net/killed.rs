@@ -1,14 +1,12 @@
 //! An agent's network part is killed between any two steps of setting up and taking down; the next one finishes what
 //! was begun, or undoes it, and nothing is left.
 
-use std::io::Write;
-
 use hearth::net::host::HostNetwork;
 use hearth::net::member::{Addressing, Member};
 
 use crate::host::{on_own_host, run};
 use crate::left::{Looks, assert_same, look, look_inside};
-use crate::traced::{BEGIN, READY, killed_before};
+use crate::traced::{is_to_be_killed, killed_before};
 use crate::world::{NUMBERS, assert_done, member, spec};
 
 /// The jail's number.
@@ -50,33 +48,15 @@ fn take_down(network: &HostNetwork) {
     assert_done(&network.clear_host());
 }
 
-fn story(work: impl FnOnce()) {
-    // Not by print!: that is locked for as long as a test runs.
-    writeln!(std::io::stdout(), "{READY}").unwrap();
-    let mut line = String::new();
-    std::io::stdin().read_line(&mut line).unwrap();
-    assert_eq!(line.trim(), BEGIN, "this is a part of another test");
-    work();
-}
-
-#[test]
-#[ignore = "a part of the tests below: it sets up a network in whatever namespace it is started in"]
-fn part_set_up() {
-    story(|| set_up(&network()));
-}
-
-#[test]
-#[ignore = "a part of the tests below: it takes down a network in whatever namespace it is started in"]
-fn part_take_down() {
-    story(|| take_down(&network()));
-}
+/// The tests that are the process to be killed when they are started as one.
+const SET_UP: &str = "killed::a_set_up_that_was_killed_anywhere_is_undone";
+const TAKE_DOWN: &str = "killed::a_removal_that_was_killed_anywhere_is_finished";
 
 /// Kills `part` before each of its steps, and has the next agent do `then`.
 fn killed_everywhere(part: &str, before: impl Fn(), then: impl Fn(u32)) {
-    let part = format!("killed::{part}");
     for step in 1..STEPS_MAX {
         before();
-        let ended = killed_before(&part, step);
+        let ended = killed_before(part, step);
         if !ended.is_killed() {
             assert!(ended.status.success(), "{part}: {ended:?}");
             assert!(ended.steps > 20 && ended.steps == step - 1, "{part}: {ended:?} where step {step} was to come");
@@ -102,6 +82,9 @@ fn look_with_jail(network: &HostNetwork) -> Looks {
 
 #[test]
 fn a_set_up_that_was_killed_anywhere_is_undone() {
+    if is_to_be_killed() {
+        return set_up(&network());
+    }
     on_own_host(|| {
         wire();
         let before = look(&here());
@@ -109,7 +92,7 @@ fn a_set_up_that_was_killed_anywhere_is_undone() {
             take_down(&network());
             assert_same(&before, &look(&here()), format_args!("killed before step {step}"));
         };
-        killed_everywhere("part_set_up", || (), is_undone);
+        killed_everywhere(SET_UP, || (), is_undone);
         assert_same(&before, &look(&here()), "not killed");
     });
 }
@@ -130,12 +113,15 @@ fn a_set_up_that_was_killed_anywhere_is_finished() {
             take_down(&next);
             assert_same(&before, &look(&here()), format_args!("killed before step {step}"));
         };
-        killed_everywhere("part_set_up", || (), is_finished);
+        killed_everywhere(SET_UP, || (), is_finished);
     });
 }
 
 #[test]
 fn a_removal_that_was_killed_anywhere_is_finished() {
+    if is_to_be_killed() {
+        return take_down(&network());
+    }
     on_own_host(|| {
         wire();
         let before = look(&here());
@@ -143,7 +129,7 @@ fn a_removal_that_was_killed_anywhere_is_finished() {
             take_down(&network());
             assert_same(&before, &look(&here()), format_args!("killed before step {step}"));
         };
-        killed_everywhere("part_take_down", || set_up(&network()), is_finished);
+        killed_everywhere(TAKE_DOWN, || set_up(&network()), is_finished);
         assert_same(&before, &look(&here()), "not killed");
     });
 }

@@ -15,11 +15,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+/// Tells a test of this program that it is the process to be killed.
+const TO_BE_KILLED: &str = "HEARTH_TEST_TO_BE_KILLED";
+
 /// Said by the process when it may be traced from.
-pub(crate) const READY: &str = "ready to begin";
+const READY: &str = "ready to begin";
 
 /// Said to it then.
-pub(crate) const BEGIN: &str = "begin";
+const BEGIN: &str = "begin";
 
 /// System calls by which a process changes its network, and waits for those who do it for it: netlink, taps, names of
 /// namespaces, settings and what nft is given, the end of nft.
@@ -56,10 +59,23 @@ impl Ended {
     }
 }
 
+/// Whether this process is the one to be killed. If so, waits until it is traced.
+pub(crate) fn is_to_be_killed() -> bool {
+    if std::env::var_os(TO_BE_KILLED).is_none() {
+        return false;
+    }
+    println!("{READY}");
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), BEGIN);
+    true
+}
+
 /// Runs a test of this program in a process of its own, and kills it before its step `at`, from 1.
 pub(crate) fn killed_before(test: &str, at: u32) -> Ended {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--ignored", "--nocapture"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.args([test, "--exact", "--nocapture"]).env(TO_BE_KILLED, "1").stdin(Stdio::piped()).stdout(Stdio::piped());
+    #[expect(clippy::zombie_processes, reason = "`follow` waits for it")]
     let mut child = command.spawn().unwrap();
     let mut said = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -112,8 +128,10 @@ fn follow(process: Pid, at: u32) -> Ended {
             }
             WaitStatus::Stopped(thread, signal) => (thread, Some(signal)),
             WaitStatus::PtraceEvent(thread, ..) => (thread, None),
-            // A thread's end.
-            _ => continue,
+            // A thread's end; the rest is not asked for.
+            WaitStatus::Exited(..) | WaitStatus::Signaled(..) | WaitStatus::Continued(_) | WaitStatus::StillAlive => {
+                continue;
+            }
         };
         // One that was killed in the meantime cannot go on.
         let _ = ptrace::syscall(thread, signal);
