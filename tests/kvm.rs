@@ -13,9 +13,12 @@ mod kvm {
     pub(crate) mod devices;
     pub(crate) mod ends;
     pub(crate) mod exec;
+    pub(crate) mod fabric;
     pub(crate) mod fixture;
     pub(crate) mod jail;
     pub(crate) mod many;
+    pub(crate) mod network;
+    pub(crate) mod outside;
     pub(crate) mod pause;
     pub(crate) mod probe;
     pub(crate) mod refusals;
@@ -58,6 +61,14 @@ const TESTS: &[Test] = &[
     ("bad_requests_are_refused", kvm::refusals::bad_requests_are_refused),
     ("second_agent_is_refused", kvm::refusals::second_agent_is_refused),
     ("agent_killed_while_vms_run_is_followed_by_one_that_serves_them", kvm::adoption::next_agent_serves_running_vms),
+    (
+        "network_sessions_reach_across_hosts_and_nothing_else",
+        kvm::network::sessions_reach_across_hosts_and_nothing_else,
+    ),
+    (
+        "network_vxlan_joins_hosts_and_outside_is_reached_by_permission",
+        kvm::outside::vxlan_joins_hosts_and_outside_is_reached_by_permission,
+    ),
     ("six_at_once_leave_nothing", kvm::many::six_at_once_leave_nothing),
     ("twelve_in_a_loop_leave_nothing", kvm::many::twelve_in_a_loop_leave_nothing),
 ];

@@ -10,6 +10,12 @@ mod guest;
 mod host;
 #[path = "net/hostile.rs"]
 mod hostile;
+#[path = "net/killed.rs"]
+mod killed;
+#[path = "net/left.rs"]
+mod left;
+#[path = "net/many.rs"]
+mod many;
 #[path = "net/netlink.rs"]
 mod netlink;
 #[path = "net/netns.rs"]
@@ -22,6 +28,8 @@ mod sniff;
 mod speed;
 #[path = "net/tap_end.rs"]
 mod tap_end;
+#[path = "net/traced.rs"]
+mod traced;
 #[path = "net/watch.rs"]
 mod watch;
 #[path = "net/world.rs"]

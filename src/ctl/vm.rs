@@ -10,7 +10,9 @@ use super::output::Output;
 use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
-use crate::api::types::{Disk, FlowLimits, InterfaceStats, Stats, StopRequest, Timings, Vm, VmList};
+use crate::api::types::{
+    Disk, FlowLimits, InterfaceStats, PortProtocol, PublishedPort, Stats, StopRequest, Timings, Vm, VmList,
+};
 use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
 
 /// What the agent allows a guest for powering itself off when nothing else is asked for.
@@ -68,6 +70,7 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("bundle", vm.bundle_id.clone()),
             ("session network", vm.session_network_id.map(|id| id.to_string())),
             ("addresses", (!vm.addresses.is_empty()).then(|| vm.addresses.join(", "))),
+            ("published", (!vm.published.is_empty()).then(|| published(&vm.published))),
             ("role", vm.role.as_deref().map(plain)),
             ("vcpus", Some(vm.vcpus.to_string())),
             ("memory", Some(format!("{} MiB", vm.memory_mib))),
@@ -99,6 +102,18 @@ fn disks(disks: &[Disk]) -> String {
         .map(|disk| if disk.read_only { format!("{} (ro)", disk.path) } else { disk.path.clone() })
         .collect();
     words.join(", ")
+}
+
+/// As on the command line.
+fn published(ports: &[PublishedPort]) -> String {
+    let words = ports.iter().map(|port| {
+        let protocol = match port.protocol {
+            PortProtocol::Tcp => "",
+            PortProtocol::Udp => "/udp",
+        };
+        format!("{}:{}{protocol}", port.host_port, port.guest_port)
+    });
+    words.collect::<Vec<_>>().join(", ")
 }
 
 /// `9.5 MiB/s (at once 976.6 KiB), 5000 packets/s (at once 500)`; nothing for what is not limited.

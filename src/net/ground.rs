@@ -296,6 +296,14 @@ impl Ground {
         }
     }
 
+    /// Takes a link away that may be there half made, which [`Self::observe`] passes over. Fine if there is none.
+    pub(super) fn remove_link(&mut self, name: &str) -> Option<Failure> {
+        let mut batch = Batch::new();
+        batch.delete_link(LinkRef::Name(name));
+        self.indexes.remove(name);
+        self.netlink.run(&batch).map_err(|error| failure(format!("remove link {name}"), &error)).err()
+    }
+
     fn make_link(&mut self, wanted: &Object, host: Option<&mut Self>, failures: &mut Vec<Failure>) {
         let Object::Link { name, kind, mac, mtu, .. } = wanted else { return };
         let made = match kind {

@@ -13,7 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::address::{AddressError, Fabric};
-use super::desired::{Host, Jail, jail_name};
+use super::desired::{Host, Jail, jail_name, vxlan_name};
 use super::ground::{Failure, Ground, Site};
 use super::member::Member;
 use super::object::{Object, Place, Prefix};
@@ -208,6 +208,7 @@ impl HostNetwork {
         let mut steps = plan(&known, &BTreeSet::new());
         steps.retain(|step| !matches!(step, Step::Remove(Object::Rules { .. } | Object::Element { .. })));
         let mut failures = host.ground.carry_out(&steps, None);
+        failures.extend(host.ground.remove_link(&vxlan_name(self.spec.number)));
         failures.extend(host.ground.remove_rules());
         Settled { steps, failures }
     }
@@ -319,7 +320,8 @@ impl HostNetwork {
                 host.learn(number, &name);
             }
             host.desired.insert(Owner::Jail(number), BTreeSet::new());
-            let settled = host.settle_one(Owner::Jail(number));
+            let mut settled = host.settle_one(Owner::Jail(number));
+            settled.failures.extend(host.ground.remove_link(&name));
             host.desired.remove(&Owner::Jail(number));
             host.known.remove(&Owner::Jail(number));
             settled

@@ -1,5 +1,6 @@
 //! Three hosts on one machine: network namespaces joined by a bridge, an agent in each.
 
+use std::path::Path;
 use std::process::Command;
 
 use super::fixture::{Agent, text};
@@ -23,19 +24,26 @@ const NUMBERS: [u16; 3] = [3, 4, 5];
 /// The fabric's prefix.
 pub(crate) const PREFIX: &str = "fd3c:91aa:7e2::/48";
 
+/// Whoever is outside of the fabric: the bridge itself.
+pub(crate) const OUTSIDE: [&str; 2] = ["fd00:f::1", "192.0.2.1"];
+
 /// Hosts and what joins them; gone when dropped.
 pub(crate) struct Fabric {
     agents: Vec<Option<Agent>>,
+    key: tempfile::NamedTempFile,
 }
 
 impl Fabric {
     /// Makes the hosts and starts their agents.
     pub(crate) fn start(underlay: &str) -> Self {
-        let mut fabric = Self { agents: Vec::new() };
+        // Made readable for its owner alone.
+        let key = tempfile::NamedTempFile::new().expect("a file for the key");
+        std::fs::write(&key, "of this test's hosts alone: 32 bytes or more").expect("write the key");
+        let mut fabric = Self { agents: Vec::new(), key };
         fabric.wire();
-        let configs = (0..HOSTS.len()).map(|host| config(host, underlay));
-        for (config, name) in configs.zip(HOSTS) {
-            fabric.agents.push(Some(Agent::start_with(&config, Some(name))));
+        let configs = [0, 1, 2].map(|host| config(host, underlay, fabric.key.path()));
+        for (config, name) in configs.iter().zip(HOSTS) {
+            fabric.agents.push(Some(Agent::start_with(config, Some(name))));
         }
         fabric
     }
@@ -47,6 +55,8 @@ impl Fabric {
         }
         run("ip", &["-n", WIRE, "link", "add", "fabric", "type", "bridge"]);
         run("ip", &["-n", WIRE, "link", "set", "fabric", "up"]);
+        run("ip", &["-n", WIRE, "address", "add", &format!("{}/64", OUTSIDE[0]), "dev", "fabric", "nodad"]);
+        run("ip", &["-n", WIRE, "address", "add", &format!("{}/24", OUTSIDE[1]), "dev", "fabric"]);
         for (name, number) in HOSTS.iter().zip(NUMBERS) {
             let port = format!("port{number}");
             let peer = ["type", "veth", "peer", "name", "wire", "netns", name];
@@ -62,6 +72,18 @@ impl Fabric {
     /// The agent of a host, 0 to 2.
     pub(crate) fn agent(&self, host: usize) -> &Agent {
         self.agents[host].as_ref().expect("the agent runs")
+    }
+
+    /// A program of this machine, outside of the fabric.
+    pub(crate) fn outside(&self, program: &Path) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{WIRE}")).arg(program);
+        command
+    }
+
+    /// A host's name.
+    pub(crate) fn name(&self, host: usize) -> &'static str {
+        HOSTS[host]
     }
 
     /// A host's rules without counters, and those of the jails its VMs are in.
@@ -102,19 +124,18 @@ impl Fabric {
 impl Drop for Fabric {
     fn drop(&mut self) {
         // Only after a failure is there still one.
-        for agent in self.agents.drain(..).flatten() {
-            agent.abandon();
-        }
+        self.agents.clear();
         for name in HOSTS.iter().chain([&WIRE]) {
             let _ = Command::new("ip").args(["netns", "delete", name]).output();
         }
     }
 }
 
-fn config(host: usize, underlay: &str) -> String {
+fn config(host: usize, underlay: &str, key: &Path) -> String {
+    let (name, number, key) = (HOSTS[host], NUMBERS[host], key.display());
     let mut text = format!(
-        "host_name = \"{}\"\n[fabric]\nhost_number = {}\nipv6_prefix = \"{PREFIX}\"\nunderlay = \"{underlay}\"\n",
-        HOSTS[host], NUMBERS[host]
+        "host_name = \"{name}\"\n[fabric]\nhost_number = {number}\nipv6_prefix = \"{PREFIX}\"\n\
+         underlay = \"{underlay}\"\nlisten = \"[fd00:f::{number}]:7787\"\nkey_file = \"{key}\"\n"
     );
     for (peer, name) in HOSTS.iter().enumerate().filter(|(peer, _)| *peer != host) {
         let number = NUMBERS[peer];

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -173,6 +173,20 @@ impl Agent {
         let status = child.wait().expect("wait for the agent");
         assert!(status.success(), "the agent ended with {status}");
         assert!(!self.socket().exists(), "the API socket is left");
+    }
+}
+
+impl Drop for Agent {
+    /// After a test that failed: ends what runs, as well as it can be done.
+    fn drop(&mut self) {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // VMs outlive their agent.
+        let _ = self.run(&["vm", "rm", "--all", "--timeout", "0"]);
+        terminate(child.id());
+        let _ = child.wait();
     }
 }
 

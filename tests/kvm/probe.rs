@@ -1,6 +1,9 @@
 //! The traffic tool in guests.
 
-use std::process::{Output, Stdio};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use serde_json::Value;
 
 use super::fixture::{Agent, need, text};
 
@@ -21,19 +24,75 @@ pub(crate) fn run(agent: &Agent, vm: &str, words: &str) -> Output {
     agent.command(words).stdin(Stdio::null()).output().expect("run hearth")
 }
 
+/// Starts the tool and waits until it says that it listens.
+fn start_listening(command: &mut Command) -> (Child, BufReader<ChildStdout>) {
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("start the tool");
+    let mut lines = BufReader::new(child.stdout.take().expect("its output"));
+    let mut line = String::new();
+    lines.read_line(&mut line).expect("read");
+    assert!(line.contains("\"listening\":true"), "{line}");
+    (child, lines)
+}
+
+/// Answers whoever asks, until dropped.
+pub(crate) struct Echo(Child);
+
+impl Echo {
+    /// In a guest.
+    pub(crate) fn start(agent: &Agent, vm: &str) -> Self {
+        Self::of(&mut agent.command(["vm", "exec", vm, "--", PATH, "serve", "--seconds", "600"]))
+    }
+
+    /// By a command that runs `probe serve`.
+    pub(crate) fn of(command: &mut Command) -> Self {
+        Self(start_listening(command).0)
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Counts the frames that come to a guest with a marker, until one comes with the word for the end.
+pub(crate) struct Counting(Child, BufReader<ChildStdout>);
+
+impl Counting {
+    pub(crate) fn start(agent: &Agent, vm: &str, marker: &str, until: &str) -> Self {
+        let count = ["vm", "exec", vm, "--", PATH, "count", "--interface", "eth0", "--seconds", "60"];
+        let words = count.into_iter().chain(["--marker", marker, "--until", until]);
+        let (child, lines) = start_listening(&mut agent.command(words));
+        Self(child, lines)
+    }
+
+    /// Waits for the end; how many there were.
+    pub(crate) fn marked(mut self) -> u64 {
+        let mut said = String::new();
+        self.1.read_to_string(&mut said).expect("read");
+        self.0.wait().expect("wait");
+        let result: Value = serde_json::from_str(said.trim()).unwrap_or_else(|error| panic!("{said}: {error}"));
+        assert_eq!(result["ended"], true, "{result}");
+        result["marked"].as_u64().expect("a number")
+    }
+}
+
+/// How many of these questions, each asked of every address by a guest, are answered.
+pub(crate) fn reached(agent: &Agent, vm: &str, addresses: &[String], questions: &[&str], wait_ms: u32) -> usize {
+    let lines: Vec<String> = addresses
+        .iter()
+        .flat_map(|address| questions.iter().map(move |words| words.replace("ADDRESS", address)))
+        .map(|words| format!("{PATH} {words} --wait-ms {wait_ms} >/dev/null 2>&1 && echo reached"))
+        .collect();
+    let output = agent.run(&["vm", "exec", vm, "--", "sh", "-c", &lines.join("\n")]);
+    text(&output.stdout).lines().filter(|line| *line == "reached").count()
+}
+
 pub(crate) fn runs_in_a_guest(agent: &Agent) {
     let vm = agent.shared();
     install(agent, vm);
-    let mut echo = agent
-        .command(["vm", "exec", vm, "--", PATH, "serve", "--seconds", "30"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("run hearth");
-    let mut lines = std::io::BufReader::new(echo.stdout.take().expect("its output"));
-    let mut line = String::new();
-    std::io::BufRead::read_line(&mut lines, &mut line).expect("read");
-    assert!(line.contains("\"listening\":true"), "{line}");
+    let echo = Echo::start(agent, vm);
     for words in [
         "ask udp 127.0.0.1 7777 --bytes 20000",
         "ask udp ::1 7777 --bytes 20000",
@@ -46,6 +105,5 @@ pub(crate) fn runs_in_a_guest(agent: &Agent) {
     }
     let counted = run(agent, vm, "count --interface eth0 --marker none --seconds 0");
     assert!(text(&counted.stdout).contains("\"marked\":0"), "{}", text(&counted.stderr));
-    echo.kill().expect("end the client");
-    echo.wait().expect("wait");
+    drop(echo);
 }
