@@ -23,6 +23,7 @@ mod kvm {
     pub(crate) mod probe;
     pub(crate) mod refusals;
     pub(crate) mod terminal;
+    pub(crate) mod unfit;
 }
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -61,6 +62,7 @@ const TESTS: &[Test] = &[
     ("bad_requests_are_refused", kvm::refusals::bad_requests_are_refused),
     ("second_agent_is_refused", kvm::refusals::second_agent_is_refused),
     ("agent_killed_while_vms_run_is_followed_by_one_that_serves_them", kvm::adoption::next_agent_serves_running_vms),
+    ("network_hosts_say_what_is_wrong", kvm::unfit::hosts_say_what_is_wrong),
     (
         "network_sessions_reach_across_hosts_and_nothing_else",
         kvm::network::sessions_reach_across_hosts_and_nothing_else,
