@@ -25,6 +25,7 @@ mod kvm {
     pub(crate) mod probe;
     pub(crate) mod refusals;
     pub(crate) mod terminal;
+    pub(crate) mod unfit;
 }
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -69,6 +70,7 @@ const TESTS: &[Test] = &[
         kvm::bundles::snapshots_hold_what_was_there_and_differences_build_on_them,
     ),
     ("bundle_ten_cycles_lose_nothing_under_load", kvm::bundles::ten_cycles_lose_nothing_under_load),
+    ("network_hosts_say_what_is_wrong", kvm::unfit::hosts_say_what_is_wrong),
     (
         "network_sessions_reach_across_hosts_and_nothing_else",
         kvm::network::sessions_reach_across_hosts_and_nothing_else,
