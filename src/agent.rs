@@ -64,8 +64,8 @@ pub use ledger::{
     Store, StoredAnswer, Taken, Write,
 };
 pub use record::{
-    BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
-    StepState, Subject, Timings, VmRecord, VmSpec,
+    BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,
+    Remains, StepRecord, StepState, Subject, Timings, VmRecord, VmSpec,
 };
 pub use self_door::{
     MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
@@ -77,7 +77,9 @@ pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
-pub use crate::bundle::{FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError};
+pub use crate::bundle::{
+    FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError,
+};
 pub use crate::wire::control::{FlowStatus, InterfaceStatus};
 pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
 

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use super::admit::{Facts, admit};
+use super::bundles::BundleError;
 use super::config::FabricConfig;
 use super::images::{Image, ImageError};
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
-use super::bundles::BundleError;
 use super::record::{BuildSpec, BundleOrder, DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_error::{SessionError, join_refused};

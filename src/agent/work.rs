@@ -10,8 +10,8 @@ use tokio::time::{sleep, timeout};
 
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
-use super::host_vmm::interface_mac;
 use super::guest_network::{self, guest_network};
+use super::host_vmm::interface_mac;
 use super::ledger::{LedgerError, Write};
 use super::member::member;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};

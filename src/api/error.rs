@@ -8,8 +8,9 @@ use axum::response::{IntoResponse, Response};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::agent::{
-    BundleError, Denied, FindBundleError, OpenBundleError, ReadBundleError, RemoveError, VerifyError, ExecError, FailureCause, FindError, GuestError, ImageError, LaunchError, LedgerError, NotRunning, OwnError,
-    SessionError, VerbError, VmError, VmState,
+    BundleError, Denied, ExecError, FailureCause, FindBundleError, FindError, GuestError, ImageError, LaunchError,
+    LedgerError, NotRunning, OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, VerbError,
+    VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 
