@@ -8,6 +8,7 @@
 
 mod admit;
 mod bundle_door;
+mod bundle_names;
 mod bundles;
 pub mod config;
 mod door;
@@ -114,6 +115,7 @@ impl<W: World> Agent<W> {
         tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
         shared.set_conflict("configuration", recover::moved_fabric(&shared.config, &vms)).await?;
         network::start(&shared).await;
+        recover::sweep_saved(&shared, &operations).await;
         for vm in vms {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));

@@ -79,8 +79,8 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     let _ = host;
     let (disks, network_limits) = (request.disks.clone(), request.network_limits);
     let interfaces = interfaces(shape.interfaces)?;
-    if let Some((build, order)) = &request.build {
-        check_build(build, order.name.as_deref())?;
+    if let Some((build, _)) = &request.build {
+        check_build(build)?;
     }
     ports(&request.published, vms)?;
     Ok(VmSpec {
@@ -135,13 +135,8 @@ const MARKER_BYTES_MAX: usize = 256;
 /// Longest time a guest may be warmed up, in seconds.
 const WARMUP_S_MAX: u32 = 24 * 3600;
 
-fn check_build(build: &BuildSpec, name: Option<&str>) -> Result<(), LaunchError> {
+fn check_build(build: &BuildSpec) -> Result<(), LaunchError> {
     let wrong = |reason: String| Err(LaunchError::Build { reason });
-    if let Some(name) = name
-        && !is_name(name)
-    {
-        return Err(LaunchError::BundleName { name: name.to_owned() });
-    }
     let BuildSpec { warmup, ready_marker, timeout_s } = build;
     if let Some(length) = warmup.as_ref().map(String::len)
         && !(1..=WARMUP_BYTES_MAX).contains(&length)
