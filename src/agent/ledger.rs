@@ -404,4 +404,4 @@ const fn state_word(state: OperationState) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -166,3 +166,6 @@ async fn remove_unknown<W: World>(shared: &Arc<Shared<W>>, id: &VmId) -> std::io
     }
     shared.world.disk().remove(id).await
 }
+
+#[cfg(test)]
+mod tests;
