@@ -8,6 +8,7 @@
 
 mod admit;
 mod bundle_door;
+mod bundle_names;
 mod bundles;
 pub mod config;
 mod door;
@@ -64,8 +65,8 @@ pub use ledger::{
     Store, StoredAnswer, Taken, Write,
 };
 pub use record::{
-    BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord, Remains, StepRecord,
-    StepState, Subject, Timings, VmRecord, VmSpec,
+    BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,
+    Remains, StepRecord, StepState, Subject, Timings, VmRecord, VmSpec,
 };
 pub use self_door::{
     MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
@@ -77,7 +78,9 @@ pub use vm_actor::{Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, VmState};
 
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
-pub use crate::bundle::{FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError};
+pub use crate::bundle::{
+    FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError,
+};
 pub use crate::wire::control::{FlowStatus, InterfaceStatus};
 pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
 
@@ -112,6 +115,7 @@ impl<W: World> Agent<W> {
         tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
         shared.set_conflict("configuration", recover::moved_fabric(&shared.config, &vms)).await?;
         network::start(&shared).await;
+        recover::sweep_saved(&shared, &operations).await;
         for vm in vms {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));

@@ -3,9 +3,11 @@
 //! make sense of it. Ordinary code, not mocks: the same [`World`] the agent runs on.
 #![forbid(unsafe_code)]
 
+mod bundles;
 mod disk;
 mod guest;
 mod leases;
+mod manifest;
 mod networks;
 mod records;
 mod vmm;
@@ -40,6 +42,8 @@ pub struct Faults {
     pub odd_guest_permille: u64,
     /// The agent dies at exactly this point, counted from the start of its life.
     pub crash_at_point: Option<u64>,
+    /// The effect fails at exactly this point, if one can fail there.
+    pub fail_at_point: Option<u64>,
 }
 
 /// A host that outlives its agents. Clones are the same host.
@@ -80,6 +84,7 @@ struct State {
     /// Connections to guests' agents that are open.
     guest_streams: usize,
     leases: leases::Leases,
+    bundles: bundles::Bundles,
 }
 
 /// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
@@ -136,6 +141,7 @@ impl SimHost {
             boot: guest::BOOT,
             guest_streams: 0,
             leases: leases::Leases::resting_for(REST_NS),
+            bundles: bundles::Bundles::default(),
         };
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }
     }
@@ -242,7 +248,7 @@ impl SimHost {
             state.points += 1;
             let faults = state.faults;
             let crash = faults.crash_at_point == Some(state.points) || state.roll(faults.crash_permille);
-            let fail = may_fail && state.roll(faults.fail_permille);
+            let fail = may_fail && (faults.fail_at_point == Some(state.points) || state.roll(faults.fail_permille));
             state.crashed |= crash;
             (state.crashed, fail)
         };
@@ -278,6 +284,7 @@ impl World for SimWorld {
     type Vmm = SimHost;
     type Disk = SimHost;
     type Networks = SimHost;
+    type Bundles = SimHost;
     type Records = SimHost;
 
     fn clock(&self) -> &SimHost {
@@ -293,6 +300,10 @@ impl World for SimWorld {
     }
 
     fn networks(&self) -> &SimHost {
+        &self.host
+    }
+
+    fn bundles(&self) -> &SimHost {
         &self.host
     }
 

@@ -88,13 +88,9 @@ impl HostBundles {
 
     /// The bundle that was already made of what this order saved: the agent ended between the commit and its record.
     fn made_before(&self, order: &CommitOrder) -> Result<Option<BundleView>, BundleError> {
-        let made = |manifest: &Manifest| {
-            let Provenance { source_vm, built_at, .. } = &manifest.provenance;
-            source_vm.as_ref() == Some(&order.vm.id) && *built_at == order.operation.created_at
-        };
         let listed = self.store.list()?.into_iter();
         let mut found = listed.filter_map(|Listed { id, manifest }| Some((id, manifest.ok()?)));
-        Ok(found.find(|(_, manifest)| made(manifest)).map(|(id, manifest)| self.view(id, manifest)))
+        Ok(found.find(|(_, manifest)| order.made(manifest)).map(|(id, manifest)| self.view(id, manifest)))
     }
 
     fn commit_blocking(&self, order: &CommitOrder, facts: &HostFacts) -> Result<BundleView, BundleError> {
@@ -164,8 +160,8 @@ impl HostBundles {
     fn devices(&self, vm: &VmRecord) -> Vec<DeviceSlot> {
         let plain = |slot, kind| DeviceSlot { slot, kind, read_only: None, mac: None, mtu: None };
         let disks = (FIRST_BLOCK_SLOT..).zip(&vm.spec.disks);
-        let disks = disks
-            .map(|(slot, disk)| DeviceSlot { read_only: Some(disk.read_only), ..plain(slot, DeviceKind::Block) });
+        let disks =
+            disks.map(|(slot, disk)| DeviceSlot { read_only: Some(disk.read_only), ..plain(slot, DeviceKind::Block) });
         let nets = (FIRST_NET_SLOT..).zip(0..vm.spec.interfaces).map(|(slot, index)| DeviceSlot {
             mac: Some(mac_text(interface_mac(&vm.id, index))),
             mtu: Some(self.mtu),
@@ -232,8 +228,7 @@ impl VmBundles for HostBundles {
         let (bundle, facts) = (bundle.clone(), self.facts().await?);
         self.blocking(move |this| {
             let manifest = this.store.manifest(&bundle)?;
-            admit(&manifest, &facts)
-                .map_err(|source| BundleError::Incompatible { bundle: bundle.clone(), source })?;
+            admit(&manifest, &facts).map_err(|source| BundleError::Incompatible { bundle: bundle.clone(), source })?;
             // Verified now, before anything of a VM is there; kept in mind, so that the launch only looks whether the
             // files are the same.
             this.store.open_for_launch(&bundle)?;

@@ -147,7 +147,8 @@ impl<W: World> Door for Agent<W> {
         let handle = self.shared.vms().get(&vm.id).cloned();
         async move {
             let Some(mut handle) = handle else { return Err(NotRunning { vm }) };
-            let over = |vm: &Arc<VmRecord>| !matches!(vm.state, VmState::Reserved | VmState::Launching | VmState::Registering);
+            let over =
+                |vm: &Arc<VmRecord>| !matches!(vm.state, VmState::Reserved | VmState::Launching | VmState::Registering);
             let now = match handle.record.wait_for(over).await {
                 Ok(record) => record.clone(),
                 // Its actor has ended: forgotten, or the agent is ending.

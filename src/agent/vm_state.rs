@@ -8,6 +8,7 @@
 //!
 //! launching ─in a cluster─▶ registering ─▶ running        running, paused ─snapshot─▶ saving ─▶ as before
 //! ```
+//! What is asked of a VM that is `saving` waits until that is over.
 //! A VM that a bundle is built from is launched, warmed up, saved and stopped by one list of effects; it is forgotten
 //! afterwards.
 //!
@@ -439,7 +440,9 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             _ => denied(),
         },
         Event::VmmFailed { cause } => match state {
-            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => {
+                step_to(S::Failed { cause: cause.clone() }, &CLEAN)
+            }
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },

@@ -8,7 +8,7 @@ use crate::agent::vm_state::{Goal, VmState};
 use crate::sys::file;
 use crate::wire::control::Nonce;
 
-pub(super) fn vm(number: u8, name: &str) -> VmRecord {
+pub(in crate::agent) fn vm(number: u8, name: &str) -> VmRecord {
     VmRecord {
         schema_version: SCHEMA_VERSION,
         id: VmId::from_random([number; 10]),
@@ -23,6 +23,8 @@ pub(super) fn vm(number: u8, name: &str) -> VmRecord {
             role: None,
             network_limits: Default::default(),
             interfaces: 1,
+            bundle: None,
+            build: None,
         },
         generation: "00".repeat(16),
         uid: 1000,
@@ -31,6 +33,7 @@ pub(super) fn vm(number: u8, name: &str) -> VmRecord {
         nonce: Nonce([number; 16]),
         process: None,
         operation: None,
+        guest_protocol: None,
         created_at: UnixNanos(7),
         timings: Timings::default(),
         remains: None,
@@ -46,6 +49,7 @@ fn operation(number: u8, state: OperationState) -> OperationRecord {
         then_remove: false,
         state,
         steps: vec![step(Effect::MakeDirectory), step(Effect::StartVmm)],
+        makes: None,
         error: None,
         created_at: UnixNanos(1),
         ended_at: None,
