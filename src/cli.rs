@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bundle;
+mod cluster;
 mod session;
 mod value;
 mod vm;
@@ -14,6 +15,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
@@ -100,6 +102,9 @@ pub enum ClientCommand {
     /// Sessions: VMs that may talk to each other, and what they may reach
     #[command(subcommand)]
     Session(SessionCommand),
+    /// Clusters: VMs that register, and run what they are given
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Bundles: guests frozen once, launched any number of times in milliseconds
     #[command(subcommand)]
     Bundle(BundleCommand),

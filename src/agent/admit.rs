@@ -93,6 +93,8 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         interfaces,
         bundle: bundle.map(|(id, _)| id.clone()),
         build: request.build.as_ref().map(|(build, _)| build.clone()),
+        // Known once the VM has an id.
+        cluster: None,
     })
 }
 
@@ -269,7 +271,11 @@ mod tests {
             assert_eq!(decide(&LaunchRequest { vcpus: Some(vcpus), ..request() }, &image()).is_ok(), fits, "{vcpus}");
         }
         for (memory_mib, fits) in [(0, false), (63, false), (64, true), (768, true), (769, false), (u64::MAX, false)] {
-            assert_eq!(decide(&LaunchRequest { memory_mib: Some(memory_mib), ..request() }, &image()).is_ok(), fits, "{memory_mib}");
+            assert_eq!(
+                decide(&LaunchRequest { memory_mib: Some(memory_mib), ..request() }, &image()).is_ok(),
+                fits,
+                "{memory_mib}"
+            );
         }
         let room = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX - "console=ttyS0 ".len();
         for (length, fits) in [(room, true), (room + 1, false)] {

@@ -107,7 +107,8 @@ impl<W: World> Agent<W> {
 
     async fn build(&self, request: BuildRequest) -> Result<BundleWork, LaunchError> {
         let BuildRequest { name, image, vcpus, memory_mib, interfaces, build, key } = request;
-        let order = BundleOrder { name, parent: None, bundle: None, pause_us: None, memory_bytes: None, quiesced: None };
+        let order =
+            BundleOrder { name, parent: None, bundle: None, pause_us: None, memory_bytes: None, quiesced: None };
         let launch = LaunchRequest {
             image,
             vcpus,

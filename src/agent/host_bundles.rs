@@ -164,8 +164,8 @@ impl HostBundles {
     fn devices(&self, vm: &VmRecord) -> Vec<DeviceSlot> {
         let plain = |slot, kind| DeviceSlot { slot, kind, read_only: None, mac: None, mtu: None };
         let disks = (FIRST_BLOCK_SLOT..).zip(&vm.spec.disks);
-        let disks = disks
-            .map(|(slot, disk)| DeviceSlot { read_only: Some(disk.read_only), ..plain(slot, DeviceKind::Block) });
+        let disks =
+            disks.map(|(slot, disk)| DeviceSlot { read_only: Some(disk.read_only), ..plain(slot, DeviceKind::Block) });
         let nets = (FIRST_NET_SLOT..).zip(0..vm.spec.interfaces).map(|(slot, index)| DeviceSlot {
             mac: Some(mac_text(interface_mac(&vm.id, index))),
             mtu: Some(self.mtu),
@@ -232,8 +232,7 @@ impl VmBundles for HostBundles {
         let (bundle, facts) = (bundle.clone(), self.facts().await?);
         self.blocking(move |this| {
             let manifest = this.store.manifest(&bundle)?;
-            admit(&manifest, &facts)
-                .map_err(|source| BundleError::Incompatible { bundle: bundle.clone(), source })?;
+            admit(&manifest, &facts).map_err(|source| BundleError::Incompatible { bundle: bundle.clone(), source })?;
             // Verified now, before anything of a VM is there; kept in mind, so that the launch only looks whether the
             // files are the same.
             this.store.open_for_launch(&bundle)?;

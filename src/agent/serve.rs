@@ -40,7 +40,7 @@ const DRAIN_GRACE: Duration = Duration::from_secs(10);
 
 impl<W: World> Agent<W> {
     /// A connection to a guest agent of a VM that runs, its type forgotten.
-    async fn guest_link(&self, vm: &VmRecord) -> Result<GuestLink<AnyStream>, VmError> {
+    pub(super) async fn guest_link(&self, vm: &VmRecord) -> Result<GuestLink<AnyStream>, VmError> {
         if vm.state != VmState::Running {
             return Err(Denied { state: vm.state.clone() }.into());
         }
@@ -147,7 +147,8 @@ impl<W: World> Door for Agent<W> {
         let handle = self.shared.vms().get(&vm.id).cloned();
         async move {
             let Some(mut handle) = handle else { return Err(NotRunning { vm }) };
-            let over = |vm: &Arc<VmRecord>| !matches!(vm.state, VmState::Reserved | VmState::Launching | VmState::Registering);
+            let over =
+                |vm: &Arc<VmRecord>| !matches!(vm.state, VmState::Reserved | VmState::Launching | VmState::Registering);
             let now = match handle.record.wait_for(over).await {
                 Ok(record) => record.clone(),
                 // Its actor has ended: forgotten, or the agent is ending.

@@ -439,7 +439,9 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             _ => denied(),
         },
         Event::VmmFailed { cause } => match state {
-            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => {
+                step_to(S::Failed { cause: cause.clone() }, &CLEAN)
+            }
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },

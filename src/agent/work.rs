@@ -10,8 +10,8 @@ use tokio::time::{sleep, timeout};
 
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
-use super::host_vmm::interface_mac;
 use super::guest_network::{self, guest_network};
+use super::host_vmm::interface_mac;
 use super::ledger::{LedgerError, Write};
 use super::member::member;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
@@ -29,6 +29,7 @@ use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
 use crate::wire::refusal::Refusal;
 
+mod registering;
 mod saving;
 
 /// Time between two tries to reach a guest that boots. The VMM answers at once whether something listens in the guest,
@@ -197,7 +198,7 @@ impl<W: World> Work<W> {
             Effect::SaveMachine => self.save_machine().await,
             Effect::DiscardSaved => self.discard_saved().await,
             Effect::CommitBundle => self.commit_bundle().await,
-            Effect::Register => Ok(()),
+            Effect::Register => self.register().await,
             Effect::GreetGuest => self.greet_guest().await,
             Effect::SetGuestClock => self.set_guest_clock().await,
             Effect::ShutDownGuest => self.shut_down_guest().await,

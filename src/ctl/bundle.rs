@@ -46,9 +46,7 @@ impl BundleError {
         match self {
             Self::Call(error) => error.advice(),
             Self::Failed { error } => advice_of(error),
-            Self::Interrupted { operation } => {
-                Some(format!("`hearth operation show {operation}` tells how far it is"))
-            }
+            Self::Interrupted { operation } => Some(format!("`hearth operation show {operation}` tells how far it is")),
             Self::Output(_) => None,
         }
     }

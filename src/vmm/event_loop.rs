@@ -15,8 +15,8 @@ use super::save::{self, SaveFiles, SaveMachineError};
 use super::session::Ownership;
 use super::{VmmError, bounded};
 use crate::clock::{Clock, Monotonic, SystemClock};
-use crate::machine::virtio::{FlowCounts, NetCounts};
 use crate::machine::image::WriteImageError;
+use crate::machine::virtio::{FlowCounts, NetCounts};
 use crate::machine::{
     self, BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError,
 };
