@@ -3,9 +3,11 @@
 //! make sense of it. Ordinary code, not mocks: the same [`World`] the agent runs on.
 #![forbid(unsafe_code)]
 
+mod bundles;
 mod disk;
 mod guest;
 mod leases;
+mod manifest;
 mod networks;
 mod records;
 mod vmm;
@@ -80,6 +82,7 @@ struct State {
     /// Connections to guests' agents that are open.
     guest_streams: usize,
     leases: leases::Leases,
+    bundles: bundles::Bundles,
 }
 
 /// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
@@ -136,6 +139,7 @@ impl SimHost {
             boot: guest::BOOT,
             guest_streams: 0,
             leases: leases::Leases::resting_for(REST_NS),
+            bundles: bundles::Bundles::default(),
         };
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }
     }
@@ -278,6 +282,7 @@ impl World for SimWorld {
     type Vmm = SimHost;
     type Disk = SimHost;
     type Networks = SimHost;
+    type Bundles = SimHost;
     type Records = SimHost;
 
     fn clock(&self) -> &SimHost {
@@ -293,6 +298,10 @@ impl World for SimWorld {
     }
 
     fn networks(&self) -> &SimHost {
+        &self.host
+    }
+
+    fn bundles(&self) -> &SimHost {
         &self.host
     }
 

@@ -162,7 +162,7 @@ const FLOORS: &[Floor] = &[
     },
     Floor {
         module: "sim",
-        ours: &["ids", "units", "clock", "report", "saved", "wire", "agent", "sys", "net"],
+        ours: &["ids", "units", "clock", "report", "saved", "wire", "bundle", "agent", "sys", "net"],
         outside: &["tokio", "tokio_util", "hearth_guest_wire", "serde_json", "bytes"],
     },
 ];

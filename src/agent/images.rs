@@ -256,7 +256,7 @@ impl ImageStore {
         }
         // A name that is no image's: what a crash leaves here is never listed, and replaced by the next try.
         let staging = self.dir.join(format!(".{name}.new"));
-        remove_tree(&staging).map_err(failed("staging"))?;
+        file::remove_tree(&staging).map_err(failed("staging"))?;
         file::make_directories(&staging).map_err(failed("staging"))?;
         let made = fill(&staging, import).and_then(|()| {
             std::fs::rename(&staging, &place).map_err(failed("rename"))?;
@@ -264,7 +264,7 @@ impl ImageStore {
         });
         if let Err(error) = made {
             // The first error is the one to tell; the next import of this name tries again.
-            let _ = remove_tree(&staging);
+            let _ = file::remove_tree(&staging);
             return Err(error);
         }
         self.image(name)
@@ -279,17 +279,10 @@ impl ImageStore {
         let failed = |source| ImageError::File { name: name.to_owned(), file: "directory".to_owned(), source };
         match std::fs::symlink_metadata(&place) {
             Ok(found) if found.is_symlink() => std::fs::remove_file(&place).map_err(failed),
-            Ok(_) => remove_tree(&place).map_err(failed),
+            Ok(_) => file::remove_tree(&place).map_err(failed),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ImageError::Unknown { name: name.to_owned() }),
             Err(error) => Err(failed(error)),
         }
-    }
-}
-
-fn remove_tree(path: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
     }
 }
 

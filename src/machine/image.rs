@@ -22,7 +22,7 @@ use vm_memory::{Address, Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemo
 
 use super::dirty::PageRun;
 use super::ram::GuestRam;
-use crate::sys::extent::next_data;
+use crate::sys::sparse::next_data;
 use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
 
 /// Which pages to write.

@@ -14,9 +14,14 @@ use crate::agent::world::{
 };
 use crate::agent::{ProcessRecord, VmRecord};
 use crate::ids::VmId;
-use crate::wire::control::{Answer, InterfaceStatus, LaunchPhases, MachineState, Nonce, Status};
+use crate::wire::control::{
+    Answer, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, Status,
+};
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
+
+/// How long a VMM writes its machine.
+const SAVE_NS: u64 = 5_000_000;
 
 /// A VMM process, alive or ended.
 pub(super) struct Vmm {
@@ -27,6 +32,12 @@ pub(super) struct Vmm {
     pub(super) epoch: u64,
     pub(super) machine: MachineState,
     pub(super) fate: Fate,
+    /// Whether its guest was made from a bundle: it answers at once.
+    pub(super) restored: bool,
+    /// What the guest has in memory: another number each time its vCPUs begin to run.
+    pub(super) memory: u64,
+    /// Until when it writes its machine to files, and answers nobody.
+    pub(super) busy_until_ns: u64,
     /// When the guest agent begins to answer.
     pub(super) answers_at_ns: Option<u64>,
     /// When it ends by itself, and with which words.
@@ -58,6 +69,7 @@ impl State {
         if let Some(vmm) = self.vmms.get_mut(&pid).filter(|vmm| vmm.end.is_none()) {
             vmm.end = Some(end);
             vmm.words = words;
+            self.end_save(pid);
         }
     }
 
@@ -91,6 +103,9 @@ impl State {
             epoch: 0,
             machine: MachineState::Empty,
             fate,
+            restored: false,
+            memory: 0,
+            busy_until_ns: 0,
             answers_at_ns: None,
             ends_at_ns: None,
             end: None,
@@ -102,8 +117,18 @@ impl State {
         pid
     }
 
+    /// How long a VMM still answers nobody.
+    fn busy(&mut self, vm: &VmId) -> Option<Duration> {
+        let now = self.now_ns();
+        let until = self.living(vm)?.busy_until_ns;
+        (until > now).then(|| Duration::from_nanos(until - now))
+    }
+
     fn answer(&mut self, record: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
-        let (now, boot) = (self.now_ns(), self.boot);
+        let (now, boot, memory) = (self.now_ns(), self.boot, self.next_random());
+        if let Ask::Restore(plan) = ask {
+            self.open_bundle(&record.id, &plan.bundle).map_err(|error| AskError::Bundle(error.into()))?;
+        }
         let gone = || AskError::Socket(io::ErrorKind::ConnectionRefused.into());
         let vmm = self.living(&record.id).ok_or_else(gone)?;
         if vmm.nonce != record.nonce {
@@ -132,8 +157,25 @@ impl State {
                 vmm.machine = MachineState::Paused;
                 Ok(Answer::Launched(LaunchPhases::default()))
             }
+            (Ask::Restore(_), MachineState::Empty) => {
+                vmm.machine = MachineState::Paused;
+                vmm.restored = true;
+                Ok(Answer::Launched(LaunchPhases::default()))
+            }
+            (Ask::Save { pages: SavedPages::Changed }, MachineState::Paused) if !vmm.restored => {
+                let reason = "this machine was not made from a memory image".to_owned();
+                Err(AskError::Refused(Refusal::BadRequest { reason }))
+            }
+            (Ask::Save { pages }, MachineState::Paused) => {
+                vmm.busy_until_ns = now.saturating_add(SAVE_NS);
+                let (saved, whole_at) = ((vmm.pid, *pages, vmm.memory), vmm.busy_until_ns);
+                self.begin_save(&record.id, saved, whole_at);
+                Ok(Answer::Saved(SavePhases { memory_bytes: 1 << 20, ..SavePhases::default() }))
+            }
             (Ask::Resume, MachineState::Paused) => {
                 vmm.machine = MachineState::Running;
+                vmm.memory = memory;
+                let boot = if vmm.restored { Duration::ZERO } else { boot };
                 vmm.fate.begin(now, boot, &mut vmm.answers_at_ns, &mut vmm.ends_at_ns);
                 Ok(Answer::Done)
             }
@@ -141,7 +183,10 @@ impl State {
                 vmm.machine = MachineState::Paused;
                 Ok(Answer::Done)
             }
-            (Ask::Launch(_) | Ask::Resume | Ask::Pause | Ask::ReplaceTap { .. }, state) => denied(state),
+            (
+                Ask::Launch(_) | Ask::Restore(_) | Ask::Save { .. } | Ask::Resume | Ask::Pause | Ask::ReplaceTap { .. },
+                state,
+            ) => denied(state),
         }
     }
 }
@@ -206,6 +251,14 @@ impl VmmProcess for SimProcess {
 }
 
 impl SimHost {
+    async fn while_busy(&self, vm: &VmId) {
+        loop {
+            let busy = self.state().busy(vm);
+            let Some(busy) = busy else { return };
+            sleep(busy).await;
+        }
+    }
+
     fn hold(&self, pid: i32) -> SimProcess {
         let start_ticks = u64::try_from(pid).unwrap_or(0);
         SimProcess { host: self.clone(), record: ProcessRecord { pid, start_ticks } }
@@ -236,8 +289,18 @@ impl VmmHost for SimHost {
 
     async fn ask(&self, vm: &VmRecord, epoch: u64, ask: Ask) -> Result<Answer, AskError> {
         self.point(true).await.map_err(AskError::Socket)?;
+        self.while_busy(&vm.id).await;
         let answer = self.state().answer(vm, epoch, &ask);
         self.changed.notify_waiters();
+        if matches!(ask, Ask::Save { .. }) {
+            // The agent may die here, and the answer may get lost: the VMM writes on.
+            self.point(true).await.map_err(AskError::Socket)?;
+            self.while_busy(&vm.id).await;
+            // One that ended meanwhile answers nothing.
+            if answer.is_ok() && self.state().living(&vm.id).is_none() {
+                return Err(AskError::Socket(io::ErrorKind::ConnectionReset.into()));
+            }
+        }
         self.point(false).await.map_err(AskError::Socket)?;
         answer
     }

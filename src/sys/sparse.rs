@@ -24,22 +24,28 @@ const BUFFER_BYTES: usize = 256 << 10;
 pub fn data_ranges(file: &File, length: u64) -> io::Result<Vec<Range<u64>>> {
     let mut ranges: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
-    while at < length {
-        let Some(start) = seek(file, at, Whence::SeekData)? else { break };
-        if start >= length {
-            break;
-        }
-        let end = seek(file, start, Whence::SeekHole)?.unwrap_or(length).min(length);
-        if end <= start {
-            return Err(io::Error::other("the file system says that data ends before it starts"));
-        }
+    while let Some(found) = next_data(file, at, length)? {
+        at = found.end;
         match ranges.last_mut() {
-            Some(last) if last.end == start => last.end = end,
-            Some(_) | None => ranges.push(start..end),
+            Some(last) if last.end == found.start => last.end = found.end,
+            Some(_) | None => ranges.push(found),
         }
-        at = end;
     }
     Ok(ranges)
+}
+
+/// The next range at or after `offset` that the file system holds as data, within `end`; what lies between such ranges
+/// reads as zero (lseek(2), `SEEK_DATA`). Moves the file's offset as well.
+pub fn next_data(file: &File, offset: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+    if offset >= end {
+        return Ok(None);
+    }
+    let Some(start) = seek(file, offset, Whence::SeekData)?.filter(|start| *start < end) else { return Ok(None) };
+    let hole = seek(file, start, Whence::SeekHole)?.unwrap_or(end).min(end);
+    if hole <= start {
+        return Err(io::Error::other("the file system says that data ends before it starts"));
+    }
+    Ok(Some(start..hole))
 }
 
 /// `None`: there is none from `offset` on.
@@ -125,6 +131,19 @@ mod tests {
             "on a file system with holes of a block"
         );
         assert_eq!(data_ranges(&file, 10 * BLOCK).unwrap(), [3 * BLOCK..4 * BLOCK, 9 * BLOCK..10 * BLOCK]);
+    }
+
+    #[test]
+    fn data_lies_between_holes() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        assert_eq!(next_data(&file, 0, 1 << 20).unwrap(), None);
+        file.write_all_at(&[1], 0x8000).unwrap();
+        assert_eq!(next_data(&file, 0, 1 << 20).unwrap(), Some(0x8000..0x9000));
+        assert_eq!(next_data(&file, 0x8800, 1 << 20).unwrap(), Some(0x8800..0x9000));
+        assert_eq!(next_data(&file, 0x8800, 0x8900).unwrap(), Some(0x8800..0x8900));
+        assert_eq!(next_data(&file, 0x9000, 1 << 20).unwrap(), None);
+        assert_eq!(next_data(&file, 0, 0x8000).unwrap(), None);
     }
 
     #[test]
