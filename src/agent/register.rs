@@ -9,10 +9,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::Agent;
 use super::cluster_record::{ClusterRecord, Registered};
-use super::ledger::{NewEvent, Write};
+use super::ledger::{LedgerError, NewEvent, Write};
 use super::record::{Subject, VmRecord};
 use super::registrar::{Admission, RegistrationRefusal, RegistrationWords, admit};
 use super::self_door::OwnError;
+use super::shared::Shared;
 use super::world::{Records, World};
 use crate::clock::{Clock, UnixNanos};
 use crate::ids::VmId;
@@ -83,14 +84,12 @@ impl Drop for Counter<'_> {
 /// What the registrar said, and the VM's record with it.
 pub(super) type Taken = Result<(Admission, VmRecord), RegistrationRefusal>;
 
-/// Decides on a registration: what becomes of the cluster and the VM, and what is written. `tell`: whether a refusal is
-/// worth an event.
+/// Decides on a registration: what becomes of the cluster and the VM, and what is written.
 pub(super) fn take_down(
     cluster: &mut ClusterRecord,
     mut vm: VmRecord,
     words: &RegistrationWords,
     now: UnixNanos,
-    tell: bool,
 ) -> (Taken, Vec<Write>) {
     match admit(cluster, &vm, words) {
         Ok(admission @ Admission::Again { .. }) => (Ok((admission, vm)), Vec::new()),
@@ -101,21 +100,13 @@ pub(super) fn take_down(
             let writes = vec![Write::Vm(Box::new(vm.clone())), registered_event(now, &vm, epoch)];
             (Ok((admission, vm)), writes)
         }
-        Err(refusal) => {
-            let writes = tell.then(|| refused_event(now, &vm, refusal)).into_iter().collect();
-            (Err(refusal), writes)
-        }
+        Err(refusal) => (Err(refusal), Vec::new()),
     }
 }
 
 /// The event of a registration that was taken.
 pub(super) fn registered_event(at: UnixNanos, vm: &VmRecord, epoch: u64) -> Write {
     member_event(at, "member_registered", vm, serde_json::json!({ "epoch": epoch }))
-}
-
-fn refused_event(at: UnixNanos, vm: &VmRecord, refusal: RegistrationRefusal) -> Write {
-    let body = serde_json::json!({ "code": refusal.name(), "reason": refusal.to_string() });
-    member_event(at, "registration_refused", vm, body)
 }
 
 /// An event about a member, with who it is in its cluster.
@@ -127,6 +118,19 @@ pub(super) fn member_event(at: UnixNanos, kind: &'static str, vm: &VmRecord, mut
     }
     let (subject, operation) = (Subject::Vm(vm.id.clone()), vm.operation.clone());
     Write::Event(NewEvent { at, kind, subject, operation, body })
+}
+
+impl<W: World> Shared<W> {
+    /// Tells of a registration that was refused, if the VM has not had many of them.
+    pub(super) async fn tell_refusal(&self, vm: &VmRecord, refusal: RegistrationRefusal) -> Result<(), LedgerError> {
+        if !self.may_tell_denial(&vm.id) {
+            return Ok(());
+        }
+        tracing::warn!(vm = %vm.id, %refusal, "a registration is refused");
+        let body = serde_json::json!({ "code": refusal.name(), "reason": refusal.to_string() });
+        let now = self.world.clock().wall();
+        self.commit(vec![member_event(now, "registration_refused", vm, body)]).await
+    }
 }
 
 impl<W: World> Agent<W> {
@@ -146,18 +150,13 @@ impl<W: World> Agent<W> {
         let Some(member) = record.spec.cluster.clone() else {
             return Err(OwnError::Registration(RegistrationRefusal::NotInCluster));
         };
-        let tell = self.shared.may_tell_denial(vm);
-        let now = self.shared.world.clock().wall();
-        let look = move |cluster: &mut ClusterRecord| match admit(cluster, &record, &words) {
-            Ok(_) => (RegistrationRefusal::NotNow, Vec::new()),
-            Err(refusal) => {
-                let writes = tell.then(|| refused_event(now, &record, refusal)).into_iter().collect();
-                (refusal, writes)
-            }
+        let found = self.shared.world.records().with(move |store| store.cluster(member.cluster.as_str())).await?;
+        let refusal = match found.as_ref().map(|cluster| admit(cluster, &record, &words)) {
+            Some(Err(refusal)) => refusal,
+            Some(Ok(_)) => RegistrationRefusal::NotNow,
+            None => RegistrationRefusal::NotInCluster,
         };
-        let looked = self.shared.world.records().with(move |store| store.change_cluster(&member.cluster, look)).await;
-        let (refusal, last) = looked?;
-        self.shared.wake_readers(last);
+        self.shared.tell_refusal(&record, refusal).await?;
         Err(OwnError::Registration(refusal))
     }
 }

@@ -1,5 +1,6 @@
 //! The API over a simulated host, in real time, on a real socket.
 
+mod clusters;
 mod sessions;
 
 use std::sync::Arc;

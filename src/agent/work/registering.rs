@@ -97,11 +97,12 @@ impl<W: World> Work<W> {
                 _ = hurry.wait_for(|hurry| *hurry) => return Err(Outcome::Hurried),
                 end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
                 said = &mut saying => Next::Said(said),
-                knock = counter.next() => Next::Knock(knock),
                 () = &mut deadline => {
                     let last = last.unwrap_or_else(|| "it asked for nothing".to_owned());
                     return Err(not_registered(&format!("it did not register within {} s: {last}", limit.as_secs())));
                 }
+                // Last: a guest that asks without end gets no longer by it.
+                knock = counter.next() => Next::Knock(knock),
             };
             match next {
                 Next::Knock(Knock { words, reply }) => {
@@ -140,8 +141,7 @@ impl<W: World> Work<W> {
     /// Has the registrar's word on a registration in the ledger.
     async fn take(&mut self, cluster: &ClusterRecord, words: RegistrationWords) -> Result<Taken, Outcome> {
         let (id, vm, now) = (cluster.id.clone(), self.record.clone(), self.shared.world.clock().wall());
-        let tell = self.shared.may_tell_denial(&vm.id);
-        let take = move |cluster: &mut ClusterRecord| take_down(cluster, vm, &words, now, tell);
+        let take = move |cluster: &mut ClusterRecord| take_down(cluster, vm, &words, now);
         let taken = self.shared.world.records().with(move |store| store.change_cluster(&id, take)).await;
         let (taken, last) = taken.map_err(|error| match error {
             LedgerError::Cluster(ClusterRefusal::Unknown) => not_registered("its cluster is gone"),
@@ -150,7 +150,7 @@ impl<W: World> Work<W> {
         self.shared.wake_readers(last);
         match &taken {
             Ok((_, vm)) => self.record = vm.clone(),
-            Err(refusal) => tracing::warn!(vm = %self.record.id, %refusal, "a registration is refused"),
+            Err(refusal) => self.shared.tell_refusal(&self.record, *refusal).await.map_err(Outcome::Broken)?,
         }
         Ok(taken)
     }
