@@ -4,6 +4,7 @@
 
 mod bench;
 mod bundle;
+mod cluster;
 mod session;
 mod value;
 mod vm;
@@ -16,6 +17,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use bench::{BenchCloneArgs, BenchLaunchArgs, BenchSource};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
@@ -102,6 +104,9 @@ pub enum ClientCommand {
     /// Sessions: VMs that may talk to each other, and what they may reach
     #[command(subcommand)]
     Session(SessionCommand),
+    /// Clusters: VMs that register, and run what they are given
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Bundles: guests frozen once, launched any number of times in milliseconds
     #[command(subcommand)]
     Bundle(BundleCommand),
