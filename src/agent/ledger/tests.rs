@@ -4,7 +4,7 @@ use super::*;
 use crate::agent::config::Uids;
 use crate::agent::effect::Effect;
 use crate::agent::record::StepState;
-use crate::agent::vm_state::Goal;
+use crate::agent::vm_state::{Goal, VmState};
 use crate::sys::file;
 
 pub(super) fn vm(number: u8, name: &str) -> VmRecord {

@@ -28,7 +28,7 @@ use crate::report::chain;
 const SINCE_VERSION: u16 = 3;
 
 /// Time until a guest whose agent did not answer is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Longest time a guest takes for one try to reach a registrar elsewhere, and hear of it.
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(10);
