@@ -8,6 +8,7 @@
 
 mod admit;
 mod bundle_door;
+mod bundle_names;
 mod bundles;
 mod calculation_record;
 mod calculation_run;
@@ -134,6 +135,7 @@ impl<W: World> Agent<W> {
         tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
         shared.set_conflict("configuration", recover::moved_fabric(&shared.config, &vms)).await?;
         network::start(&shared).await;
+        recover::sweep_saved(&shared, &operations).await;
         for vm in vms {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));

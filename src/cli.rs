@@ -2,6 +2,7 @@
 //! A word that cannot be right is refused here, with exit code 2 and before anything is touched.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod bundle;
 mod cluster;
 mod session;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
+pub use bench::{BenchCloneArgs, BenchLaunchArgs, BenchSource};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
@@ -260,6 +262,12 @@ pub enum BenchCommand {
     /// Boot VMs and print where the time and memory go
     #[command(after_help = BENCH_BOOT_HELP)]
     Boot(BenchBootArgs),
+    /// Launch VMs from a bundle, one after the other, and print where the time goes
+    #[command(after_help = bench::LAUNCH_HELP)]
+    Launch(BenchLaunchArgs),
+    /// Launch many VMs from a bundle at once, and print what each takes of time and memory
+    #[command(after_help = bench::CLONE_HELP)]
+    Clone(BenchCloneArgs),
 }
 
 const BENCH_BOOT_HELP: &str = "\

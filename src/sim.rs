@@ -44,6 +44,8 @@ pub struct Faults {
     pub odd_guest_permille: u64,
     /// The agent dies at exactly this point, counted from the start of its life.
     pub crash_at_point: Option<u64>,
+    /// The effect fails at exactly this point, if one can fail there.
+    pub fail_at_point: Option<u64>,
 }
 
 /// A host that outlives its agents. Clones are the same host.
@@ -252,7 +254,7 @@ impl SimHost {
             state.points += 1;
             let faults = state.faults;
             let crash = faults.crash_at_point == Some(state.points) || state.roll(faults.crash_permille);
-            let fail = may_fail && state.roll(faults.fail_permille);
+            let fail = may_fail && (faults.fail_at_point == Some(state.points) || state.roll(faults.fail_permille));
             state.crashed |= crash;
             (state.crashed, fail)
         };

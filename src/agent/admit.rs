@@ -79,8 +79,8 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
     let _ = host;
     let (disks, network_limits) = (request.disks.clone(), request.network_limits);
     let interfaces = interfaces(shape.interfaces)?;
-    if let Some((build, order)) = &request.build {
-        check_build(build, order.name.as_deref())?;
+    if let Some((build, _)) = &request.build {
+        check_build(build)?;
     }
     ports(&request.published, vms)?;
     Ok(VmSpec {
@@ -137,13 +137,8 @@ const MARKER_BYTES_MAX: usize = 256;
 /// Longest time a guest may be warmed up, in seconds.
 const WARMUP_S_MAX: u32 = 24 * 3600;
 
-fn check_build(build: &BuildSpec, name: Option<&str>) -> Result<(), LaunchError> {
+fn check_build(build: &BuildSpec) -> Result<(), LaunchError> {
     let wrong = |reason: String| Err(LaunchError::Build { reason });
-    if let Some(name) = name
-        && !is_name(name)
-    {
-        return Err(LaunchError::BundleName { name: name.to_owned() });
-    }
     let BuildSpec { warmup, ready_marker, timeout_s } = build;
     if let Some(length) = warmup.as_ref().map(String::len)
         && !(1..=WARMUP_BYTES_MAX).contains(&length)
@@ -238,74 +233,4 @@ fn disks(asked: &[DiskSpec], vms: &[std::sync::Arc<VmRecord>]) -> Result<(), Lau
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clock::UnixNanos;
-    use crate::units::{FlowLimits, NetLimits, Rate};
-
-    fn image() -> Image {
-        Image {
-            name: "demo".to_owned(),
-            digest: String::new(),
-            kernel_bytes: 1,
-            initrd_bytes: None,
-            command_line: String::new(),
-            memory_mib_min: 64,
-            created_at: UnixNanos(0),
-        }
-    }
-
-    fn request() -> LaunchRequest {
-        LaunchRequest { image: "demo".to_owned(), ..LaunchRequest::default() }
-    }
-
-    fn decide(request: &LaunchRequest, image: &Image) -> Result<VmSpec, LaunchError> {
-        let host = HostFacts { memory_bytes: 1 << 30, memory_available_bytes: 1 << 30, ..HostFacts::default() };
-        let limits = Limits::default();
-        admit(request, &Facts { limits: &limits, host: &host, image, bundle: None, additions: "", vms: &[] })
-    }
-
-    #[test]
-    fn limits_hold_at_their_edges() {
-        for (vcpus, fits) in [(0, false), (1, true), (32, true), (33, false), (1000, false)] {
-            assert_eq!(decide(&LaunchRequest { vcpus: Some(vcpus), ..request() }, &image()).is_ok(), fits, "{vcpus}");
-        }
-        for (memory_mib, fits) in [(0, false), (63, false), (64, true), (768, true), (769, false), (u64::MAX, false)] {
-            assert_eq!(
-                decide(&LaunchRequest { memory_mib: Some(memory_mib), ..request() }, &image()).is_ok(),
-                fits,
-                "{memory_mib}"
-            );
-        }
-        let room = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX - "console=ttyS0 ".len();
-        for (length, fits) in [(room, true), (room + 1, false)] {
-            let image = Image { command_line: "x".repeat(length), ..image() };
-            assert_eq!(decide(&request(), &image).is_ok(), fits, "{length}");
-        }
-    }
-
-    #[test]
-    fn limits_nobody_can_mean_are_refused() {
-        for (per_s, fits) in [(0, false), (1_000_000, true), (u64::MAX, false)] {
-            let rx = FlowLimits { bytes: Some(Rate::bytes(per_s, None)), frames: None };
-            let network_limits = NetLimits { rx, ..NetLimits::default() };
-            let decided = decide(&LaunchRequest { network_limits, ..request() }, &image());
-            assert_eq!(decided.as_ref().ok().map(|spec| spec.network_limits), fits.then_some(network_limits));
-        }
-    }
-
-    #[test]
-    fn a_disk_is_written_by_one_vm_only() {
-        let disk = |path: &str, read_only| DiskSpec { path: path.to_owned(), read_only };
-        for (disks, fits) in [
-            (vec![disk("/a", false)], true),
-            (vec![disk("a", false)], false),
-            (vec![disk("/a", true), disk("/a", true)], true),
-            (vec![disk("/a", true), disk("/a", false)], false),
-            (vec![disk("/a", true); DISKS_MAX], true),
-            (vec![disk("/a", true); DISKS_MAX + 1], false),
-        ] {
-            assert_eq!(decide(&LaunchRequest { disks, ..request() }, &image()).is_ok(), fits);
-        }
-    }
-}
+mod tests;

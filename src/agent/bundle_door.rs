@@ -8,12 +8,12 @@ use futures_util::future::BoxFuture;
 use super::Agent;
 use super::bundles::{BundleError, BundleListed, BundleView};
 use super::door::{Door, VmError};
-use super::images::is_name;
 use super::launch::{Key, LaunchError, LaunchRequest, Launched};
-use super::ledger::LedgerError;
+use super::ledger::{LedgerError, Store};
 use super::record::{BuildSpec, BundleOrder, OperationRecord, VmRecord};
 use super::vm_actor::Verb;
-use super::world::{VmBundles, World, random_array};
+use super::vm_state::Goal;
+use super::world::{Records, VmBundles, World, random_array};
 use crate::bundle::Verified;
 use crate::clock::Clock;
 use crate::ids::{BundleId, VmId};
@@ -84,20 +84,6 @@ pub trait BundleDoor: Send + Sync + 'static {
 }
 
 impl<W: World> Agent<W> {
-    /// Whether no bundle has this name.
-    pub(super) async fn bundle_name_is_free(&self, name: Option<&str>) -> Result<(), LaunchError> {
-        let Some(name) = name else { return Ok(()) };
-        if !is_name(name) {
-            return Err(LaunchError::BundleName { name: name.to_owned() });
-        }
-        let listed = self.shared.world.bundles().list().await.map_err(LaunchError::Bundle)?;
-        let taken = listed.iter().any(|one| match one {
-            BundleListed::Readable(view) => view.manifest.name.as_deref() == Some(name),
-            BundleListed::Unreadable { .. } => false,
-        });
-        if taken { Err(LaunchError::BundleNameTaken { name: name.to_owned() }) } else { Ok(()) }
-    }
-
     async fn operation_of(&self, vm: &VmRecord) -> Result<Option<OperationRecord>, LedgerError> {
         match &vm.operation {
             Some(id) => self.operation(id.as_str()).await,
@@ -105,7 +91,27 @@ impl<W: World> Agent<W> {
         }
     }
 
+    /// The operation that an earlier request with this key began and nobody was told of: the VM may be gone since.
+    async fn built_before(&self, key: Option<&Key>) -> Result<Option<OperationRecord>, LedgerError> {
+        let Some(key) = key else { return Ok(None) };
+        let row = self.key_row(key).await?;
+        match row.filter(|row| row.body_hash == key.body_hash && row.answer.is_none()) {
+            Some(row) => self.build_of(&row.object).await,
+            None => Ok(None),
+        }
+    }
+
+    /// The operation that makes, or made, a bundle of a VM that was booted for that.
+    async fn build_of(&self, vm: &str) -> Result<Option<OperationRecord>, LedgerError> {
+        let operations = self.shared.world.records().with(|store: &mut Store| store.operations()).await?;
+        let is_build = |operation: &OperationRecord| operation.goal == Goal::Build && operation.vm.as_str() == vm;
+        Ok(operations.into_iter().find(is_build))
+    }
+
     async fn build(&self, request: BuildRequest) -> Result<BundleWork, LaunchError> {
+        if let Some(operation) = self.built_before(request.key.as_ref()).await.map_err(LaunchError::Ledger)? {
+            return Ok(BundleWork::Operation(Box::new(operation)));
+        }
         let BuildRequest { name, image, vcpus, memory_mib, interfaces, build, key } = request;
         let order =
             BundleOrder { name, parent: None, bundle: None, pause_us: None, memory_bytes: None, quiesced: None };
@@ -122,7 +128,7 @@ impl<W: World> Agent<W> {
         match self.launch_vm(launch).await? {
             Launched::Answered(answer) => Ok(BundleWork::Answered(answer)),
             Launched::Vm(vm) => {
-                let operation = self.operation_of(&vm).await.map_err(LaunchError::Ledger)?;
+                let operation = self.build_of(vm.id.as_str()).await.map_err(LaunchError::Ledger)?;
                 Ok(BundleWork::Operation(Box::new(operation.ok_or(LaunchError::Ending)?)))
             }
         }
@@ -130,7 +136,7 @@ impl<W: World> Agent<W> {
 
     async fn take_snapshot(&self, word: &str, request: SnapshotRequest) -> Result<OperationRecord, VmError> {
         let handle = self.find(word)?;
-        self.bundle_name_is_free(request.name.as_deref()).await.map_err(VmError::Snapshot)?;
+        self.shared.bundle_name_is_free(request.name.as_deref()).await?;
         let parent = if request.diff {
             let parent = handle.record.borrow().spec.bundle.clone();
             Some(parent.ok_or_else(|| VmError::NoParent { vm: handle.id.to_string() })?)
@@ -208,6 +214,8 @@ impl<W: World> BundleDoor for Agent<W> {
     ) -> BoxFuture<'a, Result<BundleView, BundleError>> {
         async move {
             let bundle = self.shared.world.bundles().find(word).await?.id;
+            self.shared.bundle_name_is_free(name.as_deref()).await?;
+            let _held = self.shared.hold_bundle_name(name.as_deref(), |_| false).await?;
             let random = random_array(&self.shared.world);
             let random = random.map_err(|source| BundleError::Host { what: "read randomness", source })?;
             let token = format!("compact-{}", VmId::from_random(random));

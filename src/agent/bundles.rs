@@ -3,8 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
+use super::ledger::LedgerError;
 use super::record::{BundleOrder, OperationRecord, VmRecord};
 use crate::bundle::admit::Incompatible;
+use crate::bundle::manifest::Provenance;
 use crate::bundle::{
     CommitError, CompactError, FindError, Manifest, OpenBundleError, ReadBundleError, RemoveError, StoreError,
     VerifyError,
@@ -82,6 +84,21 @@ pub enum BundleError {
     /// The store does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Not a name.
+    #[error("{name:?} is not a name of a bundle: 1 to 63 of a-z, 0-9 and -, starting with a letter")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// Another bundle has this name, or is about to get it.
+    #[error("there is a bundle named {name:?} already, or one is being made")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// What is being made could not be read.
+    #[error(transparent)]
+    Ledger(LedgerError),
     /// VMs run from it.
     #[error("bundle {bundle} is used by {vms} VMs")]
     InUse {
@@ -114,7 +131,9 @@ impl BundleError {
             Self::Remove(error) => error.retry(),
             Self::Compact(error) => error.retry(),
             Self::Store(error) => error.retry(),
+            Self::Ledger(error) => error.retry(),
             Self::NothingSaved { .. } => Retry::Never,
+            Self::Name { .. } | Self::NameTaken { .. } => Retry::WithChange,
             Self::NoFacts | Self::InUse { .. } | Self::Host { .. } => Retry::Later,
         }
     }
@@ -131,4 +150,12 @@ pub struct CommitOrder {
     pub order: BundleOrder,
     /// The guest agent's protocol.
     pub agent_protocol: u16,
+}
+
+impl CommitOrder {
+    /// Whether this bundle was made of what this order saved, by an agent that ended before it recorded that.
+    pub fn made(&self, manifest: &Manifest) -> bool {
+        let Provenance { source_vm, built_at, .. } = &manifest.provenance;
+        source_vm.as_ref() == Some(&self.vm.id) && *built_at == self.operation.created_at
+    }
 }

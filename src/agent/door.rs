@@ -67,9 +67,6 @@ pub enum VmError {
     /// No bundle is made of it.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    /// The bundle's name is not possible, or taken.
-    #[error(transparent)]
-    Snapshot(LaunchError),
     /// What became of it could not be read.
     #[error(transparent)]
     Ledger(LedgerError),
@@ -108,7 +105,6 @@ impl VmError {
             Self::Verb(error) => error.retry(),
             Self::Exec(error) => error.retry(),
             Self::Bundle(error) => error.retry(),
-            Self::Snapshot(error) => error.retry(),
             Self::Ledger(error) => error.retry(),
             Self::NoParent { .. } => Retry::WithChange,
             Self::Guest(_) | Self::Console { .. } | Self::History { .. } => Retry::Later,

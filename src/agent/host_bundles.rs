@@ -88,13 +88,9 @@ impl HostBundles {
 
     /// The bundle that was already made of what this order saved: the agent ended between the commit and its record.
     fn made_before(&self, order: &CommitOrder) -> Result<Option<BundleView>, BundleError> {
-        let made = |manifest: &Manifest| {
-            let Provenance { source_vm, built_at, .. } = &manifest.provenance;
-            source_vm.as_ref() == Some(&order.vm.id) && *built_at == order.operation.created_at
-        };
         let listed = self.store.list()?.into_iter();
         let mut found = listed.filter_map(|Listed { id, manifest }| Some((id, manifest.ok()?)));
-        Ok(found.find(|(_, manifest)| made(manifest)).map(|(id, manifest)| self.view(id, manifest)))
+        Ok(found.find(|(_, manifest)| order.made(manifest)).map(|(id, manifest)| self.view(id, manifest)))
     }
 
     fn commit_blocking(&self, order: &CommitOrder, facts: &HostFacts) -> Result<BundleView, BundleError> {

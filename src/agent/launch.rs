@@ -124,18 +124,9 @@ pub enum LaunchError {
         /// What the bundle has.
         frozen: u64,
     },
-    /// Not a label.
-    #[error("{name:?} is not a name of a bundle: 1 to 63 of a-z, 0-9 and -")]
-    BundleName {
-        /// What was given.
-        name: String,
-    },
-    /// A bundle has this name.
-    #[error("there is a bundle named {name:?} already")]
-    BundleNameTaken {
-        /// The name.
-        name: String,
-    },
+    /// The bundle to build cannot have its name.
+    #[error(transparent)]
+    BundleToBuild(BundleError),
     /// Nobody can mean this.
     #[error("{reason}")]
     Build {
@@ -330,14 +321,12 @@ impl LaunchError {
             | Self::Port { .. }
             | Self::PortTaken { .. }
             | Self::BundleShape { .. }
-            | Self::BundleName { .. }
-            | Self::BundleNameTaken { .. }
             | Self::Build { .. }
             | Self::ExecutorId { .. }
             | Self::ExecutorTaken { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
-            Self::Bundle(error) => error.retry(),
+            Self::Bundle(error) | Self::BundleToBuild(error) => error.retry(),
             Self::Session(error) => error.retry(),
             Self::Cluster(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
@@ -366,7 +355,11 @@ impl<W: World> Agent<W> {
         }
         let disk = self.shared.world.disk();
         let image = match &bundle {
-            Some((_, manifest)) => image_of(manifest),
+            Some((id, manifest)) => {
+                // It may have been removed since; from here on nobody can, as removals wait for the admission as well.
+                self.shared.world.bundles().find(id.as_str()).await.map_err(LaunchError::Bundle)?;
+                image_of(manifest)
+            }
             None => disk.image(&request.image).await.map_err(LaunchError::Image)?,
         };
         let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
@@ -377,7 +370,8 @@ impl<W: World> Agent<W> {
         let facts = Facts { limits, host: &host, image: &image, bundle, additions: &additions, vms: &vms };
         let spec = admit(&request, &facts)?;
         if let Some((_, order)) = &request.build {
-            self.bundle_name_is_free(order.name.as_deref()).await?;
+            let free = self.shared.bundle_name_is_free(order.name.as_deref()).await;
+            free.map_err(LaunchError::BundleToBuild)?;
         }
         for one in &spec.disks {
             let checked = disk.check_disk(one).await;

@@ -292,7 +292,7 @@ impl Store {
         let epoch: i64 = self.connection.query_row(epoch, [], |row| row.get(0))?;
         Ok(Loaded {
             vms: rows::vms(&self.connection)?,
-            operations: rows::operations(&self.connection, "WHERE state = 'running' ORDER BY rowid", u32::MAX)?,
+            operations: self.unfinished()?,
             epoch: epoch.cast_unsigned(),
             last_event: rows::last_event(&self.connection)?,
         })
@@ -334,6 +334,11 @@ impl Store {
     /// The newest operations, newest first.
     pub fn operations(&self) -> Result<Vec<OperationRecord>, LedgerError> {
         rows::operations(&self.connection, "ORDER BY rowid DESC", 1000)
+    }
+
+    /// The operations that are not ended, oldest first.
+    pub fn unfinished(&self) -> Result<Vec<OperationRecord>, LedgerError> {
+        rows::operations(&self.connection, "WHERE state = 'running' ORDER BY rowid", u32::MAX)
     }
 
     /// The lowest uid from `base` on that is neither in use nor in quarantine, among `count`.
@@ -431,4 +436,4 @@ const fn state_word(state: OperationState) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -11,7 +11,7 @@ use super::record::{OperationRecord, OperationState, StepState, VmRecord};
 use super::session_record::NetworkRecord;
 use super::shared::Shared;
 use super::vm_state::{Goal, VmState};
-use super::world::{Records, VmDisk, VmmHost, VmmProcess, World};
+use super::world::{Records, VmBundles, VmDisk, VmmHost, VmmProcess, World};
 use crate::clock::Clock;
 use crate::ids::VmId;
 use crate::net::address::Parts;
@@ -55,7 +55,8 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
             Plan::Continue(operation)
         }
         (VmState::Running | VmState::Paused, None) => Plan::Rest,
-        (state, None) if state.has_ended() => Plan::Rest,
+        // What was there to become a bundle is forgotten, whatever became of it.
+        (state, None) if state.has_ended() && vm.spec.build.is_none() => Plan::Rest,
         (_, None) => Plan::Clean,
     }
 }
@@ -71,6 +72,20 @@ fn was_done(operation: &OperationRecord, effect: Effect) -> bool {
 
 const fn makes_a_bundle(goal: Goal) -> bool {
     matches!(goal, Goal::Build | Goal::Snapshot)
+}
+
+/// Removes what earlier agents saved and no operation is going to make a bundle of. Before any VM saves anything.
+pub(super) async fn sweep_saved<W: World>(shared: &Shared<W>, unfinished: &[OperationRecord]) {
+    if let Err(error) = shared.world.bundles().sweep(still_to_commit(unfinished)).await {
+        tracing::warn!(error = %crate::report::chain(&error), "cannot sweep what was saved by an earlier agent");
+    }
+}
+
+/// The VMs whose machine is saved, with a bundle still to be made of it: [`plan`] continues these.
+fn still_to_commit(unfinished: &[OperationRecord]) -> Vec<VmId> {
+    let is_saved =
+        |operation: &&OperationRecord| makes_a_bundle(operation.goal) && was_done(operation, Effect::SaveMachine);
+    unfinished.iter().filter(is_saved).map(|operation| operation.vm.clone()).collect()
 }
 
 /// Ends operations whose VM's record is gone: the removal had done all but record its own end.
@@ -151,3 +166,6 @@ async fn remove_unknown<W: World>(shared: &Arc<Shared<W>>, id: &VmId) -> std::io
     }
     shared.world.disk().remove(id).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{Notify, mpsc, watch};
 
+use super::bundle_names::BundleNames;
 use super::calculations::Calculations;
 use super::cluster_record::ClusterRecord;
 use super::config::Config;
@@ -49,6 +50,8 @@ pub(crate) struct Shared<W: World> {
     /// Guests that ask about themselves.
     pub(super) asking: Asking,
     pub(crate) traffic: Traffic,
+    /// Names of bundles that are being committed.
+    pub(super) bundle_names: BundleNames,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -81,6 +84,7 @@ impl<W: World> Shared<W> {
             peers: Peers::default(),
             asking: Asking::new(),
             traffic: Traffic::default(),
+            bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }

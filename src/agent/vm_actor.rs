@@ -292,6 +292,8 @@ impl<W: World> VmActor<W> {
     fn new_operation(&self, goal: Goal, then_remove: bool, next: &Step) -> OperationRecord {
         // An id only has to differ from others; the zeros of a host without randomness are refused by the ledger.
         let random = random_array(&self.shared.world).unwrap_or_default();
+        // A VM that is there to become a bundle is of no use once it has ended, however it did.
+        let then_remove = then_remove || self.record.spec.build.is_some();
         operation_for(
             &self.record,
             OperationId::from_random(random),
@@ -368,6 +370,7 @@ impl<W: World> VmActor<W> {
             self.shared.commit(writes).await?;
             self.over = true;
             self.answer_asker(None);
+            self.dismiss();
             return Ok(());
         }
         self.conclude(operation, event).await
@@ -421,6 +424,18 @@ impl<W: World> VmActor<W> {
         self.shared.metrics.operation_ended(operation.goal, state);
         if matches!(operation.goal, Goal::Launch | Goal::Enlist) && state == OperationState::Succeeded {
             self.shared.metrics.launched(&self.record.timings);
+        }
+    }
+
+    /// The VM is gone, which is what those who asked for its end wanted. The others learn of it by the end of their reply.
+    fn dismiss(&mut self) {
+        self.inbox.close();
+        let waiting = self.waiting.drain(..).chain(std::iter::from_fn(|| self.inbox.try_recv().ok()));
+        for Request { verb, reply } in waiting {
+            if matches!(verb, Verb::Stop { .. } | Verb::Remove { .. }) {
+                // Whoever asked may have gone.
+                let _ = reply.send(Ok(Arc::new(self.record.clone())));
+            }
         }
     }
 
@@ -486,9 +501,6 @@ impl<W: World> VmActor<W> {
 
     /// Says Hello to a VMM that was found, so that it serves this agent's epoch and no earlier one's any more.
     async fn greet_vmm(&mut self) {
-        if self.process.is_none() {
-            return;
-        }
         match self.shared.world.vmm().ask(&self.record, self.shared.epoch, Ask::Status).await {
             Ok(_) => tracing::info!(vm = %self.record.id, state = self.record.state.name(), "adopted"),
             // It may answer later; until then verbs on it fail and say why.
@@ -502,9 +514,6 @@ impl<W: World> VmActor<W> {
     /// Takes over the jail of a VM that runs; what is not as it should be is made so. A VM whose network cannot be seen
     /// to goes on without: the next try comes with the next change there.
     async fn see_to_network(&mut self) {
-        if !self.record.state.holds_resources() {
-            return;
-        }
         if let Err(error) = self.shared.world.networks().open(&self.record).await {
             let error = crate::report::chain(&error);
             tracing::warn!(vm = %self.record.id, error, "the network of a VM that runs is not as it should be");
@@ -515,12 +524,15 @@ impl<W: World> VmActor<W> {
     /// Continues what an earlier agent left: performs unfinished effects again, or sees to a VMM that ended meanwhile.
     async fn recover(&mut self, recovered: Recovered) -> Result<(), LedgerError> {
         self.process = self.look_for_vmm().await;
+        // A guest that is not on its way up or down has its network, whatever else is to be done with it.
+        if matches!(self.record.state, VmState::Running | VmState::Paused | VmState::Saving { .. })
+            && self.process.is_some()
+        {
+            self.greet_vmm().await;
+            self.see_to_network().await;
+        }
         match super::recover::plan(&self.record, recovered.operation, self.process.is_some()) {
-            super::recover::Plan::Rest => {
-                self.greet_vmm().await;
-                self.see_to_network().await;
-                Ok(())
-            }
+            super::recover::Plan::Rest => Ok(()),
             super::recover::Plan::Continue(operation) => {
                 if self.record.state == VmState::Registering {
                     // Its network is open already, and its programs may register by it.
@@ -536,11 +548,11 @@ impl<W: World> VmActor<W> {
                 self.conclude(operation, Some(Event::WorkFailed { cause })).await
             }
             super::recover::Plan::Clean => {
-                let gone = self.record.state == VmState::Gone;
+                let forgets = !self.record.state.holds_resources();
                 let (event, goal) =
-                    if gone { (Event::RemoveAsked, Goal::Remove) } else { (Event::KillAsked, Goal::Stop) };
+                    if forgets { (Event::RemoveAsked, Goal::Remove) } else { (Event::KillAsked, Goal::Stop) };
                 let Ok(next) = step(&self.record.state, &event) else { return Ok(()) };
-                let cleaning = self.new_operation(goal, gone, &next);
+                let cleaning = self.new_operation(goal, forgets, &next);
                 self.turn(next, Vec::new(), Some(&cleaning)).await?;
                 self.perform(cleaning, Duration::ZERO, None);
                 Ok(())

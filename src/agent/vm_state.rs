@@ -8,6 +8,7 @@
 //!
 //! launching ─in a cluster─▶ registering ─▶ running        running, paused ─snapshot─▶ saving ─▶ as before
 //! ```
+//! What is asked of a VM that is `saving` waits until that is over.
 //! A VM that a bundle is built from is launched, warmed up, saved and stopped by one list of effects; it is forgotten
 //! afterwards.
 //!

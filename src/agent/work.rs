@@ -112,7 +112,7 @@ impl<W: World> Work<W> {
             }
             let effect = self.operation.steps[index].effect;
             let begun = self.now();
-            let before = self.record.clone();
+            let (before, made_before) = (self.record.clone(), self.operation.makes.clone());
             let performed = self.perform(effect).await;
             let took = self.now().since(begun);
             let (state, note) = match &performed {
@@ -126,8 +126,13 @@ impl<W: World> Work<W> {
             }
             let step = StepRecord { effect, state, took_us, note };
             tracing::debug!(vm = %self.record.id, step = effect.name(), ?took, done = performed.is_ok(), "step");
-            let mut writes = vec![Write::Step { operation: self.operation.id.clone(), index, step: step.clone() }];
-            self.operation.steps[index] = step;
+            self.operation.steps[index] = step.clone();
+            let mut writes = if self.operation.makes == made_before {
+                vec![Write::Step { operation: self.operation.id.clone(), index, step }]
+            } else {
+                // What is known of the bundle is recorded with the step that found it out: it is not done again.
+                vec![Write::Operation(Box::new(self.operation.clone()))]
+            };
             if self.record != before {
                 self.record.revision += 1;
                 writes.push(Write::Vm(Box::new(self.record.clone())));

@@ -140,7 +140,6 @@ impl From<VmError> for ApiError {
             VmError::Exec(error) => error.into(),
             VmError::Guest(error) => error.into(),
             VmError::Bundle(error) => error.into(),
-            VmError::Snapshot(error) => error.into(),
             VmError::Ledger(error) => error.into(),
             VmError::NoParent { .. } => Self::new(StatusCode::CONFLICT, "no_parent", message, Retry::WithChange),
             VmError::Console { .. } => Self::new(StatusCode::BAD_GATEWAY, "no_console", message, Retry::Later),
@@ -199,6 +198,9 @@ impl From<BundleError> for ApiError {
             BundleError::InUse { .. } => {
                 (StatusCode::CONFLICT, "bundle_in_use", Some("remove its VMs first: `hearth vm ls`"))
             }
+            BundleError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name", None),
+            BundleError::NameTaken { .. } => (StatusCode::CONFLICT, "name_taken", Some(listed)),
+            BundleError::Ledger(_) => (StatusCode::SERVICE_UNAVAILABLE, "ledger_failure", None),
             BundleError::Compact(_) => (StatusCode::CONFLICT, "not_compacted", None),
             BundleError::NoFacts => (StatusCode::SERVICE_UNAVAILABLE, "no_host_facts", None),
             BundleError::Find(FindBundleError::Store(_))
@@ -246,8 +248,7 @@ impl From<LaunchError> for ApiError {
                 return Self { status, detail: inner.detail };
             }
             LaunchError::BundleShape { .. } => (StatusCode::CONFLICT, "bundle_differs"),
-            LaunchError::BundleName { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
-            LaunchError::BundleNameTaken { .. } => (StatusCode::CONFLICT, "name_taken"),
+            LaunchError::BundleToBuild(error) => return error.into(),
             LaunchError::Build { .. } => (StatusCode::BAD_REQUEST, "invalid_value"),
             LaunchError::Vcpus { .. } => (StatusCode::BAD_REQUEST, "invalid_vcpus"),
             LaunchError::MemoryTooSmall { .. } => (StatusCode::BAD_REQUEST, "memory_too_small"),

@@ -1,5 +1,6 @@
 //! The API over a simulated host, in real time, on a real socket.
 
+mod bundles;
 mod clusters;
 mod sessions;
 

@@ -92,13 +92,9 @@ impl State {
 
     fn commit_bundle(&mut self, order: &CommitOrder) -> Result<BundleView, BundleError> {
         let vm = &order.vm.id;
-        let made = |manifest: &Manifest| {
-            let provenance = &manifest.provenance;
-            provenance.source_vm.as_ref() == Some(vm) && provenance.built_at == order.operation.created_at
-        };
         let Some(staged) = self.bundles.staged.remove(vm) else {
             let mut committed = self.bundles.committed.iter();
-            let made = committed.find(|(_, manifest)| made(manifest)).map(|(id, _)| id.clone());
+            let made = committed.find(|(_, manifest)| order.made(manifest)).map(|(id, _)| id.clone());
             return self.view(&made.ok_or_else(|| BundleError::NothingSaved { vm: vm.clone() })?);
         };
         if staged.whole_at_ns.is_none_or(|at| at > self.now_ns()) {

@@ -105,6 +105,14 @@ async fn never(stream: &mut DuplexStream) -> bool {
     false
 }
 
+fn shell(argv: &[String]) -> Vec<FromGuest> {
+    let (line, goes_on) = (argv.last().map_or("", String::as_str), argv.len() > 3);
+    let said = line.strip_prefix("echo ").map(|words| FromGuest::Stdout(format!("{words}\n").into_bytes()));
+    let code = if line == "false" { 1 } else { 0 };
+    let exited = (!goes_on).then_some(FromGuest::Exited(Exit::Code(code)));
+    std::iter::once(FromGuest::Started { pid: 2 }).chain(said).chain(exited).collect()
+}
+
 /// Answers one message; whether the connection goes on.
 async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut DuplexStream) -> bool {
     let answers = match message {
@@ -146,6 +154,8 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
             let code = exec.argv.get(1).and_then(|code| code.parse().ok()).unwrap_or(0);
             vec![FromGuest::Started { pid: 2 }, FromGuest::Exited(Exit::Code(code))]
         }
+        // A line for the shell: `true`, `false`, `echo ...`. With a word more it goes on when it has said what it says.
+        ToGuest::Exec(exec) if exec.argv[0] == "sh" => shell(&exec.argv),
         ToGuest::Exec(exec) if exec.argv[0] == "never" => return never(stream).await,
         ToGuest::Exec(exec) if exec.argv[0] == "cat" => vec![FromGuest::Started { pid: 2 }],
         ToGuest::Exec(exec) => vec![FromGuest::Failed { errno: 2, what: format!("start program {}", exec.argv[0]) }],

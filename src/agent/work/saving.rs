@@ -7,7 +7,7 @@ use tokio::io::AsyncReadExt;
 use tokio::time::sleep;
 
 use super::{Outcome, Work, ask_failed, ended, host, micros, unreachable};
-use crate::agent::bundles::CommitOrder;
+use crate::agent::bundles::{BundleView, CommitOrder};
 use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, printable};
 use crate::agent::record::{BuildSpec, BundleOrder};
 use crate::agent::vm_state::FailureCause;
@@ -180,6 +180,10 @@ impl<W: World> Work<W> {
             order: self.order()?.clone(),
             agent_protocol: self.record.guest_protocol.unwrap_or(VERSION),
         };
+        // Another bundle of this name may have come since this one was begun.
+        let ours = |view: &BundleView| order.made(&view.manifest);
+        let held = self.shared.hold_bundle_name(order.order.name.as_deref(), ours).await;
+        let _held = held.map_err(|error| bad_bundle(chain(&error)))?;
         let made = self.shared.world.bundles().commit(order).await.map_err(|error| bad_bundle(chain(&error)))?;
         tracing::info!(vm = %self.record.id, bundle = %made.id, "a bundle is made");
         self.order()?.bundle = Some(made.id);
