@@ -150,12 +150,12 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
             let started = FromGuest::Started { pid: 2 };
             vec![started, FromGuest::Stdout(words.into_bytes()), FromGuest::Exited(Exit::Code(0))]
         }
+        // A line for the shell: `true`, `false`, `echo ...`. With a word more it goes on when it has said what it says.
+        ToGuest::Exec(exec) if exec.argv[0] == "sh" => shell(&exec.argv),
         ToGuest::Exec(exec) if exec.argv[0] == "exit" => {
             let code = exec.argv.get(1).and_then(|code| code.parse().ok()).unwrap_or(0);
             vec![FromGuest::Started { pid: 2 }, FromGuest::Exited(Exit::Code(code))]
         }
-        // A line for the shell: `true`, `false`, `echo ...`. With a word more it goes on when it has said what it says.
-        ToGuest::Exec(exec) if exec.argv[0] == "sh" => shell(&exec.argv),
         ToGuest::Exec(exec) if exec.argv[0] == "never" => return never(stream).await,
         ToGuest::Exec(exec) if exec.argv[0] == "cat" => vec![FromGuest::Started { pid: 2 }],
         ToGuest::Exec(exec) => vec![FromGuest::Failed { errno: 2, what: format!("start program {}", exec.argv[0]) }],

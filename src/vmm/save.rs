@@ -129,6 +129,8 @@ pub(super) fn read_state(state: File) -> Result<Sections, ReadStateError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Seek;
+
     use super::*;
 
     #[test]
@@ -146,7 +148,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         assert!(matches!(read_state(file.try_clone().unwrap()), Err(ReadStateError::Decode(_))));
         file.write_all(b"HEARTHST and something else").unwrap();
-        std::io::Seek::rewind(&mut file).unwrap();
+        file.rewind().unwrap();
         assert!(matches!(read_state(file), Err(ReadStateError::Decode(_))));
     }
 }

