@@ -15,6 +15,7 @@ use super::guest::printable;
 use super::record::VmRecord;
 use super::world::{Records, World};
 use crate::clock::Clock;
+use crate::ids::VmId;
 use crate::report::chain;
 
 /// How long after a calculation's time a guest may take to say that it has killed it.
@@ -94,7 +95,19 @@ impl<W: World> Agent<W> {
                 Ok(ExecExit::TimedOut) => failed(CalculationCause::TimedOut),
                 Err(error) => lost(&format!("its member ended or stopped to answer: {}", chain(&error))),
             },
+            () = self.end_of(&member.id) => lost("its member ended"),
             () = sleep(left + KILL_LIMIT) => lost("its member does not answer any more"),
+        }
+    }
+}
+
+impl<W: World> Agent<W> {
+    /// Waits until a VM holds nothing any more, or is forgotten.
+    async fn end_of(&self, vm: &VmId) {
+        let handle = self.shared.vms().get(vm).cloned();
+        if let Some(mut handle) = handle {
+            // An error means that its actor is gone: so is the VM, or this agent is ending.
+            let _ = handle.record.wait_for(|vm| !vm.state.holds_resources()).await;
         }
     }
 }

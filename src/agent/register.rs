@@ -54,13 +54,9 @@ impl Desk {
         Counter { desk: self, vm: vm.clone(), knocks }
     }
 
-    /// Hands a registration over; gives it back when nobody waits for it.
-    fn knock(&self, vm: &VmId, knock: Knock) -> Result<(), Knock> {
-        let counter = self.counters().get(vm).cloned();
-        match counter {
-            Some(counter) => counter.try_send(knock).map_err(mpsc::error::TrySendError::into_inner),
-            None => Err(knock),
-        }
+    /// Where registrations of a VM are taken, if they are at the moment.
+    fn counter(&self, vm: &VmId) -> Option<mpsc::Sender<Knock>> {
+        self.counters().get(vm).cloned()
     }
 }
 
@@ -136,14 +132,13 @@ impl<W: World> Shared<W> {
 impl<W: World> Agent<W> {
     /// A registration that a program in a guest asks for by the metadata service: the number of it.
     pub(super) async fn register_by_metadata(&self, vm: &VmId, words: RegistrationWords) -> Result<u64, OwnError> {
-        let (reply, answer) = oneshot::channel();
-        let words = match self.shared.desk.knock(vm, Knock { words, reply }) {
-            Ok(()) => {
+        if let Some(counter) = self.shared.desk.counter(vm) {
+            let (reply, answer) = oneshot::channel();
+            if counter.try_send(Knock { words: words.clone(), reply }).is_ok() {
                 let answer = answer.await.unwrap_or(Err(RegistrationRefusal::NotNow));
                 return answer.map_err(OwnError::Registration);
             }
-            Err(knock) => knock.words,
-        };
+        }
         // Nobody waits for it, so it is refused: which refusal it is depends on its words.
         let handle = self.shared.vms().get(vm).cloned().ok_or(OwnError::Gone)?;
         let record = handle.record.borrow().clone();

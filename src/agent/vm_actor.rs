@@ -525,8 +525,10 @@ impl<W: World> VmActor<W> {
     async fn recover(&mut self, recovered: Recovered) -> Result<(), LedgerError> {
         self.process = self.look_for_vmm().await;
         // A guest that is not on its way up or down has its network, whatever else is to be done with it.
-        if matches!(self.record.state, VmState::Running | VmState::Paused | VmState::Saving { .. })
-            && self.process.is_some()
+        if matches!(
+            self.record.state,
+            VmState::Registering | VmState::Running | VmState::Paused | VmState::Saving { .. }
+        ) && self.process.is_some()
         {
             self.greet_vmm().await;
             self.see_to_network().await;
@@ -534,11 +536,6 @@ impl<W: World> VmActor<W> {
         match super::recover::plan(&self.record, recovered.operation, self.process.is_some()) {
             super::recover::Plan::Rest => Ok(()),
             super::recover::Plan::Continue(operation) => {
-                if self.record.state == VmState::Registering {
-                    // Its network is open already, and its programs may register by it.
-                    self.greet_vmm().await;
-                    self.see_to_network().await;
-                }
                 self.perform(operation, Duration::ZERO, None);
                 Ok(())
             }

@@ -39,7 +39,7 @@ fn a_launch_asks_for_what_was_said() {
     assert!(output(command).status.success());
     let data = fake.directory().canonicalize().expect("a directory").join("data.img");
     let wanted = json!({
-        "image": "demo", "name": "db", "vcpus": 2, "memory_mib": 512, "wait": "none",
+        "name": "db", "vcpus": 2, "memory_mib": 512, "wait": "none",
         "session": "etl", "addressing": "invariant",
         "disks": [{"path": data, "read_only": false}, {"path": "/b.img", "read_only": true}],
         "network_limits": {

@@ -2,7 +2,7 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 7] = ["vm", "session", "image", "operation", "events", "host", "bench"];
+const NOUNS: [&str; 9] = ["vm", "session", "cluster", "bundle", "image", "operation", "events", "host", "bench"];
 
 #[test]
 fn wrong_words_are_usage_errors() {
@@ -82,7 +82,7 @@ fn help_shows_what_there_is_and_nothing_else() {
     for noun in NOUNS {
         assert!(help.lines().any(|line| line.trim_start().starts_with(noun)), "no {noun} in {help}");
     }
-    for later in ["bundle", "volume", "migration", "vmm"] {
+    for later in ["volume", "migration", "vmm"] {
         assert!(!help.lines().any(|line| line.trim_start().starts_with(later)), "{later} in {help}");
     }
     assert!(text(&output(hearth(&["--version"])).stdout).starts_with("hearth "));

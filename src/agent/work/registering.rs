@@ -28,7 +28,7 @@ use crate::report::chain;
 const SINCE_VERSION: u16 = 3;
 
 /// Time until a guest whose agent did not answer is asked again.
-const ASK_AGAIN: Duration = Duration::from_secs(1);
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Longest time a guest takes for one try to reach a registrar elsewhere, and hear of it.
 const ENDPOINT_LIMIT: Duration = Duration::from_secs(10);
@@ -143,9 +143,12 @@ impl<W: World> Work<W> {
         let (id, vm, now) = (cluster.id.clone(), self.record.clone(), self.shared.world.clock().wall());
         let take = move |cluster: &mut ClusterRecord| take_down(cluster, vm, &words, now);
         let taken = self.shared.world.records().with(move |store| store.change_cluster(&id, take)).await;
-        let (taken, last) = taken.map_err(|error| match error {
-            LedgerError::Cluster(ClusterRefusal::Unknown) => not_registered("its cluster is gone"),
-            error => Outcome::Broken(error),
+        let (taken, last) = taken.map_err(|error| {
+            if matches!(error, LedgerError::Cluster(ClusterRefusal::Unknown)) {
+                not_registered("its cluster is gone")
+            } else {
+                Outcome::Broken(error)
+            }
         })?;
         self.shared.wake_readers(last);
         match &taken {
@@ -180,7 +183,16 @@ async fn ask<W: World>(
     match link.request(&ToGuest::Join(join), ANSWER_LIMIT).await? {
         FromGuest::Register(registration) => Ok(Said::Asks(Box::new(link), registration)),
         FromGuest::Joined { epoch } => Ok(Said::Joined(epoch)),
-        _ => Err(GuestError::Unexpected),
+        FromGuest::Hello { .. }
+        | FromGuest::Done
+        | FromGuest::Failed { .. }
+        | FromGuest::Quiesced { .. }
+        | FromGuest::Stats(_)
+        | FromGuest::Started { .. }
+        | FromGuest::Stdout(_)
+        | FromGuest::Stderr(_)
+        | FromGuest::Exited(_)
+        | FromGuest::HooksRan(_) => Err(GuestError::Unexpected),
     }
 }
 
