@@ -146,7 +146,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         assert!(matches!(read_state(file.try_clone().unwrap()), Err(ReadStateError::Decode(_))));
         file.write_all(b"HEARTHST and something else").unwrap();
-        Seek::rewind(&mut file).unwrap();
+        io::Seek::rewind(&mut file).unwrap();
         assert!(matches!(read_state(file), Err(ReadStateError::Decode(_))));
     }
 }
