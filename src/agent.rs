@@ -10,11 +10,21 @@ mod admit;
 mod bundle_door;
 mod bundle_names;
 mod bundles;
+mod calculation_record;
+mod calculation_run;
+mod calculations;
+mod cluster;
+mod cluster_door;
+mod cluster_end;
+mod cluster_error;
+mod cluster_record;
 pub mod config;
 mod door;
 mod effect;
 mod egress;
 mod exec;
+#[cfg(test)]
+mod fixture;
 mod guest;
 mod guest_network;
 mod host_bundles;
@@ -33,6 +43,9 @@ mod network;
 pub mod peers;
 mod record;
 mod recover;
+mod register;
+mod registrar;
+mod relaunch;
 mod self_door;
 mod serve;
 mod session;
@@ -50,6 +63,12 @@ use std::sync::Arc;
 
 pub use bundle_door::{BuildRequest, BundleDoor, BundleWork, SnapshotRequest};
 pub use bundles::{BundleError, BundleListed, BundleView, CommitOrder};
+pub use calculation_record::{CalculationCause, CalculationOutput, CalculationRecord, CalculationState};
+pub use calculations::{CalculationRequest, CalculationTaken};
+pub use cluster::{ClusterCreated, ClusterRequest, ClusterView};
+pub use cluster_door::ClusterDoor;
+pub use cluster_error::{CalculationError, ClusterError};
+pub use cluster_record::{ClusterRecord, ClusterState, Membership, Registered, Token};
 pub use door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, VmStats};
 pub use effect::Effect;
 pub use egress::{Cidr, CidrError, EGRESS_RULES_MAX, Egress, EgressError, EgressRule, Protocol};
@@ -61,13 +80,14 @@ pub use host_world::{HostWorld, OpenHostError};
 pub use images::{Image, ImageError, NAME_BYTES_MAX};
 pub use launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
 pub use ledger::{
-    Claim, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded, LocalLease, NewSession, NumberChoice, SessionRefusal,
-    Store, StoredAnswer, Taken, Write,
+    CalculationChange, Claim, ClusterRefusal, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded, LocalLease, NewSession,
+    NumberChoice, SessionRefusal, Store, StoredAnswer, Taken, Write,
 };
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,
     Remains, StepRecord, StepState, Subject, Timings, VmRecord, VmSpec,
 };
+pub use registrar::{Admission, RegistrationRefusal, RegistrationWords, admit as admit_registration};
 pub use self_door::{
     MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
 };
@@ -126,6 +146,8 @@ impl<W: World> Agent<W> {
         tokio::spawn(recover::sweep(Arc::clone(&shared)));
         let agent = Self { shared, admission: Arc::default() };
         tokio::spawn(agent.clone().end_sessions());
+        tokio::spawn(agent.clone().look_after_clusters());
+        tokio::spawn(agent.clone().give_out_calculations());
         Ok(agent)
     }
 

@@ -2,7 +2,9 @@
 //! A word that cannot be right is refused here, with exit code 2 and before anything is touched.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod bundle;
+mod cluster;
 mod session;
 mod value;
 mod vm;
@@ -13,7 +15,9 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
+pub use bench::{BenchCloneArgs, BenchLaunchArgs, BenchSource};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
@@ -100,6 +104,9 @@ pub enum ClientCommand {
     /// Sessions: VMs that may talk to each other, and what they may reach
     #[command(subcommand)]
     Session(SessionCommand),
+    /// Clusters: VMs that register, and run what they are given
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Bundles: guests frozen once, launched any number of times in milliseconds
     #[command(subcommand)]
     Bundle(BundleCommand),
@@ -255,6 +262,12 @@ pub enum BenchCommand {
     /// Boot VMs and print where the time and memory go
     #[command(after_help = BENCH_BOOT_HELP)]
     Boot(BenchBootArgs),
+    /// Launch VMs from a bundle, one after the other, and print where the time goes
+    #[command(after_help = bench::LAUNCH_HELP)]
+    Launch(BenchLaunchArgs),
+    /// Launch many VMs from a bundle at once, and print what each takes of time and memory
+    #[command(after_help = bench::CLONE_HELP)]
+    Clone(BenchCloneArgs),
 }
 
 const BENCH_BOOT_HELP: &str = "\

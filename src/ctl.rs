@@ -7,7 +7,9 @@
 
 mod bench;
 mod bundle;
+mod calculation;
 mod call;
+mod cluster;
 mod console;
 mod event;
 mod exec;
@@ -32,6 +34,7 @@ use crate::cli::{ClientCommand, Global, HostCommand, VmCommand};
 pub use bench::BenchError;
 pub use bundle::BundleError;
 pub use call::CallError;
+pub use cluster::ClusterError;
 pub use console::ConsoleError;
 pub use event::EventsError;
 pub use exec::ExecError;
@@ -78,6 +81,8 @@ pub enum Error {
     Bundle(#[from] BundleError),
     /// `image import`.
     Import(#[from] ImportError),
+    /// `cluster`.
+    Cluster(#[from] ClusterError),
     /// `session`.
     Session(#[from] SessionError),
     /// `events`.
@@ -101,6 +106,7 @@ impl Error {
             Self::Console(error) => error.advice(),
             Self::Bundle(error) => error.advice(),
             Self::Import(error) => error.advice(),
+            Self::Cluster(error) => error.advice(),
             Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
             Self::Probe(error) => error.advice(),
@@ -114,6 +120,7 @@ impl Error {
         match self {
             Self::Launch(LaunchError::Interrupted { .. })
             | Self::Bundle(BundleError::Interrupted { .. })
+            | Self::Cluster(ClusterError::Interrupted { .. })
             | Self::Bench(BenchError::Interrupted) => EXIT_INTERRUPTED,
             Self::Call(_)
             | Self::Output(_)
@@ -122,6 +129,7 @@ impl Error {
             | Self::Console(_)
             | Self::Bundle(_)
             | Self::Import(_)
+            | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
             | Self::Probe(_)
@@ -138,12 +146,14 @@ impl Error {
             Self::Import(ImportError::Output(error)) | Self::Probe(ProbeError::Output(error)) => error.is_unread(),
             Self::Bench(BenchError::Output(error)) | Self::Exec(ExecError::Output(error)) => error.is_unread(),
             Self::Session(SessionError::Output(error)) | Self::Bundle(BundleError::Output(error)) => error.is_unread(),
+            Self::Cluster(ClusterError::Output(error)) => error.is_unread(),
             Self::Call(_)
             | Self::Launch(_)
             | Self::Exec(_)
             | Self::Console(_)
             | Self::Bundle(_)
             | Self::Import(_)
+            | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
             | Self::Probe(_)
@@ -186,6 +196,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Bundle(command) => bundle::run(agent, out, command).await?,
         ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
         ClientCommand::Session(command) => session::run(agent, out, command).await?,
+        ClientCommand::Cluster(command) => return Ok(cluster::run(agent, out, command).await?),
         ClientCommand::Image(command) => image::run(agent, out, command).await?,
         ClientCommand::Operation(command) => operation::run(agent, out, command).await?,
         ClientCommand::Events(args) => event::run(agent, out, args).await?,

@@ -148,6 +148,14 @@ id!(
     SessionId, "s-", from_random: ID_RANDOM_BYTES
 );
 id!(
+    /// A cluster: VMs that register under a name each, and are given calculations.
+    ClusterId, "c-", from_random: ID_RANDOM_BYTES
+);
+id!(
+    /// A calculation: a program that runs in some member of a cluster.
+    CalculationId, "calc-", from_random: ID_RANDOM_BYTES
+);
+id!(
     /// A bundle: a guest frozen once. The bytes are the first of its manifest's blake3 digest.
     BundleId, "b-", from_digest: ID_DIGEST_BYTES
 );

@@ -10,6 +10,7 @@ mod leases;
 mod manifest;
 mod networks;
 mod records;
+mod registrar;
 mod vmm;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,6 +27,7 @@ use crate::clock::{Clock, Monotonic, UnixNanos};
 use crate::ids::VmId;
 
 pub use guest::Fate;
+pub use registrar::Manners;
 pub use vmm::SimProcess;
 
 /// Where virtual wall time begins: a round number of seconds in the year 2026.
@@ -84,6 +86,7 @@ struct State {
     /// Connections to guests' agents that are open.
     guest_streams: usize,
     leases: leases::Leases,
+    registrar: registrar::Registrar,
     bundles: bundles::Bundles,
 }
 
@@ -96,10 +99,12 @@ impl State {
         self.base_ns.saturating_add(u64::try_from(lived.as_nanos()).unwrap_or(u64::MAX))
     }
 
-    /// Notes what must never be of addresses and session numbers.
-    fn look_at_leases(&mut self) {
+    /// Notes what must never be in the ledger.
+    fn look_at_ledger(&mut self) {
         let now_ns = self.now_ns();
         let wrong = self.leases.look(&self.store, now_ns);
+        self.violations.extend(wrong);
+        let wrong = self.registrar.look(&self.store);
         self.violations.extend(wrong);
     }
 
@@ -141,6 +146,7 @@ impl SimHost {
             boot: guest::BOOT,
             guest_streams: 0,
             leases: leases::Leases::resting_for(REST_NS),
+            registrar: registrar::Registrar::default(),
             bundles: bundles::Bundles::default(),
         };
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }

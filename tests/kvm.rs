@@ -9,6 +9,7 @@
 
 mod kvm {
     pub(crate) mod adoption;
+    pub(crate) mod bundles;
     pub(crate) mod console;
     pub(crate) mod devices;
     pub(crate) mod ends;
@@ -16,6 +17,7 @@ mod kvm {
     pub(crate) mod fabric;
     pub(crate) mod fixture;
     pub(crate) mod jail;
+    pub(crate) mod lab;
     pub(crate) mod many;
     pub(crate) mod network;
     pub(crate) mod outside;
@@ -23,6 +25,7 @@ mod kvm {
     pub(crate) mod probe;
     pub(crate) mod refusals;
     pub(crate) mod terminal;
+    pub(crate) mod unfit;
 }
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -61,6 +64,13 @@ const TESTS: &[Test] = &[
     ("bad_requests_are_refused", kvm::refusals::bad_requests_are_refused),
     ("second_agent_is_refused", kvm::refusals::second_agent_is_refused),
     ("agent_killed_while_vms_run_is_followed_by_one_that_serves_them", kvm::adoption::next_agent_serves_running_vms),
+    ("bundle_ten_clones_are_ten_others", kvm::bundles::ten_clones_are_ten_others),
+    (
+        "bundle_snapshots_hold_what_was_there_and_differences_build_on_them",
+        kvm::bundles::snapshots_hold_what_was_there_and_differences_build_on_them,
+    ),
+    ("bundle_ten_cycles_lose_nothing_under_load", kvm::bundles::ten_cycles_lose_nothing_under_load),
+    ("network_hosts_say_what_is_wrong", kvm::unfit::hosts_say_what_is_wrong),
     (
         "network_sessions_reach_across_hosts_and_nothing_else",
         kvm::network::sessions_reach_across_hosts_and_nothing_else,

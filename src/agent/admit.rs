@@ -93,6 +93,8 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         interfaces,
         bundle: bundle.map(|(id, _)| id.clone()),
         build: request.build.as_ref().map(|(build, _)| build.clone()),
+        // Known once the VM has an id.
+        cluster: None,
     })
 }
 

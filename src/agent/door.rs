@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::bundle_door::BundleDoor;
 use super::bundles::BundleError;
+use super::cluster_door::ClusterDoor;
 use super::exec::{AnyStream, ExecError, ExecSession, ExecSpec};
 use super::guest::GuestError;
 use super::images::{Image, ImageError};
@@ -173,7 +174,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor + BundleDoor {
+pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

@@ -37,6 +37,8 @@ struct Shared {
     numbers: Mutex<Numbers>,
     changes: Mutex<Option<mpsc::Receiver<NetworkChange>>>,
     pool: usize,
+    /// Held while a jail is made ahead.
+    making: tokio::sync::Mutex<()>,
     /// Ends with this.
     _watcher: Watcher,
 }
@@ -52,6 +54,8 @@ struct Numbers {
     filling: BTreeSet<u16>,
     /// A task that fills is on its way.
     is_filling: bool,
+    /// No more are made ahead.
+    is_ending: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -87,7 +91,8 @@ impl HostNetworks {
         let watcher = Watcher::start(Arc::clone(&network), Box::new(report))
             .map_err(|source| OpenNetworkError::Namespace { what: "start watching the network".to_owned(), source })?;
         let (numbers, changes) = (Mutex::default(), Mutex::new(Some(changes)));
-        Ok(Self(Arc::new(Shared { network, numbers, changes, pool, _watcher: watcher })))
+        let making = tokio::sync::Mutex::default();
+        Ok(Self(Arc::new(Shared { network, numbers, changes, pool, making, _watcher: watcher })))
     }
 
     async fn blocking<T: Send + 'static>(
@@ -115,27 +120,33 @@ impl HostNetworks {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(FILL_DELAY).await;
+                let _making = networks.0.making.lock().await;
                 let Some(number) = networks.begin_filling() else { return };
                 let made = networks.settle(number, 1, None).await;
-                let mut numbers = lock(&networks.0.numbers);
-                numbers.filling.remove(&number);
-                match made {
-                    Ok(()) => numbers.ready.push_back(number),
-                    Err(error) => {
-                        tracing::warn!(error = %crate::report::chain(&error), "cannot make a jail ahead");
-                        numbers.is_filling = false;
-                        return;
+                if let Err(error) = &made {
+                    tracing::warn!(error = %crate::report::chain(error), "cannot make a jail ahead");
+                    if let Err(error) =
+                        networks.blocking(move |network| network.remove_jail(number)).await.and_then(result)
+                    {
+                        tracing::warn!(error = %crate::report::chain(&error), "cannot remove the half of it");
                     }
                 }
+                let mut numbers = lock(&networks.0.numbers);
+                numbers.filling.remove(&number);
+                if made.is_err() {
+                    numbers.is_filling = false;
+                    return;
+                }
+                numbers.ready.push_back(number);
             }
         });
     }
 
-    /// A number for a jail to make ahead; `None` when there are enough.
+    /// A number for a jail to make ahead; `None` when there are enough, or no more are wanted.
     fn begin_filling(&self) -> Option<u16> {
         let there = self.0.network.jails().unwrap_or_default();
         let mut numbers = lock(&self.0.numbers);
-        let enough = numbers.ready.len() >= self.0.pool;
+        let enough = numbers.is_ending || numbers.ready.len() >= self.0.pool;
         let free = (0..JAILS_MAX).rev().find(|number| !there.contains(number) && !numbers.taken.contains(number));
         match free.filter(|_| !enough) {
             Some(number) => {
@@ -183,6 +194,9 @@ impl VmNetworks for HostNetworks {
     }
 
     async fn end(&self) -> Result<(), NetworkError> {
+        lock(&self.0.numbers).is_ending = true;
+        // One that is being made is finished first.
+        let _making = self.0.making.lock().await;
         let ready: Vec<u16> = lock(&self.0.numbers).ready.drain(..).collect();
         let settled = self.blocking(move |network| {
             let mut settled = Settled::default();

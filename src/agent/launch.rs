@@ -5,14 +5,18 @@ use std::sync::Arc;
 
 use super::admit::{Facts, admit};
 use super::bundles::BundleError;
+use super::cluster::Place;
+use super::cluster_error::ClusterError;
+use super::cluster_record::{EXECUTOR_BYTES_MAX, called};
 use super::config::FabricConfig;
 use super::images::{Image, ImageError};
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
 use super::record::{BuildSpec, BundleOrder, DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::register::member_event;
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_error::{SessionError, join_refused};
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
-use super::shared::{operation_event, vm_event};
+use super::shared::{cluster_event, operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Origin, Step, VmState, step};
 use super::world::{Records, VmBundles, VmDisk, VmNetworks, World, random_array, random_nonce};
@@ -56,6 +60,13 @@ pub struct LaunchRequest {
     pub published: Vec<PublishedPort>,
     /// How many network interfaces it gets; one when nothing is said.
     pub interfaces: Option<u8>,
+    /// Cluster to join: its id, the start of it, or its name. With an executor id alone: the one of its session, or
+    /// the host's.
+    pub cluster: Option<String>,
+    /// Who it is in its cluster; its own id when nothing is said.
+    pub executor_id: Option<String>,
+    /// The member that did not register, with its attempt, when it is launched instead of one.
+    pub replaces: Option<(VmId, u8)>,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
 }
@@ -250,6 +261,23 @@ pub enum LaunchError {
     /// Published ports need a session.
     #[error("published ports without a session lead nowhere: name a session")]
     PublishedWithoutSession,
+    /// The cluster does not take it.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// Not an executor id.
+    #[error("{found:?} is not an executor id: 1 to {EXECUTOR_BYTES_MAX} of a-z, A-Z, 0-9, `.`, `_` and `-`")]
+    ExecutorId {
+        /// What was given.
+        found: String,
+    },
+    /// A living member has it.
+    #[error("cluster {cluster} has a living member {executor_id:?}")]
+    ExecutorTaken {
+        /// The executor id.
+        executor_id: String,
+        /// The cluster.
+        cluster: String,
+    },
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
@@ -294,10 +322,13 @@ impl LaunchError {
             | Self::PortTaken { .. }
             | Self::BundleShape { .. }
             | Self::Build { .. }
+            | Self::ExecutorId { .. }
+            | Self::ExecutorTaken { .. }
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Bundle(error) | Self::BundleToBuild(error) => error.retry(),
             Self::Session(error) => error.retry(),
+            Self::Cluster(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
                 Retry::Later
             }
@@ -352,11 +383,14 @@ impl<W: World> Agent<W> {
             None if !request.published.is_empty() => return Err(LaunchError::PublishedWithoutSession),
             None => None,
         };
-        let record = self.reserve(&request, spec).await?;
+        let place = self.place(&request, session.as_ref().map(|(session, _)| session)).await?;
+        let mut record = self.reserve(&request, spec).await?;
+        record.spec.cluster = place.as_ref().map(|place| place.membership(&record.id));
+        let goal = if place.is_some() { Goal::Enlist } else { Goal::Launch };
         let (origin, goal) = match (&record.spec.build, &record.spec.bundle) {
             (Some(_), _) => (Origin::Build, Goal::Build),
-            (None, Some(_)) => (Origin::Bundle, Goal::Launch),
-            (None, None) => (Origin::Image, Goal::Launch),
+            (None, Some(_)) => (Origin::Bundle, goal),
+            (None, None) => (Origin::Image, goal),
         };
         let next = step(&record.state, &Event::LaunchAsked(origin)).map_err(|_| LaunchError::Ending)?;
         let makes = request.build.map(|(_, order)| order);
@@ -364,7 +398,7 @@ impl<W: World> Agent<W> {
         let fabric = self.shared.config.fabric.clone();
         let now = self.shared.world.clock().wall();
         let published = request.published;
-        let draft = Draft { record, next, goal, makes, fabric, addressing, published, now, key: request.key };
+        let draft = Draft { record, next, goal, makes, fabric, place, addressing, published, now, key: request.key };
         let networks = self.shared.world.networks();
         let used = vms.iter().map(|vm| vm.jail).collect();
         let jail = networks.take(&used);
@@ -419,6 +453,7 @@ impl<W: World> Agent<W> {
             // Both come with the record's transaction.
             jail: 0,
             network: None,
+            registration: None,
             nonce: random_nonce(world).map_err(random)?,
             process: None,
             operation: None,
@@ -446,9 +481,11 @@ impl<W: World> Agent<W> {
             now: draft.now,
         };
         let name = draft.record.name.clone();
+        let place = draft.place.clone();
         let admit = move |store: &mut Store| store.admit_vm(&claim, |grant| draft.admitted(grant, id));
         let ((record, operation), last) = match self.shared.world.records().with(admit).await {
             Ok(admitted) => admitted,
+            Err(LedgerError::Taken { what: Taken::Executor }) => return Err(executor_taken(place)),
             Err(error) => return Err(not_admitted(error, session.as_ref(), name)),
         };
         self.shared.wake_readers(last);
@@ -481,6 +518,7 @@ struct Draft {
     goal: Goal,
     makes: Option<BundleOrder>,
     fabric: Option<FabricConfig>,
+    place: Option<Place>,
     addressing: Addressing,
     published: Vec<PublishedPort>,
     now: UnixNanos,
@@ -490,7 +528,7 @@ struct Draft {
 impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { mut record, next, goal, makes, fabric, addressing, published, now, key } = self;
+        let Self { mut record, next, goal, makes, fabric, place, addressing, published, now, key } = self;
         record.jail = grant.jail;
         let member = fabric.zip(grant.member);
         record.network =
@@ -506,6 +544,9 @@ impl Draft {
             vm_event(now, &record),
             operation_event(now, &operation),
         ];
+        if let Some(place) = place {
+            writes.extend(joined(&record, place, now));
+        }
         if let Some(Key { key, route, body_hash }) = key {
             let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
             let object = record.id.to_string();
@@ -513,6 +554,22 @@ impl Draft {
         }
         ((record, operation), writes)
     }
+}
+
+/// What is written of a VM's place in its cluster.
+fn joined(record: &VmRecord, place: Place, now: UnixNanos) -> Vec<Write> {
+    let Place { cluster, is_new, replaces, .. } = place;
+    let mut writes = Vec::new();
+    if is_new {
+        writes.push(cluster_event(now, "cluster_created", &cluster));
+        writes.push(Write::NewCluster(Box::new(cluster)));
+    }
+    if let Some((vm, _)) = replaces {
+        let body = serde_json::json!({ "replaces": vm });
+        writes.push(member_event(now, "member_relaunched", record, body));
+        writes.push(Write::Relaunched { vm, successor: Some(record.id.clone()) });
+    }
+    writes
 }
 
 /// A VM's place in its session.
@@ -535,6 +592,11 @@ fn network(
         egress: session.egress.clone(),
         published,
     }
+}
+
+fn executor_taken(place: Option<Place>) -> LaunchError {
+    let cluster = place.as_ref().map(|place| called(&place.cluster)).unwrap_or_default();
+    LaunchError::ExecutorTaken { executor_id: place.and_then(|place| place.executor_id).unwrap_or_default(), cluster }
 }
 
 fn not_admitted(error: LedgerError, session: Option<&(SessionRecord, u32)>, name: Option<String>) -> LaunchError {

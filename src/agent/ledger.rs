@@ -4,6 +4,8 @@
 //! Whatever changes together is one [`Store::commit`], so an event and the change it tells of are there both or not
 //! at all. Intent comes before the act: an operation and its steps are committed before the first step is performed.
 
+mod calculations;
+mod clusters;
 mod rows;
 mod schema;
 mod sessions;
@@ -13,12 +15,15 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
+use super::cluster_record::ClusterRecord;
 use super::record::{EventRecord, OperationRecord, OperationState, StepRecord, Subject, VmRecord};
 use super::session_record::SessionRecord;
 use crate::clock::UnixNanos;
 use crate::ids::{OperationId, VmId};
 use crate::report::Retry;
 
+pub use calculations::CalculationChange;
+pub use clusters::ClusterRefusal;
 pub use sessions::{Claim, Grant, LocalLease, NewSession, NumberChoice, SessionRefusal};
 
 /// Events that are kept; older ones are dropped. A client that polls once a minute at ten events a second misses none.
@@ -89,6 +94,9 @@ pub enum LedgerError {
     /// A session, or a VM in one, is not taken or given up.
     #[error("use the session")]
     Session(#[from] SessionRefusal),
+    /// A cluster, or a calculation for one, is not taken or given up.
+    #[error("use the cluster")]
+    Cluster(#[from] ClusterRefusal),
     /// The thread that owns the ledger has ended.
     #[error("the ledger is closed")]
     Closed,
@@ -103,6 +111,10 @@ pub enum Taken {
     Uid,
     /// A VM's jail.
     Jail,
+    /// An executor id among the living members of a cluster.
+    Executor,
+    /// The one launch anew of a member.
+    Relaunch,
     /// An idempotency key.
     Key,
 }
@@ -113,6 +125,8 @@ impl std::fmt::Display for Taken {
             Self::Name => "the name",
             Self::Uid => "the uid",
             Self::Jail => "the jail",
+            Self::Executor => "the executor id",
+            Self::Relaunch => "the launch anew",
             Self::Key => "the idempotency key",
         })
     }
@@ -126,7 +140,8 @@ impl LedgerError {
             | Self::Newer { .. }
             | Self::Damaged { .. }
             | Self::Taken { .. }
-            | Self::Session(_) => Retry::WithChange,
+            | Self::Session(_)
+            | Self::Cluster(_) => Retry::WithChange,
             Self::Open { .. } | Self::Sql(_) | Self::Closed => Retry::Later,
             Self::Row { .. } => Retry::Never,
         }
@@ -176,6 +191,16 @@ pub enum Write {
     },
     /// A session that is there, whole.
     Session(Box<SessionRecord>),
+    /// A cluster that was not there; fails when its name is in use.
+    NewCluster(Box<ClusterRecord>),
+    /// A member that did not register was launched anew as `successor`, or is given up; fails when that was written
+    /// before.
+    Relaunched {
+        /// The one that did not register.
+        vm: VmId,
+        /// The one launched instead.
+        successor: Option<VmId>,
+    },
     /// A create with an idempotency key began; fails when the key is known.
     Key(KeyRow),
     /// The answer to a create with an idempotency key.
@@ -283,13 +308,7 @@ impl Store {
 
     /// Writes all or nothing. Returns the number of the last event.
     pub fn commit(&mut self, writes: &[Write]) -> Result<u64, LedgerError> {
-        let transaction = self.connection.transaction()?;
-        for write in writes {
-            apply(&transaction, write)?;
-        }
-        let last = rows::last_event(&transaction)?;
-        transaction.commit()?;
-        Ok(last)
+        finish(self.connection.transaction()?, writes)
     }
 
     /// All VMs, oldest first.
@@ -357,11 +376,22 @@ impl Store {
     }
 }
 
+/// Writes the rest of a transaction. Returns the number of the last event.
+fn finish(transaction: Transaction<'_>, writes: &[Write]) -> Result<u64, LedgerError> {
+    for write in writes {
+        apply(&transaction, write)?;
+    }
+    let last = rows::last_event(&transaction)?;
+    transaction.commit()?;
+    Ok(last)
+}
+
 fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
     match write {
         Write::Vm(vm) => rows::put_vm(to, vm),
         Write::NoVm(id) => {
             to.execute("DELETE FROM vms WHERE id = ?1", [id.as_str()])?;
+            to.execute("DELETE FROM relaunches WHERE vm = ?1", [id.as_str()])?;
             Ok(())
         }
         Write::Operation(operation) => rows::put_operation(to, operation),
@@ -376,6 +406,8 @@ fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
         }
         Write::ReleaseLocal { vm, quarantine_until } => sessions::release(to, vm, *quarantine_until),
         Write::Session(session) => sessions::update(to, session),
+        Write::NewCluster(cluster) => clusters::insert(to, cluster),
+        Write::Relaunched { vm, successor } => clusters::relaunched(to, vm, successor.as_ref()),
         Write::Key(key) => rows::put_key(to, key),
         Write::Answer { key, route, answer } => {
             let put = "UPDATE idempotency SET status = ?3, answer = ?4 WHERE key = ?1 AND route = ?2";

@@ -44,8 +44,13 @@ async fn follow<W: World>(shared: Arc<Shared<W>>) {
         let vm = change.jail.and_then(|jail| of_jail(&shared, jail));
         let subject = vm.as_ref().map_or(Subject::Host, |vm| Subject::Vm(vm.id.clone()));
         let NetworkChange { jail, steps, failures } = change;
-        tracing::warn!(%subject, ?steps, ?failures, "the network was changed by somebody else");
-        let kind = if failures.is_empty() { "network_healed" } else { "network_failed" };
+        let kind = if failures.is_empty() {
+            tracing::warn!(%subject, ?steps, "the network was changed by somebody else, and is as it should be");
+            "network_healed"
+        } else {
+            tracing::warn!(%subject, ?steps, ?failures, "the network is not as it should be");
+            "network_failed"
+        };
         let event = NewEvent {
             at: shared.world.clock().wall(),
             kind,

@@ -5,11 +5,12 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::cluster_record::{Membership, Registered};
 use super::effect::Effect;
 use super::session_record::NetworkRecord;
 use super::vm_state::{Goal, VmState};
 use crate::clock::UnixNanos;
-use crate::ids::{BundleId, OperationId, ParseIdError, SessionId, VmId};
+use crate::ids::{BundleId, ClusterId, OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
 use crate::units::NetLimits;
 use crate::wire::control::Nonce;
@@ -41,6 +42,9 @@ pub struct VmRecord {
     /// Its place in its session; `None` for a VM without one.
     #[serde(default)]
     pub network: Option<NetworkRecord>,
+    /// Its registration with its cluster, once there is one.
+    #[serde(default)]
+    pub registration: Option<Registered>,
     /// The secret its VMM was started with.
     pub nonce: Nonce,
     /// Its VMM process, once started.
@@ -97,6 +101,9 @@ pub struct VmSpec {
     /// How it becomes a bundle, if it is there for that.
     #[serde(default)]
     pub build: Option<BuildSpec>,
+    /// What it is to its cluster; `None`: it is in none.
+    #[serde(default)]
+    pub cluster: Option<Membership>,
 }
 
 /// How a guest is made ready to become a bundle.
@@ -315,7 +322,9 @@ pub enum Subject {
     Vm(VmId),
     /// A session.
     Session(SessionId),
-    /// This host: what is of no VM or session in particular.
+    /// A cluster.
+    Cluster(ClusterId),
+    /// This host: what is of no VM, session or cluster in particular.
     Host,
 }
 
@@ -327,6 +336,7 @@ impl std::fmt::Display for Subject {
         out.write_str(match self {
             Self::Vm(id) => id.as_str(),
             Self::Session(id) => id.as_str(),
+            Self::Cluster(id) => id.as_str(),
             Self::Host => HOST_WORD,
         })
     }
@@ -339,6 +349,8 @@ impl TryFrom<String> for Subject {
             Ok(Self::Host)
         } else if text.starts_with(SessionId::PREFIX) {
             text.try_into().map(Self::Session)
+        } else if text.starts_with(ClusterId::PREFIX) {
+            text.try_into().map(Self::Cluster)
         } else {
             text.try_into().map(Self::Vm)
         }

@@ -19,6 +19,7 @@ use super::launch::{LaunchError, LaunchRequest, Launched};
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::peers::{MemberBody, MemberOrder, PeerError, PeerLaunch};
 use super::record::{Subject, VmRecord};
+use super::registrar::{RegistrationRefusal, RegistrationWords};
 use super::session::TTL_S_MAX;
 use super::session_error::SessionError;
 use super::session_record::{JAILS_MAX, SessionRecord};
@@ -35,7 +36,7 @@ pub const MEMBERS_AT_ONCE_MAX: u8 = 16;
 /// Longest role in bytes.
 pub const ROLE_BYTES_MAX: usize = 63;
 
-/// Events about refused launches of one VM in [`DENIALS_WINDOW`].
+/// Events about refused launches and registrations of one VM in [`DENIALS_WINDOW`].
 const DENIALS_MAX: u32 = 8;
 
 /// See [`DENIALS_MAX`].
@@ -131,6 +132,9 @@ pub enum OwnError {
     /// Its session is not usable.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// It is not registered like this.
+    #[error(transparent)]
+    Registration(RegistrationRefusal),
     /// The ledger was not read.
     #[error("read the ledger")]
     Ledger(#[from] LedgerError),
@@ -146,6 +150,7 @@ impl OwnError {
             Self::Peer(error) => error.retry(),
             Self::Launch(error) => error.retry(),
             Self::Session(error) => error.retry(),
+            Self::Registration(refusal) => refusal.retry(),
             Self::Ledger(error) => error.retry(),
         }
     }
@@ -161,6 +166,8 @@ pub trait SelfDoor: Send + Sync + 'static {
     fn own_user_data<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<Option<String>, OwnError>>;
     /// The members of its session; none outside sessions.
     fn own_members<'a>(&'a self, vm: &'a VmId) -> BoxFuture<'a, Result<OwnMembers, OwnError>>;
+    /// Registers it with its cluster: the number of the registration. It is not asked which VM it is.
+    fn register_own<'a>(&'a self, vm: &'a VmId, words: RegistrationWords) -> BoxFuture<'a, Result<u64, OwnError>>;
     /// Launches VMs into its session, all or none.
     fn launch_own<'a>(&'a self, vm: &'a VmId, launch: OwnLaunch) -> BoxFuture<'a, Result<OwnLaunched, OwnError>>;
 }
@@ -171,7 +178,7 @@ pub(super) struct Asking {
     offered: Mutex<Option<mpsc::Receiver<MetadataDoor>>>,
     /// VMs that have a launch under way.
     launching: Mutex<BTreeSet<VmId>>,
-    /// Refused launches: since when they are counted, and how many.
+    /// Refused launches and registrations: since when they are counted, and how many.
     denials: Mutex<BTreeMap<VmId, (Monotonic, u32)>>,
     /// The VMs whose service was offered; dropping one's sender ends it.
     served: Mutex<BTreeMap<VmId, watch::Sender<bool>>>,
@@ -239,17 +246,19 @@ impl<W: World> Shared<W> {
         if is_first { Ok(Turn { launching, vm: vm.clone() }) } else { Err(OwnError::Busy) }
     }
 
+    /// Whether a refusal of something a VM asked for is worth an event: it is, if the VM has not had many of them.
+    pub(super) fn may_tell_denial(&self, vm: &VmId) -> bool {
+        let now = self.world.clock().monotonic();
+        let mut denials = self.asking.denials.lock().unwrap_or_else(PoisonError::into_inner);
+        denials.retain(|_, (since, _)| now.since(*since) < DENIALS_WINDOW);
+        let (_, count) = denials.entry(vm.clone()).or_insert((now, 0));
+        *count = count.saturating_add(1);
+        *count <= DENIALS_MAX
+    }
+
     /// Tells of a launch that was refused, if the VM has not had many of them.
     async fn deny(&self, vm: &VmRecord, asked: u32) {
-        let now = self.world.clock().monotonic();
-        let count = {
-            let mut denials = self.asking.denials.lock().unwrap_or_else(PoisonError::into_inner);
-            denials.retain(|_, (since, _)| now.since(*since) < DENIALS_WINDOW);
-            let (_, count) = denials.entry(vm.id.clone()).or_insert((now, 0));
-            *count = count.saturating_add(1);
-            *count
-        };
-        if count > DENIALS_MAX {
+        if !self.may_tell_denial(&vm.id) {
             return;
         }
         let own = vm.network.as_ref().map(|network| u32::from(network.session_network_id));
@@ -427,6 +436,10 @@ impl<W: World> SelfDoor for Agent<W> {
             Ok(OwnMembers { here: self.members(&network.session), elsewhere })
         }
         .boxed()
+    }
+
+    fn register_own<'a>(&'a self, vm: &'a VmId, words: RegistrationWords) -> BoxFuture<'a, Result<u64, OwnError>> {
+        self.register_by_metadata(vm, words).boxed()
     }
 
     fn launch_own<'a>(&'a self, vm: &'a VmId, launch: OwnLaunch) -> BoxFuture<'a, Result<OwnLaunched, OwnError>> {

@@ -40,7 +40,7 @@ const DRAIN_GRACE: Duration = Duration::from_secs(10);
 
 impl<W: World> Agent<W> {
     /// A connection to a guest agent of a VM that runs, its type forgotten.
-    async fn guest_link(&self, vm: &VmRecord) -> Result<GuestLink<AnyStream>, VmError> {
+    pub(super) async fn guest_link(&self, vm: &VmRecord) -> Result<GuestLink<AnyStream>, VmError> {
         if vm.state != VmState::Running {
             return Err(Denied { state: vm.state.clone() }.into());
         }

@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, mpsc, watch};
 
 use super::bundle_names::BundleNames;
+use super::calculations::Calculations;
+use super::cluster_record::ClusterRecord;
 use super::config::Config;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::peers::Peers;
 use super::record::{OperationRecord, Subject, VmRecord};
+use super::register::Desk;
 use super::self_door::Asking;
 use super::session_record::SessionRecord;
 use super::traffic::Traffic;
@@ -36,6 +39,12 @@ pub(crate) struct Shared<W: World> {
     conflicts: watch::Sender<BTreeMap<String, String>>,
     /// A session has come that may have to end.
     pub(crate) sessions_changed: Notify,
+    /// Counts the changes of VMs' records that can be seen: those who wait for some VM to be somehow look again.
+    pub(crate) vms_changed: watch::Sender<u64>,
+    /// Registrations that come by the metadata service.
+    pub(super) desk: Desk,
+    /// What members of clusters do.
+    pub(super) calculations: Calculations,
     /// The other hosts of the fabric.
     pub(super) peers: Peers,
     /// Guests that ask about themselves.
@@ -69,6 +78,9 @@ impl<W: World> Shared<W> {
             metrics: Metrics::new(),
             conflicts: watch::Sender::default(),
             sessions_changed: Notify::new(),
+            vms_changed: watch::Sender::new(0),
+            desk: Desk::default(),
+            calculations: Calculations::default(),
             peers: Peers::default(),
             asking: Asking::new(),
             traffic: Traffic::default(),
@@ -80,6 +92,11 @@ impl<W: World> Shared<W> {
     /// The VMs there are. Held for look-ups only, never across a wait.
     pub(crate) fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, VmHandle>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A VM's record is another than before, or gone.
+    pub(crate) fn note_vm_change(&self) {
+        self.vms_changed.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     /// Writes all or nothing and wakes the readers of events.
@@ -179,6 +196,12 @@ pub(super) fn operation_event(at: UnixNanos, operation: &OperationRecord) -> Wri
         operation: Some(operation.id.clone()),
         body: serde_json::json!({ "state": operation.state.name(), "goal": operation.goal, "error": error }),
     })
+}
+
+/// The event of something that happened to a cluster.
+pub(super) fn cluster_event(at: UnixNanos, kind: &'static str, cluster: &ClusterRecord) -> Write {
+    let body = serde_json::json!({ "state": cluster.state.name(), "name": cluster.name });
+    Write::Event(NewEvent { at, kind, subject: Subject::Cluster(cluster.id.clone()), operation: None, body })
 }
 
 /// The event of something that happened to a session.

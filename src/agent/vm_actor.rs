@@ -156,6 +156,8 @@ struct VmActor<W: World> {
     asker: Option<(Verb, Reply)>,
     /// Why what they asked for failed, while that is taken back.
     failed: Option<OperationError>,
+    /// When its launch was asked for, if that was asked of this agent.
+    launch_asked_at: Option<Monotonic>,
     over: bool,
 }
 
@@ -176,6 +178,7 @@ pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: 
         hurry: watch::Sender::new(false),
         asker: None,
         failed: None,
+        launch_asked_at: None,
         over: false,
     };
     tokio::spawn(actor.run(begin));
@@ -188,11 +191,15 @@ impl<W: World> VmActor<W> {
             self.shared.declare_broken(&error);
         }
         self.shared.vms().remove(&self.record.id);
+        self.shared.note_vm_change();
     }
 
     async fn live(&mut self, begin: Begin) -> Result<(), LedgerError> {
         match begin {
-            Begin::Launch(operation, asked_at) => self.perform(operation, Duration::ZERO, Some(asked_at)),
+            Begin::Launch(operation, asked_at) => {
+                self.launch_asked_at = Some(asked_at);
+                self.perform(operation, Duration::ZERO, Some(asked_at));
+            }
             Begin::Recover(recovered) => self.recover(*recovered).await?,
         }
         while !self.over {
@@ -319,6 +326,7 @@ impl<W: World> VmActor<W> {
         }
         self.shared.commit(writes).await?;
         self.published.send_replace(Arc::new(self.record.clone()));
+        self.shared.note_vm_change();
         Ok(())
     }
 
@@ -383,7 +391,8 @@ impl<W: World> VmActor<W> {
         if let Some(more) = more {
             self.failed = operation.error;
             // Whoever waits is answered when it is as it was before, or nothing but the record is left.
-            self.perform(more, Duration::ZERO, None);
+            let asked_at = self.launch_asked_at.filter(|_| more.goal == Goal::Register);
+            self.perform(more, Duration::ZERO, asked_at);
             return Ok(());
         }
         let failed = self.failed.take();
@@ -525,6 +534,11 @@ impl<W: World> VmActor<W> {
         match super::recover::plan(&self.record, recovered.operation, self.process.is_some()) {
             super::recover::Plan::Rest => Ok(()),
             super::recover::Plan::Continue(operation) => {
+                if self.record.state == VmState::Registering {
+                    // Its network is open already, and its programs may register by it.
+                    self.greet_vmm().await;
+                    self.see_to_network().await;
+                }
                 self.perform(operation, Duration::ZERO, None);
                 Ok(())
             }

@@ -29,6 +29,7 @@ use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
 use crate::wire::refusal::Refusal;
 
+mod registering;
 mod saving;
 
 /// Time between two tries to reach a guest that boots. The VMM answers at once whether something listens in the guest,
@@ -202,7 +203,7 @@ impl<W: World> Work<W> {
             Effect::SaveMachine => self.save_machine().await,
             Effect::DiscardSaved => self.discard_saved().await,
             Effect::CommitBundle => self.commit_bundle().await,
-            Effect::Register => Ok(()),
+            Effect::Register => self.register().await,
             Effect::GreetGuest => self.greet_guest().await,
             Effect::SetGuestClock => self.set_guest_clock().await,
             Effect::ShutDownGuest => self.shut_down_guest().await,

@@ -1,6 +1,7 @@
 //! Records of the agent → bodies of the API, field by field: what is inside may change, what is said may not.
 
 mod bundle;
+mod cluster;
 mod session;
 
 use jiff::Timestamp;
@@ -18,6 +19,7 @@ use crate::report::Retry;
 use crate::units::{self, NetLimits, Rate};
 
 pub(super) use bundle::{bundle, bundles};
+pub(super) use cluster::{calculation, cluster, member};
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
@@ -63,6 +65,9 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         session_id: vm.network.as_ref().map(|network| network.session.clone()),
         session_network_id: vm.network.as_ref().map(|network| network.session_network_id.into()),
         addresses: session::addresses(vm),
+        cluster_id: vm.spec.cluster.as_ref().map(|member| member.cluster.clone()),
+        executor_id: vm.spec.cluster.as_ref().map(|member| member.executor_id.clone()),
+        registered_at: vm.registration.map(|registered| timestamp(registered.at)),
         role: vm.spec.role.clone(),
         generation: vm.generation.clone(),
         host: host.to_owned(),

@@ -1,6 +1,8 @@
 //! The only place where errors of the agent become HTTP: status, code, message, retry. Each match is exhaustive, so a
 //! new error has to be given its answer here.
 
+mod cluster;
+
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -260,6 +262,18 @@ impl From<LaunchError> for ApiError {
             LaunchError::TooManyVms { .. } => (StatusCode::CONFLICT, "too_many_vms"),
             LaunchError::NoUid => (StatusCode::SERVICE_UNAVAILABLE, "no_uid"),
             LaunchError::Session(error) => return error.into(),
+            LaunchError::Cluster(error) => {
+                // As with images: the path is right, what it asks for is not.
+                let inner = Self::from(error);
+                let unknown = inner.status == StatusCode::NOT_FOUND;
+                let status = if unknown { StatusCode::UNPROCESSABLE_ENTITY } else { inner.status };
+                return Self { status, detail: inner.detail };
+            }
+            LaunchError::ExecutorId { .. } => (StatusCode::BAD_REQUEST, "invalid_executor_id"),
+            LaunchError::ExecutorTaken { .. } => {
+                return Self::new(StatusCode::CONFLICT, "executor_id_taken", message, retry)
+                    .with_detail("`hearth cluster members` shows who has it; take another, or remove that VM first");
+            }
             LaunchError::AddressingWithoutSession => (StatusCode::BAD_REQUEST, "addressing_without_session"),
             LaunchError::Role { .. } => (StatusCode::BAD_REQUEST, "invalid_role"),
             LaunchError::Count { .. } => (StatusCode::BAD_REQUEST, "invalid_count"),
@@ -393,6 +407,7 @@ impl From<OwnError> for ApiError {
             OwnError::Peer(error) => return error.into(),
             OwnError::Launch(error) => return error.into(),
             OwnError::Session(error) => return error.into(),
+            OwnError::Registration(refusal) => return refusal.into(),
             OwnError::Ledger(error) => return error.into(),
         };
         Self::new(status, code, message, retry)

@@ -1,6 +1,8 @@
 //! One function per route: parse, one call to the agent, answer. No decisions.
 
 pub(super) mod bundles;
+pub(super) mod calculations;
+pub(super) mod clusters;
 pub(super) mod exec;
 pub(super) mod host;
 pub(super) mod images;

@@ -31,8 +31,8 @@ use tower::ServiceExt;
 use super::body::{is_json, parse, read_within};
 use super::error::ApiError;
 use crate::agent::peers::{LaunchedBody, MemberBody, MembersBody};
-use crate::agent::{Door, MetadataDoor, OwnLaunch, OwnLaunched};
-use crate::ids::{SessionId, VmId};
+use crate::agent::{Door, MetadataDoor, OwnLaunch, OwnLaunched, RegistrationWords};
+use crate::ids::{ClusterId, SessionId, VmId};
 use crate::report::Retry;
 
 /// Most connections of one VM at once.
@@ -76,6 +76,7 @@ struct SelfBody<'a> {
     generation: &'a str,
     host: &'a str,
     session: Option<SelfSession<'a>>,
+    cluster: Option<SelfCluster<'a>>,
     addresses: Vec<std::net::IpAddr>,
     role: Option<&'a str>,
 }
@@ -86,6 +87,31 @@ struct SelfSession<'a> {
     id: &'a SessionId,
     name: Option<&'a str>,
     session_network_id: u32,
+}
+
+/// The cluster in [`SelfBody`].
+#[derive(Debug, Serialize)]
+struct SelfCluster<'a> {
+    id: &'a ClusterId,
+    executor_id: &'a str,
+    /// The number of its registration; null before it is registered.
+    epoch: Option<u64>,
+}
+
+/// `POST /v1/self/register`. Which VM asks is not asked.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SelfRegisterRequest {
+    executor_id: String,
+    cluster_id: String,
+    generation: String,
+    token: String,
+}
+
+/// The answer to a registration.
+#[derive(Debug, Serialize)]
+struct RegisteredBody {
+    epoch: u64,
 }
 
 /// `POST /v1/self/launch`. What is left out is as with the asking VM.
@@ -113,6 +139,7 @@ fn router(door: Arc<dyn Door>, host: &str) -> Router {
         .route("/v1/self/members", get(members))
         .route("/v1/self/user-data", get(user_data))
         .route("/v1/self/launch", post(launch))
+        .route("/v1/self/register", post(register))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .with_state(Service { door, host: host.into() })
@@ -121,7 +148,7 @@ fn router(door: Arc<dyn Door>, host: &str) -> Router {
 async fn unknown_route(request: Request) -> ApiError {
     let message = format!("there is nothing at {:?}", request.uri().path());
     ApiError::new(StatusCode::NOT_FOUND, "not_found", message, Retry::Never)
-        .with_detail("/v1/self, /v1/self/members, /v1/self/user-data and /v1/self/launch are there")
+        .with_detail("/v1/self, /v1/self/members, /v1/self/user-data, /v1/self/launch and /v1/self/register are there")
 }
 
 async fn wrong_method(method: Method, request: Request) -> ApiError {
@@ -136,6 +163,11 @@ async fn show(State(service): State<Service>, Extension(Caller(vm)): Extension<C
         name: session.name.as_deref(),
         session_network_id: session.session_network_id.into(),
     });
+    let cluster = own.vm.spec.cluster.as_ref().map(|member| SelfCluster {
+        id: &member.cluster,
+        executor_id: &member.executor_id,
+        epoch: own.vm.registration.map(|registered| registered.epoch),
+    });
     let body = SelfBody {
         id: &own.vm.id,
         name: own.vm.name.as_deref(),
@@ -143,6 +175,7 @@ async fn show(State(service): State<Service>, Extension(Caller(vm)): Extension<C
         generation: &own.vm.generation,
         host: &service.host,
         session,
+        cluster,
         addresses: own.vm.addresses(),
         role: own.vm.spec.role.as_deref(),
     };
@@ -185,6 +218,19 @@ async fn launch(
         OwnLaunched::Elsewhere(vms) => vms,
     };
     Ok((StatusCode::ACCEPTED, Json(LaunchedBody { vms })))
+}
+
+async fn register(
+    State(service): State<Service>,
+    Extension(Caller(vm)): Extension<Caller>,
+    request: Request,
+) -> Result<Json<RegisteredBody>, ApiError> {
+    let (parts, body) = request.into_parts();
+    is_json(&parts.headers)?;
+    let body = read_within(body, BODY_BYTES_MAX, ARRIVE_LIMIT).await?;
+    let SelfRegisterRequest { executor_id, cluster_id, generation, token } = parse(&body)?;
+    let words = RegistrationWords { executor_id, cluster_id, vm_id: None, generation, token };
+    Ok(Json(RegisteredBody { epoch: service.door.register_own(&vm, words).await? }))
 }
 
 /// Serves the VMs that come through `doors` until `ending` becomes true.

@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::ApiError;
-use super::handlers::{bundles, exec, host, images, operations, sessions, vms};
+use super::handlers::{bundles, calculations, clusters, exec, host, images, operations, sessions, vms};
 use super::http::Client;
 use super::types;
 use crate::agent::Door;
@@ -46,6 +46,7 @@ impl std::fmt::Debug for Served {
         (name = "sessions", description = "VMs that may talk to each other"),
         (name = "images", description = "Images that VMs boot"),
         (name = "bundles", description = "Guests frozen once, to be launched any number of times"),
+        (name = "clusters", description = "VMs that register under a name each, and calculations that run in them"),
         (name = "operations", description = "Long work, and what happened"),
         (name = "host", description = "This host and its agent"),
     )
@@ -72,6 +73,11 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(bundles::verify_bundle))
         .routes(routes!(bundles::compact_bundle))
         .routes(routes!(bundles::snapshot_vm))
+        .routes(routes!(clusters::create_cluster, clusters::list_clusters))
+        .routes(routes!(clusters::show_cluster, clusters::remove_cluster))
+        .routes(routes!(clusters::list_members))
+        .routes(routes!(calculations::create_calculation, calculations::list_calculations))
+        .routes(routes!(calculations::show_calculation))
         .routes(routes!(operations::list_operations))
         .routes(routes!(operations::show_operation))
         .routes(routes!(operations::list_events))

@@ -1,6 +1,7 @@
 //! The API over a simulated host, in real time, on a real socket.
 
 mod bundles;
+mod clusters;
 mod sessions;
 
 use std::sync::Arc;

@@ -5,7 +5,10 @@
 //! * Times are RFC 3339 in UTC; durations are milliseconds with fraction and end in `_ms`; sizes are bytes and end in
 //!   `_bytes`, except where people give them (`memory_mib`).
 
+mod base64;
 mod bundle;
+mod calculation;
+mod cluster;
 mod error;
 mod exec;
 mod host;
@@ -15,9 +18,14 @@ mod operation;
 mod session;
 mod vm;
 
+pub(crate) use base64::{decode as decode_base64, encode as encode_base64};
 pub use bundle::{
     Bundle, BundleBuildRequest, BundleHost, BundleList, BundleRecipe, BundleVerified, CompactRequest, SnapshotRequest,
     UnreadableBundle,
+};
+pub use calculation::{Calculation, CalculationCreateRequest, CalculationList, CalculationQuery, CalculationState};
+pub use cluster::{
+    Cluster, ClusterCreateRequest, ClusterList, ClusterMember, ClusterMemberList, ClusterRemoveQuery, ClusterState,
 };
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};

@@ -13,6 +13,7 @@ Examples:
   hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
   hearth vm launch --bundle web                         goes on where the bundle was frozen, in milliseconds
   hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
+  hearth vm launch --cluster etl --executor-id e-1      is given calculations, by `hearth cluster run`
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
@@ -121,6 +122,12 @@ pub struct LaunchArgs {
     /// What the VM is in its session, for those who look: up to 63 bytes
     #[arg(long, value_name = "ROLE")]
     pub role: Option<String>,
+    /// Cluster to join: its id, a unique prefix of it, or its name
+    #[arg(long, value_name = "CLUSTER")]
+    pub cluster: Option<ReferenceWord>,
+    /// Who the VM is in its cluster; without --cluster it joins one of its session, or of this host [default: its id]
+    #[arg(long, value_name = "EXECUTOR")]
+    pub executor_id: Option<ReferenceWord>,
     /// Port of this host that leads to one of the VM, for clients outside: 8080:80, 5353:53/udp. May be repeated
     #[arg(long = "publish", value_name = "HOST:GUEST[/udp]", requires = "session")]
     pub publish: Vec<PortWord>,
@@ -168,7 +175,7 @@ impl From<AddressingWord> for Addressing {
 pub enum WaitWord {
     /// Nothing: the launch is accepted
     None,
-    /// Registered with its session's cluster (a VM without one: running)
+    /// Registered with its cluster (a VM in none: running)
     Registered,
     /// The guest's agent answers
     Running,

@@ -2,8 +2,12 @@
 //! Ctrl-C or a failure.
 
 mod boot;
+mod clone;
+mod firecracker;
 mod process;
 mod summary;
+
+use std::path::PathBuf;
 
 use super::call::{Agent, CallError};
 use super::exec::ExecError;
@@ -33,6 +37,28 @@ pub enum BenchError {
         /// How it ended.
         exit: Exit,
     },
+    /// There is no bundle to launch from.
+    #[error("build a bundle: {message}")]
+    Build {
+        /// Why not.
+        message: String,
+    },
+    /// A file of the host could not be used.
+    #[error("use {path:?}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Firecracker did not do what was asked.
+    #[error("firecracker: {what}: {reason}")]
+    Firecracker {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        reason: String,
+    },
     /// Ctrl-C.
     #[error("interrupted; the VMs of the bench were removed")]
     Interrupted,
@@ -46,7 +72,15 @@ impl BenchError {
         match self {
             Self::Call(error) => error.advice(),
             Self::Exec { source, .. } => source.advice(),
-            Self::NotTrue { .. } | Self::Interrupted | Self::Output(_) => None,
+            Self::File { path, .. } if path.starts_with("/proc/sys") => {
+                Some("run it as root, or without --cold".to_owned())
+            }
+            Self::NotTrue { .. }
+            | Self::Build { .. }
+            | Self::File { .. }
+            | Self::Firecracker { .. }
+            | Self::Interrupted
+            | Self::Output(_) => None,
         }
     }
 }
@@ -56,6 +90,16 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BenchCommand) -> Re
         BenchCommand::Boot(args) => {
             let report = boot::measure(agent, &args).await?;
             out.value(&report, boot::table)?;
+            Ok(())
+        }
+        BenchCommand::Launch(args) => {
+            let report = clone::launches(agent, &args).await?;
+            out.value(&report, clone::table)?;
+            Ok(())
+        }
+        BenchCommand::Clone(args) => {
+            let report = clone::clones(agent, &args).await?;
+            out.value(&report, clone::table)?;
             Ok(())
         }
     }

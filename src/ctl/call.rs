@@ -147,6 +147,16 @@ impl Agent {
         self.bytes(call(Method::DELETE, path, None, &[]), limit).await.map(drop)
     }
 
+    /// `PUT` of JSON, for an answer that does not matter.
+    pub(super) async fn put(&self, path: &str, body: &impl Serialize, limit: Duration) -> Result<(), CallError> {
+        self.bytes(call(Method::PUT, path, Some(encode(path, body)?), &[]), limit).await.map(drop)
+    }
+
+    /// `PATCH` with JSON, for an answer that does not matter.
+    pub(super) async fn patch(&self, path: &str, body: &impl Serialize, limit: Duration) -> Result<(), CallError> {
+        self.bytes(call(Method::PATCH, path, Some(encode(path, body)?), &[]), limit).await.map(drop)
+    }
+
     /// `GET`, for bytes.
     pub(super) async fn get_bytes(&self, path: &str) -> Result<Bytes, CallError> {
         Ok(self.bytes(call(Method::GET, path, None, &[]), PROMPT).await?.1)

@@ -109,6 +109,8 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         addressing: args.addressing.map(Into::into),
         role: args.role,
         publish: args.publish.iter().map(PortWord::port).collect(),
+        cluster: args.cluster.map(|cluster| cluster.as_str().to_owned()),
+        executor_id: args.executor_id.map(|executor| executor.as_str().to_owned()),
         interfaces: args.interfaces,
         // Waiting is done here, by looking at the operation, so that its steps can be shown.
         wait: Wait::None,
@@ -124,17 +126,33 @@ fn absolute(path: &Path) -> Result<String, LaunchError> {
 
 async fn wait_for(agent: &Agent, vm: Vm) -> Result<Vm, LaunchError> {
     let path = format!("/v1/vms/{}", vm.id);
-    let Some(operation) = &vm.operation_id else {
-        return Ok(agent.get(&path).await?);
-    };
     let title = format!("launch {}", called(&vm));
-    let operation = tokio::select! {
-        operation = progress::follow(agent, &title, operation) => operation?,
-        _ = tokio::signal::ctrl_c() => return Err(LaunchError::Interrupted { vm: vm.id }),
+    let mut now = vm.clone();
+    let operation = loop {
+        let Some(operation) = now.operation_id else { return Ok(now) };
+        let operation = tokio::select! {
+            operation = progress::follow(agent, &title, &operation) => operation?,
+            _ = tokio::signal::ctrl_c() => return Err(LaunchError::Interrupted { vm: vm.id }),
+        };
+        if operation.state != OperationState::Succeeded {
+            break operation;
+        }
+        now = agent.get(&path).await?;
+        match (now.state, &now.cause) {
+            // A VM of a cluster has another operation before it: it registers.
+            (VmState::Registering, _) => {}
+            (VmState::Failed, Some(cause)) => {
+                let error = ErrorDetail {
+                    code: cause.code.clone(),
+                    message: cause.detail.clone(),
+                    detail: None,
+                    retry: RetryHint::Later,
+                };
+                return Err(LaunchError::Failed { vm: vm.id, error: Box::new(error), console: now.last_console_lines });
+            }
+            (_, _) => return Ok(now),
+        }
     };
-    if operation.state == OperationState::Succeeded {
-        return Ok(agent.get(&path).await?);
-    }
     // A launch that was undone may have left no VM to ask.
     let console = agent.get::<Vm>(&path).await.map(|vm| vm.last_console_lines).unwrap_or_default();
     Err(LaunchError::Failed { vm: vm.id, error: Box::new(reason(operation)), console })

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hearth_guest_wire::frame::{Decoder, encode};
-use hearth_guest_wire::{Exit, FromGuest, HooksRan, Join, Registration, Stats, ToGuest, VERSION};
+use hearth_guest_wire::{Exit, FromGuest, HooksRan, Stats, ToGuest, VERSION};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use super::SimHost;
@@ -127,20 +127,19 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
             host.changed.notify_waiters();
             vec![FromGuest::Done]
         }
-        ToGuest::Identity(_)
-        | ToGuest::Network(_)
+        ToGuest::Identity(identity) => {
+            host.identified(vm, &identity);
+            vec![FromGuest::Done]
+        }
+        ToGuest::Registered { .. } if !host.registered(vm) => return false,
+        ToGuest::Network(_)
         | ToGuest::Hardware(_)
         | ToGuest::SetClock { .. }
         | ToGuest::Registered { .. }
         | ToGuest::RegistrationRefused { .. }
         | ToGuest::Thaw => vec![FromGuest::Done],
         ToGuest::RunHooks { .. } => vec![FromGuest::HooksRan(HooksRan::default())],
-        ToGuest::Join(Join { endpoint: Some(_), .. }) => vec![FromGuest::Joined { epoch: 1 }],
-        // The VM's id is all that a simulated guest remembers of its identity.
-        ToGuest::Join(Join { cluster_id, executor_id, token, .. }) => {
-            let (vm_id, generation) = (vm.to_string(), [0; 16]);
-            vec![FromGuest::Register(Registration { executor_id, cluster_id, vm_id, generation, token })]
-        }
+        ToGuest::Join(join) => host.join(vm, join).into_iter().collect(),
         ToGuest::Quiesce { .. } => vec![FromGuest::Quiesced { complete: true, took_ms: 1 }],
         ToGuest::Stats => vec![FromGuest::Stats(Stats::default())],
         ToGuest::Exec(exec) if exec.argv[0] == "true" => {
@@ -153,6 +152,10 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
         }
         // A line for the shell: `true`, `false`, `echo ...`. With a word more it goes on when it has said what it says.
         ToGuest::Exec(exec) if exec.argv[0] == "sh" => shell(&exec.argv),
+        ToGuest::Exec(exec) if exec.argv[0] == "exit" => {
+            let code = exec.argv.get(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+            vec![FromGuest::Started { pid: 2 }, FromGuest::Exited(Exit::Code(code))]
+        }
         ToGuest::Exec(exec) if exec.argv[0] == "never" => return never(stream).await,
         ToGuest::Exec(exec) if exec.argv[0] == "cat" => vec![FromGuest::Started { pid: 2 }],
         ToGuest::Exec(exec) => vec![FromGuest::Failed { errno: 2, what: format!("start program {}", exec.argv[0]) }],

@@ -15,7 +15,7 @@ impl Records for SimHost {
         let done = {
             let mut state = self.state();
             let done = job(&mut state.store);
-            state.look_at_leases();
+            state.look_at_ledger();
             done
         };
         self.point(false).await.map_err(|_| LedgerError::Closed)?;

@@ -98,6 +98,8 @@ fn look() -> HostFacts {
     if let Some(missing) = kvm.as_ref().map(|facts| facts.missing.join(", ")).filter(|names| !names.is_empty()) {
         problems.push(format!("KVM lacks {missing}: a kernel of 6.1 or newer has them"));
     }
+    let network = network();
+    problems.extend(network.problems());
     let usable = problems.is_empty();
     let emulated = kvm.as_ref().is_some_and(|facts| !facts.kernel_mode_native || !facts.syscall_complete);
     HostFacts {
@@ -107,7 +109,7 @@ fn look() -> HostFacts {
         kvm,
         cpu: cpu(),
         cgroups: cgroups(),
-        network: network(),
+        network,
         machine: MachineFacts { layout_version: LAYOUT_VERSION },
     }
 }
@@ -156,9 +158,12 @@ fn cgroups() -> CgroupFacts {
     CgroupFacts { version: if controllers.is_empty() { "none" } else { "v1" }, controllers }
 }
 
+/// [`NetworkFacts::tap`] where there are taps.
+const TAP_OK: &str = "ok";
+
 fn network() -> NetworkFacts {
     let tap = match netns::in_new(|| tap::open("probe0").map(drop)) {
-        Ok(Ok(())) => "ok".to_owned(),
+        Ok(Ok(())) => TAP_OK.to_owned(),
         Ok(Err(error)) => error.to_string(),
         Err(error) => format!("make a network namespace: {error}"),
     };
@@ -168,7 +173,32 @@ fn network() -> NetworkFacts {
     NetworkFacts { tap, nft, nft_features }
 }
 
-/// Features later rulesets want, each with a ruleset that needs it; loaded into a namespace that is thrown away.
+impl NetworkFacts {
+    /// Why VMs can have no network here, and what to do about it. Every VM has a jail with rules.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if self.tap != TAP_OK {
+            problems
+                .push(format!("no tap can be made ({}): the kernel's module tun is needed (modprobe tun)", self.tap));
+        }
+        let lacks: Vec<&str> = NFT_NEEDED.iter().filter(|name| !self.nft_features.contains(name)).copied().collect();
+        if self.nft.is_none() {
+            problems
+                .push("the program nft is not there: install nftables (Debian, Fedora: package nftables)".to_owned());
+        } else if !lacks.is_empty() {
+            problems.push(format!(
+                "nftables lacks {}: nft 1.0 or newer is needed, and a kernel with nf_tables, nft_nat and nft_ct",
+                lacks.join(", ")
+            ));
+        }
+        problems
+    }
+}
+
+/// Those of [`NFT_FEATURES`] that the rules of jails and hosts are made of.
+const NFT_NEEDED: &[&str] = &["non-prefix masks", "counters", "nat"];
+
+/// Features that rulesets want, each with a ruleset that needs it; loaded into a namespace that is thrown away.
 const NFT_FEATURES: &[(&str, &str)] = &[
     ("non-prefix masks", "chain c {\n ip6 daddr & ffff:0:ffff:: == fd00:0:1:: accept\n }"),
     ("sets with time-outs", "set s {\n type ipv4_addr\n flags timeout\n }"),

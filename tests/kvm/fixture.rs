@@ -26,7 +26,16 @@ pub(crate) fn need(name: &str) -> PathBuf {
 pub(crate) struct Agent {
     directory: tempfile::TempDir,
     child: Mutex<Child>,
+    place: Place,
+}
+
+/// Where an agent runs.
+#[derive(Default)]
+struct Place {
+    /// A named network namespace: a host of its own as far as its network goes.
     namespace: Option<String>,
+    /// It finds no programs, nft among them.
+    without_programs: bool,
 }
 
 impl Agent {
@@ -38,10 +47,19 @@ impl Agent {
     /// Starts an agent with this configuration on an empty state directory, in a named network namespace: a host of
     /// its own as far as its network goes.
     pub(crate) fn start_with(config: &str, namespace: Option<&str>) -> Self {
+        Self::start_at(config, Place { namespace: namespace.map(str::to_owned), ..Place::default() })
+    }
+
+    /// Starts one that finds no nft.
+    pub(crate) fn start_without_programs(config: &str, namespace: &str) -> Self {
+        Self::start_at(config, Place { namespace: Some(namespace.to_owned()), without_programs: true })
+    }
+
+    fn start_at(config: &str, place: Place) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         std::fs::write(directory.path().join("hearth.toml"), config).expect("a configuration");
-        let child = Mutex::new(spawn_agent(directory.path(), namespace));
-        Self { directory, child, namespace: namespace.map(str::to_owned) }
+        let child = Mutex::new(spawn_agent(directory.path(), &place));
+        Self { directory, child, place }
     }
 
     /// The state directory.
@@ -150,7 +168,7 @@ impl Agent {
         let mut child = self.child.lock().expect("the agent");
         child.kill().expect("kill the agent");
         child.wait().expect("wait for the agent");
-        *child = spawn_agent(self.directory.path(), self.namespace.as_deref());
+        *child = spawn_agent(self.directory.path(), &self.place);
     }
 
     /// The end of the agent's log.
@@ -190,12 +208,16 @@ impl Drop for Agent {
     }
 }
 
-fn spawn_agent(directory: &Path, namespace: Option<&str>) -> Child {
-    let mut command = match namespace {
+fn spawn_agent(directory: &Path, place: &Place) -> Child {
+    let mut command = match &place.namespace {
         // Only the network differs: unlike `ip netns exec`, this leaves mounts, and so named namespaces, shared.
         Some(namespace) => {
             let mut command = Command::new("nsenter");
-            command.arg(format!("--net=/run/netns/{namespace}")).arg(need("HEARTH_BINARY"));
+            command.arg(format!("--net=/run/netns/{namespace}"));
+            if place.without_programs {
+                command.args(["env", "PATH=/nowhere"]);
+            }
+            command.arg(need("HEARTH_BINARY"));
             command
         }
         None => Command::new(need("HEARTH_BINARY")),

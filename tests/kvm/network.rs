@@ -47,7 +47,7 @@ impl Guest {
         let request = format!(
             r"{method} {path} HTTP/1.1\r\nhost: m\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}"
         );
-        let script = format!("printf '{request}' | nc -w 20 169.254.169.254 80");
+        let script = format!("printf '{request}' | nc -w 60 169.254.169.254 80");
         let answer = self.agent(fabric).sh(&self.name, &script);
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{script}: {answer:?}"));
         let body = serde_json::from_str(body.trim()).unwrap_or_else(|error| panic!("{answer}: {error}"));

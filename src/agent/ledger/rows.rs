@@ -32,16 +32,30 @@ pub(super) fn is_taken(error: &rusqlite::Error) -> bool {
 }
 
 pub(super) fn put_vm(to: &Connection, vm: &VmRecord) -> Result<(), LedgerError> {
-    let put = "INSERT INTO vms(id, name, state, revision, record, jail, session_network_id)
-               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+    let put = "INSERT INTO vms(id, name, state, revision, record, jail, session_network_id, cluster, executor)
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
                ON CONFLICT(id) DO UPDATE SET state = ?3, revision = ?4, record = ?5";
     let record = to_json("vms", vm.id.as_str(), vm)?;
     let session = vm.network.as_ref().map(|network| u32::from(network.session_network_id));
-    let row = params![vm.id.as_str(), vm.name, vm.state.name(), signed(vm.revision), record, vm.jail, session];
+    let member = vm.spec.cluster.as_ref();
+    let row = params![
+        vm.id.as_str(),
+        vm.name,
+        vm.state.name(),
+        signed(vm.revision),
+        record,
+        vm.jail,
+        session,
+        member.map(|member| member.cluster.as_str()),
+        member.map(|member| member.executor_id.as_str()),
+    ];
     match to.prepare_cached(put)?.execute(row) {
         Ok(_) => Ok(()),
         Err(error) if is_taken(&error) && error.to_string().contains("vms.jail") => {
             Err(LedgerError::Taken { what: Taken::Jail })
+        }
+        Err(error) if is_taken(&error) && error.to_string().contains("vms.executor") => {
+            Err(LedgerError::Taken { what: Taken::Executor })
         }
         Err(error) if is_taken(&error) => Err(LedgerError::Taken { what: Taken::Name }),
         Err(error) => Err(error.into()),

@@ -11,7 +11,7 @@ use super::LedgerError;
 const APPLICATION_ID: i64 = 0x4852_5448;
 
 /// Each migration brings a file from the version of its index to the next one. Never changed once shipped: appended.
-const MIGRATIONS: [&str; 2] = [V1, V2];
+const MIGRATIONS: [&str; 3] = [V1, V2, V3];
 
 const V1: &str = "
 CREATE TABLE meta(
@@ -96,9 +96,39 @@ CREATE UNIQUE INDEX vms_by_jail ON vms(jail);
 CREATE INDEX vms_by_session ON vms(session_network_id);
 ";
 
+/// Clusters. Of their members, those that live have executor ids of their own; what a VM was launched anew as is kept
+/// beside it, so that it is launched anew once.
+const V3: &str = "
+CREATE TABLE clusters(
+    id TEXT NOT NULL PRIMARY KEY,
+    name TEXT UNIQUE,
+    state TEXT NOT NULL,
+    record TEXT NOT NULL
+) STRICT;
+CREATE TABLE calculations(
+    id TEXT NOT NULL PRIMARY KEY,
+    cluster TEXT NOT NULL REFERENCES clusters(id) ON DELETE CASCADE,
+    state TEXT NOT NULL,
+    record TEXT NOT NULL,
+    stdin BLOB,
+    stdout BLOB,
+    stderr BLOB
+) STRICT;
+CREATE INDEX calculations_by_cluster ON calculations(cluster);
+CREATE INDEX calculations_by_state ON calculations(state);
+CREATE TABLE relaunches(
+    vm TEXT NOT NULL PRIMARY KEY,
+    successor TEXT
+) STRICT;
+ALTER TABLE vms ADD COLUMN cluster TEXT;
+ALTER TABLE vms ADD COLUMN executor TEXT;
+CREATE UNIQUE INDEX vms_by_executor ON vms(cluster, executor)
+    WHERE cluster IS NOT NULL AND state NOT IN ('stopped', 'failed', 'gone');
+";
+
 /// Version of a ledger this program writes.
-const VERSION: i64 = 2;
-const _: () = assert!(MIGRATIONS.len() == 2, "VERSION is the number of migrations");
+const VERSION: i64 = 3;
+const _: () = assert!(MIGRATIONS.len() == 3, "VERSION is the number of migrations");
 
 /// Opens, checks and migrates.
 pub(super) fn open(path: &Path) -> Result<Connection, LedgerError> {
@@ -159,5 +189,14 @@ pub(super) fn make_version_1(path: &Path) -> Connection {
     connection.execute_batch(V1).expect("the first schema");
     connection.pragma_update(None, "application_id", APPLICATION_ID).expect("a pragma");
     connection.pragma_update(None, "user_version", 1).expect("a pragma");
+    connection
+}
+
+/// A ledger as the program before this one made it.
+#[cfg(test)]
+pub(super) fn make_version_2(path: &Path) -> Connection {
+    let connection = make_version_1(path);
+    connection.execute_batch(V2).expect("the second schema");
+    connection.pragma_update(None, "user_version", 2).expect("a pragma");
     connection
 }

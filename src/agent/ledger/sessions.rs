@@ -3,10 +3,10 @@
 
 use std::collections::BTreeSet;
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::rows::{from_json, is_taken, nanos, parse_id, to_json};
-use super::{LedgerError, Store, Write, apply, rows};
+use super::{LedgerError, Store, Write, finish};
 use crate::agent::session_record::{JAILS_MAX, SessionRecord, SessionState};
 use crate::clock::UnixNanos;
 use crate::ids::{SessionId, VmId};
@@ -241,16 +241,6 @@ impl Store {
         })
         .collect()
     }
-}
-
-/// Writes the rest of a transaction.
-fn finish(transaction: Transaction<'_>, writes: &[Write]) -> Result<u64, LedgerError> {
-    for write in writes {
-        apply(&transaction, write)?;
-    }
-    let last = rows::last_event(&transaction)?;
-    transaction.commit()?;
-    Ok(last)
 }
 
 fn id_and_record(row: &Row<'_>) -> rusqlite::Result<(String, String)> {

@@ -3,41 +3,12 @@
 use super::*;
 use crate::agent::config::Uids;
 use crate::agent::effect::Effect;
-use crate::agent::record::{SCHEMA_VERSION, StepState, Timings, VmSpec};
-use crate::agent::vm_state::{Goal, VmState};
+use crate::agent::record::StepState;
+use crate::agent::vm_state::Goal;
 use crate::sys::file;
-use crate::wire::control::Nonce;
 
 pub(in crate::agent) fn vm(number: u8, name: &str) -> VmRecord {
-    VmRecord {
-        schema_version: SCHEMA_VERSION,
-        id: VmId::from_random([number; 10]),
-        name: Some(name.to_owned()),
-        state: VmState::Launching,
-        revision: 1,
-        spec: VmSpec {
-            image: "demo".to_owned(),
-            vcpus: 1,
-            memory_mib: 128,
-            disks: Vec::new(),
-            role: None,
-            network_limits: Default::default(),
-            interfaces: 1,
-            bundle: None,
-            build: None,
-        },
-        generation: "00".repeat(16),
-        uid: 1000,
-        jail: number.into(),
-        network: None,
-        nonce: Nonce([number; 16]),
-        process: None,
-        operation: None,
-        guest_protocol: None,
-        created_at: UnixNanos(7),
-        timings: Timings::default(),
-        remains: None,
-    }
+    VmRecord { uid: 1000, ..crate::agent::fixture::vm(number, name) }
 }
 
 fn operation(number: u8, state: OperationState) -> OperationRecord {

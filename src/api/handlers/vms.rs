@@ -41,6 +41,7 @@ pub(in crate::api) async fn launch_vm(
     let VmLaunchRequest { name, image, bundle, vcpus, memory_mib, disks, network_limits, session, .. } = value;
     let image = image.unwrap_or_else(|| IMAGE_DEFAULT.to_owned());
     let (wait, interfaces, role) = (value.wait, value.interfaces, value.role);
+    let (cluster, executor_id) = (value.cluster, value.executor_id);
     let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
     let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
@@ -59,6 +60,9 @@ pub(in crate::api) async fn launch_vm(
         published,
         interfaces,
         role,
+        cluster,
+        executor_id,
+        replaces: None,
         key: key.clone(),
     };
     let vm = match served.door.launch(request).await? {

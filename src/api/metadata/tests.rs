@@ -8,8 +8,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::agent::config::Config;
-use crate::agent::{SessionCreated, SessionRequest};
+use crate::agent::{ClusterCreated, ClusterRequest, LaunchRequest, Launched, SessionCreated, SessionRequest, VmState};
 use crate::api::fabric_fixture::{Host, config};
+use crate::sim::Manners;
 
 /// A host whose VMs' metadata services are at loopback sockets.
 struct Guests {
@@ -104,7 +105,7 @@ async fn a_guest_learns_who_it_is_and_who_is_with_it() {
     let wanted = json!({
         "id": one.id, "name": "one", "hostname": "one", "generation": one.generation, "host": "here",
         "session": { "id": session.record.id, "name": "etl", "session_network_id": 517 },
-        "addresses": ["fd3c:91aa:7e2:3:0:205:0:1", "10.3.129.65"], "role": null,
+        "cluster": null, "addresses": ["fd3c:91aa:7e2:3:0:205:0:1", "10.3.129.65"], "role": null,
     });
     assert_eq!((status, own), (200, wanted));
     let (status, members) = guest.get("/v1/self/members").await;
@@ -276,4 +277,63 @@ async fn a_closed_network_has_no_service() {
     drop(second);
     guests.host.until("no service", is_gone(at)).await;
     guests.end.send_replace(true);
+}
+
+/// A program in a guest whose agent stays silent registers it; nobody else's words do, and once is enough.
+#[tokio::test]
+async fn a_guest_registers_itself_and_nobody_else() {
+    let guests = alone().await;
+    let door = &guests.host.door;
+    let request = ClusterRequest { name: Some("c".to_owned()), ..ClusterRequest::default() };
+    let Ok(ClusterCreated::Cluster(cluster)) = door.create_cluster(request).await else { panic!("a cluster") };
+    let member = |executor: &str| LaunchRequest {
+        image: "demo".to_owned(),
+        cluster: Some("c".to_owned()),
+        executor_id: Some(executor.to_owned()),
+        ..LaunchRequest::default()
+    };
+    guests.host.sim.set_manners(&[Manners::Silent]);
+    let Ok(Launched::Vm(vm)) = door.launch(member("e-1")).await else { panic!("a launch") };
+    guests.host.until("registering", |host| host.door.vm(vm.id.as_str()).unwrap().state == VmState::Registering).await;
+    let guest = guests.guest(&vm.id).await;
+    let words = json!({
+        "executor_id": "e-1", "cluster_id": cluster.record.id, "generation": vm.generation,
+        "token": cluster.record.token.secret(),
+    });
+    let register = async |guest: &Guest, body: &Value| {
+        guest.ask("POST", "/v1/self/register", "content-type: application/json\r\n", &body.to_string()).await
+    };
+    let with = |key: &str, value: Value| {
+        let mut words = words.clone();
+        words[key] = value;
+        words
+    };
+    for (wrong, wanted) in [
+        (with("executor_id", json!("e-2")), (403, "wrong_executor")),
+        (with("token", json!("a guess")), (403, "wrong_token")),
+        (with("cluster_id", json!("c-aaaaaaaaaaaaaaaa")), (403, "wrong_cluster")),
+        (with("generation", json!("0".repeat(32))), (403, "wrong_generation")),
+        (with("vm_id", json!(vm.id)), (400, "unknown_field")),
+    ] {
+        assert_eq!(code(&register(&guest, &wrong).await), wanted);
+    }
+    guests.host.sim.heard_of_registration(&vm.id);
+    assert_eq!(register(&guest, &words).await, (200, json!({ "epoch": 1 })));
+    let vm = door.launched(vm).await.unwrap();
+    assert_eq!((&vm.state, vm.registration.map(|registered| registered.epoch)), (&VmState::Running, Some(1)));
+    assert_eq!(code(&register(&guest, &words).await), (409, "already_registered"));
+    assert_eq!(guest.get("/v1/self").await.1["cluster"]["epoch"], 1);
+    // Another guest that has come by all of its words is still another.
+    let Ok(Launched::Vm(other)) = door.launch(member("e-2")).await else { panic!("a launch") };
+    let other = door.launched(other).await.unwrap();
+    let thief = guests.guest(&other.id).await;
+    assert_eq!(code(&register(&thief, &words).await), (403, "wrong_executor"));
+    let lone = guests.host.vm("lone", None).await;
+    assert_eq!(code(&register(&guests.guest(&lone.id).await, &words).await), (409, "not_in_cluster"));
+    let refused = guests.host.events("registration_refused").await;
+    let refused: Vec<_> = refused.iter().map(|event| event.body["code"].as_str().unwrap()).collect();
+    let wanted =
+        ["wrong_executor", "wrong_token", "wrong_cluster", "wrong_generation", "already_registered", "wrong_executor"];
+    assert_eq!(refused, wanted);
+    assert_eq!(guests.host.sim.violations(), Vec::<String>::new());
 }

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::base64::encode;
+
 /// `POST /v1/vms/{id}/exec`. With `Upgrade: hearth-stream/1` the answer is 101 and the command's streams follow as
 /// frames; without, standard input is empty and the answer is an [`ExecResult`] once the command has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
@@ -68,41 +70,16 @@ impl Captured {
             Ok(text) => Self { text, base64: None, truncated },
             Err(error) => Self {
                 text: String::from_utf8_lossy(error.as_bytes()).into_owned(),
-                base64: Some(base64(error.as_bytes())),
+                base64: Some(encode(error.as_bytes())),
                 truncated,
             },
         }
     }
 }
 
-/// RFC 4648 section 4, padded.
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let byte = |index: usize| u32::from(group.get(index).copied().unwrap_or(0));
-        let bits = (byte(0) << 16) | (byte(1) << 8) | byte(2);
-        for (index, shift) in [18, 12, 6, 0].into_iter().enumerate() {
-            let sextet = (bits >> shift) & 63;
-            text.push(if index <= group.len() { char::from(ALPHABET[sextet as usize]) } else { '=' });
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_is_as_in_the_rfc() {
-        // RFC 4648 section 10.
-        let vectors = [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg==")];
-        for (bytes, text) in vectors {
-            assert_eq!(base64(bytes.as_bytes()), text);
-        }
-        assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
-    }
 
     #[test]
     fn only_what_is_not_text_is_given_twice() {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Addressing, InterfaceStats, NetworkLimits};
-use crate::ids::{OperationId, SessionId, VmId};
+use crate::ids::{ClusterId, OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -42,6 +42,13 @@ pub struct VmLaunchRequest {
     /// What the VM is in its session, for those who look: up to 63 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<String>,
+    /// Cluster to join: its id, a unique start of it, or its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster: Option<String>,
+    /// Who the VM is in its cluster: 1 to 63 of `a-z A-Z 0-9 . _ -`; the VM's id when left out. Without a cluster it
+    /// joins one that is made for its session, or for this host: `default`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub executor_id: Option<String>,
     /// Ports of this host that lead to the VM, for clients outside of the fabric. Only with a session.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<PublishedPort>,
@@ -60,7 +67,7 @@ pub enum Wait {
     /// Accepted and recorded.
     #[default]
     None,
-    /// Registered with its session's cluster; a VM without one is registered when it runs.
+    /// Registered with its cluster; a VM in none is that far when it runs.
     Registered,
     /// Running, and the agent in the guest answers.
     Running,
@@ -125,6 +132,17 @@ pub struct Vm {
     pub session_network_id: Option<u32>,
     /// Its addresses, IPv6 first; none outside sessions and for a VM that ended.
     pub addresses: Vec<String>,
+    /// Its cluster; null for a VM in none.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub cluster_id: Option<ClusterId>,
+    /// Who it is in its cluster; null for a VM in none.
+    #[serde(default)]
+    pub executor_id: Option<String>,
+    /// When its registration with its cluster was taken; null before.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub registered_at: Option<Timestamp>,
     /// What it is in its session; null when nobody said.
     #[serde(default)]
     pub role: Option<String>,

@@ -37,6 +37,13 @@ pub(super) fn overhead(pid: u32, guest: &Range<u64>) -> Option<Overhead> {
     Some(parse_smaps(&smaps, guest, program))
 }
 
+/// Proportional set size of `pid`, guest memory included: what it takes of the host's memory when pages that several
+/// processes map are shared out among them.
+pub(super) fn pss_bytes(pid: u32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    rollup.lines().find_map(|line| kib(line.strip_prefix("Pss:")?))
+}
+
 /// One mapping's line: `start-end perms offset dev inode path`.
 struct Mapping<'a> {
     start: u64,

@@ -1,0 +1,78 @@
+//! `hearth bench launch` and `hearth bench clone`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::value::{ReferenceWord, name};
+use crate::api::types::IMAGE_DEFAULT;
+
+pub(super) const LAUNCH_HELP: &str = "\
+Figures count from the call: resumed (the vCPUs run), answered (the guest's agent said its first word), registered (its
+cluster knows it) and running (it has its identity and its network is open). network, spawn and restore are parts of
+resumed. Without --bundle one is built for this and removed again.
+
+Examples:
+  hearth bench launch --count 50
+  hearth bench launch --bundle web --cold --boot 3              also with a cold page cache, and beside a boot
+  hearth bench launch --firecracker /usr/bin/firecracker        its spawn, load and resume beside ours";
+
+pub(super) const CLONE_HELP: &str = "\
+Memory is PSS: pages that several VMs map are shared out among them.
+
+Example:
+  hearth bench clone --at-once 1 --at-once 10 --at-once 100 --memory 64";
+
+/// What to launch from.
+#[derive(Debug, Clone, Args)]
+pub struct BenchSource {
+    /// Bundle to launch from [default: one is built for this]
+    #[arg(long, value_name = "BUNDLE")]
+    pub bundle: Option<ReferenceWord>,
+    /// Image to build a bundle of
+    #[arg(long, value_name = "NAME", default_value = IMAGE_DEFAULT, value_parser = name, conflicts_with = "bundle")]
+    pub image: String,
+    /// vCPUs of that bundle
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "bundle")]
+    pub vcpus: u32,
+    /// Memory of that bundle in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128, conflicts_with = "bundle")]
+    pub memory: u64,
+    /// Session to launch them into: its id, name or network id
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<ReferenceWord>,
+}
+
+/// `hearth bench launch`.
+#[derive(Debug, Clone, Args)]
+pub struct BenchLaunchArgs {
+    /// What to launch from
+    #[command(flatten)]
+    pub source: BenchSource,
+    /// How many VMs to launch, each removed before the next
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Also with a page cache that is emptied before each launch (as root; at most 10 launches)
+    #[arg(long)]
+    pub cold: bool,
+    /// Also that many boots of the bundle's image
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub boot: u32,
+    /// Firecracker binary to measure beside: the same kernel and memory size, spawn + load + resume
+    #[arg(long, value_name = "FILE")]
+    pub firecracker: Option<PathBuf>,
+    /// Where the bundle's image lies, for Firecracker [default: images/ of the agent's state directory]
+    #[arg(long, value_name = "DIR", env = "HEARTH_IMAGES", hide_env_values = true)]
+    pub images: Option<PathBuf>,
+}
+
+/// `hearth bench clone`.
+#[derive(Debug, Clone, Args)]
+pub struct BenchCloneArgs {
+    /// What to launch from
+    #[command(flatten)]
+    pub source: BenchSource,
+    /// How many VMs at once; may be given several times
+    #[arg(long, value_name = "N", default_values_t = [1, 10], value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub at_once: Vec<u32>,
+}

@@ -1,0 +1,84 @@
+//! A host of its own for tests of bundles: an agent with a fabric, in a network namespace of its own.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::fabric::run;
+use super::fixture::Agent;
+
+/// The fabric's network id that clones join.
+pub(crate) const SESSION: &str = "77";
+
+/// An agent in a namespace; both are gone when dropped.
+pub(crate) struct Lab {
+    namespace: &'static str,
+    agent: Option<Agent>,
+}
+
+impl Lab {
+    /// Starts the agent.
+    pub(crate) fn start(namespace: &'static str, number: u16) -> Self {
+        let _ = Command::new("ip").args(["netns", "delete", namespace]).output();
+        run("ip", &["netns", "add", namespace]);
+        run("ip", &["-n", namespace, "link", "set", "lo", "up"]);
+        let config = format!(
+            "host_name = \"{namespace}\"\n[fabric]\nhost_number = {number}\nipv6_prefix = \"fd3c:91aa:7e3::/48\"\n"
+        );
+        let lab = Self { namespace, agent: Some(Agent::start_with(&config, Some(namespace))) };
+        lab.agent().ok(&["session", "create", "--id", SESSION, "--name", "clones"]);
+        lab
+    }
+
+    /// The agent.
+    pub(crate) fn agent(&self) -> &Agent {
+        self.agent.as_ref().expect("the agent runs")
+    }
+
+    /// Builds a bundle; gives it.
+    pub(crate) fn build(&self, name: &str, more: &[&str]) -> Value {
+        let words: Vec<&str> = ["bundle", "build", "--name", name, "--memory", "64"].iter().chain(more).copied().collect();
+        self.agent().json(&words)
+    }
+
+    /// Launches a VM of a bundle into the session.
+    pub(crate) fn clone_of(&self, bundle: &str, name: &str) -> Value {
+        self.agent().json(&["vm", "launch", "--bundle", bundle, "--session", "clones", "--name", name])
+    }
+
+    /// Removes the VMs that are left, then ends as [`Lab::ends`].
+    pub(crate) fn ends_with_vms(self) {
+        for vm in self.agent().json(&["vm", "ls"])["vms"].as_array().expect("a list") {
+            self.agent().ok(&["vm", "rm", vm["id"].as_str().expect("an id"), "--timeout", "0"]);
+        }
+        self.ends();
+    }
+
+    /// Removes the bundles and ends the agent; nothing may be left.
+    pub(crate) fn ends(mut self) {
+        let agent = self.agent.take().expect("the agent runs");
+        for bundle in bundles(&agent) {
+            agent.ok(&["bundle", "rm", &bundle]);
+        }
+        agent.finish();
+        let links = run("ip", &["-n", self.namespace, "-o", "link"]);
+        assert!(!links.contains("hth"), "links: {links}");
+    }
+}
+
+/// Ids of all bundles, those that others build on last.
+fn bundles(agent: &Agent) -> Vec<String> {
+    let list = agent.json(&["bundle", "ls"]);
+    let mut bundles: Vec<&Value> = list["bundles"].as_array().expect("a list").iter().collect();
+    // A child is younger than its parent.
+    bundles.sort_by_key(|bundle| std::cmp::Reverse(bundle["created_at"].as_str().expect("a time").to_owned()));
+    bundles.iter().map(|bundle| bundle["id"].as_str().expect("an id").to_owned()).collect()
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // Only after a failure is there still one; it takes its VMs with it.
+        drop(self.agent.take());
+        let _ = Command::new("ip").args(["netns", "delete", self.namespace]).output();
+    }
+}
