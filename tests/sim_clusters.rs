@@ -135,7 +135,7 @@ async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
 
 fn run_seed(seed: u64) {
     let host = SimHost::new(seed);
-    let faults = Faults { fail_permille: 20, crash_permille: 6, odd_guest_permille: 300, crash_at_point: None };
+    let faults = Faults { fail_permille: 20, crash_permille: 6, odd_guest_permille: 300, ..Faults::default() };
     for _ in 0..LIVES {
         life(&host, faults, |door| busy_life(host.clone(), door));
     }

@@ -176,12 +176,11 @@ impl<S: ByteStream> GuestLink<S> {
             self.writer.send_all(messages).await?;
             let mut answers = Vec::with_capacity(messages.len());
             for _ in messages {
-                match self.reader.next().await?.ok_or(GuestError::HungUp)? {
-                    FromGuest::Failed { errno, what } => {
-                        return Err(GuestError::Failed { errno, what: printable(&what) });
-                    }
-                    answer => answers.push(answer),
+                let answer = self.reader.next().await?.ok_or(GuestError::HungUp)?;
+                if let FromGuest::Failed { errno, what } = &answer {
+                    return Err(GuestError::Failed { errno: *errno, what: printable(what) });
                 }
+                answers.push(answer);
             }
             Ok(answers)
         };

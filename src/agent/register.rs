@@ -55,11 +55,11 @@ impl Desk {
     }
 
     /// Hands a registration over; gives it back when nobody waits for it.
-    fn knock(&self, vm: &VmId, knock: Knock) -> Result<(), Knock> {
+    fn knock(&self, vm: &VmId, knock: Knock) -> Result<(), Box<Knock>> {
         let counter = self.counters().get(vm).cloned();
         match counter {
-            Some(counter) => counter.try_send(knock).map_err(mpsc::error::TrySendError::into_inner),
-            None => Err(knock),
+            Some(counter) => counter.try_send(knock).map_err(|error| Box::new(error.into_inner())),
+            None => Err(Box::new(knock)),
         }
     }
 }

@@ -425,11 +425,12 @@ impl<W: World> Work<W> {
             messages.push(ToGuest::RunHooks { timeout_ms: u32::try_from(HOOKS_LIMIT.as_millis()).unwrap_or(u32::MAX) });
         }
         for answer in link.answers(&messages, ANSWER_LIMIT).await? {
-            match answer {
-                FromGuest::Done => {}
-                FromGuest::HooksRan(hooks) if hooks.failed.is_empty() => {}
-                FromGuest::HooksRan(hooks) => return Err(GuestError::hooks(&hooks)),
-                _ => return Err(GuestError::Unexpected),
+            if let FromGuest::HooksRan(hooks) = &answer {
+                if !hooks.failed.is_empty() {
+                    return Err(GuestError::hooks(hooks));
+                }
+            } else if answer != FromGuest::Done {
+                return Err(GuestError::Unexpected);
             }
         }
         Ok(heard)

@@ -141,7 +141,10 @@ pub(crate) fn snapshots_hold_what_was_there_and_differences_build_on_them(_share
     }
     for (parent, child) in [("base", &one), ("one-diff", &two)] {
         let refused = super::fixture::text(&agent.run(&["bundle", "rm", parent]).stderr);
-        assert!(refused.contains("is built on by") && refused.contains(child["id"].as_str().expect("an id")), "{refused}");
+        assert!(
+            refused.contains("is built on by") && refused.contains(child["id"].as_str().expect("an id")),
+            "{refused}"
+        );
     }
     agent.ok(&["bundle", "compact", "two-diff", "--name", "flat"]);
     for bundle in ["two-diff", "one-diff", "base"] {
@@ -167,9 +170,15 @@ pub(crate) fn ten_cycles_lose_nothing_under_load(_shared: &Agent) {
     lab.build("peer", &[]);
     let peer = lab.clone_of("peer", "peer");
     let peer = peer["addresses"][0].as_str().expect("an address");
-    agent.sh("load-0", "mke2fs -q /dev/vda 2>/dev/null || mke2fs /dev/vda > /dev/null; mkdir -p /tmp/m; mount /dev/vda /tmp/m");
+    agent.sh(
+        "load-0",
+        "mke2fs -q /dev/vda 2>/dev/null || mke2fs /dev/vda > /dev/null; mkdir -p /tmp/m; mount /dev/vda /tmp/m",
+    );
     // A pattern in memory, and a disk and a network that are busy in every freeze.
-    agent.sh("load-0", "dd if=/dev/urandom of=/tmp/pattern bs=64k count=16 2>/dev/null; md5sum < /tmp/pattern > /tmp/sum");
+    agent.sh(
+        "load-0",
+        "dd if=/dev/urandom of=/tmp/pattern bs=64k count=16 2>/dev/null; md5sum < /tmp/pattern > /tmp/sum",
+    );
     let load = format!(
         "setsid sh -c 'i=0; while :; do i=$((i+1)); echo line $i >> /tmp/m/log; sync; done' < /dev/null > /dev/null 2>&1 & \
          setsid sh -c 'while :; do ping -c 20 -i 0.2 {peer} > /dev/null 2>&1 || sleep 1; done' < /dev/null > /dev/null 2>&1 &"
@@ -181,7 +190,8 @@ pub(crate) fn ten_cycles_lose_nothing_under_load(_shared: &Agent) {
         let bundle = format!("cycle-{cycle}");
         // vsock under load as well: a program that talks all the time is cut off by the restore, and only it.
         let mut talk = agent.command(["vm", "exec", &before, "--", "sh", "-c", "while :; do echo; done"]);
-        let mut talk = talk.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().expect("run");
+        let mut talk =
+            talk.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().expect("run");
         agent.ok(&["vm", "snapshot", &before, "--bundle-name", &bundle]);
         // The disk belongs to the next: two writers would spoil it.
         agent.ok(&["vm", "rm", &before, "--timeout", "0"]);

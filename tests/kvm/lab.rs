@@ -37,7 +37,8 @@ impl Lab {
 
     /// Builds a bundle; gives it.
     pub(crate) fn build(&self, name: &str, more: &[&str]) -> Value {
-        let words: Vec<&str> = ["bundle", "build", "--name", name, "--memory", "64"].iter().chain(more).copied().collect();
+        let words: Vec<&str> =
+            ["bundle", "build", "--name", name, "--memory", "64"].iter().chain(more).copied().collect();
         self.agent().json(&words)
     }
 

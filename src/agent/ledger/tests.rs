@@ -4,10 +4,10 @@ use super::*;
 use crate::agent::config::Uids;
 use crate::agent::effect::Effect;
 use crate::agent::record::StepState;
-use crate::agent::vm_state::Goal;
+use crate::agent::vm_state::{Goal, VmState};
 use crate::sys::file;
 
-pub(in crate::agent) fn vm(number: u8, name: &str) -> VmRecord {
+pub(super) fn vm(number: u8, name: &str) -> VmRecord {
     VmRecord { uid: 1000, ..crate::agent::fixture::vm(number, name) }
 }
 

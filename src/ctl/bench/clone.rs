@@ -104,7 +104,13 @@ impl Bench<'_> {
     }
 
     /// One after the other, each removed before the next.
-    async fn one_by_one(&mut self, name: &str, count: u32, request: &VmLaunchRequest, cold: bool) -> Result<Series, BenchError> {
+    async fn one_by_one(
+        &mut self,
+        name: &str,
+        count: u32,
+        request: &VmLaunchRequest,
+        cold: bool,
+    ) -> Result<Series, BenchError> {
         let (mut vms, mut wall_ms) = (Vec::new(), 0.0);
         for index in 0..count {
             if cold {

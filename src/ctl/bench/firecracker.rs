@@ -137,10 +137,9 @@ impl Process {
             // Whatever it still prints has a reader.
             tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
         };
-        tokio::time::timeout(BOOT_LIMIT, waiting).await.map_err(|_| BenchError::Firecracker {
-            what: "boot a guest",
-            reason: "its agent did not start".to_owned(),
-        })
+        tokio::time::timeout(BOOT_LIMIT, waiting)
+            .await
+            .map_err(|_| BenchError::Firecracker { what: "boot a guest", reason: "its agent did not start".to_owned() })
     }
 }
 
