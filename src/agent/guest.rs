@@ -183,12 +183,10 @@ impl<S: ByteStream> GuestLink<S> {
                 if let Some(on_first) = on_first.take() {
                     on_first();
                 }
-                match answer {
-                    FromGuest::Failed { errno, what } => {
-                        return Err(GuestError::Failed { errno, what: printable(&what) });
-                    }
-                    answer => answers.push(answer),
+                if let FromGuest::Failed { errno, what } = &answer {
+                    return Err(GuestError::Failed { errno: *errno, what: printable(what) });
                 }
+                answers.push(answer);
             }
             Ok(answers)
         };

@@ -17,7 +17,11 @@ use super::lab::Lab;
 
 fn last_event(agent: &Agent) -> String {
     let events = agent.json(&["events"]);
-    events["events"].as_array().and_then(|events| events.last()).map_or(0, |event| event["seq"].as_u64().unwrap_or(0)).to_string()
+    events["events"]
+        .as_array()
+        .and_then(|events| events.last())
+        .map_or(0, |event| event["seq"].as_u64().unwrap_or(0))
+        .to_string()
 }
 
 /// A launch that has to be refused before there is a process; the error.
@@ -52,7 +56,11 @@ pub(crate) fn harmed_bundles_start_nothing(_shared: &Agent) {
     agent.ok(&["vm", "rm", "whole-again", "--timeout", "0"]);
 
     for (name, fact, change) in [
-        ("other-provider", "provider", (|draft| draft.host.provider = "NotAKvmAtAll".to_owned()) as fn(&mut ManifestDraft)),
+        (
+            "other-provider",
+            "provider",
+            (|draft| draft.host.provider = "NotAKvmAtAll".to_owned()) as fn(&mut ManifestDraft),
+        ),
         ("other-cpu", "cpu_features", |draft| draft.cpu.features.push("zz_from_the_future".to_owned())),
         ("other-arch", "arch", |draft| draft.arch = hearth::bundle::manifest::Arch::Aarch64),
     ] {

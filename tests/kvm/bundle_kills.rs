@@ -19,13 +19,7 @@ const BUILD_MOMENTS: [u64; 3] = [20, 2_500, 6_500];
 const SETTLED_LIMIT: Duration = Duration::from_secs(90);
 
 fn begin(agent: &Agent, words: &[&str]) -> Child {
-    agent
-        .command(words)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("run hearth")
+    agent.command(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("run hearth")
 }
 
 /// All VMs, when none of them is on its way any more.
@@ -53,7 +47,8 @@ fn bundles_are_whole(agent: &Agent) {
     }
     let root = std::fs::read_dir(agent.state().join("bundles")).expect("the store");
     let names = root.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"));
-    let left: Vec<String> = names.filter(|name| name.starts_with(".staging") || name.starts_with(".removing")).collect();
+    let left: Vec<String> =
+        names.filter(|name| name.starts_with(".staging") || name.starts_with(".removing")).collect();
     assert!(left.is_empty(), "{left:?}");
 }
 

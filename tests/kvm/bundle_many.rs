@@ -5,8 +5,20 @@ use super::lab::Lab;
 
 fn launch(agent: &Agent, name: &str) {
     let words = [
-        "vm", "launch", "--bundle", "base", "--session", "clones", "--cluster", "work", "--executor-id", name, "--name", name,
-        "--wait", "registered",
+        "vm",
+        "launch",
+        "--bundle",
+        "base",
+        "--session",
+        "clones",
+        "--cluster",
+        "work",
+        "--executor-id",
+        name,
+        "--name",
+        name,
+        "--wait",
+        "registered",
     ];
     let vm = agent.json(&words);
     assert_eq!(vm["state"], "running", "{vm:#}");

@@ -111,11 +111,12 @@ impl<W: World> Work<W> {
         let mut set = sent;
         let answers = link.answers(&messages, ANSWER_LIMIT, || set = self.now()).await?;
         for answer in answers {
-            match answer {
-                FromGuest::Done => {}
-                FromGuest::HooksRan(hooks) if hooks.failed.is_empty() => {}
-                FromGuest::HooksRan(hooks) => return Err(GuestError::hooks(&hooks)),
-                _ => return Err(GuestError::Unexpected),
+            if let FromGuest::HooksRan(hooks) = &answer {
+                if !hooks.failed.is_empty() {
+                    return Err(GuestError::hooks(hooks));
+                }
+            } else if answer != FromGuest::Done {
+                return Err(GuestError::Unexpected);
             }
         }
         if set.since(sent) > CLOCK_ERROR_MAX {

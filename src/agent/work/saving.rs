@@ -127,10 +127,9 @@ impl<W: World> Work<W> {
         let timeout_ms = u32::try_from(QUIESCE_LIMIT.as_millis()).unwrap_or(u32::MAX);
         let quiescing = async {
             let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
-            match link.request(&ToGuest::Quiesce { timeout_ms }, ANSWER_LIMIT).await? {
-                FromGuest::Quiesced { complete, .. } => Ok(complete),
-                _ => Err(GuestError::Unexpected),
-            }
+            let answer = link.request(&ToGuest::Quiesce { timeout_ms }, ANSWER_LIMIT).await?;
+            let FromGuest::Quiesced { complete, .. } = answer else { return Err(GuestError::Unexpected) };
+            Ok(complete)
         };
         let complete = quiescing.await.map_err(|error| unreachable(&error))?;
         self.order()?.quiesced = Some(complete);
