@@ -47,7 +47,7 @@ fn clusters_are_found_by_id_name_and_start() {
     let mut store = with(&[&one, &two]);
     assert_eq!(store.cluster("etl").unwrap().as_ref(), Some(&one));
     assert_eq!(store.cluster(two.id.as_str()).unwrap().as_ref(), Some(&two));
-    assert_eq!(store.clusters_by_prefix(&one.id.as_str()[..6]).unwrap(), [one.clone()]);
+    assert_eq!(store.clusters_by_prefix(&one.id.as_str()[..6]).unwrap(), std::slice::from_ref(&one));
     assert_eq!(store.clusters().unwrap(), [one.clone(), two]);
     let again = store.commit(&[Write::NewCluster(Box::new(cluster(3, Some("etl"))))]);
     assert!(matches!(again, Err(LedgerError::Cluster(ClusterRefusal::NameTaken))));
@@ -133,7 +133,7 @@ fn a_calculation_goes_from_state_to_state_once() {
     let begun = to("queued", CalculationState::Running, None);
     assert!(store.change_calculation(&begun).unwrap().is_some());
     assert!(store.change_calculation(&begun).unwrap().is_none(), "somebody was faster");
-    assert_eq!(store.calculations_under_way().unwrap(), [begun.record.clone()]);
+    assert_eq!(store.calculations_under_way().unwrap(), std::slice::from_ref(&begun.record));
     let output = CalculationOutput { stdout: vec![0xff, 0], stderr: b"err".to_vec() };
     let ended = to("running", CalculationState::Succeeded, Some(output.clone()));
     assert!(store.change_calculation(&ended).unwrap().is_some());
