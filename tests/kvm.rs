@@ -9,6 +9,9 @@
 
 mod kvm {
     pub(crate) mod adoption;
+    pub(crate) mod bundle_harm;
+    pub(crate) mod bundle_kills;
+    pub(crate) mod bundle_many;
     pub(crate) mod bundles;
     pub(crate) mod console;
     pub(crate) mod devices;
@@ -70,6 +73,14 @@ const TESTS: &[Test] = &[
         kvm::bundles::snapshots_hold_what_was_there_and_differences_build_on_them,
     ),
     ("bundle_ten_cycles_lose_nothing_under_load", kvm::bundles::ten_cycles_lose_nothing_under_load),
+    ("bundle_harmed_ones_start_nothing", kvm::bundle_harm::harmed_bundles_start_nothing),
+    ("bundle_full_disk_costs_no_vm", kvm::bundle_harm::a_full_disk_costs_no_vm),
+    ("bundle_agents_killed_in_the_middle_are_made_good", kvm::bundle_kills::agents_killed_in_the_middle_are_made_good),
+    ("bundle_vmms_killed_in_the_middle_are_told_of", kvm::bundle_kills::vmms_killed_in_the_middle_are_told_of),
+    (
+        "bundle_hundred_in_a_row_and_thirty_at_once_leave_nothing",
+        kvm::bundle_many::a_hundred_in_a_row_and_thirty_at_once_leave_nothing,
+    ),
     ("network_hosts_say_what_is_wrong", kvm::unfit::hosts_say_what_is_wrong),
     (
         "network_sessions_reach_across_hosts_and_nothing_else",

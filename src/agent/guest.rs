@@ -166,32 +166,31 @@ impl<S: ByteStream> GuestLink<S> {
     }
 
     /// Asks for several things at once and gives the answers, all within `limit`: one way there and back instead of one
-    /// for each, which on an emulating host is tens of milliseconds. The first refusal is the error.
+    /// for each, which on an emulating host is tens of milliseconds. The first refusal is the error; `on_first` is called
+    /// when the first answer is there.
     pub(super) async fn answers(
         &mut self,
         messages: &[ToGuest],
         limit: Duration,
+        on_first: impl FnOnce() + Send,
     ) -> Result<Vec<FromGuest>, GuestError> {
+        let mut on_first = Some(on_first);
         let exchange = async {
             self.writer.send_all(messages).await?;
             let mut answers = Vec::with_capacity(messages.len());
             for _ in messages {
-                match self.reader.next().await?.ok_or(GuestError::HungUp)? {
-                    FromGuest::Failed { errno, what } => {
-                        return Err(GuestError::Failed { errno, what: printable(&what) });
-                    }
-                    answer => answers.push(answer),
+                let answer = self.reader.next().await?.ok_or(GuestError::HungUp)?;
+                if let Some(on_first) = on_first.take() {
+                    on_first();
                 }
+                if let FromGuest::Failed { errno, what } = &answer {
+                    return Err(GuestError::Failed { errno: *errno, what: printable(what) });
+                }
+                answers.push(answer);
             }
             Ok(answers)
         };
         timeout(limit, exchange).await.unwrap_or(Err(GuestError::TimedOut { limit }))
-    }
-
-    /// Asks for several things at once that are each answered by Done.
-    pub(super) async fn all_done(&mut self, messages: &[ToGuest], limit: Duration) -> Result<(), GuestError> {
-        let answers = self.answers(messages, limit).await?;
-        if answers.iter().all(|answer| *answer == FromGuest::Done) { Ok(()) } else { Err(GuestError::Unexpected) }
     }
 
     /// Asks for something that is answered by Done.

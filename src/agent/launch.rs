@@ -490,7 +490,7 @@ impl<W: World> Agent<W> {
         };
         self.shared.wake_readers(last);
         tracing::info!(vm = %record.id, name = record.name, image = record.spec.image, "launching");
-        let handle = start(&self.shared, record, Begin::Launch(operation, asked_at));
+        let handle = start(&self.shared, record, Begin::Launch(Box::new(operation), asked_at));
         let record = handle.record.borrow().clone();
         Ok(record)
     }

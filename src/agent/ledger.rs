@@ -436,4 +436,4 @@ const fn state_word(state: OperationState) -> &'static str {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

@@ -128,7 +128,7 @@ impl Verb {
 #[derive(Debug)]
 pub(crate) enum Begin {
     /// The launch was just recorded, with this operation, at this time.
-    Launch(OperationRecord, Monotonic),
+    Launch(Box<OperationRecord>, Monotonic),
     /// The agent restarted: continue what is unfinished.
     Recover(Box<Recovered>),
 }
@@ -198,7 +198,7 @@ impl<W: World> VmActor<W> {
         match begin {
             Begin::Launch(operation, asked_at) => {
                 self.launch_asked_at = Some(asked_at);
-                self.perform(operation, Duration::ZERO, Some(asked_at));
+                self.perform(*operation, Duration::ZERO, Some(asked_at));
             }
             Begin::Recover(recovered) => self.recover(*recovered).await?,
         }

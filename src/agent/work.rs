@@ -4,52 +4,30 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth_guest_wire::{FromGuest, HardwareAddress, Identity, Shutdown, ToGuest};
+use hearth_guest_wire::{Shutdown, ToGuest};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
-use super::guest_network::{self, guest_network};
-use super::host_vmm::interface_mac;
 use super::ledger::{LedgerError, Write};
-use super::member::member;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
 use super::session_end::{after, quarantine};
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, StartVmmError, VmBundles, VmDisk, VmNetworks,
-    VmmHost, VmmProcess, World, random_array,
+    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, StartVmmError, VmDisk, VmNetworks, VmmHost,
+    VmmProcess, World,
 };
 use crate::clock::{Clock, Monotonic};
-use crate::ids::Generation;
 use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
 use crate::wire::refusal::Refusal;
 
+mod greeting;
 mod registering;
 mod saving;
-
-/// Time between two tries to reach a guest that boots. The VMM answers at once whether something listens in the guest,
-/// so this bounds how late the agent notices. Each try costs a booting guest an interrupt and a packet, which on an
-/// emulating host are some twenty milliseconds of its boot.
-const GREET_INTERVAL: Duration = Duration::from_millis(200);
-
-/// The first a guest's agent was heard of.
-#[derive(Clone, Copy)]
-struct Heard {
-    /// When it said Hello.
-    at: Monotonic,
-    /// How long it had been running by then.
-    running: Duration,
-    /// The version of its protocol.
-    protocol: u16,
-}
-
-/// Longest time for the programs in a guest that take note of its new identity.
-const HOOKS_LIMIT: Duration = Duration::from_secs(30);
 
 /// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -362,115 +340,6 @@ impl<W: World> Work<W> {
         }
     }
 
-    async fn greet_guest(&mut self) -> Result<(), Outcome> {
-        let limit = Duration::from_secs(self.shared.config.waits.guest_ready_s.into());
-        let begun = self.now();
-        let mut hurry = self.hurry.clone();
-        let process = self.process.clone();
-        let mut last = None;
-        let greeting = async {
-            loop {
-                match self.greet_once().await {
-                    Ok(heard) => return Ok(heard),
-                    // It answered, and is not fit to run: asking again would not change that.
-                    Err(error @ GuestError::Hooks { .. }) => return Err(unreachable(&error)),
-                    Err(error) => last = Some(error),
-                }
-                sleep(GREET_INTERVAL).await;
-            }
-        };
-        let heard = tokio::select! {
-            biased;
-            _ = hurry.wait_for(|hurry| *hurry) => return Err(Outcome::Hurried),
-            end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
-            heard = greeting => heard?,
-            () = sleep(limit) => {
-                let last = last.map_or_else(|| "no try ended".to_owned(), |error| chain(&error));
-                let detail = format!("no answer within {} s: {last}", limit.as_secs());
-                return Err(Outcome::Failed(FailureCause::GuestUnreachable { detail }));
-            }
-        };
-        self.keep_boot_times(begun, heard).await;
-        Ok(())
-    }
-
-    async fn greet_once(&self) -> Result<Heard, GuestError> {
-        let world = &self.shared.world;
-        let mut link = guest::connect(world.vmm(), &self.record.id).await?;
-        let running = Duration::from_nanos(link.running_ns);
-        let heard = Heard { at: self.now(), running, protocol: link.version };
-        let entropy = [random_array(world), random_array(world)];
-        let [Ok(first), Ok(second)] = entropy else {
-            return Err(GuestError::Stream(std::io::Error::other("no randomness on this host")));
-        };
-        let identity = Identity {
-            vm_id: self.record.id.to_string(),
-            hostname: self.record.hostname().to_owned(),
-            generation: self.record.generation.parse::<Generation>().map_or([0; 16], |generation| generation.0),
-            entropy: [first, second],
-            unix_ns: world.clock().wall().0,
-            interfaces: Vec::new(),
-        };
-        let mut messages = vec![ToGuest::Identity(identity)];
-        if link.version >= guest_network::SINCE_VERSION {
-            let config = &self.shared.config;
-            let member = member(&self.record, config.fabric.as_ref().map(|fabric| &fabric.fabric));
-            let hardware = self.hardware().await;
-            if !hardware.is_empty() {
-                messages.push(ToGuest::Hardware(hardware));
-            }
-            messages.push(ToGuest::Network(guest_network(&member, config.mtu())));
-        }
-        if link.version >= guest_network::HOOKS_SINCE_VERSION {
-            messages.push(ToGuest::RunHooks { timeout_ms: u32::try_from(HOOKS_LIMIT.as_millis()).unwrap_or(u32::MAX) });
-        }
-        for answer in link.answers(&messages, ANSWER_LIMIT).await? {
-            match answer {
-                FromGuest::Done => {}
-                FromGuest::HooksRan(hooks) if hooks.failed.is_empty() => {}
-                FromGuest::HooksRan(hooks) => return Err(GuestError::hooks(&hooks)),
-                _ => return Err(GuestError::Unexpected),
-            }
-        }
-        Ok(heard)
-    }
-
-    /// The hardware addresses that a guest from a bundle takes its interfaces to have, and those they have.
-    async fn hardware(&self) -> Vec<HardwareAddress> {
-        let Some(bundle) = &self.record.spec.bundle else { return Vec::new() };
-        let Ok(manifest) = self.shared.world.bundles().check(bundle).await else { return Vec::new() };
-        let frozen = manifest.identity.macs.iter().filter_map(|text| parse_mac(text));
-        let own = (0..self.record.spec.interfaces).map(|index| interface_mac(&self.record.id, index));
-        frozen.zip(own).map(|(from, to)| HardwareAddress { from, to }).collect()
-    }
-
-    async fn keep_boot_times(&mut self, begun: Monotonic, heard: Heard) {
-        let first_entry_ns = self.status().await.map_or(0, |status| status.first_entry_ns);
-        let first_entry = Duration::from_nanos(first_entry_ns);
-        let kernel = heard.at.since(begun).saturating_sub(first_entry).saturating_sub(heard.running);
-        let asked = self.asked_at;
-        let now = self.now();
-        self.record.guest_protocol = Some(heard.protocol);
-        let is_boot = self.record.spec.bundle.is_none();
-        let timings = &mut self.record.timings;
-        timings.answered_us = asked.map(|asked| micros(heard.at.since(asked)));
-        timings.first_entry_us = Some(first_entry_ns / 1000);
-        if is_boot {
-            timings.kernel_us = Some(micros(kernel));
-            timings.init_us = Some(micros(now.since(begun).saturating_sub(first_entry).saturating_sub(kernel)));
-        }
-        timings.total_us = asked.map(|asked| micros(now.since(asked)));
-    }
-
-    async fn set_guest_clock(&self) -> Result<(), Outcome> {
-        let setting = async {
-            let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
-            let unix_ns = self.shared.world.clock().wall().0;
-            link.done(&ToGuest::SetClock { unix_ns }, ANSWER_LIMIT).await
-        };
-        setting.await.map_err(|error| unreachable(&error))
-    }
-
     async fn shut_down_guest(&mut self) -> Result<(), Outcome> {
         let mut hurry = self.hurry.clone();
         let Some(process) = self.find().await? else { return Ok(()) };
@@ -524,12 +393,6 @@ pub(super) async fn ended(process: Option<&impl VmmProcess>) -> ProcessEnd {
 pub(super) fn command_line(host_additions: &str, image: &str) -> String {
     let words = ["console=ttyS0", host_additions.trim(), image.trim()];
     words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
-}
-
-/// `02:00:00:00:00:01` as bytes.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let bytes: Vec<u8> = text.split(':').map_while(|byte| u8::from_str_radix(byte, 16).ok()).collect();
-    bytes.try_into().ok()
 }
 
 fn micros(time: Duration) -> u64 {

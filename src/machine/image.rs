@@ -63,6 +63,7 @@ pub enum WriteImageError {
 /// Bytes written at once, and the most that is held besides guest memory.
 const BUFFER_BYTES: usize = 256 * 1024;
 
+#[expect(clippy::cast_possible_truncation, reason = "4096")]
 const PAGE: usize = PAGE_BYTES as usize;
 
 /// Bits of an entry of `/proc/PID/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`): the page is in memory, it is

@@ -202,7 +202,6 @@ pub(crate) fn ten_cycles_lose_nothing_under_load(_shared: &Agent) {
         let now: u64 = agent.sh(&after, "wc -l < /tmp/m/log").trim().parse().expect("a number");
         assert!(now >= lines, "cycle {cycle}: {now} lines, there were {lines}");
         lines = now;
-        agent.ok(&["bundle", "rm", &bundle]);
     }
     agent.sh("load-10", "ping -c 1 -W 10 169.254.1.1");
     agent.ok(&["vm", "exec", "load-10", "--", "sh", "-c", "killall sh 2>/dev/null; true"]);

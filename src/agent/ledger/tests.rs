@@ -7,7 +7,7 @@ use crate::agent::record::StepState;
 use crate::agent::vm_state::{Goal, VmState};
 use crate::sys::file;
 
-pub(in crate::agent) fn vm(number: u8, name: &str) -> VmRecord {
+pub(super) fn vm(number: u8, name: &str) -> VmRecord {
     VmRecord { uid: 1000, ..crate::agent::fixture::vm(number, name) }
 }
 

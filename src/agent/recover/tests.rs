@@ -1,7 +1,7 @@
 //! What becomes of bundles that an earlier agent was making.
 
 use super::*;
-use crate::agent::ledger::tests::vm;
+use crate::agent::fixture::vm;
 use crate::agent::record::{BuildSpec, StepRecord};
 use crate::clock::UnixNanos;
 use crate::ids::OperationId;

@@ -143,12 +143,9 @@ impl<W: World> Work<W> {
         let (id, vm, now) = (cluster.id.clone(), self.record.clone(), self.shared.world.clock().wall());
         let take = move |cluster: &mut ClusterRecord| take_down(cluster, vm, &words, now);
         let taken = self.shared.world.records().with(move |store| store.change_cluster(&id, take)).await;
+        let is_unknown = |error: &LedgerError| matches!(error, LedgerError::Cluster(ClusterRefusal::Unknown));
         let (taken, last) = taken.map_err(|error| {
-            if matches!(error, LedgerError::Cluster(ClusterRefusal::Unknown)) {
-                not_registered("its cluster is gone")
-            } else {
-                Outcome::Broken(error)
-            }
+            if is_unknown(&error) { not_registered("its cluster is gone") } else { Outcome::Broken(error) }
         })?;
         self.shared.wake_readers(last);
         match &taken {
@@ -180,20 +177,12 @@ async fn ask<W: World>(
 ) -> Result<Said<Stream<W>>, GuestError> {
     sleep(pause).await;
     let mut link = guest::connect(shared.world.vmm(), &vm).await?;
-    match link.request(&ToGuest::Join(join), ANSWER_LIMIT).await? {
-        FromGuest::Register(registration) => Ok(Said::Asks(Box::new(link), registration)),
-        FromGuest::Joined { epoch } => Ok(Said::Joined(epoch)),
-        FromGuest::Hello { .. }
-        | FromGuest::Done
-        | FromGuest::Failed { .. }
-        | FromGuest::Quiesced { .. }
-        | FromGuest::Stats(_)
-        | FromGuest::Started { .. }
-        | FromGuest::Stdout(_)
-        | FromGuest::Stderr(_)
-        | FromGuest::Exited(_)
-        | FromGuest::HooksRan(_) => Err(GuestError::Unexpected),
+    let answer = link.request(&ToGuest::Join(join), ANSWER_LIMIT).await?;
+    if let FromGuest::Joined { epoch } = answer {
+        return Ok(Said::Joined(epoch));
     }
+    let FromGuest::Register(registration) = answer else { return Err(GuestError::Unexpected) };
+    Ok(Said::Asks(Box::new(link), registration))
 }
 
 /// Tells a guest what became of its registration.

@@ -12,7 +12,6 @@ use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, printable};
 use crate::agent::record::{BuildSpec, BundleOrder};
 use crate::agent::vm_state::FailureCause;
 use crate::agent::world::{Ask, AskError, VmBundles, VmmHost, World};
-use crate::clock::Clock;
 use crate::report::chain;
 use crate::wire::control::{Answer, MachineState, SavedPages};
 
@@ -128,10 +127,9 @@ impl<W: World> Work<W> {
         let timeout_ms = u32::try_from(QUIESCE_LIMIT.as_millis()).unwrap_or(u32::MAX);
         let quiescing = async {
             let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
-            match link.request(&ToGuest::Quiesce { timeout_ms }, ANSWER_LIMIT).await? {
-                FromGuest::Quiesced { complete, .. } => Ok(complete),
-                _ => Err(GuestError::Unexpected),
-            }
+            let answer = link.request(&ToGuest::Quiesce { timeout_ms }, ANSWER_LIMIT).await?;
+            let FromGuest::Quiesced { complete, .. } = answer else { return Err(GuestError::Unexpected) };
+            Ok(complete)
         };
         let complete = quiescing.await.map_err(|error| unreachable(&error))?;
         self.order()?.quiesced = Some(complete);
@@ -142,8 +140,8 @@ impl<W: World> Work<W> {
     pub(super) async fn thaw_guest(&self) -> Result<(), Outcome> {
         let thawing = async {
             let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
-            let unix_ns = self.shared.world.clock().wall().0;
-            link.all_done(&[ToGuest::Thaw, ToGuest::SetClock { unix_ns }], ANSWER_LIMIT).await
+            link.done(&ToGuest::Thaw, ANSWER_LIMIT).await?;
+            self.set_clock(&mut link).await
         };
         thawing.await.map_err(|error| unreachable(&error))
     }

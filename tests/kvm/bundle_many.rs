@@ -1,0 +1,58 @@
+//! Many VMs from one bundle, one after the other and at once: all register with their cluster, and nothing is left.
+
+use super::fixture::{Agent, descriptors};
+use super::lab::Lab;
+
+fn launch(agent: &Agent, name: &str) {
+    let words = [
+        "vm",
+        "launch",
+        "--bundle",
+        "base",
+        "--session",
+        "clones",
+        "--cluster",
+        "work",
+        "--executor-id",
+        name,
+        "--name",
+        name,
+        "--wait",
+        "registered",
+    ];
+    let vm = agent.json(&words);
+    assert_eq!(vm["state"], "running", "{vm:#}");
+    assert!(vm["registered_at"].is_string(), "{vm:#}");
+}
+
+pub(crate) fn a_hundred_in_a_row_and_thirty_at_once_leave_nothing(_shared: &Agent) {
+    let lab = Lab::start("htest-many", 28);
+    let agent = lab.agent();
+    lab.build("base", &[]);
+    agent.ok(&["cluster", "create", "--name", "work", "--deadline", "120s"]);
+    launch(agent, "first");
+    agent.ok(&["vm", "rm", "first", "--timeout", "0"]);
+    let before = descriptors(agent.pid());
+    for number in 0..100 {
+        let name = format!("row-{number}");
+        launch(agent, &name);
+        agent.ok(&["vm", "rm", &name, "--timeout", "0"]);
+    }
+    let names: Vec<String> = (0..30).map(|number| format!("at-once-{number}")).collect();
+    std::thread::scope(|scope| {
+        for name in &names {
+            scope.spawn(|| launch(agent, name));
+        }
+    });
+    let members = agent.json(&["cluster", "members", "work"]);
+    assert_eq!(members["members"].as_array().map(Vec::len), Some(30), "{members:#}");
+    std::thread::scope(|scope| {
+        for name in &names {
+            scope.spawn(|| agent.ok(&["vm", "rm", name, "--timeout", "0"]));
+        }
+    });
+    let now = descriptors(agent.pid());
+    assert!(now <= before + 4, "the agent has {now} descriptors, it had {before}");
+    agent.ok(&["cluster", "rm", "work"]);
+    lab.ends();
+}
