@@ -156,6 +156,7 @@ const FLOORS: &[Floor] = &[
             "serde_json",
             "indicatif",
             "comfy_table",
+            "futures_util",
             "jiff",
             "rustix",
         ],
