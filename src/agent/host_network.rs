@@ -254,7 +254,13 @@ impl VmNetworks for HostNetworks {
     }
 
     fn give_back(&self, number: u16) {
-        lock(&self.0.numbers).taken.remove(&number);
+        // One that was made ahead is there, closed as it was made: the next launch may have it.
+        let is_there = self.0.network.jails().is_ok_and(|there| there.contains(&number));
+        let mut numbers = lock(&self.0.numbers);
+        numbers.taken.remove(&number);
+        if is_there && !numbers.ready.contains(&number) {
+            numbers.ready.push_front(number);
+        }
     }
 
     fn metadata_sockets(&self, vm: &VmRecord) -> io::Result<Vec<std::net::TcpListener>> {

@@ -10,7 +10,7 @@ fn launch(agent: &Agent, name: &str) {
         "--bundle",
         "base",
         "--session",
-        "clones",
+        "many",
         "--cluster",
         "work",
         "--executor-id",

@@ -1,6 +1,7 @@
 //! A host of its own for tests of bundles: an agent with a fabric, in a network namespace of its own.
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -39,7 +40,15 @@ impl Lab {
     pub(crate) fn build(&self, name: &str, more: &[&str]) -> Value {
         let words: Vec<&str> =
             ["bundle", "build", "--name", name, "--memory", "64"].iter().chain(more).copied().collect();
-        self.agent().json(&words)
+        let bundle = self.agent().json(&words);
+        // The VM that it was is forgotten a moment after it became one.
+        let begun = Instant::now();
+        let is_build = |vm: &Value| vm["role"] == "bundle-build";
+        while self.agent().json(&["vm", "ls"])["vms"].as_array().is_some_and(|vms| vms.iter().any(is_build)) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "the VM of a build stays");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bundle
     }
 
     /// Launches a VM of a bundle into the session.
