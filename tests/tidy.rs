@@ -157,6 +157,7 @@ const FLOORS: &[Floor] = &[
             "serde_json",
             "indicatif",
             "comfy_table",
+            "futures_util",
             "jiff",
             "rustix",
         ],

@@ -98,7 +98,7 @@ impl<W: World> Work<W> {
                 end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
                 said = &mut saying => Next::Said(said),
                 () = &mut deadline => {
-                    let last = last.unwrap_or_else(|| "it asked for nothing".to_owned());
+                    let last = last.unwrap_or_else(|| silence(knows_join).to_owned());
                     return Err(not_registered(&format!("it did not register within {} s: {last}", limit.as_secs())));
                 }
                 // Last: a guest that asks without end gets no longer by it.
@@ -211,6 +211,15 @@ fn words_of(registration: Registration) -> RegistrationWords {
     let Registration { executor_id, cluster_id, vm_id, generation, token } = registration;
     let generation = Generation(generation).to_string();
     RegistrationWords { executor_id, cluster_id, vm_id: Some(vm_id), generation, token }
+}
+
+/// What is known of a guest that said nothing.
+const fn silence(knows_join: bool) -> &'static str {
+    if knows_join {
+        "it did not answer when it was asked to"
+    } else {
+        "its agent is too old to be asked to, and no program in it did by the metadata service"
+    }
 }
 
 fn not_registered(detail: &str) -> Outcome {
