@@ -153,6 +153,7 @@ const FLOORS: &[Floor] = &[
             "hyper_util",
             "http_body_util",
             "bytes",
+            "futures_util",
             "serde_json",
             "indicatif",
             "comfy_table",

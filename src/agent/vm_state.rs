@@ -515,7 +515,9 @@ mod tests {
                 // Without the cause, which is the same for all.
                 let shown = format!("{event:?}");
                 let event = shown.split(' ').next().unwrap_or_default();
-                let _ = writeln!(text, "{:<12} {:<14} {next}", state.name(), event);
+                let was =
+                    if state == (VmState::Saving { then_running: false }) { "saving paused" } else { state.name() };
+                let _ = writeln!(text, "{was:<13} {event:<20} {next}");
             }
         }
         crate::agent::golden::check("vm_state.txt", &text);

@@ -1,5 +1,6 @@
 //! Bundles over the API: made, listed, launched from, and what is refused by which word.
 
+use super::clusters::wait_for;
 use super::*;
 
 const TYPED: &str = "content-type: application/json";
@@ -12,14 +13,7 @@ impl Api {
     /// Waits for an operation to end.
     async fn ended(&self, operation: &Value) -> Value {
         let path = format!("/v1/operations/{}", operation["id"].as_str().unwrap());
-        for _ in 0..500 {
-            let (_, found) = self.get(&path).await;
-            if found["state"] != "running" {
-                return found;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("not within 5 s: {operation}");
+        wait_for(self, &path, "ended", |found| found["state"] != "running").await
     }
 
     /// A bundle of this name, built; its id.
@@ -42,8 +36,7 @@ async fn a_bundle_is_built_listed_and_launched_from() {
     assert_eq!((&bundle["id"], &bundle["name"], &bundle["recipe"]), (&json!(id), &json!("warm"), &json!("build")));
     assert_eq!((&bundle["vcpus"], &bundle["memory_mib"], &bundle["vms"]), (&json!(1), &json!(128), &json!(0)));
     // What it was built of is forgotten once it is cleaned up.
-    until("the VM is gone", || api.host.with_store(|store| store.vms().unwrap()).is_empty()).await;
-    assert_eq!(api.get("/v1/vms").await.1, json!({ "vms": [] }));
+    wait_for(&api, "/v1/vms", "gone", |found| *found == json!({ "vms": [] })).await;
     for (name, word) in [("a", "warm"), ("b", &id[..]), ("c", &id[..9])] {
         let (status, vm) = api.post("/v1/vms", &json!({ "name": name, "bundle": word, "wait": "running" })).await;
         assert_eq!((status, &vm["bundle_id"], &vm["state"]), (201, &json!(id), &json!("running")), "{word}: {vm}");

@@ -4,7 +4,7 @@ use super::*;
 use crate::sim::Manners;
 
 /// Waits for something that an answer of the API shows.
-async fn wait_for(api: &Api, path: &str, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+pub(super) async fn wait_for(api: &Api, path: &str, what: &str, is: impl Fn(&Value) -> bool) -> Value {
     for _ in 0..400 {
         let (_, value) = api.get(path).await;
         if is(&value) {
