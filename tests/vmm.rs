@@ -3,6 +3,9 @@
 
 #![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
 
+#[path = "vmm/restored.rs"]
+mod restored;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
