@@ -13,6 +13,7 @@ mod kvm {
     pub(crate) mod bundle_kills;
     pub(crate) mod bundle_many;
     pub(crate) mod bundles;
+    pub(crate) mod clusters;
     pub(crate) mod console;
     pub(crate) mod devices;
     pub(crate) mod ends;
@@ -73,6 +74,7 @@ const TESTS: &[Test] = &[
         kvm::bundles::snapshots_hold_what_was_there_and_differences_build_on_them,
     ),
     ("bundle_ten_cycles_lose_nothing_under_load", kvm::bundles::ten_cycles_lose_nothing_under_load),
+    ("cluster_members_register_and_calculate", kvm::clusters::members_register_and_calculate),
     ("bundle_harmed_ones_start_nothing", kvm::bundle_harm::harmed_bundles_start_nothing),
     ("bundle_full_disk_costs_no_vm", kvm::bundle_harm::a_full_disk_costs_no_vm),
     ("bundle_agents_killed_in_the_middle_are_made_good", kvm::bundle_kills::agents_killed_in_the_middle_are_made_good),

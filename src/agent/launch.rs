@@ -329,6 +329,7 @@ impl LaunchError {
             Self::Bundle(error) | Self::BundleToBuild(error) => error.retry(),
             Self::Session(error) => error.retry(),
             Self::Cluster(error) => error.retry(),
+            Self::MemoryTooLarge { found_mib, total_mib, .. } if found_mib > total_mib => Retry::WithChange,
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
                 Retry::Later
             }

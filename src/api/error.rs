@@ -252,7 +252,11 @@ impl From<LaunchError> for ApiError {
             LaunchError::Build { .. } => (StatusCode::BAD_REQUEST, "invalid_value"),
             LaunchError::Vcpus { .. } => (StatusCode::BAD_REQUEST, "invalid_vcpus"),
             LaunchError::MemoryTooSmall { .. } => (StatusCode::BAD_REQUEST, "memory_too_small"),
-            LaunchError::MemoryTooLarge { .. } => (StatusCode::CONFLICT, "insufficient_memory"),
+            // What the host never has is the request's fault; what it has not now may be there later.
+            LaunchError::MemoryTooLarge { found_mib, total_mib, .. } if found_mib > total_mib => {
+                (StatusCode::CONFLICT, "insufficient_memory")
+            }
+            LaunchError::MemoryTooLarge { .. } => (StatusCode::SERVICE_UNAVAILABLE, "insufficient_memory"),
             LaunchError::CommandLine { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "command_line_too_long"),
             LaunchError::TooManyDisks { .. } => (StatusCode::BAD_REQUEST, "too_many_disks"),
             LaunchError::DiskPath { .. } => (StatusCode::BAD_REQUEST, "invalid_disk"),

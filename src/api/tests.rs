@@ -181,6 +181,8 @@ async fn bad_requests_are_told_what_is_wrong() {
         ("POST", "/v1/vms", &typed[..], r#"{"vcpus":1000}"#, (400, "invalid_vcpus")),
         ("POST", "/v1/vms", &typed[..], r#"{"memory_mib":4}"#, (400, "memory_too_small")),
         ("POST", "/v1/vms", &typed[..], r#"{"memory_mib":99999999}"#, (409, "insufficient_memory")),
+        // What the host has, but has not free.
+        ("POST", "/v1/vms", &typed[..], r#"{"memory_mib":65500}"#, (503, "insufficient_memory")),
         ("POST", "/v1/vms", &typed[..], r#"{"image":"absent"}"#, (422, "unknown_image")),
         ("POST", "/v1/vms", &typed[..], r#"{"name":"Not A Name"}"#, (400, "invalid_name")),
         ("POST", "/v1/vms", &typed[..], r#"{"disks":[{"path":"relative"}]}"#, (400, "invalid_disk")),

@@ -146,14 +146,8 @@ impl Saved {
         (&self.state).rewind().unwrap();
         std::io::copy(&mut &self.state, &mut state).unwrap();
         state.rewind().unwrap();
-        let descriptors = [
-            kvm.as_fd(),
-            state.as_fd(),
-            self.memory.as_fd(),
-            console.as_fd(),
-            console_listener.as_fd(),
-            vsock.as_fd(),
-        ];
+        let descriptors =
+            [kvm.as_fd(), state.as_fd(), self.memory.as_fd(), console.as_fd(), console_listener.as_fd(), vsock.as_fd()];
         let spec = RestoreSpec { memory_bytes: MEMORY_BYTES, devices: vec![DeviceSpec::Vsock, DeviceSpec::Rng] };
         let launched = ask(&mut vmm.control, &Request::Restore(spec), &descriptors);
         assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
