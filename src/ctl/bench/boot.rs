@@ -8,11 +8,11 @@ use serde::Serialize;
 
 use super::BenchError;
 use super::process::{self, Overhead};
-use super::summary::Summary;
+use super::summary::{Summary, float, milliseconds_since, whole};
 use crate::api::stream::Exit;
 use crate::api::types::{Host, Stats, Timings, Vm, VmLaunchRequest, Wait};
 use crate::cli::BenchBootArgs;
-use crate::clock::{Clock, Monotonic, SystemClock};
+use crate::clock::{Clock, SystemClock};
 use crate::ctl::call::Agent;
 use crate::ctl::output::note;
 use crate::ctl::progress::shown;
@@ -192,21 +192,6 @@ async fn idle(clock: &SystemClock, pid: u32, seconds: u32) -> Option<f64> {
     tokio::time::sleep(Duration::from_secs(seconds.into())).await;
     let used = process::cpu_seconds(pid)? - before;
     Some(100_000.0 * used / milliseconds_since(clock, from))
-}
-
-fn milliseconds_since(clock: &SystemClock, from: Monotonic) -> f64 {
-    clock.monotonic().since(from).as_secs_f64() * 1000.0
-}
-
-#[expect(clippy::cast_precision_loss, reason = "sizes far below 2^53")]
-const fn float(bytes: u64) -> f64 {
-    bytes as f64
-}
-
-/// Whole bytes of a figure made by [`float`].
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes that were whole and below 2^53")]
-const fn whole(bytes: f64) -> u64 {
-    bytes as u64
 }
 
 /// The report for people.

@@ -11,12 +11,12 @@ use serde::Serialize;
 use super::BenchError;
 use super::firecracker::{self, Anchor};
 use super::process;
-use super::summary::Summary;
+use super::summary::{Summary, float, milliseconds_since, whole};
 use crate::api::types::{
     Bundle, BundleBuildRequest, Host, Operation, OperationState, Timings, Vm, VmLaunchRequest, Wait,
 };
 use crate::cli::{BenchCloneArgs, BenchLaunchArgs, BenchSource};
-use crate::clock::{Clock, Monotonic, SystemClock};
+use crate::clock::{Clock, SystemClock};
 use crate::ctl::call::{Agent, PROMPT};
 use crate::ctl::output::note;
 use crate::ctl::progress::{follow, shown};
@@ -267,20 +267,6 @@ async fn measure(
         series,
         firecracker,
     })
-}
-
-fn milliseconds_since(clock: &SystemClock, from: Monotonic) -> f64 {
-    clock.monotonic().since(from).as_secs_f64() * 1000.0
-}
-
-#[expect(clippy::cast_precision_loss, reason = "sizes far below 2^53")]
-const fn float(bytes: u64) -> f64 {
-    bytes as f64
-}
-
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes that were whole and below 2^53")]
-const fn whole(bytes: f64) -> u64 {
-    bytes as u64
 }
 
 /// The report for people.

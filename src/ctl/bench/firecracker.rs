@@ -14,9 +14,9 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 use super::BenchError;
-use super::summary::Summary;
+use super::summary::{Summary, milliseconds_since};
 use crate::api::types::{Bundle, Host};
-use crate::clock::{Clock, Monotonic, SystemClock};
+use crate::clock::{Clock, SystemClock};
 use crate::ctl::call::Agent;
 
 /// How long a guest may take to boot, and how long anything else may.
@@ -117,7 +117,7 @@ impl Process {
             what: "wait for its socket",
             reason: "it did not come".to_owned(),
         })?;
-        Ok((Self { child, api: Agent::at(socket.to_owned()) }, since(clock, begun)))
+        Ok((Self { child, api: Agent::at(socket.to_owned()) }, milliseconds_since(clock, begun)))
     }
 
     async fn put(&self, path: &str, body: &Value) -> Result<(), BenchError> {
@@ -162,7 +162,7 @@ pub(super) async fn measure(binary: &Path, guest: &Guest, count: u32) -> Result<
             "resume_vm": true,
         });
         process.put("/snapshot/load", &load).await?;
-        loads.push(since(&clock, begun));
+        loads.push(milliseconds_since(&clock, begun));
         spawns.push(spawn_ms);
     }
     let totals: Vec<f64> = spawns.iter().zip(&loads).map(|(spawn, load)| spawn + load).collect();
@@ -194,10 +194,6 @@ async fn take_snapshot(
     process.api.patch("/vm", &json!({ "state": "Paused" }), CALL_LIMIT).await?;
     let snapshot = json!({ "snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory });
     process.put("/snapshot/create", &snapshot).await
-}
-
-fn since(clock: &SystemClock, from: Monotonic) -> f64 {
-    clock.monotonic().since(from).as_secs_f64() * 1000.0
 }
 
 /// A directory that is removed when dropped.

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::clock::{Clock, Monotonic, SystemClock};
+
 /// A distribution, in the unit of what was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Summary {
@@ -25,6 +27,23 @@ impl Summary {
         let rank = |percent: usize| values.get((values.len() * percent).div_ceil(100).max(1) - 1).copied();
         Some(Self { count: values.len(), min: *values.first()?, p50: rank(50)?, p99: rank(99)?, max: *values.last()? })
     }
+}
+
+/// Milliseconds since a moment, with fraction.
+pub(super) fn milliseconds_since(clock: &SystemClock, from: Monotonic) -> f64 {
+    clock.monotonic().since(from).as_secs_f64() * 1000.0
+}
+
+/// A size as a figure.
+#[expect(clippy::cast_precision_loss, reason = "sizes far below 2^53")]
+pub(super) const fn float(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+/// Whole bytes of a figure made by [`float`].
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "sizes that were whole and below 2^53")]
+pub(super) const fn whole(bytes: f64) -> u64 {
+    bytes as u64
 }
 
 #[cfg(test)]
