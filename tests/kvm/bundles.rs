@@ -14,13 +14,13 @@ const WARM_UP: &str = "mkdir -p /etc/hearth/identity.d; \
     printf '#!/bin/sh\\necho $HEARTH_GENERATION > /tmp/noted\\n' > /etc/hearth/identity.d/10-note; \
     chmod +x /etc/hearth/identity.d/10-note; \
     head -c 16 /dev/urandom | md5sum > /tmp/nonce; \
-    i=0; echo warm; while :; do i=$((i+1)); echo $i > /tmp/ticks; sleep 5; done";
+    i=0; echo warm; while :; do i=$((i+1)); echo $i >> /tmp/ticks; sleep 5; done";
 
 /// Clones that are launched at once.
 const CLONES: usize = 10;
 
 /// What a clone says of itself, one line each.
-const SAY: &str = "cat /tmp/nonce /tmp/ticks; hostname; cat /etc/machine-id /sys/class/net/eth0/address /tmp/noted; \
+const SAY: &str = "cat /tmp/nonce; tail -n 1 /tmp/ticks; hostname; cat /etc/machine-id /sys/class/net/eth0/address /tmp/noted; \
     head -c 64 /dev/urandom | md5sum";
 
 struct Clone {
@@ -71,7 +71,7 @@ pub(crate) fn ten_clones_are_ten_others(_shared: &Agent) {
     for clone in &clones {
         clock_is_right(agent, &clone.name);
         assert!(ticks(&clone.said) >= 1, "{}: {:?}", clone.name, clone.said);
-        agent.sh(&clone.name, &format!("until [ $(cat /tmp/ticks) -gt {} ]; do sleep 1; done", clone.said[1]));
+        agent.sh(&clone.name, &format!("until [ $(tail -n 1 /tmp/ticks) -gt {} ]; do sleep 1; done", clone.said[1]));
     }
     clones_share_memory(agent, &names);
     let other = clones[1].vm["addresses"][0].as_str().expect("an address");

@@ -21,7 +21,8 @@ fn number(text: &str) -> f64 {
 
 pub(crate) fn stops_the_counter_and_resume_goes_on(agent: &Agent) {
     let vm = agent.shared();
-    let counting = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); echo $i > /tmp/counter; sleep 0.05; done";
+    // Appended: a file that is written anew is empty for a moment.
+    let counting = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); echo $i >> /tmp/counter; sleep 0.05; done";
     let mut child = agent
         .command(["vm", "exec", vm, "--", "sh", "-c", counting])
         .stdin(Stdio::null())
@@ -30,7 +31,7 @@ pub(crate) fn stops_the_counter_and_resume_goes_on(agent: &Agent) {
         .expect("run hearth");
     std::thread::sleep(Duration::from_secs(1));
     let uptime = || number(agent.sh(vm, "cut -d' ' -f1 /proc/uptime").as_str());
-    let counter = || number(agent.sh(vm, "cat /tmp/counter").as_str());
+    let counter = || number(agent.sh(vm, "tail -n 1 /tmp/counter").as_str());
 
     let (host_before, uptime_before, counter_before) = (now(), uptime(), counter());
     agent.ok(&["vm", "pause", vm]);
