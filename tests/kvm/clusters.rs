@@ -1,44 +1,15 @@
 //! Clusters with real guests: members that register, here and with a registrar elsewhere, and what they are given to do.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
-use std::thread::JoinHandle;
+use std::process::Stdio;
 
-use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
-use super::fabric::run;
 use super::fixture::text;
 use super::lab::Lab;
 
-const NAMESPACE: &str = "htest-clusters";
-
-/// Where the registrar elsewhere listens: outside of the fabric.
-const ELSEWHERE: &str = "192.0.2.9";
-
-/// Takes one registration, on a host's address; gives what the guest said.
-fn registrar(port: u16) -> JoinHandle<String> {
-    let (ready, is_ready) = std::sync::mpsc::channel();
-    let registrar = std::thread::spawn(move || {
-        // This thread ends with its namespace.
-        let namespace = std::fs::File::open(format!("/run/netns/{NAMESPACE}")).expect("the namespace");
-        setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
-        let listener = TcpListener::bind((ELSEWHERE, port)).expect("listen");
-        ready.send(()).expect("the test waits");
-        let (mut stream, _) = listener.accept().expect("a guest");
-        let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line).expect("a line");
-        stream.write_all(b"ACK {\"epoch\":7}\n").expect("answer");
-        line
-    });
-    is_ready.recv().expect("the registrar listens");
-    registrar
-}
-
 pub(crate) fn members_register_and_calculate(_shared: &super::fixture::Agent) {
-    let lab = Lab::start(NAMESPACE, 29);
+    let lab = Lab::start("htest-clusters", 29);
     let agent = lab.agent();
-    run("ip", &["-n", NAMESPACE, "address", "add", &format!("{ELSEWHERE}/32"), "dev", "lo"]);
     lab.build("worker", &[]);
     agent.ok(&["cluster", "create", "--name", "here"]);
     let launch = |executor: &str, name: &str| {
@@ -63,14 +34,15 @@ pub(crate) fn members_register_and_calculate(_shared: &super::fixture::Agent) {
     let list = agent.json(&["cluster", "calculations", "here"]);
     assert_eq!(list["calculations"].as_array().map(Vec::len), Some(2), "{list:#}");
 
-    // A registrar that is none of ours, reached over the network once that is open.
-    let asked = registrar(7070);
-    agent.ok(&["session", "create", "--name", "out", "--egress", &format!("{ELSEWHERE}/32:7070")]);
-    agent.ok(&["cluster", "create", "--name", "there", "--endpoint", &format!("{ELSEWHERE}:7070")]);
-    let words =
-        ["vm", "launch", "--bundle", "worker", "--session", "out", "--cluster", "there", "--executor-id", "far"];
-    let vm = agent.json(&[&words[..], &["--name", "far", "--wait", "registered"]].concat());
-    let line = asked.join().expect("a registration");
+    // A registrar that is none of ours: a program in another VM of the session.
+    let driver = lab.clone_of("worker", "driver");
+    let endpoint = format!("[{}]:7070", driver["addresses"][0].as_str().expect("an address"));
+    let listen = ["vm", "exec", "driver", "--", "sh", "-c", "echo 'ACK {\"epoch\":7}' | nc -l -p 7070"];
+    let asked = agent.command(listen).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("run hearth");
+    agent.ok(&["cluster", "create", "--name", "there", "--endpoint", &endpoint]);
+    let words = ["vm", "launch", "--bundle", "worker", "--session", "clones", "--cluster", "there"];
+    let vm = agent.json(&[&words[..], &["--executor-id", "far", "--name", "far", "--wait", "registered"]].concat());
+    let line = text(&asked.wait_with_output().expect("a registration").stdout);
     let said: Value =
         serde_json::from_str(line.trim().strip_prefix("REGISTER ").expect("a registration")).expect("JSON");
     assert_eq!((&said["executor_id"], &said["vm"], &said["generation"]), (&"far".into(), &vm["id"], &vm["generation"]));
@@ -79,5 +51,5 @@ pub(crate) fn members_register_and_calculate(_shared: &super::fixture::Agent) {
     for cluster in ["here", "there"] {
         agent.ok(&["cluster", "rm", cluster, "--drain"]);
     }
-    lab.ends();
+    lab.ends_with_vms();
 }
