@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use super::bundle_names::BundleNames;
 use super::calculations::Calculations;
@@ -50,9 +50,19 @@ pub(crate) struct Shared<W: World> {
     /// Guests that ask about themselves.
     pub(super) asking: Asking,
     pub(crate) traffic: Traffic,
+    /// Guests from bundles that may be on their way from their first instruction to their identity at once. All of them
+    /// want a processor then: more than a few for each would all be late.
+    pub(crate) turns: Arc<Semaphore>,
     /// Names of bundles that are being committed.
     pub(super) bundle_names: BundleNames,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
+}
+
+/// See [`Shared::turns`]. Two: while one guest waits for its host, the other works.
+const TURNS_PER_CPU: usize = 2;
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
 /// The way to a VM's actor.
@@ -84,6 +94,7 @@ impl<W: World> Shared<W> {
             peers: Peers::default(),
             asking: Asking::new(),
             traffic: Traffic::default(),
+            turns: Arc::new(Semaphore::new(TURNS_PER_CPU * cpus())),
             bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),
         }

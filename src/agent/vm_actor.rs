@@ -341,6 +341,7 @@ impl<W: World> VmActor<W> {
             grace,
             asked_at,
             held_at: None,
+            turn: None,
         };
         self.work = Some(Box::pin(work.run()));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_guest_wire::{Shutdown, ToGuest};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{sleep, timeout};
 
 use super::effect::Effect;
@@ -51,6 +51,8 @@ pub(super) struct Work<W: World> {
     pub(super) asked_at: Option<Monotonic>,
     /// Since when no vCPU runs, for a save.
     pub(super) held_at: Option<Monotonic>,
+    /// Its guest's turn, until it has its identity.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
 }
 
 /// How a piece of work ended.
@@ -317,6 +319,7 @@ impl<W: World> Work<W> {
     }
 
     async fn run_machine(&mut self) -> Result<(), Outcome> {
+        self.wait_for_turn().await?;
         match self.status().await?.state {
             MachineState::Running => {}
             MachineState::Paused | MachineState::Empty => drop(self.ask(Ask::Resume).await?),

@@ -1,6 +1,7 @@
 //! The effect by which a guest becomes somebody: its agent is reached, and hears who it is, what its hardware addresses,
 //! its network and the time are; programs of its own take note. Until all of that is acknowledged, its jail is closed.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_guest_wire::{FromGuest, HardwareAddress, Identity, ToGuest};
@@ -45,6 +46,23 @@ const CLOCK_TRIES: u32 = 5;
 type Stream<W> = <<W as World>::Vmm as VmmHost>::Stream;
 
 impl<W: World> Work<W> {
+    /// Waits until few enough guests are on their way to their identity. Only guests from bundles: one that boots waits
+    /// for most of its time, and would keep the others waiting.
+    pub(super) async fn wait_for_turn(&mut self) -> Result<(), Outcome> {
+        if !self.is_launch() || self.record.spec.bundle.is_none() || self.turn.is_some() {
+            return Ok(());
+        }
+        let (mut hurry, process, turns) = (self.hurry.clone(), self.process.clone(), Arc::clone(&self.shared.turns));
+        self.turn = tokio::select! {
+            biased;
+            _ = hurry.wait_for(|hurry| *hurry) => return Err(Outcome::Hurried),
+            end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
+            // It is never closed.
+            turn = turns.acquire_owned() => turn.ok(),
+        };
+        Ok(())
+    }
+
     pub(super) async fn greet_guest(&mut self) -> Result<(), Outcome> {
         let limit = Duration::from_secs(self.shared.config.waits.guest_ready_s.into());
         let begun = self.now();
@@ -73,6 +91,7 @@ impl<W: World> Work<W> {
                 return Err(Outcome::Failed(FailureCause::GuestUnreachable { detail }));
             }
         };
+        self.turn = None;
         self.keep_boot_times(begun, heard).await;
         Ok(())
     }
