@@ -72,10 +72,12 @@ impl Guest {
         assert!(matches!(started, FromGuest::Started { .. }), "{started:?}");
         let mut output = Vec::new();
         loop {
-            match self.next() {
-                FromGuest::Stdout(bytes) => output.extend(bytes),
-                FromGuest::Exited(Exit::Code(0)) => return String::from_utf8(output).unwrap(),
-                other => panic!("{other:?}"),
+            let message = self.next();
+            if let FromGuest::Stdout(bytes) = message {
+                output.extend(bytes);
+            } else {
+                assert_eq!(message, FromGuest::Exited(Exit::Code(0)));
+                return String::from_utf8(output).unwrap();
             }
         }
     }
