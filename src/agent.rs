@@ -35,6 +35,7 @@ mod host_vmm;
 mod host_world;
 mod images;
 mod launch;
+mod launch_error;
 mod ledger;
 pub mod log;
 mod member;
@@ -46,6 +47,7 @@ mod recover;
 mod register;
 mod registrar;
 mod relaunch;
+mod remove_all;
 mod self_door;
 mod serve;
 mod session;
@@ -78,7 +80,8 @@ pub use exec::{
 pub use guest::GuestError;
 pub use host_world::{HostWorld, OpenHostError};
 pub use images::{Image, ImageError, NAME_BYTES_MAX};
-pub use launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
+pub use launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched};
+pub use launch_error::LaunchError;
 pub use ledger::{
     CalculationChange, Claim, ClusterRefusal, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded, LocalLease, NewSession,
     NumberChoice, SessionRefusal, Store, StoredAnswer, Taken, Write,

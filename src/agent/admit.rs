@@ -3,7 +3,8 @@
 use super::config::Limits;
 use super::egress::Protocol;
 use super::images::{Image, is_name};
-use super::launch::{LaunchError, LaunchRequest};
+use super::launch::LaunchRequest;
+use super::launch_error::LaunchError;
 use super::record::{BuildSpec, DiskSpec, VmRecord, VmSpec};
 use super::self_door::ROLE_BYTES_MAX;
 use super::session_record::PublishedPort;

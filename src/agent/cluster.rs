@@ -13,7 +13,8 @@ use super::cluster_record::{
     TOKEN_BYTES_MAX, TOKEN_BYTES_MIN, Token, called, is_executor_id,
 };
 use super::images::is_name;
-use super::launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest};
+use super::launch::{KEY_LIFETIME_NS, Key, LaunchRequest};
+use super::launch_error::LaunchError;
 use super::ledger::{KeyRow, StoredAnswer, Write};
 use super::record::{SCHEMA_VERSION, VmRecord};
 use super::session_record::SessionRecord;

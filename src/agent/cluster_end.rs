@@ -3,18 +3,12 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt;
-
+use super::Agent;
 use super::cluster_error::ClusterError;
 use super::cluster_record::{ClusterRecord, ClusterState, called};
 use super::shared::cluster_event;
-use super::vm_actor::{Verb, VerbError};
 use super::world::{Records, World};
-use super::{Agent, VmError};
 use crate::clock::Clock;
-
-/// VMs of a cluster that are removed at once.
-const REMOVALS_AT_ONCE: usize = 8;
 
 /// How long a guest may take to power off when an agent goes on with a drain that another began.
 const GRACE: Duration = Duration::from_secs(10);
@@ -54,20 +48,7 @@ impl<W: World> Agent<W> {
 
     /// Removes a draining cluster's VMs, then it. May be done by several at once.
     async fn drain_cluster(&self, cluster: &ClusterRecord, grace: Duration) -> Result<(), ClusterError> {
-        let members = self.cluster_members(&cluster.id);
-        let handles: Vec<_> = {
-            let vms = self.shared.vms();
-            members.iter().filter_map(|vm| vms.get(&vm.id).cloned()).collect()
-        };
-        let removals = handles.into_iter().map(|vm| async move {
-            match self.ask_actor(&vm, Verb::Remove { grace }).await {
-                // Somebody else was faster.
-                Ok(_) | Err(VmError::Verb(VerbError::Gone { .. })) => None,
-                Err(error) => Some(crate::report::chain(&error)),
-            }
-        });
-        let failures = futures_util::stream::iter(removals).buffer_unordered(REMOVALS_AT_ONCE);
-        let mut failures: Vec<String> = failures.filter_map(std::future::ready).collect().await;
+        let mut failures = self.remove_all(&self.cluster_members(&cluster.id), grace).await;
         match self.forget_cluster(cluster).await {
             Ok(()) | Err(ClusterError::Unknown { .. }) => Ok(()),
             Err(ClusterError::InUse { members, .. }) => {

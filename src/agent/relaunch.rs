@@ -10,7 +10,8 @@ use tokio::time::{Instant, timeout};
 
 use super::Agent;
 use super::cluster_record::{ATTEMPTS_MAX, Membership};
-use super::launch::{LaunchError, LaunchRequest};
+use super::launch::LaunchRequest;
+use super::launch_error::LaunchError;
 use super::ledger::{LedgerError, Taken, Write};
 use super::record::VmRecord;
 use super::register::member_event;

@@ -15,7 +15,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::Agent;
 use super::config::FabricConfig;
-use super::launch::{LaunchError, LaunchRequest, Launched};
+use super::launch::{LaunchRequest, Launched};
+use super::launch_error::LaunchError;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::peers::{MemberBody, MemberOrder, PeerError, PeerLaunch};
 use super::record::{Subject, VmRecord};

@@ -15,7 +15,8 @@ use super::door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, Vm
 use super::exec::{self, AnyStream, ExecSession, ExecSpec};
 use super::guest::{self, ANSWER_LIMIT, GuestError, GuestLink};
 use super::images::{Image, ImageError};
-use super::launch::{KEY_LIFETIME_NS, Key, LaunchError, LaunchRequest, Launched};
+use super::launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched};
+use super::launch_error::LaunchError;
 use super::ledger::{KeyRow, LedgerError, StoredAnswer, Write};
 use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};

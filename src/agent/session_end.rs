@@ -3,23 +3,18 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use tokio::time::timeout;
 
+use super::Agent;
 use super::config::{Config, FabricConfig};
 use super::ledger::{LedgerError, Write};
 use super::session::called;
 use super::session_error::{SessionError, join_refused};
 use super::session_record::{SessionRecord, SessionState};
 use super::shared::session_event;
-use super::vm_actor::{Verb, VerbError};
 use super::world::{Records, World};
-use super::{Agent, VmError};
 use crate::clock::{Clock, UnixNanos};
 use crate::ids::SessionId;
-
-/// VMs of a session that are removed at once.
-const REMOVALS_AT_ONCE: usize = 8;
 
 /// How long a guest may take to power off when its session's time has run out.
 const EXPIRY_GRACE: Duration = Duration::from_secs(10);
@@ -63,20 +58,7 @@ impl<W: World> Agent<W> {
 
     /// Removes a draining session's VMs, then it. May be done by several at once.
     async fn drain_session(&self, session: &SessionRecord, grace: Duration) -> Result<(), SessionError> {
-        let members = self.members(&session.id);
-        let handles: Vec<_> = {
-            let vms = self.shared.vms();
-            members.iter().filter_map(|vm| vms.get(&vm.id).cloned()).collect()
-        };
-        let removals = handles.into_iter().map(|vm| async move {
-            match self.ask_actor(&vm, Verb::Remove { grace }).await {
-                // Somebody else was faster.
-                Ok(_) | Err(VmError::Verb(VerbError::Gone { .. })) => None,
-                Err(error) => Some(crate::report::chain(&error)),
-            }
-        });
-        let failures = futures_util::stream::iter(removals).buffer_unordered(REMOVALS_AT_ONCE);
-        let mut failures: Vec<String> = failures.filter_map(std::future::ready).collect().await;
+        let mut failures = self.remove_all(&self.members(&session.id), grace).await;
         match self.forget_session(session).await {
             Ok(()) | Err(SessionError::Unknown { .. }) => Ok(()),
             Err(SessionError::InUse { members, .. }) => {

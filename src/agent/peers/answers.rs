@@ -12,7 +12,7 @@ use super::book::CallerChange;
 use super::hello::{greet, let_fade};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
 use crate::agent::Agent;
-use crate::agent::launch::LaunchError;
+use crate::agent::launch_error::LaunchError;
 use crate::agent::ledger::LedgerError;
 use crate::agent::record::VmRecord;
 use crate::agent::session::{SessionCreated, SessionRequest};
