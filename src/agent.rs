@@ -7,33 +7,44 @@
 #![forbid(unsafe_code)]
 
 mod admit;
+mod adoption;
+mod backups;
+mod balloon;
 mod bundle_door;
 mod bundle_names;
 mod bundles;
 mod calculation_record;
 mod calculation_run;
 mod calculations;
+mod cgroup;
 mod cluster;
 mod cluster_door;
 mod cluster_end;
 mod cluster_error;
 mod cluster_record;
 pub mod config;
+mod connections;
 mod door;
+mod drain;
 mod effect;
 mod egress;
 mod exec;
+mod failure;
 #[cfg(test)]
 mod fixture;
 mod guest;
 mod guest_network;
+mod health;
+mod held_taps;
 mod host_bundles;
 mod host_disk;
 mod host_network;
 mod host_probe;
+mod host_process;
 mod host_vmm;
 mod host_world;
 mod images;
+mod isolation;
 mod launch;
 mod launch_error;
 mod ledger;
@@ -48,6 +59,7 @@ mod register;
 mod registrar;
 mod relaunch;
 mod remove_all;
+mod room;
 mod self_door;
 mod serve;
 mod session;
@@ -55,6 +67,10 @@ mod session_end;
 mod session_error;
 mod session_record;
 mod shared;
+mod streams;
+mod support;
+mod swap;
+mod swap_watch;
 mod traffic;
 mod vm_actor;
 mod vm_state;
@@ -63,52 +79,67 @@ pub mod world;
 
 use std::sync::Arc;
 
+pub use crate::sys::host::raise_descriptors;
+pub use backups::{BackUpError, BackedUp};
+pub use balloon::BalloonError;
 pub use bundle_door::{BuildRequest, BundleDoor, BundleWork, SnapshotRequest};
 pub use bundles::{BundleError, BundleListed, BundleView, CommitOrder};
 pub use calculation_record::{CalculationCause, CalculationOutput, CalculationRecord, CalculationState};
 pub use calculations::{CalculationRequest, CalculationTaken};
+pub use cgroup::Controller;
 pub use cluster::{ClusterCreated, ClusterRequest, ClusterView};
 pub use cluster_door::ClusterDoor;
 pub use cluster_error::{CalculationError, ClusterError};
 pub use cluster_record::{ClusterRecord, ClusterState, Membership, Registered, Token};
+pub use connections::Connections;
 pub use door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, VmStats};
+pub use drain::{DRAIN_GRACE, Draining};
 pub use effect::Effect;
 pub use egress::{Cidr, CidrError, EGRESS_RULES_MAX, Egress, EgressError, EgressRule, Protocol};
 pub use exec::{
     AnyStream, ExecError, ExecExit, ExecInput, ExecOutput, ExecReceiver, ExecSender, ExecSession, ExecSpec,
 };
 pub use guest::GuestError;
+pub use health::{LedgerView, Pressure, Warning};
 pub use host_world::{HostWorld, OpenHostError};
 pub use images::{Image, ImageError, NAME_BYTES_MAX};
+pub use isolation::{GroupLimit, HostIsolation, ThreadFilter, VmJail};
 pub use launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched};
 pub use launch_error::LaunchError;
 pub use ledger::{
-    CalculationChange, Claim, ClusterRefusal, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded, LocalLease, NewSession,
-    NumberChoice, SessionRefusal, Store, StoredAnswer, Taken, Write,
+    Backup, BackupError, CalculationChange, Claim, ClusterRefusal, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded,
+    LocalLease, NewSession, NumberChoice, RestoreError, SessionRefusal, Store, StoredAnswer, Taken, Write,
+    backups as ledger_backups, dump as dump_ledger, restore as restore_ledger,
 };
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,
-    Remains, StepRecord, StepState, Subject, Timings, VmRecord, VmSpec,
+    QuarantineRecord, Remains, StepRecord, StepState, Subject, SwapPolicy, SwapRecord, Timings, VmRecord, VmSpec,
+    WakeCause,
 };
 pub use registrar::{Admission, RegistrationRefusal, RegistrationWords, admit as admit_registration};
+pub use room::NoRoom;
 pub use self_door::{
     MEMBERS_AT_ONCE_MAX, MetadataDoor, OwnError, OwnLaunch, OwnLaunched, OwnMembers, OwnView, ROLE_BYTES_MAX, SelfDoor,
 };
 pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
 pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
-pub use vm_actor::{Verb, VerbError};
-pub use vm_state::{Denied, FailureCause, Goal, VmState};
+pub use support::{SupportError, SupportRequest, support_bundle};
+pub use swap::{HostLoad, Need, SwapDecision, Verdict, Weighed};
+pub use vm_actor::{SwapOrder, Verb, VerbError};
+pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
 
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
 pub use crate::bundle::{
     FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError,
 };
-pub use crate::wire::control::{FlowStatus, InterfaceStatus};
+pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};
 pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
 
-use shared::{Shared, VmHandle};
+use shared::{Begun, Shared, VmHandle};
 use world::{Records, VmDisk, World};
+
+use crate::clock::Clock;
 
 /// An agent over a world. Clones are the same agent.
 pub struct Agent<W: World> {
@@ -132,13 +163,25 @@ impl<W: World> std::fmt::Debug for Agent<W> {
 impl<W: World> Agent<W> {
     /// Starts an agent: takes the next epoch and gives every recorded VM its actor. Runs inside a tokio runtime.
     pub async fn start(world: W, config: config::Config) -> Result<Self, LedgerError> {
-        let loaded = world.records().with(Store::begin).await?;
+        let (kept, days) = (config.limits.events_kept, config.limits.events_kept_days);
+        let age = std::time::Duration::from_secs(u64::from(days) * 24 * 3600);
+        let (up, wall) = (world.uptime(), world.clock().wall());
+        let rest_max = config.uids.quarantine().max(session_end::quarantine(&config));
+        let begin = move |store: &mut Store| {
+            store.keep_events(kept, age)?;
+            let steady = store.steady(up, wall, rest_max)?;
+            Ok((store.begin()?, steady, store.file().is_some()))
+        };
+        let (loaded, steady, has_file) = world.records().with(begin).await?;
         let Loaded { vms, mut operations, epoch, last_event } = loaded;
-        let shared = Arc::new(Shared::new(world, config, epoch, last_event));
+        let shared = Arc::new(Shared::new(world, config, Begun { epoch, last_event, steady }));
         tracing::info!(epoch, vms = vms.len(), unfinished = operations.len(), "ledger read");
         shared.set_conflict("configuration", recover::moved_fabric(&shared.config, &vms)).await?;
         network::start(&shared).await;
         recover::sweep_saved(&shared, &operations).await;
+        if !vms.is_empty() {
+            shared.begin_adoption(vms.len());
+        }
         for vm in vms {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));
@@ -147,10 +190,14 @@ impl<W: World> Agent<W> {
         }
         recover::end_orphans(&shared, operations).await?;
         tokio::spawn(recover::sweep(Arc::clone(&shared)));
+        if has_file {
+            tokio::spawn(backups::keep(Arc::clone(&shared)));
+        }
         let agent = Self { shared, admission: Arc::default() };
         tokio::spawn(agent.clone().end_sessions());
         tokio::spawn(agent.clone().look_after_clusters());
         tokio::spawn(agent.clone().give_out_calculations());
+        tokio::spawn(agent.clone().watch_idle_vms());
         Ok(agent)
     }
 
@@ -179,6 +226,11 @@ impl<W: World> Agent<W> {
             (Some(_), more) => Err(FindError::Ambiguous { word: word.to_owned(), count: more + 1 }),
             (None, _) => Err(FindError::Unknown { word: word.to_owned() }),
         }
+    }
+
+    async fn import(&self, import: ImageImport) -> Result<Image, ImageError> {
+        self.room(room::NewWork::Files).await?;
+        self.shared.world.disk().import_image(import).await
     }
 
     async fn remove_unused_image(&self, name: &str) -> Result<(), ImageError> {

@@ -15,6 +15,7 @@ mod peer;
 mod peer_link;
 mod routes;
 mod run;
+mod stall;
 pub mod stream;
 pub mod types;
 

@@ -2,10 +2,13 @@
 //! A word that cannot be right is refused here, with exit code 2 and before anything is touched.
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod bench;
 mod bundle;
 mod cluster;
+mod ledger;
 mod session;
+mod swap;
 mod value;
 mod vm;
 
@@ -15,10 +18,14 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-pub use bench::{BenchCloneArgs, BenchLaunchArgs, BenchSource};
+pub use balloon::BalloonArgs;
+pub use bench::{BenchCloneArgs, BenchLaunchArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
+pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
+pub(crate) use swap::whole_seconds;
+pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
@@ -90,6 +97,12 @@ pub enum Command {
     /// The process of one VM; the agent starts it
     #[command(hide = true)]
     Vmm(VmmArgs),
+    /// The agent's records: back them up, put a backup back
+    #[command(subcommand)]
+    Ledger(LedgerCommand),
+    /// Collect what helps to find out what went wrong on this host, without secrets
+    #[command(after_help = ledger::SUPPORT_HELP)]
+    SupportBundle(SupportBundleArgs),
     /// What a client asks of the agent.
     #[command(flatten)]
     Client(ClientCommand),
@@ -129,12 +142,17 @@ pub enum ClientCommand {
 
 const AGENT_HELP: &str = "\
 It says `ready` on standard error (and to systemd) once the socket answers. SIGTERM stops the agent and \
-leaves its VMs running; the next agent on the same state directory finds them. With --drain, SIGTERM stops \
-the VMs as well.
+leaves its VMs running; the next agent on the same state directory finds them.
+
+With --drain, when an agent answers at the socket already: that agent takes no new work, stops its VMs and ends; exit \
+code 0 once all have stopped, 1 with the names of those that did not. When none answers, an agent is started whose \
+SIGTERM stops the VMs as well.
 
 Examples:
   hearth agent                                                    defaults, as root
-  hearth agent --state-dir /tmp/h --socket /tmp/h/api.sock        a second agent beside the first";
+  hearth agent --config /etc/h2.toml --state-dir /tmp/h --socket /tmp/h/api.sock
+                                                                  a second agent: its [uids] host_number is its own
+  hearth agent --drain                                            before maintenance: VMs stopped, agent ended";
 
 /// `hearth agent`.
 #[derive(Debug, Clone, Args)]
@@ -145,7 +163,7 @@ pub struct AgentArgs {
     /// Records, images and VMs are kept here [default: /var/lib/hearth]
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// Stop the VMs when the agent stops
+    /// Have the running agent stop its VMs and end; or start one that stops them when it is told to end
     #[arg(long)]
     pub drain: bool,
     /// How log lines look
@@ -252,8 +270,10 @@ pub enum HostCommand {
     /// Find out what this host's KVM, CPU, cgroups and network can do; needs no agent
     #[command(after_help = "Exit code 1 means that this host cannot run VMs; standard error says what to do.")]
     Probe,
-    /// Show the agent and what it has
+    /// Show how this host is: what is wrong, what there is, what is left
     Show,
+    /// Show what was decided about idle VMs, and by what
+    SwapDecisions,
 }
 
 /// `hearth bench`.
@@ -268,6 +288,12 @@ pub enum BenchCommand {
     /// Launch many VMs from a bundle at once, and print what each takes of time and memory
     #[command(after_help = bench::CLONE_HELP)]
     Clone(BenchCloneArgs),
+    /// Take snapshots of a VM, full ones and differences, and print how long it stands still for each
+    #[command(after_help = bench::SNAPSHOT_HELP)]
+    Snapshot(BenchSnapshotArgs),
+    /// Move a VM's memory out and back, and print how long that takes
+    #[command(after_help = bench::SWAP_HELP)]
+    Swap(BenchSwapArgs),
 }
 
 const BENCH_BOOT_HELP: &str = "\

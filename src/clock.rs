@@ -24,6 +24,34 @@ impl Monotonic {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct UnixNanos(pub u64);
 
+/// A point in time by which things rest and run out while agents come and go: nanoseconds since the Unix epoch as the
+/// wall clock had them when this host's clock was first read after it booted, counted on by a clock that nobody sets. So
+/// it is about the wall clock's time, but a wall clock that is set, by a day say, ends no rest too early and makes none
+/// last a day.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Steady(pub u64);
+
+impl Steady {
+    /// This point moved on by `delay`, capped at the end of time.
+    pub fn after(self, delay: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// Time from this point to `later`; zero when it is past.
+    pub const fn until(self, later: Self) -> Duration {
+        Duration::from_nanos(later.0.saturating_sub(self.0))
+    }
+}
+
+/// How long a host has been up, and which of its boots that was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uptime {
+    /// A number that is another after each boot.
+    pub boot: u64,
+    /// Time since the boot, including what it slept.
+    pub since_boot: Duration,
+}
+
 /// Where time comes from.
 pub trait Clock: Send + Sync + 'static {
     /// Now, on the clock that never goes back.

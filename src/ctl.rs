@@ -5,16 +5,19 @@
 //! notes and errors go to standard error. A command whose output nobody reads any more ends without complaint.
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod bench;
 mod bundle;
 mod calculation;
 mod call;
 mod cluster;
 mod console;
+mod drain;
 mod event;
 mod exec;
 mod host;
 mod image;
+mod isolation;
 mod launch;
 mod link;
 mod operation;
@@ -22,13 +25,16 @@ mod output;
 mod progress;
 mod session;
 mod signal;
+mod swap;
 mod table;
 mod terminal;
 mod vm;
 
 use std::future::Future;
 use std::io;
+use std::path::Path;
 
+use crate::api::types::{LedgerBackup, LedgerBackupRequest};
 use crate::cli::{ClientCommand, Global, HostCommand, VmCommand};
 
 pub use bench::BenchError;
@@ -36,6 +42,7 @@ pub use bundle::BundleError;
 pub use call::CallError;
 pub use cluster::ClusterError;
 pub use console::ConsoleError;
+pub use drain::DrainError;
 pub use event::EventsError;
 pub use exec::ExecError;
 pub use host::ProbeError;
@@ -87,10 +94,15 @@ pub enum Error {
     Session(#[from] SessionError),
     /// `events`.
     Events(#[from] EventsError),
+    /// `agent --drain`.
+    Drain(#[from] DrainError),
     /// `host probe`.
     Probe(#[from] ProbeError),
     /// `bench boot`.
     Bench(#[from] BenchError),
+    /// The working directory is gone.
+    #[error("find the working directory")]
+    Directory(#[source] io::Error),
     /// The event loop could not be made.
     #[error("set up the event loop")]
     Runtime(#[source] io::Error),
@@ -109,9 +121,10 @@ impl Error {
             Self::Cluster(error) => error.advice(),
             Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
+            Self::Drain(error) => error.advice(),
             Self::Probe(error) => error.advice(),
             Self::Bench(error) => error.advice(),
-            Self::Output(_) | Self::Runtime(_) => None,
+            Self::Output(_) | Self::Directory(_) | Self::Runtime(_) => None,
         }
     }
 
@@ -121,6 +134,7 @@ impl Error {
             Self::Launch(LaunchError::Interrupted { .. })
             | Self::Bundle(BundleError::Interrupted { .. })
             | Self::Cluster(ClusterError::Interrupted { .. })
+            | Self::Drain(DrainError::Interrupted)
             | Self::Bench(BenchError::Interrupted) => EXIT_INTERRUPTED,
             Self::Call(_)
             | Self::Output(_)
@@ -132,8 +146,10 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Drain(_)
             | Self::Probe(_)
             | Self::Bench(_)
+            | Self::Directory(_)
             | Self::Runtime(_) => 1,
         }
     }
@@ -156,8 +172,10 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Drain(_)
             | Self::Probe(_)
             | Self::Bench(_)
+            | Self::Directory(_)
             | Self::Runtime(_) => false,
         }
     }
@@ -171,6 +189,50 @@ pub fn run(global: &Global, command: ClientCommand) -> Result<u8, Error> {
         Err(error) if error.is_unread() => Ok(EXIT_DONE),
         outcome => outcome,
     }
+}
+
+/// Has the agent at a socket stop its VMs and end; `None` when there is none.
+pub fn drain(socket: &Path, json: bool) -> Option<Result<(), Error>> {
+    let agent = Agent::at(socket.to_owned());
+    match block_on(drain::run(&agent, Output::new(json))) {
+        Ok(Err(DrainError::Call(CallError::NoAgent { .. }))) => None,
+        Ok(drained) => Some(drained.map_err(Error::from)),
+        Err(error) => Some(Err(error)),
+    }
+}
+
+/// Has the agent copy its ledger.
+pub fn back_up_ledger(global: &Global, to: Option<&Path>) -> Result<(), Error> {
+    let agent = Agent::at(global.socket_or_default());
+    // The agent's working directory is not this one's.
+    let to = to.map(std::path::absolute).transpose().map_err(Error::Directory)?;
+    let request = LedgerBackupRequest { path: to.map(|path| path.display().to_string()) };
+    let call = agent.post::<LedgerBackup>("/v1/ledger/backup", &request, call::PROMPT);
+    let made = block_on(progress::shown("copy the ledger", call))??;
+    Output::new(global.json).value(&made, |made| made.path.clone())?;
+    Ok(())
+}
+
+/// Prints one value, as JSON or as a line for people.
+pub fn print<T: serde::Serialize>(global: &Global, value: &T, people: impl FnOnce(&T) -> String) -> Result<(), Error> {
+    Ok(Output::new(global.json).value(value, people)?)
+}
+
+/// What a running agent says of itself: each by a name, as text. What it does not answer is told in its place.
+pub fn collect(socket: &Path) -> Vec<(&'static str, Vec<u8>)> {
+    let agent = Agent::at(socket.to_owned());
+    let asking = async {
+        let mut found = Vec::new();
+        for (name, path) in [("host.json", "/v1/host"), ("metrics.txt", "/metrics")] {
+            let text = match agent.get_bytes(path).await {
+                Ok(bytes) => bytes.to_vec(),
+                Err(error) => format!("{path}: {}\n", crate::report::chain(&error)).into_bytes(),
+            };
+            found.push((name, text));
+        }
+        found
+    };
+    block_on(asking).unwrap_or_default()
 }
 
 /// Runs to the end of `work`. Reads of standard input that are still waiting are left behind: they cannot be cancelled.
@@ -192,6 +254,10 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Stop(args)) => vm::stop(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Pause { vm }) => vm::pause(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Resume { vm }) => vm::resume(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::Balloon(args)) => balloon::set(agent, out, args).await?,
+        ClientCommand::Vm(VmCommand::SwapOut(args)) => swap::out(agent, out, args).await?,
+        ClientCommand::Vm(VmCommand::Wake { vm }) => swap::wake(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::SwapPolicy(args)) => swap::set_policy(agent, out, args).await?,
         ClientCommand::Vm(VmCommand::Snapshot(args)) => bundle::snapshot(agent, out, args).await?,
         ClientCommand::Bundle(command) => bundle::run(agent, out, command).await?,
         ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
@@ -202,6 +268,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Events(args) => event::run(agent, out, args).await?,
         ClientCommand::Host(HostCommand::Probe) => host::probe(out).await?,
         ClientCommand::Host(HostCommand::Show) => host::show(agent, out).await?,
+        ClientCommand::Host(HostCommand::SwapDecisions) => swap::decisions(agent, out).await?,
         ClientCommand::Bench(command) => bench::run(agent, out, command).await?,
     }
     Ok(EXIT_DONE)

@@ -1,5 +1,6 @@
 //! Hearth: a per-host microVM agent for Linux/KVM.
 #![doc = include_str!("ARCHITECTURE.md")]
+#![doc = include_str!("THREATS.md")]
 // The fuzz targets (tests/fuzz) compile the floors that read what others send, and do without the rest, whose
 // dependencies would take most of the time.
 

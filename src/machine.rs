@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 pub mod boot;
 pub mod build;
@@ -23,8 +24,12 @@ pub mod exit;
 pub mod i8042;
 pub mod image;
 pub mod layout;
+mod packets;
+pub mod pages;
+pub mod pre_copy;
 pub mod probe;
 pub mod ram;
+pub mod sealed;
 pub mod serial;
 pub mod shape;
 pub mod state;
@@ -40,7 +45,9 @@ pub use counters::CountersSnapshot;
 pub use dirty::{BeginWith, DirtyConsumer, DirtySet, Harvester, PageRun};
 pub use events::{MachineEvent, MachineEvents, RebootRequest};
 pub use exit::{InternalError, VcpuFailure};
+pub use packets::PacketDoor;
 pub use ram::{GuestRam, MappedRegion, RamBacking};
+pub use sealed::{SealKey, Sealed};
 pub use serial::ConsoleSink;
 pub use shape::Shape;
 pub use state::{MachineState, Verb, WrongState};
@@ -53,13 +60,15 @@ use crate::clock::Monotonic;
 use crate::report::Retry;
 use crate::saved::{DuplicateSection, SaveSectionError, Section, Sections};
 use crate::sys::kvm::{CallError, Capabilities, Vm};
+use crate::units::PageCount;
 use counters::Counters;
 use device::Device as _;
+use layout::Slot;
 use serial::SerialPort;
 use time::{ClockOverflow, Stopped};
 use vcpu::{PausedTsc, RunClock, Surroundings, VcpuThread};
 use vcpu_saved::MsrIndices;
-use virtio::{DeviceLoop, NetCounts};
+use virtio::{BalloonCounts, DeviceLoop, NetCounts};
 use vm_saved::ClockReading;
 
 /// When the parts of a machine's making were done.
@@ -383,12 +392,30 @@ impl Machine {
         slots.iter().filter_map(|slot| Some((slot.slot().net_index()?, slot.net_counts()?))).collect()
     }
 
+    /// What the balloon holds, with another target if one is given. `None`: the machine has none.
+    pub fn balloon(&self, target: Option<PageCount>) -> Option<BalloonCounts> {
+        let mut slots = self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots).iter();
+        slots.find(|slot| slot.slot() == Slot::BALLOON)?.balloon(target)
+    }
+
     /// Gives a network interface another tap, for one that was deleted. The guest goes on with what it negotiated.
     pub fn replace_tap(&self, index: u8, tap: File) -> Result<(), ReplaceTapError> {
         let mut slots = self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots).iter();
         let slot = slots.find(|slot| slot.slot().net_index() == Some(index));
         let slot = slot.ok_or(ReplaceTapError::NoInterface { index })?;
         slot.replace_tap(tap).map_err(|source| ReplaceTapError::Host { index, source })
+    }
+
+    /// The packets that wait for the guest's interfaces.
+    pub fn packets(&self) -> PacketDoor {
+        PacketDoor::new(self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots))
+    }
+
+    /// Has all vCPUs rest once, for a running machine that writes memory faster than it can be copied. A pause ends it.
+    pub fn rest_vcpus(&self, time: Duration) {
+        if self.state == MachineState::Running {
+            self.vcpus.iter().for_each(|vcpu| vcpu.rest(time));
+        }
     }
 
     /// Who wants to know which pages are written.

@@ -11,6 +11,7 @@ mod manifest;
 mod networks;
 mod records;
 mod registrar;
+mod swap;
 mod vmm;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +24,7 @@ use tokio::time::Instant;
 
 use crate::agent::Store;
 use crate::agent::world::World;
-use crate::clock::{Clock, Monotonic, UnixNanos};
+use crate::clock::{Clock, Monotonic, UnixNanos, Uptime};
 use crate::ids::VmId;
 
 pub use guest::Fate;
@@ -75,12 +76,16 @@ struct State {
     /// Virtual time at the start of this life, and tokio's instant for it.
     base_ns: u64,
     origin: Option<Instant>,
+    /// How much the wall clock was set forward.
+    wall_moved_ns: i64,
     store: Store,
     vmms: BTreeMap<i32, vmm::Vmm>,
     next_pid: i32,
     directories: BTreeSet<VmId>,
     jails: BTreeMap<u16, networks::Jail>,
     violations: Vec<String>,
+    /// Space that is free on its disk.
+    disk_free_bytes: u64,
     /// How long guests boot.
     boot: Duration,
     /// Connections to guests' agents that are open.
@@ -88,6 +93,7 @@ struct State {
     leases: leases::Leases,
     registrar: registrar::Registrar,
     bundles: bundles::Bundles,
+    swap: swap::Swap,
 }
 
 /// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
@@ -137,17 +143,20 @@ impl SimHost {
             life: 0,
             base_ns: 0,
             origin: None,
+            wall_moved_ns: 0,
             store,
             vmms: BTreeMap::new(),
             next_pid: 100,
             directories: BTreeSet::new(),
             jails: BTreeMap::new(),
+            disk_free_bytes: 1 << 39,
             violations: Vec::new(),
             boot: guest::BOOT,
             guest_streams: 0,
             leases: leases::Leases::resting_for(REST_NS),
             registrar: registrar::Registrar::default(),
             bundles: bundles::Bundles::default(),
+            swap: swap::Swap::default(),
         };
         Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }
     }
@@ -165,6 +174,7 @@ impl SimHost {
         state.points = 0;
         state.crashed = false;
         state.life += 1;
+        state.swap.forget_held();
         SimWorld { host: self.clone() }
     }
 
@@ -194,6 +204,15 @@ impl SimHost {
     /// A number below `bound` from the host's seed.
     pub fn pick(&self, bound: u64) -> u64 {
         self.state().next_random() % bound.max(1)
+    }
+
+    /// Space that is free on its disk from now on.
+    pub fn set_disk_free(&self, bytes: u64) {
+        self.state().disk_free_bytes = bytes;
+    }
+
+    fn disk_free_bytes(&self) -> u64 {
+        self.state().disk_free_bytes
     }
 
     /// Lets guests boot faster or slower from now on: for tests in real time.
@@ -231,6 +250,12 @@ impl SimHost {
     /// Looks into the ledger.
     pub fn with_store<T>(&self, look: impl FnOnce(&mut Store) -> T) -> T {
         look(&mut self.state().store)
+    }
+
+    /// Sets the wall clock, forward or back.
+    pub fn move_wall_clock(&self, seconds: i64) {
+        let mut state = self.state();
+        state.wall_moved_ns = state.wall_moved_ns.saturating_add(seconds.saturating_mul(1_000_000_000));
     }
 
     /// Kills a random VMM, as an administrator may.
@@ -281,7 +306,8 @@ impl Clock for SimHost {
     }
 
     fn wall(&self) -> UnixNanos {
-        UnixNanos(WALL_ORIGIN_NS + self.state().now_ns())
+        let state = self.state();
+        UnixNanos((WALL_ORIGIN_NS + state.now_ns()).saturating_add_signed(state.wall_moved_ns))
     }
 }
 
@@ -324,5 +350,9 @@ impl World for SimWorld {
             chunk.copy_from_slice(&random[..chunk.len()]);
         }
         Ok(())
+    }
+
+    fn uptime(&self) -> Uptime {
+        Uptime { boot: 1, since_boot: Duration::from_nanos(self.host.state().now_ns()) }
     }
 }

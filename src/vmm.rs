@@ -2,8 +2,9 @@
 //!
 //! It is started by the agent (`sys::process::spawn_vmm`) with five descriptors, closes its jail first thing, and then
 //! serves its control socket until the guest ends or the agent says Stop. Everything it works with comes as a
-//! descriptor; after the jail there is no path it could open. One thread (this one) owns the machine and the control
-//! socket; the vCPUs and the devices have threads of their own inside the machine.
+//! descriptor; after the jail there is no path it could open, and a system call that it has no need of ends it
+//! ([`seccomp`]). One thread (this one) owns the machine and the control socket; the vCPUs and the devices have threads
+//! of their own inside the machine, and one more sleeps until the machine is sent to another host ([`send`]).
 //!
 //! Whatever ends it, it writes its last words first.
 #![forbid(unsafe_code)]
@@ -19,13 +20,21 @@ use crate::sys::{fd, jail};
 use crate::wire::control::StartMessage;
 use crate::wire::last_words::{DETAIL_BYTES_MAX, LastWords};
 
+mod balloon;
 mod connection;
 mod console;
 mod event_loop;
 mod launch;
+mod link;
 mod probe;
+mod receive;
 mod save;
+mod seccomp;
+mod send;
 mod session;
+mod tls;
+
+pub use seccomp::FilterError;
 
 /// Why a VMM could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +51,9 @@ pub enum VmmError {
     /// The jail did not close.
     #[error("enter the jail")]
     Jail(#[source] jail::EnterJailError),
+    /// The threads' system calls are not filtered.
+    #[error("confine the threads")]
+    Filter(#[source] FilterError),
     /// The event loop failed.
     #[error("{what}")]
     Loop {
@@ -91,7 +103,12 @@ fn serve(control: UnixListener) -> Result<LastWords, VmmError> {
     let mut input = io::stdin().lock().take(START_MESSAGE_BYTES_MAX as u64);
     input.read_to_end(&mut message).map_err(VmmError::StartMessage)?;
     let start = StartMessage::parse(&message).map_err(|error| VmmError::StartMessage(error.into()))?;
-    jail::enter(start.uid).map_err(VmmError::Jail)?;
+    jail::enter(start.uid, start.file_bytes_max).map_err(VmmError::Jail)?;
+    if start.tls {
+        tls::prepare();
+    }
+    // Before the first byte of an agent is read: what comes from here on is decoded under the filter.
+    seccomp::begin().map_err(VmmError::Filter)?;
     event_loop::EventLoop::new(control, start.nonce)?.run()
 }
 

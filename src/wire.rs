@@ -1,5 +1,5 @@
 //! Floor 2: what the two processes say to each other. Types and their encoding only: no sockets here.
-//! The protocol's states and rules are in `PROTOCOL.md`.
+//! The protocols' states and rules are in `PROTOCOL.md`.
 #![doc = include_str!("wire/PROTOCOL.md")]
 #![forbid(unsafe_code)]
 
@@ -8,3 +8,4 @@ pub mod control;
 pub mod frame;
 pub mod last_words;
 pub mod refusal;
+pub mod stream;

@@ -1,7 +1,7 @@
 //! Tier 3: real guests, driven from outside through the command line and the API as a user would.
 //!
-//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image, `HEARTH_BINARY` (a release build) and `HEARTH_PROBE` (the
-//! traffic tool for guests); `scripts/test kvm` provides them. Whatever is missing is a failure. A boot takes seconds, so
+//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image, `HEARTH_BINARY` (a release build), `HEARTH_PROBE` (the traffic
+//! tool for guests) and `HEARTH_PREVIOUS` (`scripts/previous-version`); `scripts/test kvm` provides them. Whatever is missing is a failure. A boot takes seconds, so
 //! the tests run in order and share guests: that is why this program has its own main. Words on the command line select
 //! tests by part of their name.
 
@@ -9,6 +9,7 @@
 
 mod kvm {
     pub(crate) mod adoption;
+    pub(crate) mod balloon;
     pub(crate) mod bundle_harm;
     pub(crate) mod bundle_kills;
     pub(crate) mod bundle_many;
@@ -20,6 +21,8 @@ mod kvm {
     pub(crate) mod exec;
     pub(crate) mod fabric;
     pub(crate) mod fixture;
+    pub(crate) mod forbidden;
+    pub(crate) mod host_harm;
     pub(crate) mod jail;
     pub(crate) mod lab;
     pub(crate) mod many;
@@ -28,6 +31,9 @@ mod kvm {
     pub(crate) mod pause;
     pub(crate) mod probe;
     pub(crate) mod refusals;
+    pub(crate) mod storm;
+    pub(crate) mod swap;
+    pub(crate) mod swap_harm;
     pub(crate) mod terminal;
     pub(crate) mod unfit;
 }
@@ -45,6 +51,9 @@ type Test = (&'static str, fn(&Agent));
 const TESTS: &[Test] = &[
     ("exec_prints_the_guests_kernel", kvm::exec::prints_the_guests_kernel),
     ("vmm_holds_nothing_but_what_it_was_handed", kvm::jail::holds_nothing_but_what_it_was_handed),
+    ("jail_is_reported_as_it_is", kvm::jail::is_reported_as_it_is),
+    ("jail_holds_nothing_of_another_vm", kvm::jail::holds_nothing_of_another_vm),
+    ("jail_a_forbidden_call_ends_that_vm_and_no_other", kvm::forbidden::a_forbidden_call_ends_that_vm_and_no_other),
     ("exec_returns_exit_codes_and_signals", kvm::exec::returns_exit_codes_and_signals),
     ("exec_of_a_missing_program_says_so", kvm::exec::of_a_missing_program_says_so),
     ("exec_carries_8_mib_both_ways", kvm::exec::carries_8_mib_both_ways),
@@ -61,13 +70,21 @@ const TESTS: &[Test] = &[
     ("net_limits_delay_and_lose_nothing", kvm::devices::net_limits_delay_and_lose_nothing),
     ("probe_runs_in_a_guest", kvm::probe::runs_in_a_guest),
     ("blk_file_system_written_in_the_guest_is_clean", kvm::devices::blk_file_system_written_in_the_guest_is_clean),
+    ("balloon_gives_memory_back_and_has_it_again", kvm::balloon::gives_memory_back_and_has_it_again),
+    ("balloon_free_memory_is_reported", kvm::balloon::free_memory_is_reported),
+    ("balloon_of_a_clone_goes_on_as_it_was", kvm::balloon::of_a_clone_goes_on_as_it_was),
     ("guest_ends_are_told_apart", kvm::ends::are_told_apart),
     ("killed_vmm_is_failed_with_its_last_lines", kvm::ends::killed_vmm_is_failed_with_its_last_lines),
     ("bad_launches_are_refused_and_leave_nothing", kvm::refusals::bad_launches_are_refused_and_leave_nothing),
     ("bad_images_are_refused_and_leave_nothing", kvm::refusals::bad_images_are_refused_and_leave_nothing),
     ("bad_requests_are_refused", kvm::refusals::bad_requests_are_refused),
     ("second_agent_is_refused", kvm::refusals::second_agent_is_refused),
+    (
+        "jail_an_adopted_vm_that_makes_a_forbidden_call_is_told_as_such",
+        kvm::forbidden::an_adopted_vm_that_makes_a_forbidden_call_is_told_as_such,
+    ),
     ("agent_killed_while_vms_run_is_followed_by_one_that_serves_them", kvm::adoption::next_agent_serves_running_vms),
+    ("upgrade_a_vmm_of_the_version_before_is_adopted", kvm::adoption::a_vmm_of_the_version_before_is_adopted),
     ("bundle_ten_clones_are_ten_others", kvm::bundles::ten_clones_are_ten_others),
     (
         "bundle_snapshots_hold_what_was_there_and_differences_build_on_them",
@@ -83,6 +100,19 @@ const TESTS: &[Test] = &[
         "bundle_hundred_in_a_row_and_thirty_at_once_leave_nothing",
         kvm::bundle_many::a_hundred_in_a_row_and_thirty_at_once_leave_nothing,
     ),
+    ("swap_out_and_back_loses_nothing", kvm::swap::out_and_back_loses_nothing),
+    ("swap_takes_idle_vms_and_leaves_busy_ones", kvm::swap_harm::takes_idle_vms_and_leaves_busy_ones),
+    ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),
+    ("host_wall_clock_that_is_set_changes_no_vm", kvm::host_harm::a_wall_clock_that_is_set_changes_no_vm),
+    ("host_drain_stops_the_vms_and_says_so", kvm::host_harm::a_drain_stops_the_vms_and_says_so),
+    ("host_ledger_put_back_finds_the_vms_it_knows", kvm::host_harm::a_ledger_put_back_finds_the_vms_it_knows),
+    ("host_packets_beyond_a_sleepers_queue_are_counted", kvm::host_harm::packets_beyond_a_sleepers_queue_are_counted),
+    (
+        "host_file_system_that_turns_read_only_costs_no_vm",
+        kvm::host_harm::a_file_system_that_turns_read_only_costs_no_vm,
+    ),
+    ("adoption_of_fifty_vms_takes_less_than_a_second", kvm::adoption::fifty_vms_are_adopted_within_a_second),
+    ("storm_of_a_hundred_dead_agents_loses_nothing", kvm::storm::a_hundred_dead_agents_lose_nothing),
     ("network_hosts_say_what_is_wrong", kvm::unfit::hosts_say_what_is_wrong),
     (
         "network_sessions_reach_across_hosts_and_nothing_else",
@@ -93,6 +123,7 @@ const TESTS: &[Test] = &[
         kvm::outside::vxlan_joins_hosts_and_outside_is_reached_by_permission,
     ),
     ("six_at_once_leave_nothing", kvm::many::six_at_once_leave_nothing),
+    ("soak_leaves_the_agent_as_it_was", kvm::storm::a_long_time_of_work_leaves_the_agent_as_it_was),
     ("twelve_in_a_loop_leave_nothing", kvm::many::twelve_in_a_loop_leave_nothing),
 ];
 

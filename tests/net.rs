@@ -4,6 +4,8 @@
 
 #[path = "net/allowed.rs"]
 mod allowed;
+#[path = "net/cgroup.rs"]
+mod cgroup;
 #[path = "net/guest.rs"]
 mod guest;
 #[path = "net/host.rs"]

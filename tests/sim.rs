@@ -15,7 +15,11 @@ mod histories;
 mod life;
 #[path = "sim/points.rs"]
 mod points;
+#[path = "sim/quarantine.rs"]
+mod quarantine;
 #[path = "sim/rest.rs"]
 mod rest;
 #[path = "sim/sessions.rs"]
 mod sessions;
+#[path = "sim/swap.rs"]
+mod swap;

@@ -37,6 +37,7 @@ const FLOORS: &[Floor] = &[
             "vmm_sys_util",
             "caps",
             "getrandom",
+            "landlock",
             "netlink_packet_core",
             "netlink_packet_route",
             "netlink_sys",
@@ -51,7 +52,7 @@ const FLOORS: &[Floor] = &[
     Floor {
         module: "wire",
         ours: &["ids", "units", "clock", "report", "saved"],
-        outside: &["postcard", "serde_json", "serde_bytes"],
+        outside: &["postcard", "serde_json", "serde_bytes", "blake3"],
     },
     Floor {
         module: "machine",
@@ -66,6 +67,8 @@ const FLOORS: &[Floor] = &[
             "virtio_bindings",
             "virtio_vsock",
             "vm_superio",
+            "aes_gcm",
+            "aead_stream",
             "libc",
             "nix",
             "serde_bytes",
@@ -80,7 +83,7 @@ const FLOORS: &[Floor] = &[
     Floor {
         module: "vmm",
         ours: &["ids", "units", "clock", "report", "saved", "sys", "wire", "machine"],
-        outside: &["vmm_sys_util", "libc", "nix", "serde_json", "kvm_ioctls"],
+        outside: &["vmm_sys_util", "libc", "nix", "serde_json", "kvm_ioctls", "seccompiler", "rustls"],
     },
     Floor {
         module: "agent",
@@ -105,6 +108,7 @@ const FLOORS: &[Floor] = &[
             "rusqlite",
             "serde_json",
             "toml",
+            "tar",
             "tracing",
             "tracing_subscriber",
             "prometheus_client",
@@ -172,13 +176,17 @@ const FLOORS: &[Floor] = &[
 /// Files that may hold unsafe code, with how many `unsafe` blocks and functions they have. The counts only go down
 /// without a word; to raise one, say why in the commit.
 const UNSAFE: &[(&str, usize)] = &[
+    ("src/sys/discard.rs", 1),
     ("src/sys/fd.rs", 3),
     ("src/sys/kvm.rs", 4),
     ("src/sys/kvm/plain.rs", 3),
     ("src/sys/kvm/vcpu.rs", 14),
-    ("src/sys/process.rs", 8),
+    ("src/sys/landlock.rs", 1),
+    ("src/sys/pageout.rs", 1),
+    ("src/sys/process.rs", 11),
     ("src/sys/signal.rs", 1),
     ("src/sys/tap.rs", 5),
+    ("src/sys/thread.rs", 1),
     ("src/sys/vectored.rs", 5),
 ];
 

@@ -1,12 +1,16 @@
 //! The virtio devices, driven as a guest drives them: registers, rings in guest memory, interrupts; and as the host
 //! drives them: sockets, files, taps. Tier 1, except `net`, which needs root for a network namespace of its own.
 
+#[path = "virtio/balloon.rs"]
+mod balloon;
 #[path = "virtio/block.rs"]
 mod block;
 #[path = "virtio/driver.rs"]
 mod driver;
 #[path = "virtio/net.rs"]
 mod net;
+#[path = "virtio/net_forwarded.rs"]
+mod net_forwarded;
 #[path = "virtio/net_limits.rs"]
 mod net_limits;
 #[path = "virtio/net_link.rs"]

@@ -1,8 +1,12 @@
-//! One VMM process without an agent: started as an agent starts it, spoken to over its sockets. Needs root, /dev/kvm
-//! and `HEARTH_IMAGES` with the demo image.
+//! VMM processes without an agent: started as an agent starts them, spoken to over their sockets. Needs root, /dev/kvm
+//! and `HEARTH_IMAGES` with the demo image; runs `HEARTH_BINARY`, or what was built for the tests.
 
 #![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
 
+#[path = "vmm/guest.rs"]
+mod guest;
+#[path = "vmm/moved.rs"]
+mod moved;
 #[path = "vmm/restored.rs"]
 mod restored;
 
@@ -25,6 +29,9 @@ use hearth::wire::refusal::Refusal;
 const NONCE: Nonce = Nonce([9; 16]);
 const UID: u32 = 150_000;
 
+/// More than glibc makes arenas for without counting processors: 8.
+const VCPUS: u8 = 12;
+
 struct Vmm {
     directory: tempfile::TempDir,
     dir: File,
@@ -39,8 +46,14 @@ impl Vmm {
         let listener = OwnedFd::from(fd::bind_in_dir(&dir, "control.sock").unwrap());
         let last_words = file::create(&directory.path().join("last-words")).unwrap();
         let log = file::create(&directory.path().join("vmm.log")).unwrap();
-        let exe = File::open(env!("CARGO_BIN_EXE_hearth")).unwrap();
-        let start = StartMessage { vm_id: VmId::from_random([1; 10]), nonce: NONCE, uid: UID };
+        let exe = File::open(program()).unwrap();
+        let start = StartMessage {
+            vm_id: VmId::from_random([1; 10]),
+            nonce: NONCE,
+            uid: UID,
+            file_bytes_max: 1 << 40,
+            tls: true,
+        };
         let spawned = process::spawn_vmm(&SpawnVmm {
             exe: exe.as_fd(),
             arguments: &["vmm", start.vm_id.as_str()],
@@ -49,6 +62,7 @@ impl Vmm {
             last_words: last_words.as_fd(),
             log: log.as_fd(),
             network: SpawnNetwork::New,
+            group: None,
         })
         .expect("start a VMM");
         let control = fd::connect_in_dir(&dir, "control.sock").unwrap();
@@ -73,14 +87,25 @@ impl Vmm {
 
     /// With an interface on `tap` as well.
     fn launch_with(&mut self, command_line: &str, kernel: &File, tap: Option<&File>) -> Answer {
+        self.launch_shaped((1, 128 << 20), command_line, kernel, tap)
+    }
+
+    /// With this many vCPUs and bytes of memory.
+    fn launch_shaped(
+        &mut self,
+        (vcpus, memory_bytes): (u8, u64),
+        command_line: &str,
+        kernel: &File,
+        tap: Option<&File>,
+    ) -> Answer {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let initrd = File::open(demo().join("initrd.cpio")).unwrap();
         let console = file::create(&self.directory.path().join("console")).unwrap();
         let console_listener = fd::bind_in_dir(&self.dir, "console.sock").unwrap();
         let vsock = fd::bind_in_dir(&self.dir, "vsock.sock").unwrap();
         let mut spec = LaunchSpec {
-            vcpus: 1,
-            memory_bytes: 128 << 20,
+            vcpus,
+            memory_bytes,
             command_line: command_line.to_owned(),
             initrd: true,
             devices: vec![DeviceSpec::Vsock, DeviceSpec::Rng],
@@ -117,8 +142,22 @@ fn demo() -> PathBuf {
     PathBuf::from(images).join("demo")
 }
 
+/// The program as it ships, if there is one: its allocator and its system calls are what its filters have to fit.
+fn program() -> PathBuf {
+    std::env::var_os("HEARTH_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_hearth").into(), PathBuf::from)
+}
+
 fn ask(control: &mut UnixStream, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Answer {
+    begin(control, request, descriptors);
+    answer(control)
+}
+
+/// Asks, and does not wait.
+fn begin(control: &UnixStream, request: &Request, descriptors: &[BorrowedFd<'_>]) {
     fd::send_with_fds(control, &frame::encode(request).unwrap(), descriptors).unwrap();
+}
+
+fn answer(control: &mut UnixStream) -> Answer {
     let mut header = [0; HEADER_BYTES];
     control.read_exact(&mut header).expect("an answer");
     let mut body = vec![0; frame::body_length::<Answer>(header).unwrap()];
@@ -127,7 +166,7 @@ fn ask(control: &mut UnixStream, request: &Request, descriptors: &[BorrowedFd<'_
 }
 
 fn command_line() -> String {
-    let probe = std::process::Command::new(env!("CARGO_BIN_EXE_hearth")).args(["vmm", "--probe"]).output().unwrap();
+    let probe = std::process::Command::new(program()).args(["vmm", "--probe"]).output().unwrap();
     let facts: serde_json::Value = serde_json::from_slice(&probe.stdout).expect("facts");
     assert_eq!(facts["usable"], true, "{facts:#}");
     let image: serde_json::Value = serde_json::from_slice(&std::fs::read(demo().join("image.json")).unwrap()).unwrap();
@@ -156,6 +195,20 @@ fn only_the_right_agent_is_served_and_stop_ends_it() {
     assert!(matches!(vmm.ask(&Request::Status), Answer::Status(_)));
     assert_eq!(ask(&mut second, &Request::Network, &[]), Answer::Network(Vec::new()));
     drop(second);
+
+    // An agent of the version before is served, and answered in its version.
+    let mut before = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
+    for request in [Request::Hello { nonce: NONCE, epoch: 2 }, Request::Status, Request::Network] {
+        let bytes = frame::encode_in(frame::VERSION - 1, &request).unwrap();
+        fd::send_with_fds(&before, &bytes, &[]).unwrap();
+        let mut header = [0; HEADER_BYTES];
+        before.read_exact(&mut header).unwrap();
+        assert_eq!(frame::version_of(header), frame::VERSION - 1, "{request:?}");
+        let mut body = vec![0; frame::body_length::<Answer>(header).unwrap()];
+        before.read_exact(&mut body).unwrap();
+        assert!(!matches!(frame::decode(&body).unwrap(), Answer::Refused(_)), "{request:?}");
+    }
+    drop(before);
 
     // Garbage ends a connection, not the VMM.
     let mut stranger = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
@@ -215,6 +268,31 @@ fn a_kernel_that_is_none_is_refused_and_a_real_one_boots() {
 }
 
 /// A tap in a network namespace that nobody else is in; it goes away with the file.
+/// With an arena of its own for each thread, the allocator opens files: at the ninth, and when a thread frees a large
+/// block. A thread of a VMM would be ended for it.
+#[test]
+fn many_threads_share_one_arena() {
+    let mut vmm = Vmm::start();
+    assert!(matches!(vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 }), Answer::Welcome(_)));
+    let kernel = File::open(demo().join("vmlinux")).unwrap();
+    let launched = vmm.launch_shaped((VCPUS, 128 << 20), &command_line(), &kernel, None);
+    assert!(matches!(launched, Answer::Launched(_)), "{launched:?}; its log:\n{}", vmm.log());
+    let pid = vmm.spawned.pid;
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
+    assert_eq!(threads, 3 + usize::from(VCPUS), "the first, devices, vCPUs, the one that could send it elsewhere");
+    // An arena reserves 64 MiB (HEAP_MAX_SIZE in glibc's malloc/arena.c) that nobody may touch yet.
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let reserved = |line: &&str| {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-')).unwrap();
+        let [from, to] = [range.0, range.1].map(|number| u64::from_str_radix(number, 16).unwrap());
+        line.contains(" ---p ") && to - from > 32 << 20
+    };
+    assert_eq!(maps.lines().filter(reserved).count(), 0, "{maps}");
+    assert_eq!(vmm.ask(&Request::Stop), Answer::Done);
+    vmm.wait_for_end();
+    assert_eq!(vmm.last_words(), Some(LastWords::Stopped));
+}
+
 fn tap() -> File {
     netns::in_new(|| tap::open("tap3")).unwrap().unwrap()
 }

@@ -55,6 +55,7 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
             vcpus: request.vcpus.unwrap_or(VCPUS_DEFAULT),
             memory_mib: request.memory_mib.unwrap_or(MEMORY_MIB_DEFAULT),
             interfaces: request.interfaces,
+            balloon: true,
         },
     };
     let vcpus = match u8::try_from(shape.vcpus) {
@@ -96,6 +97,8 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         build: request.build.as_ref().map(|(build, _)| build.clone()),
         // Known once the VM has an id.
         cluster: None,
+        swap: request.swap.clone(),
+        balloon: shape.balloon,
     })
 }
 
@@ -110,6 +113,7 @@ struct Shape {
     vcpus: u32,
     memory_mib: u64,
     interfaces: Option<u8>,
+    balloon: bool,
 }
 
 /// A bundle's machine: what it was frozen with, and nothing else can be asked for.
@@ -128,7 +132,8 @@ fn frozen_shape(request: &LaunchRequest, bundle: &BundleId, manifest: &Manifest)
             return Err(LaunchError::BundleShape { bundle: bundle.clone(), what, found, frozen });
         }
     }
-    Ok(Shape { vcpus, memory_mib, interfaces: u8::try_from(interfaces).ok() })
+    let balloon = count(DeviceKind::Balloon) > 0;
+    Ok(Shape { vcpus, memory_mib, interfaces: u8::try_from(interfaces).ok(), balloon })
 }
 
 /// Longest line that warms a guest up, and longest marker, in bytes.

@@ -12,6 +12,7 @@ use super::launch::{Key, LaunchRequest, Launched};
 use super::launch_error::LaunchError;
 use super::ledger::{LedgerError, Store};
 use super::record::{BuildSpec, BundleOrder, OperationRecord, VmRecord};
+use super::room::NewWork;
 use super::vm_actor::Verb;
 use super::vm_state::Goal;
 use super::world::{Records, VmBundles, World, random_array};
@@ -137,6 +138,7 @@ impl<W: World> Agent<W> {
 
     async fn take_snapshot(&self, word: &str, request: SnapshotRequest) -> Result<OperationRecord, VmError> {
         let handle = self.find(word)?;
+        self.room(NewWork::Files).await.map_err(BundleError::NoRoom)?;
         self.shared.bundle_name_is_free(request.name.as_deref()).await?;
         let parent = if request.diff {
             let parent = handle.record.borrow().spec.bundle.clone();
@@ -215,6 +217,7 @@ impl<W: World> BundleDoor for Agent<W> {
     ) -> BoxFuture<'a, Result<BundleView, BundleError>> {
         async move {
             let bundle = self.shared.world.bundles().find(word).await?.id;
+            self.room(NewWork::Files).await?;
             self.shared.bundle_name_is_free(name.as_deref()).await?;
             let _held = self.shared.hold_bundle_name(name.as_deref(), |_| false).await?;
             let random = random_array(&self.shared.world);

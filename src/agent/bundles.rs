@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::ledger::LedgerError;
 use super::record::{BundleOrder, OperationRecord, VmRecord};
+use super::room::NoRoom;
 use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
@@ -45,6 +46,9 @@ pub enum BundleError {
     /// It is not clear with which.
     #[error(transparent)]
     Find(#[from] FindError),
+    /// No new work is taken now.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     /// It cannot be read.
     #[error(transparent)]
     Read(#[from] ReadBundleError),
@@ -123,6 +127,7 @@ impl BundleError {
     pub fn retry(&self) -> Retry {
         match self {
             Self::Find(error) => error.retry(),
+            Self::NoRoom(error) => error.retry(),
             Self::Read(error) => error.retry(),
             Self::Open(error) => error.retry(),
             Self::Incompatible { source, .. } => source.retry(),

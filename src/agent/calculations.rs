@@ -18,8 +18,8 @@ use super::calculation_record::{
 use super::cluster_error::{CalculationError, ClusterError};
 use super::cluster_record::{ClusterRecord, called};
 use super::exec::{self, ExecSpec};
-use super::launch::{KEY_LIFETIME_NS, Key};
-use super::ledger::{CalculationChange, ClusterRefusal, KeyRow, LedgerError, NewEvent, StoredAnswer, Taken, Write};
+use super::launch::Key;
+use super::ledger::{CalculationChange, ClusterRefusal, LedgerError, NewEvent, StoredAnswer, Taken, Write};
 use super::record::{SCHEMA_VERSION, Subject, VmRecord};
 use super::vm_state::VmState;
 use super::world::{Records, World, random_array};
@@ -161,11 +161,7 @@ impl<W: World> Agent<W> {
             ended_at: None,
         };
         let mut writes = vec![calculation_event(now, &record)];
-        if let Some(Key { key, route, body_hash }) = key.clone() {
-            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
-            let object = record.id.to_string();
-            writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
-        }
+        writes.extend(key.clone().map(|key| Write::Key(key.row(record.id.to_string(), self.shared.steady()))));
         let kept = record.clone();
         let queue = self.shared.world.records().with(move |store| store.queue_calculation(&kept, &stdin, &writes));
         match (queue.await, key) {

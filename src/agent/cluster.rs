@@ -13,15 +13,15 @@ use super::cluster_record::{
     TOKEN_BYTES_MAX, TOKEN_BYTES_MIN, Token, called, is_executor_id,
 };
 use super::images::is_name;
-use super::launch::{KEY_LIFETIME_NS, Key, LaunchRequest};
+use super::launch::{Key, LaunchRequest};
 use super::launch_error::LaunchError;
-use super::ledger::{KeyRow, StoredAnswer, Write};
+use super::ledger::{StoredAnswer, Write};
 use super::record::{SCHEMA_VERSION, VmRecord};
 use super::session_record::SessionRecord;
 use super::shared::cluster_event;
 use super::world::{Records, World, random_array};
 use super::{Agent, LedgerError};
-use crate::clock::{Clock, UnixNanos};
+use crate::clock::Clock;
 use crate::ids::{ClusterId, Generation, VmId};
 
 /// Most clusters of a host.
@@ -110,11 +110,7 @@ impl<W: World> Agent<W> {
         let now = record.created_at;
         let mut writes =
             vec![Write::NewCluster(Box::new(record.clone())), cluster_event(now, "cluster_created", &record)];
-        if let Some(Key { key, route, body_hash }) = key {
-            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
-            let object = record.id.to_string();
-            writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
-        }
+        writes.extend(key.map(|key| Write::Key(key.row(record.id.to_string(), self.shared.steady()))));
         self.shared.commit(writes).await.map_err(|error| ClusterError::refused(&record, error))?;
         tracing::info!(cluster = %record.id, name = record.name, "cluster made");
         Ok(ClusterCreated::Cluster(self.cluster_view(record)))

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+pub use super::swap::SwapConfig;
 pub use fabric::{FabricConfig, Peer, Underlay};
 
 /// Where the configuration is looked for when no path is given. It may be absent.
@@ -22,7 +23,7 @@ pub const SOCKET_DEFAULT: &str = "/run/hearth/api.sock";
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A checked configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// This host's name; the kernel's host name when absent.
     pub host_name: Option<String>,
@@ -38,8 +39,12 @@ pub struct Config {
     pub uids: Uids,
     /// How long things may take.
     pub waits: Waits,
+    /// When idle VMs are moved out.
+    pub swap: SwapConfig,
     /// What session networks are made of; without it there are none.
     pub fabric: Option<FabricConfig>,
+    /// The control group below which VMs have theirs, from the mount of version 2; found when it is not said.
+    pub cgroup_parent: Option<String>,
 }
 
 /// Bounds on what users may ask for.
@@ -52,13 +57,35 @@ pub struct Limits {
     pub vcpus_max: u32,
     /// Memory in MiB that VMs may not use up.
     pub memory_reserve_mib: u64,
+    /// Space in MiB on the state directory's file system that new work may not use up.
+    pub disk_reserve_mib: u64,
+    /// Most connections of clients at once; one process may have half of them.
+    pub connections_max: u32,
+    /// Events that are kept.
+    pub events_kept: u32,
+    /// Days that events are kept.
+    pub events_kept_days: u32,
+    /// Backups of the ledger that are kept.
+    pub ledger_backups_kept: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         // 4096 slots of uids per host; 32 vCPUs is the most the machine floor tests. 256 MiB is room for the agent,
         // its page cache and an administrator's shell.
-        Self { vms_max: 1024, vcpus_max: VCPUS_MAX, memory_reserve_mib: 256 }
+        // 512 MiB of disk are room for the ledger, its log and backups, what VMs write to their consoles and logs, and a
+        // bundle of a small guest that is under way. 512 connections are as many calls that wait for a VM. A client that
+        // looks once a minute at ten events a second misses none of 10,000. A week of daily backups.
+        Self {
+            vms_max: 1024,
+            vcpus_max: VCPUS_MAX,
+            memory_reserve_mib: 256,
+            disk_reserve_mib: 512,
+            connections_max: 512,
+            events_kept: 10_000,
+            events_kept_days: 30,
+            ledger_backups_kept: 7,
+        }
     }
 }
 
@@ -122,7 +149,8 @@ impl Uids {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Waits {
-    /// Seconds from the guest's first instruction until its agent has to answer.
+    /// Seconds from the guest's first instruction until its agent has to answer; longer on a host with many guests for
+    /// each processor, where all are slow.
     pub guest_ready_s: u32,
     /// Seconds a VMM has to answer a request other than a launch.
     pub vmm_answer_s: u32,
@@ -161,8 +189,17 @@ struct Written {
     limits: Limits,
     uids: WrittenUids,
     waits: Waits,
+    swap: SwapConfig,
     fabric: Option<fabric::WrittenFabric>,
     peers: Vec<fabric::WrittenPeer>,
+    cgroup: WrittenCgroup,
+}
+
+/// Where control groups go.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WrittenCgroup {
+    parent: Option<String>,
 }
 
 /// [`Uids`] as they are written: what is not said may follow from elsewhere.
@@ -249,8 +286,38 @@ fn in_range(what: &str, found: u64, from: u64, to: u64) -> Result<(), ConfigErro
     Err(ConfigError::Range { what: what.to_owned(), found: found.to_string(), wanted })
 }
 
+/// A group of its own: the root's processes are everybody's.
+fn group_path(path: String) -> Result<String, ConfigError> {
+    let parts: Option<Vec<&str>> = path.strip_prefix('/').map(|rest| rest.split('/').collect());
+    let is_plain = |part: &&str| !["", ".", ".."].contains(part) && !part.contains('\0');
+    if parts.is_some_and(|parts| parts.iter().all(is_plain)) {
+        return Ok(path);
+    }
+    let wanted = "a path from the mount of cgroup2 such as /hearth.slice is possible".to_owned();
+    Err(ConfigError::Range { what: "cgroup.parent".to_owned(), found: format!("{path:?}"), wanted })
+}
+
+fn check_swap(swap: &SwapConfig) -> Result<(), ConfigError> {
+    in_range("swap.low_free_mib", swap.low_free_mib, 0, 1 << 40)?;
+    in_range("swap.target_free_mib", swap.target_free_mib, 0, 1 << 40)?;
+    in_range("swap.idle_s", swap.idle_s.into(), 1, 86_400)?;
+    in_range("swap.sample_s", swap.sample_s.into(), 1, 3600)?;
+    for (what, percent, most) in [
+        ("swap.psi_some_avg10", swap.psi_some_avg10, 100.0),
+        // Of one processor: a VM may have several.
+        ("swap.idle_cpu_percent", swap.idle_cpu_percent, 3200.0),
+    ] {
+        if !(0.0..=most).contains(&percent) {
+            let wanted = format!("0 to {most} are possible");
+            return Err(ConfigError::Range { what: what.to_owned(), found: percent.to_string(), wanted });
+        }
+    }
+    Ok(())
+}
+
 fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> {
-    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits, fabric, peers } = written;
+    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, fabric, peers, cgroup } =
+        written;
     let fabric = fabric::check(fabric, peers)?;
     let defaults = Uids::default();
     let in_fabric = fabric.as_ref().map(|fabric| u16::from(fabric.host).into());
@@ -262,16 +329,23 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
     in_range("limits.vms_max", limits.vms_max.into(), 1, UIDS_PER_HOST.into())?;
     in_range("limits.vcpus_max", limits.vcpus_max.into(), 1, VCPUS_MAX.into())?;
     in_range("limits.memory_reserve_mib", limits.memory_reserve_mib, 0, 1 << 40)?;
+    in_range("limits.disk_reserve_mib", limits.disk_reserve_mib, 0, 1 << 40)?;
+    in_range("limits.connections_max", limits.connections_max.into(), 2, 65_536)?;
+    in_range("limits.events_kept", limits.events_kept.into(), 100, 10_000_000)?;
+    in_range("limits.events_kept_days", limits.events_kept_days.into(), 1, 3650)?;
+    in_range("limits.ledger_backups_kept", limits.ledger_backups_kept.into(), 1, 365)?;
+    check_swap(&swap)?;
     in_range("uids.base", uids.base.into(), 1000, 0x7fff_ffff)?;
     in_range("uids.host_number", uids.host_number.into(), 0, 0xffff)?;
     in_range("uids.quarantine_s", uids.quarantine_s.into(), 0, 86_400)?;
     in_range("waits.guest_ready_s", waits.guest_ready_s.into(), 1, 86_400)?;
     in_range("waits.vmm_answer_s", waits.vmm_answer_s.into(), 1, 3600)?;
     in_range("waits.vmm_launch_s", waits.vmm_launch_s.into(), 1, 3600)?;
+    let cgroup_parent = cgroup.parent.map(group_path).transpose()?;
     let state_dir = overrides.state_dir.or(state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
     let images_dir = overrides.images_dir.or(images_dir).unwrap_or_else(|| state_dir.join("images"));
     let socket = overrides.socket.or(socket).unwrap_or_else(|| SOCKET_DEFAULT.into());
-    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits, fabric })
+    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, fabric, cgroup_parent })
 }
 
 #[cfg(test)]
@@ -299,6 +373,16 @@ mod tests {
         assert!(checked("[limits]\nvcpus_max = 33").unwrap_err().contains("limits.vcpus_max is 33"));
         assert!(checked("[limits]\nvcpus_max = 32").is_ok());
         assert!(checked("[uids]\nbase = 0").is_err());
+    }
+
+    #[test]
+    fn a_control_group_is_a_path_of_its_own() {
+        let parent = |path: &str| checked(&format!("[cgroup]\nparent = '{path}'")).map(|config| config.cgroup_parent);
+        assert_eq!(parent("/hearth.slice/vms").unwrap().as_deref(), Some("/hearth.slice/vms"));
+        for path in ["", "/", "hearth", "/a/../b", "/a//b", "/a/"] {
+            assert!(parent(path).unwrap_err().contains("cgroup.parent"), "{path}");
+        }
+        assert_eq!(checked("").unwrap().cgroup_parent, None);
     }
 
     #[test]

@@ -1,18 +1,27 @@
 //! What the rest of the program may ask of the agent. Object-safe, so that what is above does not depend on the
 //! agent's world: the HTTP side is tested over a simulated one.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
+use super::backups::{BackUpError, BackedUp};
+use super::balloon::BalloonError;
 use super::bundle_door::BundleDoor;
 use super::bundles::BundleError;
 use super::cluster_door::ClusterDoor;
+use super::config::Limits;
+use super::connections::Connections;
+use super::drain::Draining;
 use super::exec::{AnyStream, ExecError, ExecSession, ExecSpec};
 use super::guest::GuestError;
+use super::health::{LedgerView, Pressure, Warning};
 use super::images::{Image, ImageError};
+use super::isolation::VmJail;
 use super::launch::{Key, LaunchRequest, Launched};
 use super::launch_error::LaunchError;
 use super::ledger::{KeyRow, LedgerError, StoredAnswer};
@@ -21,12 +30,13 @@ use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::self_door::SelfDoor;
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
+use super::swap::SwapDecision;
 use super::vm_actor::{Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{HostFacts, ImageImport, OpenStreamError, ProcessUsage};
 use crate::clock::UnixNanos;
 use crate::report::Retry;
-use crate::wire::control::{InterfaceStatus, Status};
+use crate::wire::control::{BalloonStatus, InterfaceStatus, Status};
 
 /// No VM is meant by a word, or more than one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +87,9 @@ pub enum VmError {
         /// Which VM.
         vm: String,
     },
+    /// Its balloon did not get its target.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// Its console is not there.
     #[error("attach to the console of {vm}")]
     Console {
@@ -107,6 +120,7 @@ impl VmError {
             Self::Exec(error) => error.retry(),
             Self::Bundle(error) => error.retry(),
             Self::Ledger(error) => error.retry(),
+            Self::Balloon(error) => error.retry(),
             Self::NoParent { .. } => Retry::WithChange,
             Self::Guest(_) | Self::Console { .. } | Self::History { .. } => Retry::Later,
         }
@@ -138,6 +152,8 @@ pub struct VmStats {
     pub vmm: Option<Status>,
     /// What passed its network interfaces, as the VMM says.
     pub network: Vec<InterfaceStatus>,
+    /// What its balloon holds, as the VMM says.
+    pub balloon: Option<BalloonStatus>,
     /// What the guest agent says.
     pub guest: Option<GuestStats>,
 }
@@ -172,6 +188,24 @@ pub struct HostView {
     pub state_dir: String,
     /// How many agents had this ledger before, and this one.
     pub epoch: u64,
+    /// VMs by state.
+    pub vm_states: BTreeMap<String, u32>,
+    /// Guest memory of VMs that live.
+    pub promised_bytes: u64,
+    /// Bounds of new work.
+    pub limits: Limits,
+    /// Whether no new work is taken because the agent will end.
+    pub is_draining: bool,
+    /// Connections of clients that are open.
+    pub connections: usize,
+    /// How pressed the host is.
+    pub pressure: Pressure,
+    /// What speaks against session networks.
+    pub conflicts: Vec<String>,
+    /// The ledger; `None` when it does not answer.
+    pub ledger: Option<LedgerView>,
+    /// What to look at.
+    pub warnings: Vec<Warning>,
 }
 
 /// The agent, as seen from above.
@@ -213,6 +247,12 @@ pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor {
     fn console_history<'a>(&'a self, word: &'a str, bytes_max: usize) -> BoxFuture<'a, Result<Vec<u8>, VmError>>;
     /// What a VM uses and says of itself.
     fn stats<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<(Arc<VmRecord>, VmStats), VmError>>;
+    /// Asks a guest to give this much of its memory back, and says how far it is.
+    fn set_balloon<'a>(&'a self, word: &'a str, target_mib: u64) -> BoxFuture<'a, Result<BalloonStatus, VmError>>;
+    /// The newest decisions about idle VMs, newest first.
+    fn swap_decisions(&self) -> BoxFuture<'_, Result<Vec<SwapDecision>, LedgerError>>;
+    /// What of a VM's jail is in force; nothing while it has no VMM.
+    fn jail<'a>(&'a self, vm: &'a VmRecord) -> BoxFuture<'a, Option<VmJail>>;
     /// One operation, by id or the start of it.
     fn operation<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<Option<OperationRecord>, LedgerError>>;
     /// The operations that are kept, newest first.
@@ -231,16 +271,24 @@ pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor {
     fn remove_image<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), ImageError>>;
     /// This host and its agent.
     fn host(&self) -> BoxFuture<'_, std::io::Result<HostView>>;
+    /// Copies the ledger to a new file, or to where automatic backups are kept.
+    fn back_up_ledger(&self, to: Option<PathBuf>) -> BoxFuture<'_, Result<BackedUp, BackUpError>>;
     /// Metrics in Prometheus' text format.
-    fn metrics(&self) -> String;
+    fn metrics(&self) -> BoxFuture<'_, String>;
     /// Counts an API request by its route's pattern and status.
     fn count_request(&self, route: &str, status: u16);
+    /// Counts a request that was answered with an error, by its code.
+    fn count_refusal(&self, code: &str);
     /// Seconds since the epoch and such: the agent's clock.
     fn now(&self) -> UnixNanos;
     /// Fresh random bytes for a request's id.
     fn request_id(&self) -> String;
-    /// Stops all VMs and waits for it.
-    fn drain(&self) -> BoxFuture<'_, ()>;
+    /// Takes no new work from now on and stops all VMs, whose guests have `grace` to power off; the agent ends then.
+    fn drain(&self, grace: Duration) -> watch::Receiver<Draining>;
+    /// How far draining is.
+    fn draining(&self) -> watch::Receiver<Draining>;
+    /// Connections of clients: bounded and counted.
+    fn connections(&self) -> Arc<Connections>;
     /// Takes away of the host's network what no VM needs: the agent ends.
     fn close(&self) -> BoxFuture<'_, ()>;
     /// Becomes `Some` when the agent cannot go on.

@@ -41,6 +41,21 @@ pub enum Effect {
     CommitBundle,
     /// Wait until the guest has registered with its cluster. Nothing to undo: it ends with the VMM.
     Register,
+    /// Keep the machine's taps open beside it, so that packets wait in them whatever becomes of its process, and the
+    /// first can be noticed. Inverse: [`Effect::ReleaseTaps`].
+    HoldTaps,
+    /// Hold the taps no longer: the machine has them.
+    ReleaseTaps,
+    /// Move the held machine's memory to the host's swap. Nothing to undo: what is touched comes back by itself.
+    PageOut,
+    /// Have the held machine, encrypted, in a file of the VM's directory. Inverse: [`Effect::DiscardSealed`].
+    SealMachine,
+    /// Have that file durable and under its name: from here on it is the machine.
+    KeepSealed,
+    /// Have the machine built in the VMM from its sealed file. Inverse: [`Effect::EndVmm`].
+    UnsealMachine,
+    /// Have neither the file nor its key: from here on the process is the machine. Nothing undoes it.
+    DiscardSealed,
     /// Ask the guest to power off and wait for it, up to a bound. Nothing to undo: it leads to [`Effect::EndVmm`].
     ShutDownGuest,
     /// Have no VMM process. Nothing undoes it.
@@ -74,6 +89,13 @@ impl Effect {
             Self::DiscardSaved => "discard_saved",
             Self::CommitBundle => "commit_bundle",
             Self::Register => "register",
+            Self::HoldTaps => "hold_taps",
+            Self::ReleaseTaps => "release_taps",
+            Self::PageOut => "page_out",
+            Self::SealMachine => "seal_machine",
+            Self::KeepSealed => "keep_sealed",
+            Self::UnsealMachine => "unseal_machine",
+            Self::DiscardSealed => "discard_sealed",
             Self::RunMachine => "run_machine",
             Self::HoldMachine => "hold_machine",
             Self::GreetGuest => "greet_guest",
@@ -93,12 +115,18 @@ impl Effect {
         match self {
             Self::MakeDirectory => Some(Self::RemoveDirectory),
             Self::MakeNetwork | Self::OpenNetwork => Some(Self::RemoveNetwork),
-            Self::StartVmm | Self::BuildMachine | Self::RestoreMachine => Some(Self::EndVmm),
+            Self::StartVmm | Self::BuildMachine | Self::RestoreMachine | Self::UnsealMachine => Some(Self::EndVmm),
+            Self::HoldTaps => Some(Self::ReleaseTaps),
+            Self::SealMachine => Some(Self::DiscardSealed),
             Self::QuiesceGuest => Some(Self::ThawGuest),
             Self::SaveMachine => Some(Self::DiscardSaved),
             Self::RunMachine => Some(Self::HoldMachine),
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest
+            | Self::ReleaseTaps
+            | Self::PageOut
+            | Self::KeepSealed
+            | Self::DiscardSealed
             | Self::WarmUp
             | Self::ThawGuest
             | Self::DiscardSaved
@@ -132,7 +160,12 @@ impl Effect {
     pub const fn is_best_effort(self) -> bool {
         matches!(
             self,
-            Self::SetGuestClock | Self::ThawGuest | Self::DiscardSaved | Self::ShutDownGuest | Self::KeepRemains
+            Self::SetGuestClock
+                | Self::ThawGuest
+                | Self::DiscardSaved
+                | Self::ReleaseTaps
+                | Self::ShutDownGuest
+                | Self::KeepRemains
         )
     }
 }

@@ -11,6 +11,7 @@ use hearth_guest_wire::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::guest::{ANSWER_LIMIT, GuestError, GuestLink, GuestReader, GuestWriter};
+use super::streams::Counted;
 use super::world::ByteStream;
 use crate::report::Retry;
 
@@ -18,12 +19,20 @@ use crate::report::Retry;
 const WORDS_BYTES_MAX: usize = FRAME_BYTES_MAX as usize - 64 * 1024;
 
 /// A stream whose type is forgotten, so that what is above the agent does not depend on its world.
-pub struct AnyStream(Box<dyn ByteStream>);
+pub struct AnyStream {
+    stream: Box<dyn ByteStream>,
+    _counted: Option<Counted>,
+}
 
 impl AnyStream {
     /// Forgets the type.
     pub fn new(stream: impl ByteStream) -> Self {
-        Self(Box::new(stream))
+        Self { stream: Box::new(stream), _counted: None }
+    }
+
+    /// Forgets the type, and is counted among the streams into its VM.
+    pub(super) fn counted(stream: impl ByteStream, counted: Counted) -> Self {
+        Self { stream: Box::new(stream), _counted: Some(counted) }
     }
 }
 
@@ -35,21 +44,21 @@ impl std::fmt::Debug for AnyStream {
 
 impl AsyncRead for AnyStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut *self.0).poll_read(cx, buf)
+        Pin::new(&mut *self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for AnyStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut *self.0).poll_write(cx, bytes)
+        Pin::new(&mut *self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut *self.0).poll_flush(cx)
+        Pin::new(&mut *self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut *self.0).poll_shutdown(cx)
+        Pin::new(&mut *self.stream).poll_shutdown(cx)
     }
 }
 

@@ -29,6 +29,7 @@ use crate::wire::control::PAGE_RUN_BYTES;
 /// Slots of the guest-physical map, which is part of the format: vsock, rng, then disks, then interfaces.
 const VSOCK_SLOT: u8 = 0;
 const RNG_SLOT: u8 = 1;
+const BALLOON_SLOT: u8 = 2;
 const FIRST_BLOCK_SLOT: u8 = 3;
 const FIRST_NET_SLOT: u8 = 9;
 
@@ -168,7 +169,8 @@ impl HostBundles {
             ..plain(slot, DeviceKind::Net)
         });
         let always = [plain(VSOCK_SLOT, DeviceKind::Vsock), plain(RNG_SLOT, DeviceKind::Rng)];
-        always.into_iter().chain(disks).chain(nets).collect()
+        let balloon = vm.spec.balloon.then(|| plain(BALLOON_SLOT, DeviceKind::Balloon));
+        always.into_iter().chain(balloon).chain(disks).chain(nets).collect()
     }
 
     /// What runs in it: as its bundle says, or as its image is now.

@@ -7,13 +7,16 @@ use std::path::{Path, PathBuf};
 
 use tokio::task::spawn_blocking;
 
+use super::cgroup::HostCgroups;
+use super::health::Pressure;
 use super::host_probe::HostProbe;
 use super::host_vmm::names;
 use super::images::{Image, ImageError, ImageStore};
+use super::isolation;
 use super::record::{DiskSpec, Remains};
 use super::world::{HostFacts, ImageImport, VmDisk};
 use crate::ids::VmId;
-use crate::sys::file;
+use crate::sys::{file, host};
 use crate::wire::console_ring::{self, RING_BYTES};
 use crate::wire::last_words::{self, LastWords};
 
@@ -54,6 +57,36 @@ impl VmDirs {
 
     fn make(&self, vm: &VmId) -> io::Result<()> {
         file::make_directories(&self.path(vm))
+    }
+
+    /// What was sealed of a VM, to be read.
+    pub(super) fn open_sealed(&self, vm: &VmId) -> io::Result<File> {
+        File::open(self.path(vm).join(names::SEALED))
+    }
+
+    fn keep_sealed(&self, vm: &VmId) -> io::Result<()> {
+        let dir = self.path(vm);
+        let (from, to) = (dir.join(names::SEALING), dir.join(names::SEALED));
+        match File::open(&from) {
+            Ok(sealing) => {
+                sealing.sync_all()?;
+                std::fs::rename(from, to)?;
+            }
+            // Done before, and its end was not recorded.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => {}
+            Err(error) => return Err(error),
+        }
+        File::open(dir)?.sync_all()
+    }
+
+    fn discard_sealed(&self, vm: &VmId) -> io::Result<()> {
+        for name in [names::SEALING, names::SEALED] {
+            match std::fs::remove_file(self.path(vm).join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     fn remove(&self, vm: &VmId) -> io::Result<()> {
@@ -135,12 +168,19 @@ pub struct HostDisk {
     images: ImageStore,
     host_name: Option<String>,
     probe: HostProbe,
+    cgroups: HostCgroups,
 }
 
 impl HostDisk {
     /// Files of this host.
-    pub(super) const fn new(dirs: VmDirs, images: ImageStore, host_name: Option<String>, probe: HostProbe) -> Self {
-        Self { dirs, images, host_name, probe }
+    pub(super) const fn new(
+        dirs: VmDirs,
+        images: ImageStore,
+        host_name: Option<String>,
+        probe: HostProbe,
+        cgroups: HostCgroups,
+    ) -> Self {
+        Self { dirs, images, host_name, probe, cgroups }
     }
 
     async fn on_images<T: Send + 'static>(
@@ -187,6 +227,16 @@ impl VmDisk for HostDisk {
         Ok(history[history.len().saturating_sub(bytes_max)..].to_vec())
     }
 
+    async fn keep_sealed(&self, vm: &VmId) -> io::Result<()> {
+        let vm = vm.clone();
+        self.on_dirs(move |dirs| dirs.keep_sealed(&vm)).await?
+    }
+
+    async fn discard_sealed(&self, vm: &VmId) -> io::Result<()> {
+        let vm = vm.clone();
+        self.on_dirs(move |dirs| dirs.discard_sealed(&vm)).await?
+    }
+
     async fn images(&self) -> Result<Vec<Image>, ImageError> {
         self.on_images(|images| Ok(images.list())).await
     }
@@ -214,12 +264,19 @@ impl VmDisk for HostDisk {
         self.probe.command_line_additions().await
     }
 
+    async fn pressure(&self) -> Pressure {
+        let look =
+            |_| Pressure { cpu: host::pressure("cpu"), memory: host::pressure("memory"), io: host::pressure("io") };
+        self.on_dirs(look).await.unwrap_or_default()
+    }
+
     async fn host(&self) -> io::Result<HostFacts> {
-        let mut facts = self.on_dirs(|_| host_facts()).await??;
+        let mut facts = self.on_dirs(|dirs| host_facts(&dirs.root)).await??;
         if let Some(name) = &self.host_name {
             facts.name.clone_from(name);
         }
         facts.probe = self.probe.so_far();
+        facts.isolation = Some(isolation::host(&self.cgroups));
         Ok(facts)
     }
 }
@@ -238,7 +295,9 @@ fn check_disk(disk: &DiskSpec) -> io::Result<()> {
     Ok(())
 }
 
-fn host_facts() -> io::Result<HostFacts> {
+fn host_facts(dir: &Path) -> io::Result<HostFacts> {
+    let space = host::space(dir)?;
+    let descriptors = host::descriptors()?;
     let memory = std::fs::read_to_string("/proc/meminfo")?;
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -247,11 +306,16 @@ fn host_facts() -> io::Result<HostFacts> {
         cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
         memory_bytes: kib_field(&memory, "MemTotal:") * 1024,
         memory_available_bytes: kib_field(&memory, "MemAvailable:") * 1024,
+        disk_total_bytes: space.total_bytes,
+        disk_free_bytes: space.free_bytes,
+        descriptors_open: descriptors.open,
+        descriptors_max: descriptors.max,
         probe: None,
+        isolation: None,
     })
 }
 
-fn kib_field(text: &str, name: &str) -> u64 {
+pub(super) fn kib_field(text: &str, name: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }
@@ -286,6 +350,22 @@ mod tests {
         dirs.remove(&id()).unwrap();
         dirs.remove(&id()).unwrap();
         assert!(dirs.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_sealed_is_kept_and_discarded_however_often() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = VmDirs::new(dir.path().to_owned());
+        dirs.make(&id()).unwrap();
+        assert!(dirs.keep_sealed(&id()).is_err(), "nothing was sealed");
+        drop(dirs.create(&id(), names::SEALING).unwrap());
+        assert!(dirs.open_sealed(&id()).is_err(), "not before it is kept");
+        dirs.keep_sealed(&id()).unwrap();
+        dirs.keep_sealed(&id()).unwrap();
+        dirs.open_sealed(&id()).unwrap();
+        dirs.discard_sealed(&id()).unwrap();
+        dirs.discard_sealed(&id()).unwrap();
+        assert!(dirs.open_sealed(&id()).is_err());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::session_record::JAILS_MAX;
 use super::world::{Drops, NetworkChange, NetworkError, VmNetworks};
 use crate::net::address::Fabric;
 use crate::net::desired::{TAPS_MAX, tap};
-use crate::net::host::{HostNetwork, NetworkSpec, OpenNetworkError, Settled};
+use crate::net::host::{HostNetwork, NetworkSpec, OpenNetworkError, QUEUE_FULL, Settled};
 use crate::net::member::{METADATA_PORT, METADATA_V4, METADATA_V6, Member};
 use crate::net::watch::Watcher;
 use crate::sys::{netns, sock};
@@ -237,7 +237,8 @@ impl VmNetworks for HostNetworks {
         let counters = counters.map_err(|error| failed(&error))?;
         let count = |reason: &str| counters.get(reason).copied().unwrap_or(0);
         let (spoof, foreign_session) = (count("spoof"), count("foreign_session"));
-        Ok(Drops { spoof, foreign_session, not_allowed: count("not_allowed") })
+        let (not_allowed, queue_full) = (count("not_allowed"), count(QUEUE_FULL));
+        Ok(Drops { spoof, foreign_session, not_allowed, queue_full })
     }
 
     fn take(&self, used: &BTreeSet<u16>) -> Option<u16> {

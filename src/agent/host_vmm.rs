@@ -4,32 +4,33 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::spawn_blocking;
 
+use super::cgroup::HostCgroups;
 use super::config::Waits;
+use super::held_taps::HeldTaps;
 use super::host_disk::VmDirs;
+use super::host_process::{HostProcess, Started, joined, search};
 use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::world::{
-    Ask, AskError, LaunchPlan, OpenStreamError, ProcessEnd, ProcessUsage, RestorePlan, StartVmmError, VmmHost,
-    VmmProcess,
+    Ask, AskError, LaunchPlan, OpenStreamError, RestorePlan, StartVmmError, UnsealPlan, VmmHost, VmmProcess,
 };
 use crate::bundle::Store;
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
+use crate::sys::cgroup::Group;
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
+use crate::sys::jail::FILE_BYTES_SPARE;
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, StartMessage,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, StartMessage, UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
@@ -43,6 +44,8 @@ pub(super) mod names {
     pub(in crate::agent) const LAST_WORDS: &str = "last-words";
     pub(in crate::agent) const LOG: &str = "vmm.log";
     pub(in crate::agent) const PAGES: &str = "pages";
+    pub(in crate::agent) const SEALED: &str = "sealed";
+    pub(in crate::agent) const SEALING: &str = "sealing";
 }
 
 /// Longest line a VMM answers a stream's request with.
@@ -62,121 +65,10 @@ pub struct HostVmm {
     pub(super) host_number: u16,
     /// Bytes per packet that guests are told.
     pub(super) mtu: u16,
-}
-
-/// A held VMM process.
-#[derive(Debug, Clone)]
-pub struct HostProcess(Arc<Held>);
-
-#[derive(Debug)]
-struct Held {
-    record: ProcessRecord,
-    pidfd: AsyncFd<OwnedFd>,
-    end: Mutex<Option<ProcessEnd>>,
-}
-
-impl HostProcess {
-    /// Call inside the runtime.
-    fn hold(record: ProcessRecord, pidfd: OwnedFd) -> io::Result<Self> {
-        #[expect(deprecated, reason = "what replaces it is unsafe; an OwnedFd is never replaced while it is held")]
-        let pidfd = AsyncFd::new(pidfd)?;
-        Ok(Self(Arc::new(Held { record, pidfd, end: Mutex::new(None) })))
-    }
-
-    fn proc_file(&self, name: &str) -> Option<String> {
-        std::fs::read_to_string(format!("/proc/{}/{name}", self.0.record.pid)).ok()
-    }
-
-    /// Reaps the process, once, and remembers how it ended.
-    fn look(&self) -> io::Result<Option<ProcessEnd>> {
-        let mut end = self.0.end.lock().unwrap_or_else(PoisonError::into_inner);
-        if end.is_none() {
-            let pidfd = self.0.pidfd.get_ref();
-            *end = match process::reap(pidfd)? {
-                Some(status) => Some(match (status.code(), status.signal()) {
-                    (Some(code), _) => ProcessEnd::Exited(code),
-                    (None, Some(signal)) => ProcessEnd::Signalled(signal),
-                    (None, None) => ProcessEnd::Unknown,
-                }),
-                None if process::has_ended(pidfd)? => Some(ProcessEnd::Unknown),
-                None => None,
-            };
-        }
-        Ok(*end)
-    }
-}
-
-impl VmmProcess for HostProcess {
-    fn record(&self) -> ProcessRecord {
-        self.0.record
-    }
-
-    fn kill(&self) -> io::Result<()> {
-        process::kill(self.0.pidfd.get_ref())
-    }
-
-    async fn ended(&self) -> ProcessEnd {
-        loop {
-            match self.look() {
-                Ok(Some(end)) => return end,
-                Ok(None) => {}
-                Err(error) => tracing::warn!(pid = self.0.record.pid, %error, "cannot look at the VMM process"),
-            }
-            match self.0.pidfd.readable().await {
-                // Readable means ended, for good: the next look sees it.
-                Ok(mut ready) => {
-                    if !matches!(self.look(), Ok(Some(_))) {
-                        ready.clear_ready();
-                    }
-                }
-                // Only when the runtime shuts down.
-                Err(_) => std::future::pending().await,
-            }
-        }
-    }
-
-    fn usage(&self) -> ProcessUsage {
-        let status = self.proc_file("status");
-        let resident = status.as_deref().and_then(|text| {
-            let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-            line.trim().trim_end_matches(" kB").parse::<u64>().ok()
-        });
-        ProcessUsage { resident_bytes: resident.map(|kib| kib * 1024), cpu: self.cpu_time() }
-    }
-}
-
-impl HostProcess {
-    /// Fields 14 and 15 of `/proc/PID/stat`, in clock ticks of 10 ms (USER_HZ is 100 on every Linux for x86).
-    fn cpu_time(&self) -> Option<Duration> {
-        let stat = self.proc_file("stat")?;
-        let (_, rest) = stat.rsplit_once(") ")?;
-        let mut fields = rest.split(' ').skip(11);
-        let ticks = |field: Option<&str>| field.and_then(|field| field.parse::<u64>().ok());
-        let (user, system) = (ticks(fields.next())?, ticks(fields.next())?);
-        Some(Duration::from_millis(user.saturating_add(system).saturating_mul(10)))
-    }
-}
-
-fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -> io::Result<T> {
-    result.unwrap_or_else(|_| Err(io::Error::other("the agent is ending")))
-}
-
-/// The VMM whose arguments name this VM. Reads the arguments of every process: for recovery only.
-fn search(id: &VmId) -> io::Result<Option<(ProcessRecord, OwnedFd)>> {
-    for entry in std::fs::read_dir("/proc")? {
-        let Ok(name) = entry?.file_name().into_string() else { continue };
-        let Ok(pid) = name.parse::<i32>() else { continue };
-        let Ok(words) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        let mut words = words.split(|byte| *byte == 0).skip(1);
-        if words.next() != Some(b"vmm") || words.next() != Some(id.as_str().as_bytes()) {
-            continue;
-        }
-        let Ok(start_ticks) = process::start_ticks(pid) else { continue };
-        if let Some(pidfd) = process::find(pid, start_ticks)? {
-            return Ok(Some((ProcessRecord { pid, start_ticks }, pidfd)));
-        }
-    }
-    Ok(None)
+    /// Taps of VMs whose memory is out.
+    pub(super) held: HeldTaps,
+    /// The VMs' control groups.
+    pub(super) cgroups: HostCgroups,
 }
 
 impl VmmHost for HostVmm {
@@ -184,14 +76,13 @@ impl VmmHost for HostVmm {
     type Stream = tokio::net::UnixStream;
 
     async fn start(&self, vm: &VmRecord) -> Result<HostProcess, StartVmmError> {
-        let (dirs, vm, host_number) = (self.dirs.clone(), vm.clone(), self.host_number);
-        let started = spawn_blocking(move || start(&dirs, &vm, host_number)).await;
+        let (host, vm) = (self.clone(), vm.clone());
+        let started = spawn_blocking(move || host.start_blocking(&vm)).await;
         let started = started.map_err(|_| StartVmmError::Spawn {
             step: "wait for it".to_owned(),
             source: io::Error::other("the agent is ending"),
         })?;
-        let (record, pidfd) = started?;
-        HostProcess::hold(record, pidfd)
+        HostProcess::hold(started?, self.cgroups.clone())
             .map_err(|source| StartVmmError::Spawn { step: "watch the process".to_owned(), source })
     }
 
@@ -208,13 +99,13 @@ impl VmmHost for HostVmm {
             })
             .await,
         )?;
-        found.map(|(record, pidfd)| HostProcess::hold(record, pidfd)).transpose()
+        found.map(|found| self.adopt(&vm.id, found)).transpose()
     }
 
     async fn find_stray(&self, vm: &VmId) -> io::Result<Option<HostProcess>> {
         let id = vm.clone();
         let found = joined(spawn_blocking(move || search(&id)).await)?;
-        found.map(|(record, pidfd)| HostProcess::hold(record, pidfd)).transpose()
+        found.map(|found| self.adopt(vm, found)).transpose()
     }
 
     async fn ask(&self, vm: &VmRecord, epoch: u64, ask: Ask) -> Result<Answer, AskError> {
@@ -235,6 +126,34 @@ impl VmmHost for HostVmm {
             Some(reason) => Err(OpenStreamError::Refused { reason: super::guest::printable(reason) }),
             None => Err(OpenStreamError::Malformed),
         }
+    }
+
+    async fn hold_taps(&self, vm: &VmRecord) -> io::Result<()> {
+        if self.held.has(&vm.id) {
+            return Ok(());
+        }
+        let (host, vm, process) = (self.clone(), vm.clone(), self.find(vm).await?);
+        joined(
+            spawn_blocking(move || {
+                let taps = match process {
+                    Some(process) => tap::held_by(process.record().pid, process.pidfd())?,
+                    None => (0..vm.spec.interfaces)
+                        .map(|index| Ok((desired::tap(index), host.open_tap(&vm, index)?)))
+                        .collect::<io::Result<Vec<_>>>()?,
+                };
+                host.held.put(vm.id, taps);
+                Ok(())
+            })
+            .await,
+        )
+    }
+
+    async fn packet_waits(&self, vm: &VmId) {
+        self.held.packet(vm).await;
+    }
+
+    fn release_taps(&self, vm: &VmId) {
+        self.held.release(vm);
     }
 
     async fn console(&self, vm: &VmId) -> Result<Self::Stream, OpenStreamError> {
@@ -260,30 +179,70 @@ async fn read_line(stream: &mut tokio::net::UnixStream) -> Result<String, OpenSt
     }
 }
 
-fn start(dirs: &VmDirs, vm: &VmRecord, host_number: u16) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
-    let failed = |what| move |source| StartVmmError::File { what, source };
-    let jail = netns::open_named(&jail_name(host_number, vm.jail)).map_err(failed("the VM's network namespace"))?;
-    let dir = dirs.open(&vm.id).map_err(failed("the VM's directory"))?;
-    let control = bind_in_dir(&dir, names::CONTROL).map_err(failed(names::CONTROL))?;
-    let last_words = dirs.create(&vm.id, names::LAST_WORDS).map_err(failed(names::LAST_WORDS))?;
-    let log = dirs.create(&vm.id, names::LOG).map_err(failed(names::LOG))?;
-    let message = StartMessage { vm_id: vm.id.clone(), nonce: vm.nonce, uid: vm.uid }.to_bytes();
-    let exe = File::open("/proc/self/exe").map_err(failed("this program's own file"))?;
-    let spawned = process::spawn_vmm(&SpawnVmm {
-        exe: exe.as_fd(),
-        arguments: &["vmm", vm.id.as_str()],
-        start_message: &message,
-        control: control.as_fd(),
-        last_words: last_words.as_fd(),
-        log: log.as_fd(),
-        network: SpawnNetwork::In(jail.as_fd()),
-    });
-    let spawned =
-        spawned.map_err(|error| StartVmmError::Spawn { step: error.step.to_owned(), source: error.source })?;
-    Ok((ProcessRecord { pid: spawned.pid, start_ticks: spawned.start_ticks }, spawned.pidfd))
+/// The largest file that a VMM has to write, and some to spare.
+fn file_bytes_max(vm: &VmRecord) -> io::Result<u64> {
+    let memory = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
+    // Sealed, each 64 KiB have a tag of 16 bytes: less than a thousandth.
+    let mut most = memory.saturating_add(memory / 1024);
+    for disk in &vm.spec.disks {
+        most = most.max(std::fs::metadata(&disk.path)?.len());
+    }
+    Ok(most.saturating_add(FILE_BYTES_SPARE))
 }
 
 impl HostVmm {
+    /// Removes the control groups of VMMs that ended while there was no agent.
+    pub(super) fn sweep_groups(&self) {
+        match self.cgroups.sweep() {
+            Ok(removed) if removed.is_empty() => {}
+            Ok(removed) => tracing::info!(?removed, "removed control groups that an earlier agent left"),
+            Err(error) => tracing::warn!(%error, "cannot look for control groups that an earlier agent left"),
+        }
+    }
+
+    fn adopt(&self, vm: &VmId, (record, pidfd): (ProcessRecord, OwnedFd)) -> io::Result<HostProcess> {
+        HostProcess::hold(Started { record, pidfd, group: self.cgroups.group(vm) }, self.cgroups.clone())
+    }
+
+    fn start_blocking(&self, vm: &VmRecord) -> Result<Started, StartVmmError> {
+        let failed = |what| move |source| StartVmmError::File { what, source };
+        let group = self.cgroups.make(vm).map_err(failed("the VM's control group"))?;
+        let started = self.spawn(vm, group.as_ref());
+        if let (Err(_), Some(group)) = (&started, &group) {
+            self.cgroups.end(group);
+        }
+        let (record, pidfd) = started?;
+        Ok(Started { record, pidfd, group })
+    }
+
+    fn spawn(&self, vm: &VmRecord, group: Option<&Group>) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
+        let failed = |what| move |source| StartVmmError::File { what, source };
+        let jail = netns::open_named(&jail_name(self.host_number, vm.jail));
+        let jail = jail.map_err(failed("the VM's network namespace"))?;
+        let dir = self.dirs.open(&vm.id).map_err(failed("the VM's directory"))?;
+        let control = bind_in_dir(&dir, names::CONTROL).map_err(failed(names::CONTROL))?;
+        let last_words = self.dirs.create(&vm.id, names::LAST_WORDS).map_err(failed(names::LAST_WORDS))?;
+        let log = self.dirs.create(&vm.id, names::LOG).map_err(failed(names::LOG))?;
+        let file_bytes_max = file_bytes_max(vm).map_err(failed("the VM's disks"))?;
+        let message =
+            StartMessage { vm_id: vm.id.clone(), nonce: vm.nonce, uid: vm.uid, file_bytes_max, tls: false }.to_bytes();
+        let exe = File::open("/proc/self/exe").map_err(failed("this program's own file"))?;
+        let group = group.map(Group::open).transpose().map_err(failed("the VM's control group"))?;
+        let spawned = process::spawn_vmm(&SpawnVmm {
+            exe: exe.as_fd(),
+            arguments: &["vmm", vm.id.as_str()],
+            start_message: &message,
+            control: control.as_fd(),
+            last_words: last_words.as_fd(),
+            log: log.as_fd(),
+            network: SpawnNetwork::In(jail.as_fd()),
+            group: group.as_ref().map(AsFd::as_fd),
+        });
+        let spawned =
+            spawned.map_err(|error| StartVmmError::Spawn { step: error.step.to_owned(), source: error.source })?;
+        Ok((ProcessRecord { pid: spawned.pid, start_ticks: spawned.start_ticks }, spawned.pidfd))
+    }
+
     async fn connect(&self, vm: &VmId, name: &str) -> Result<tokio::net::UnixStream, OpenStreamError> {
         let dir = self.dirs.open(vm).map_err(OpenStreamError::Socket)?;
         let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&dir)));
@@ -293,10 +252,15 @@ impl HostVmm {
     fn ask_blocking(&self, vm: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
         let limit = Duration::from_secs(
             match ask {
-                Ask::Launch(_) | Ask::Restore(_) | Ask::Save { .. } => self.waits.vmm_launch_s,
-                Ask::Status | Ask::Pause | Ask::Resume | Ask::Network | Ask::ReplaceTap { .. } => {
-                    self.waits.vmm_answer_s
+                Ask::Launch(_) | Ask::Restore(_) | Ask::Unseal(_) | Ask::Save { .. } | Ask::Seal { .. } => {
+                    self.waits.vmm_launch_s
                 }
+                Ask::Status
+                | Ask::Pause
+                | Ask::Resume
+                | Ask::Network
+                | Ask::ReplaceTap { .. }
+                | Ask::Balloon { .. } => self.waits.vmm_answer_s,
             }
             .into(),
         );
@@ -305,45 +269,63 @@ impl HostVmm {
         socket.set_read_timeout(Some(limit)).map_err(AskError::Socket)?;
         socket.set_write_timeout(Some(limit)).map_err(AskError::Socket)?;
         let hello = Request::Hello { nonce: vm.nonce, epoch };
-        let welcome = match exchange(&mut socket, &hello, &[], limit)? {
+        let mut exchange = |request: &Request, files: &[OwnedFd]| exchange(&mut socket, vm, request, files, limit);
+        let welcome = match exchange(&hello, &[])? {
             Answer::Welcome(status) => status,
             Answer::Launched(_)
             | Answer::Done
             | Answer::Status(_)
             | Answer::Refused(_)
             | Answer::Network(_)
-            | Answer::Saved(_) => {
+            | Answer::Saved(_)
+            | Answer::Balloon(_)
+            | Answer::Sent(_)
+            | Answer::Sending(_)
+            | Answer::Forwarded { .. } => {
                 return Err(AskError::Unexpected);
             }
         };
         match ask {
             Ask::Status => Ok(Answer::Status(welcome)),
-            Ask::Pause => exchange(&mut socket, &Request::Pause, &[], limit),
-            Ask::Resume => exchange(&mut socket, &Request::Resume, &[], limit),
-            Ask::Network => exchange(&mut socket, &Request::Network, &[], limit),
+            Ask::Pause => exchange(&Request::Pause, &[]),
+            Ask::Resume => exchange(&Request::Resume, &[]),
+            Ask::Network => exchange(&Request::Network, &[]),
             Ask::ReplaceTap { index } => {
                 let index = *index;
                 let tap = self.open_tap(vm, index);
                 let tap = tap.map_err(|source| AskError::Open { what: desired::tap(index), source })?;
-                exchange(&mut socket, &Request::ReplaceTap { index }, &[tap.into()], limit)
+                exchange(&Request::ReplaceTap { index }, &[tap.into()])
             }
+            Ask::Balloon { target_bytes } => exchange(&Request::Balloon { target_bytes: *target_bytes }, &[]),
             Ask::Launch(plan) => {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
-                exchange(&mut socket, &Request::Launch(spec), &files, limit)
+                exchange(&Request::Launch(spec), &files)
             }
             Ask::Restore(plan) => {
                 let (spec, files) = self.open_to_restore(vm, &dir, plan)?;
-                exchange(&mut socket, &Request::Restore(spec), &files, limit)
+                exchange(&Request::Restore(spec), &files)
             }
             Ask::Save { pages } => {
                 let files = self.open_to_save(vm, *pages)?;
-                exchange(&mut socket, &Request::Save { pages: *pages }, &files, limit)
+                exchange(&Request::Save { pages: *pages }, &files)
+            }
+            Ask::Seal { pages, key } => {
+                let pagemap = open_pagemap(vm)?;
+                let file = self.dirs.create(&vm.id, names::SEALING).map_err(unopened("a file to seal the VM in"))?;
+                exchange(&Request::Seal { pages: *pages, key: *key }, &[pagemap, file.into()])
+            }
+            Ask::Unseal(plan) => {
+                let (spec, files) = self.open_to_unseal(vm, &dir, plan)?;
+                exchange(&Request::Unseal(spec), &files)
             }
         }
     }
 
-    /// Attaches to a tap of the VM's jail.
+    /// A tap of the VM's jail: the one that is held for it, or attaches to it.
     fn open_tap(&self, vm: &VmRecord, slot: u8) -> io::Result<File> {
+        if let Some(held) = self.held.get(&vm.id, &desired::tap(slot)) {
+            return held;
+        }
         let jail = netns::open_named(&jail_name(self.host_number, vm.jail))?;
         netns::in_fd(&jail, || tap::open(&desired::tap(slot)))?
     }
@@ -374,6 +356,23 @@ impl HostVmm {
         Ok((RestoreSpec { memory_bytes: *memory_bytes, devices }, files))
     }
 
+    /// Opens what the VMM needs to unseal a machine, in the order the request names it.
+    fn open_to_unseal(
+        &self,
+        vm: &VmRecord,
+        dir: &File,
+        plan: &UnsealPlan,
+    ) -> Result<(UnsealSpec, Vec<OwnedFd>), AskError> {
+        let UnsealPlan { bundle, key, memory_bytes, disks, network_limits } = plan;
+        let sealed = self.dirs.open_sealed(&vm.id).map_err(AskError::Sealed)?;
+        let mut files: Vec<OwnedFd> = vec![open_kvm()?, sealed.into()];
+        if let Some(bundle) = bundle {
+            files.push(self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?.memory.into());
+        }
+        let devices = self.open_devices(vm, dir, (disks, *network_limits), &mut files)?;
+        Ok((UnsealSpec { memory_bytes: *memory_bytes, devices, key: *key, image: bundle.is_some() }, files))
+    }
+
     /// Console and devices.
     fn open_devices(
         &self,
@@ -387,6 +386,9 @@ impl HostVmm {
         files.push(bind_in_dir(dir, names::CONSOLE).map_err(unopened(names::CONSOLE))?.into());
         files.push(bind_in_dir(dir, names::VSOCK).map_err(unopened(names::VSOCK))?.into());
         let mut devices = vec![DeviceSpec::Vsock, DeviceSpec::Rng];
+        if vm.spec.balloon {
+            devices.push(DeviceSpec::Balloon);
+        }
         for (index, disk) in (0_u8..).zip(disks) {
             let file = File::options().read(true).write(!disk.read_only).open(&disk.path);
             files.push(file.map_err(unopened(&disk.path))?.into());
@@ -403,8 +405,7 @@ impl HostVmm {
 
     /// Files to save a machine into, in the order the request names them.
     fn open_to_save(&self, vm: &VmRecord, pages: SavedPages) -> Result<Vec<OwnedFd>, AskError> {
-        let pid = vm.process.map_or(0, |process| process.pid);
-        let pagemap = File::open(format!("/proc/{pid}/pagemap")).map_err(unopened("the VMM's page map"))?;
+        let pagemap = open_pagemap(vm)?;
         let token = vm.id.as_str();
         // What an earlier try left is not whole.
         if let Some(earlier) = self.bundles.reopen(token).map_err(AskError::Stage)? {
@@ -414,13 +415,18 @@ impl HostVmm {
         let staging = self.bundles.stage(token, memory_bytes).map_err(AskError::Stage)?;
         let state = staging.state_file().map_err(AskError::Stage)?;
         let memory = staging.memory_file().map_err(AskError::Stage)?;
-        let mut files: Vec<OwnedFd> = vec![pagemap.into(), state.into(), memory.into()];
+        let mut files: Vec<OwnedFd> = vec![pagemap, state.into(), memory.into()];
         if pages == SavedPages::Changed {
             let list = self.dirs.create(&vm.id, names::PAGES).map_err(unopened("the list of pages"))?;
             files.push(list.into());
         }
         Ok(files)
     }
+}
+
+fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {
+    let pid = vm.process.map_or(0, |process| process.pid);
+    Ok(File::open(format!("/proc/{pid}/pagemap")).map_err(unopened("the VMM's page map"))?.into())
 }
 
 fn unopened(what: &str) -> impl FnOnce(io::Error) -> AskError {
@@ -447,6 +453,7 @@ pub(super) fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
 
 fn exchange(
     socket: &mut UnixStream,
+    vm: &VmRecord,
     request: &Request,
     files: &[OwnedFd],
     limit: Duration,
@@ -456,7 +463,12 @@ fn exchange(
         let late = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut].contains(&source.kind());
         if late { AskError::TimedOut { limit } } else { AskError::Socket(source) }
     };
-    let bytes = frame::encode(request).map_err(AskError::Frame)?;
+    let (speaks, needs) = (vm.wire_version, request.since_version());
+    if speaks < needs {
+        return Err(AskError::OlderVmm { speaks, needs });
+    }
+    // In the version the VMM was started with.
+    let bytes = frame::encode_in(speaks, request).map_err(AskError::Frame)?;
     let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     send_with_fds(socket, &bytes, &files).map_err(failed)?;
     let mut header = [0; HEADER_BYTES];
@@ -473,7 +485,11 @@ fn exchange(
         | Answer::Done
         | Answer::Status(_)
         | Answer::Network(_)
-        | Answer::Saved(_)) => Ok(answer),
+        | Answer::Saved(_)
+        | Answer::Balloon(_)
+        | Answer::Sent(_)
+        | Answer::Sending(_)
+        | Answer::Forwarded { .. }) => Ok(answer),
     }
 }
 
@@ -485,30 +501,12 @@ fn bounded(refusal: Refusal) -> Refusal {
         Refusal::BadImage { reason } => Refusal::BadImage { reason: printable(&reason) },
         Refusal::Host { reason } => Refusal::Host { reason: printable(&reason) },
         Refusal::BadState { reason } => Refusal::BadState { reason: printable(&reason) },
-        other @ (Refusal::HelloFirst | Refusal::WrongNonce | Refusal::StaleEpoch { .. } | Refusal::State { .. }) => {
-            other
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn an_end_is_told_to_all_who_wait() {
-        let mut child = std::process::Command::new("sleep").arg("30").spawn().unwrap();
-        let pid = child.id().cast_signed();
-        let record = ProcessRecord { pid, start_ticks: process::start_ticks(pid).unwrap() };
-        let pidfd = process::find(pid, record.start_ticks).unwrap().unwrap();
-        let held = HostProcess::hold(record, pidfd).unwrap();
-        assert!(tokio::time::timeout(Duration::from_millis(20), held.ended()).await.is_err());
-        assert!(held.usage().resident_bytes.is_some());
-        let other = held.clone();
-        let waiting = tokio::spawn(async move { other.ended().await });
-        held.kill().unwrap();
-        assert_eq!(held.ended().await, ProcessEnd::Signalled(9));
-        assert_eq!(waiting.await.unwrap(), ProcessEnd::Signalled(9));
-        let _ = child.wait();
+        Refusal::Stream { reason } => Refusal::Stream { reason: printable(&reason) },
+        other @ (Refusal::HelloFirst
+        | Refusal::WrongNonce
+        | Refusal::StaleEpoch { .. }
+        | Refusal::State { .. }
+        | Refusal::Sending
+        | Refusal::Cancelled) => other,
     }
 }

@@ -2,10 +2,13 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::bundles::BundleError;
+use super::cgroup::HostCgroups;
 use super::config::{self, Config, FabricConfig};
+use super::held_taps::HeldTaps;
 use super::host_bundles::HostBundles;
 use super::host_disk::{HostDisk, VmDirs};
 use super::host_network::HostNetworks;
@@ -15,22 +18,24 @@ use super::images::ImageStore;
 use super::ledger::LedgerError;
 use super::ledger::writer::LedgerThread;
 use super::world::World;
-use crate::clock::SystemClock;
+use crate::clock::{Clock, SystemClock, Uptime};
 use crate::net::desired::{Host, Peer, Underlay};
 use crate::net::host::{NetworkSpec, OpenNetworkError};
-use crate::sys::file;
+use crate::sys::{file, host};
 
 /// This host.
 #[derive(Debug)]
 pub struct HostWorld {
     clock: SystemClock,
+    /// When the clock began.
+    uptime: Uptime,
     vmm: HostVmm,
     disk: HostDisk,
     networks: HostNetworks,
     bundles: HostBundles,
     records: LedgerThread,
-    /// Held as long as this agent lives.
-    _lock: file::Lock,
+    /// The state directory and this host's number: held as long as this agent lives.
+    _locks: [file::Lock; 2],
 }
 
 /// Why an agent cannot have its state.
@@ -46,15 +51,15 @@ pub enum OpenHostError {
         source: io::Error,
     },
     /// The lock file could not be used.
-    #[error("lock the state directory {}", path.display())]
+    #[error("lock {}", path.display())]
     Lock {
-        /// The state directory.
+        /// Which.
         path: PathBuf,
         /// The system's answer.
         #[source]
         source: io::Error,
     },
-    /// Another agent has it.
+    /// Another agent has the state directory.
     #[error(
         "another agent uses the state directory {}; stop it, or give this one its own with --state-dir",
         path.display()
@@ -62,6 +67,25 @@ pub enum OpenHostError {
     InUse {
         /// The state directory.
         path: PathBuf,
+    },
+    /// Another agent has this host's number, and would take this one's jails for what is left of its own.
+    #[error(
+        "another agent of this machine has host number {number} ({} is locked): stop it, or give this one another \
+         host_number in [fabric] or [uids]",
+        path.display()
+    )]
+    NumberInUse {
+        /// The number.
+        number: u16,
+        /// What is locked.
+        path: PathBuf,
+    },
+    /// How long the host has been up could not be read.
+    #[error("read how long this host has been up; /proc has to be mounted")]
+    Uptime {
+        /// The system's answer.
+        #[source]
+        source: io::Error,
     },
     /// The ledger could not be opened.
     #[error(transparent)]
@@ -83,6 +107,39 @@ pub enum OpenHostError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Where numbers of hosts are locked: beside the named namespaces, which begin with them.
+const NUMBERS: &str = "/run/hearth";
+
+/// How long a lock may still be held for an agent that is dead: a process that it had just started shares its
+/// descriptors until it executes its program, which no event tells of.
+const LAST_HOLD_LIMIT: Duration = Duration::from_secs(2);
+
+/// Time between two tries to lock.
+const LOCK_AGAIN: Duration = Duration::from_millis(20);
+
+fn lock_soon(path: &Path) -> io::Result<Option<file::Lock>> {
+    let tries = LAST_HOLD_LIMIT.as_millis() / LOCK_AGAIN.as_millis();
+    for _ in 0..tries {
+        if let Some(lock) = file::try_lock(path)? {
+            return Ok(Some(lock));
+        }
+        std::thread::sleep(LOCK_AGAIN);
+    }
+    file::try_lock(path)
+}
+
+fn lock_number(number: u16) -> Result<file::Lock, OpenHostError> {
+    let directory = PathBuf::from(NUMBERS);
+    let path = directory.join(format!("host-{number}.lock"));
+    // Not for the owner alone: the API's socket is there as well by default.
+    std::fs::create_dir_all(&directory).map_err(|source| OpenHostError::Directory { path: directory, source })?;
+    match lock_soon(&path) {
+        Ok(Some(lock)) => Ok(lock),
+        Ok(None) => Err(OpenHostError::NumberInUse { number, path }),
+        Err(source) => Err(OpenHostError::Lock { path, source }),
+    }
 }
 
 /// What the configuration makes of this host's network, and how many jails are made ahead.
@@ -126,11 +183,12 @@ impl HostWorld {
             file::make_directories(path).map_err(|source| OpenHostError::Directory { path: path.clone(), source })?;
         }
         let path = config.state_dir.clone();
-        let lock = match file::try_lock(&path.join("lock")) {
+        let lock = match lock_soon(&path.join("lock")) {
             Ok(Some(lock)) => lock,
             Ok(None) => return Err(OpenHostError::InUse { path }),
             Err(source) => return Err(OpenHostError::Lock { path, source }),
         };
+        let number_lock = lock_number(config.network_number())?;
         let records = LedgerThread::start(&path.join("ledger.db"))?;
         let dirs = VmDirs::new(vms);
         let images = ImageStore::new(config.images_dir.clone());
@@ -139,6 +197,7 @@ impl HostWorld {
         let host = (config.host_name.clone(), config.mtu());
         let bundles = path.join("bundles");
         let bundles = HostBundles::open(bundles, dirs.clone(), images.clone(), host, probe.clone())?;
+        let cgroups = HostCgroups::open(config.cgroup_parent.as_deref(), config.network_number());
         let vmm = HostVmm {
             dirs: dirs.clone(),
             images: images.clone(),
@@ -146,9 +205,13 @@ impl HostWorld {
             waits: config.waits,
             host_number: config.network_number(),
             mtu: config.mtu(),
+            held: HeldTaps::default(),
+            cgroups: cgroups.clone(),
         };
-        let disk = HostDisk::new(dirs, images, config.host_name.clone(), probe);
-        Ok(Self { clock: SystemClock::new(), vmm, disk, networks, bundles, records, _lock: lock })
+        vmm.sweep_groups();
+        let disk = HostDisk::new(dirs, images, config.host_name.clone(), probe, cgroups);
+        let (clock, uptime) = (SystemClock::new(), host::uptime().map_err(|source| OpenHostError::Uptime { source })?);
+        Ok(Self { clock, uptime, vmm, disk, networks, bundles, records, _locks: [lock, number_lock] })
     }
 }
 
@@ -186,5 +249,10 @@ impl World for HostWorld {
 
     fn random(&self, bytes: &mut [u8]) -> io::Result<()> {
         getrandom::fill(bytes).map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    fn uptime(&self) -> Uptime {
+        let Uptime { boot, since_boot } = self.uptime;
+        Uptime { boot, since_boot: since_boot.saturating_add(Duration::from_nanos(self.clock.monotonic().0)) }
     }
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::room::NoRoom;
 use super::world::ImageImport;
 use crate::clock::UnixNanos;
 use crate::report::Retry;
@@ -96,6 +97,9 @@ pub enum ImageError {
         /// The name.
         name: String,
     },
+    /// No new work is taken now.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     /// VMs were made of it.
     #[error("image {name:?} is used by {vms} VMs")]
     InUse {
@@ -138,6 +142,7 @@ impl ImageError {
     /// Whether the same request may succeed later.
     pub const fn retry(&self) -> Retry {
         match self {
+            Self::NoRoom(error) => error.retry(),
             Self::File { .. } => Retry::Later,
             Self::Name { .. }
             | Self::Unknown { .. }
@@ -346,7 +351,7 @@ fn fill(staging: &Path, import: &ImageImport) -> Result<(), ImageError> {
     let mut copy = |from: &str, to: &str| {
         let digest = copy_file(Path::new(from), &staging.join(to)).map_err(failed(from))?;
         digests.insert(to.to_owned(), digest);
-        Ok(())
+        Ok::<(), ImageError>(())
     };
     copy(&import.kernel_path, "kernel")?;
     if let Some(initrd) = &import.initrd_path {

@@ -2,6 +2,7 @@
 //! cannot both fit where only one does; the launches themselves go on side by side.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::admit::{Facts, admit};
 use super::cluster::Place;
@@ -10,8 +11,11 @@ use super::config::FabricConfig;
 use super::images::Image;
 use super::launch_error::LaunchError;
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
-use super::record::{BuildSpec, BundleOrder, DiskSpec, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::record::{
+    BuildSpec, BundleOrder, DiskSpec, OperationRecord, SCHEMA_VERSION, SwapPolicy, Timings, VmRecord, VmSpec,
+};
 use super::register::member_event;
+use super::room::{NewWork, check};
 use super::session_error::join_refused;
 use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort, SessionRecord};
 use super::shared::{cluster_event, operation_event, vm_event};
@@ -20,10 +24,11 @@ use super::vm_state::{Event, Goal, Origin, Step, VmState, step};
 use super::world::{Records, VmBundles, VmDisk, VmNetworks, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::bundle::Manifest;
-use crate::clock::{Clock, Monotonic, UnixNanos};
+use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
 use crate::ids::{BundleId, Generation, OperationId, VmId};
 use crate::net::address::{LocalId, Parts};
 use crate::units::NetLimits;
+use crate::wire::frame;
 
 /// How long an idempotency key is remembered: a client that repeats a request after a day means a new one.
 pub const KEY_LIFETIME_NS: u64 = 24 * 3600 * 1_000_000_000;
@@ -60,6 +65,8 @@ pub struct LaunchRequest {
     /// Cluster to join: its id, the start of it, or its name. With an executor id alone: the one of its session, or
     /// the host's.
     pub cluster: Option<String>,
+    /// When its memory is moved out.
+    pub swap: SwapPolicy,
     /// Who it is in its cluster; its own id when nothing is said.
     pub executor_id: Option<String>,
     /// The member that did not register, with its attempt, when it is launched instead of one.
@@ -77,6 +84,15 @@ pub struct Key {
     pub route: String,
     /// blake3 of the body.
     pub body_hash: [u8; 32],
+}
+
+impl Key {
+    /// That it made `object` now; what is answered is not known yet.
+    pub(super) fn row(self, object: String, now: Steady) -> KeyRow {
+        let Self { key, route, body_hash } = self;
+        let expires = now.after(Duration::from_nanos(KEY_LIFETIME_NS));
+        KeyRow { key, route, body_hash, object, expires, answer: None }
+    }
 }
 
 /// What became of a launch request.
@@ -105,6 +121,8 @@ impl<W: World> Agent<W> {
             return Ok(earlier);
         }
         let disk = self.shared.world.disk();
+        let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
+        check(NewWork::Vm, &host, &self.shared.config, self.shared.is_draining())?;
         let image = match &bundle {
             Some((id, manifest)) => {
                 // It may have been removed since; from here on nobody can, as removals wait for the admission as well.
@@ -113,7 +131,6 @@ impl<W: World> Agent<W> {
             }
             None => disk.image(&request.image).await.map_err(LaunchError::Image)?,
         };
-        let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
         let additions = disk.command_line_additions().await;
         let vms = self.records();
         let limits = &self.shared.config.limits;
@@ -147,9 +164,10 @@ impl<W: World> Agent<W> {
         let makes = request.build.map(|(_, order)| order);
         let addressing = request.addressing.unwrap_or_default();
         let fabric = self.shared.config.fabric.clone();
-        let now = self.shared.world.clock().wall();
+        let (now, steady) = (self.shared.world.clock().wall(), self.shared.steady());
         let published = request.published;
-        let draft = Draft { record, next, goal, makes, fabric, place, addressing, published, now, key: request.key };
+        let draft =
+            Draft { record, next, goal, makes, fabric, place, addressing, published, now, steady, key: request.key };
         let networks = self.shared.world.networks();
         let used = vms.iter().map(|vm| vm.jail).collect();
         let jail = networks.take(&used);
@@ -181,14 +199,14 @@ impl<W: World> Agent<W> {
     }
 
     pub(crate) async fn key_row(&self, key: &Key) -> Result<Option<KeyRow>, LedgerError> {
-        let (word, route, now) = (key.key.clone(), key.route.clone(), self.shared.world.clock().wall());
+        let (word, route, now) = (key.key.clone(), key.route.clone(), self.shared.steady());
         self.shared.world.records().with(move |store| store.key(&word, &route, now)).await
     }
 
     async fn reserve(&self, request: &LaunchRequest, spec: VmSpec) -> Result<VmRecord, LaunchError> {
         let world = &self.shared.world;
         let random = |source| LaunchError::Host { what: "read randomness", source };
-        let now = world.clock().wall();
+        let now = self.shared.steady();
         let (first, count) = (self.shared.config.uids.first(), super::config::UIDS_PER_HOST);
         let uid = world.records().with(move |store| store.free_uid(first, count, now)).await;
         let uid = uid.map_err(LaunchError::Ledger)?.ok_or(LaunchError::NoUid)?;
@@ -208,8 +226,11 @@ impl<W: World> Agent<W> {
             nonce: random_nonce(world).map_err(random)?,
             process: None,
             operation: None,
+            wire_version: frame::VERSION,
+            quarantine: None,
+            swap: None,
             guest_protocol: None,
-            created_at: now,
+            created_at: world.clock().wall(),
             timings: Timings::default(),
             remains: None,
         })
@@ -229,7 +250,7 @@ impl<W: World> Agent<W> {
             vm: draft.record.id.clone(),
             session: session.as_ref().map(|(session, local_max)| (session.id.clone(), *local_max)),
             jail,
-            now: draft.now,
+            now: draft.steady,
         };
         let name = draft.record.name.clone();
         let place = draft.place.clone();
@@ -273,13 +294,14 @@ struct Draft {
     addressing: Addressing,
     published: Vec<PublishedPort>,
     now: UnixNanos,
+    steady: Steady,
     key: Option<Key>,
 }
 
 impl Draft {
     /// The VM, its operation, and all that is written of them.
     fn admitted(self, grant: Grant, operation: OperationId) -> ((VmRecord, OperationRecord), Vec<Write>) {
-        let Self { mut record, next, goal, makes, fabric, place, addressing, published, now, key } = self;
+        let Self { mut record, next, goal, makes, fabric, place, addressing, published, now, steady, key } = self;
         record.jail = grant.jail;
         let member = fabric.zip(grant.member);
         record.network =
@@ -298,11 +320,7 @@ impl Draft {
         if let Some(place) = place {
             writes.extend(joined(&record, place, now));
         }
-        if let Some(Key { key, route, body_hash }) = key {
-            let expires = UnixNanos(now.0.saturating_add(KEY_LIFETIME_NS));
-            let object = record.id.to_string();
-            writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
-        }
+        writes.extend(key.map(|key| Write::Key(key.row(record.id.to_string(), steady))));
         ((record, operation), writes)
     }
 }

@@ -5,6 +5,7 @@ use super::cluster_error::ClusterError;
 use super::cluster_record::EXECUTOR_BYTES_MAX;
 use super::images::ImageError;
 use super::ledger::LedgerError;
+use super::room::NoRoom;
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_error::SessionError;
 use crate::ids::BundleId;
@@ -201,6 +202,9 @@ pub enum LaunchError {
     /// The key was used for something else.
     #[error("the idempotency key was used with another body")]
     KeyMismatch,
+    /// No new work is taken now.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     /// The agent is ending.
     #[error("the agent is ending")]
     Ending,
@@ -250,6 +254,7 @@ impl LaunchError {
             Self::Session(error) => error.retry(),
             Self::Cluster(error) => error.retry(),
             Self::MemoryTooLarge { found_mib, total_mib, .. } if found_mib > total_mib => Retry::WithChange,
+            Self::NoRoom(error) => error.retry(),
             Self::MemoryTooLarge { .. } | Self::TooManyVms { .. } | Self::NoUid | Self::Ending | Self::Host { .. } => {
                 Retry::Later
             }

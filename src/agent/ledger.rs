@@ -4,24 +4,30 @@
 //! Whatever changes together is one [`Store::commit`], so an event and the change it tells of are there both or not
 //! at all. Intent comes before the act: an operation and its steps are committed before the first step is performed.
 
+pub(super) mod backup;
 mod calculations;
 mod clusters;
 mod rows;
 mod schema;
 mod sessions;
+mod swap;
 pub(super) mod writer;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Transaction, params};
 
 use super::cluster_record::ClusterRecord;
 use super::record::{EventRecord, OperationRecord, OperationState, StepRecord, Subject, VmRecord};
 use super::session_record::SessionRecord;
-use crate::clock::UnixNanos;
+use super::swap::SwapDecision;
+use crate::clock::{Steady, UnixNanos, Uptime};
 use crate::ids::{OperationId, VmId};
 use crate::report::Retry;
+use crate::wire::control::SealingKey;
 
+pub use backup::{Backup, BackupError, RestoreError, backups, dump, restore};
 pub use calculations::CalculationChange;
 pub use clusters::ClusterRefusal;
 pub use sessions::{Claim, Grant, LocalLease, NewSession, NumberChoice, SessionRefusal};
@@ -47,11 +53,22 @@ pub enum LedgerError {
         #[source]
         source: rusqlite::Error,
     },
+    /// The file cannot be opened, or not be made its owner's alone.
+    #[error("open the ledger {} for its owner alone", path.display())]
+    Protect {
+        /// Where it is.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
     /// The file is not a ledger: not SQLite, or another program's.
-    #[error("{} is not a ledger of this program; move it away or choose another state directory", path.display())]
+    #[error("{} is not a ledger of this program, or its head is damaged; {todo}", path.display())]
     Foreign {
         /// Where it is.
         path: PathBuf,
+        /// What to do: the newest backup and the command that restores it.
+        todo: String,
     },
     /// A newer program wrote it.
     #[error("the ledger {} has version {found}, this program knows up to {known}; use the newer program", path.display())]
@@ -64,16 +81,21 @@ pub enum LedgerError {
         known: i64,
     },
     /// The file is damaged.
-    #[error("the ledger {} is damaged ({detail}); restore it or move it away", path.display())]
+    #[error("the ledger {} is damaged ({detail}); {todo}", path.display())]
     Damaged {
         /// Where it is.
         path: PathBuf,
         /// What the check says.
         detail: String,
+        /// What to do: the newest backup and the command that restores it.
+        todo: String,
     },
     /// A statement failed.
     #[error("use the ledger")]
-    Sql(#[from] rusqlite::Error),
+    Sql(#[source] rusqlite::Error),
+    /// What it is stored on does not take what is written, or does not give back what was.
+    #[error("use the ledger: the file system of the state directory is full, read-only or damaged; `dmesg` may tell")]
+    Storage(#[source] rusqlite::Error),
     /// A row does not hold what it must.
     #[error("read {table} {id:?} from the ledger")]
     Row {
@@ -132,6 +154,15 @@ impl std::fmt::Display for Taken {
     }
 }
 
+impl From<rusqlite::Error> for LedgerError {
+    fn from(error: rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::SystemIoFailure | ErrorCode::DiskFull | ErrorCode::ReadOnly) => Self::Storage(error),
+            Some(_) | None => Self::Sql(error),
+        }
+    }
+}
+
 impl LedgerError {
     /// Whether the same request may succeed later.
     pub const fn retry(&self) -> Retry {
@@ -142,7 +173,7 @@ impl LedgerError {
             | Self::Taken { .. }
             | Self::Session(_)
             | Self::Cluster(_) => Retry::WithChange,
-            Self::Open { .. } | Self::Sql(_) | Self::Closed => Retry::Later,
+            Self::Open { .. } | Self::Protect { .. } | Self::Sql(_) | Self::Storage(_) | Self::Closed => Retry::Later,
             Self::Row { .. } => Retry::Never,
         }
     }
@@ -180,14 +211,14 @@ pub enum Write {
         /// Whose it was.
         vm: VmId,
         /// When it may be used again.
-        quarantine_until: UnixNanos,
+        quarantine_until: Steady,
     },
     /// A VM's local id is not used any more, and may be again from then on. Nothing for a VM without a session.
     ReleaseLocal {
         /// Whose it was.
         vm: VmId,
         /// When it may be used again.
-        quarantine_until: UnixNanos,
+        quarantine_until: Steady,
     },
     /// A session that is there, whole.
     Session(Box<SessionRecord>),
@@ -201,6 +232,17 @@ pub enum Write {
         /// The one launched instead.
         successor: Option<VmId>,
     },
+    /// The key of what is sealed of a VM; the one before is forgotten.
+    SwapKey {
+        /// Whose it is.
+        vm: VmId,
+        /// The key.
+        key: SealingKey,
+    },
+    /// There is nothing sealed of this VM.
+    NoSwapKey(VmId),
+    /// Something was decided about idle VMs. Old decisions are dropped.
+    SwapDecision(Box<SwapDecision>),
     /// A create with an idempotency key began; fails when the key is known.
     Key(KeyRow),
     /// The answer to a create with an idempotency key.
@@ -241,7 +283,7 @@ pub struct KeyRow {
     /// What it made.
     pub object: String,
     /// When it may be forgotten.
-    pub expires: UnixNanos,
+    pub expires: Steady,
     /// What was answered, once it was.
     pub answer: Option<StoredAnswer>,
 }
@@ -306,6 +348,43 @@ impl Store {
         Ok(self.connection.query_row(find, [], |row| row.get::<_, i64>(0))?.cast_unsigned())
     }
 
+    /// The time of what rests and runs out, by a host's uptime. Counted from the wall clock once for each boot; nothing that
+    /// was written in an earlier one rests longer than `rest_max` from now.
+    pub fn steady(&mut self, up: Uptime, wall: UnixNanos, rest_max: Duration) -> Result<Steady, LedgerError> {
+        let transaction = self.connection.transaction()?;
+        let known = |key: &str| {
+            let find = "SELECT value FROM meta WHERE key = ?1";
+            transaction.query_row(find, [key], |row| row.get::<_, i64>(0)).optional()
+        };
+        let same_boot = known("boot")? == Some(up.boot.cast_signed());
+        let began = match known("boot_began")?.filter(|_| same_boot) {
+            Some(began) => Steady(began.cast_unsigned()),
+            None => {
+                let began = Duration::from_nanos(wall.0).saturating_sub(up.since_boot);
+                let began = Steady(0).after(began);
+                let put = "INSERT INTO meta(key, value) VALUES (?1, ?2) ON CONFLICT(key) DO UPDATE SET value = ?2";
+                transaction.execute(put, params!["boot", up.boot.cast_signed()])?;
+                transaction.execute(put, params!["boot_began", rows::steady(began)])?;
+                let latest = rows::steady(began.after(up.since_boot).after(rest_max));
+                for table in ["leases", "locals", "resting_sessions"] {
+                    let shorten = format!("UPDATE {table} SET quarantine_until = ?1 WHERE quarantine_until > ?1");
+                    transaction.execute(&shorten, [latest])?;
+                }
+                began
+            }
+        };
+        transaction.commit()?;
+        Ok(began.after(up.since_boot))
+    }
+
+    /// Counts how often it was tried: fails where any other write would. SQLite would not write what is there already.
+    pub fn try_to_write(&mut self) -> Result<(), LedgerError> {
+        let count = "INSERT INTO meta(key, value) VALUES ('tried', 1)
+                     ON CONFLICT(key) DO UPDATE SET value = value + 1";
+        self.connection.execute(count, [])?;
+        Ok(())
+    }
+
     /// Writes all or nothing. Returns the number of the last event.
     pub fn commit(&mut self, writes: &[Write]) -> Result<u64, LedgerError> {
         finish(self.connection.transaction()?, writes)
@@ -342,9 +421,9 @@ impl Store {
     }
 
     /// The lowest uid from `base` on that is neither in use nor in quarantine, among `count`.
-    pub fn free_uid(&mut self, base: u32, count: u32, now: UnixNanos) -> Result<Option<u32>, LedgerError> {
+    pub fn free_uid(&mut self, base: u32, count: u32, now: Steady) -> Result<Option<u32>, LedgerError> {
         let sweep = "DELETE FROM leases WHERE quarantine_until IS NOT NULL AND quarantine_until <= ?1";
-        self.connection.execute(sweep, [rows::nanos(now)])?;
+        self.connection.execute(sweep, [rows::steady(now)])?;
         let mut taken = self.connection.prepare_cached("SELECT uid FROM leases WHERE uid >= ?1 ORDER BY uid")?;
         let mut free = base;
         for uid in taken.query_map([base], |row| row.get::<_, u32>(0))? {
@@ -357,16 +436,41 @@ impl Store {
     }
 
     /// Drops what has run out: quarantines and idempotency keys.
-    pub fn sweep(&mut self, now: UnixNanos) -> Result<(), LedgerError> {
+    pub fn sweep(&mut self, now: Steady, wall: UnixNanos) -> Result<(), LedgerError> {
         sessions::sweep(&self.connection, now)?;
-        let nanos = rows::nanos(now);
+        let nanos = rows::steady(now);
         self.connection.execute("DELETE FROM leases WHERE quarantine_until <= ?1", [nanos])?;
         self.connection.execute("DELETE FROM idempotency WHERE expires <= ?1", [nanos])?;
-        Ok(())
+        rows::drop_events(&self.connection, wall)
+    }
+
+    /// How many events are kept from now on, and how long.
+    pub fn keep_events(&mut self, count: u32, age: Duration) -> Result<(), LedgerError> {
+        rows::keep_events(&self.connection, count, age)
+    }
+
+    /// How many events are kept at the moment, and the number of the oldest; 0 when there is none.
+    pub fn history(&self) -> Result<(u64, u64), LedgerError> {
+        rows::history(&self.connection)
+    }
+
+    /// Where the ledger is; `None` in memory.
+    pub fn file(&self) -> Option<PathBuf> {
+        self.connection.path().filter(|path| !path.is_empty()).map(PathBuf::from)
+    }
+
+    /// The last operations that failed, newest first.
+    pub fn failures(&self, count: u32) -> Result<Vec<OperationRecord>, LedgerError> {
+        rows::operations(&self.connection, "WHERE state = 'failed' ORDER BY rowid DESC", count)
+    }
+
+    /// Copies the ledger into a new file, as it is at this moment.
+    pub fn back_up(&self, to: &Path) -> Result<(), BackupError> {
+        backup::copy(&self.connection, to)
     }
 
     /// What is known of an idempotency key.
-    pub fn key(&self, key: &str, route: &str, now: UnixNanos) -> Result<Option<KeyRow>, LedgerError> {
+    pub fn key(&self, key: &str, route: &str, now: Steady) -> Result<Option<KeyRow>, LedgerError> {
         rows::key(&self.connection, key, route, now)
     }
 
@@ -392,14 +496,14 @@ fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
         Write::NoVm(id) => {
             to.execute("DELETE FROM vms WHERE id = ?1", [id.as_str()])?;
             to.execute("DELETE FROM relaunches WHERE vm = ?1", [id.as_str()])?;
-            Ok(())
+            swap::forget_key(to, id)
         }
         Write::Operation(operation) => rows::put_operation(to, operation),
         Write::Step { operation, index, step } => rows::put_step(to, operation, *index, step),
         Write::Event(event) => rows::put_event(to, event),
         Write::Lease { uid, vm } => lease(to, *uid, vm),
         Write::Release { vm, quarantine_until } => {
-            let until = rows::nanos(*quarantine_until);
+            let until = rows::steady(*quarantine_until);
             let release = "UPDATE leases SET quarantine_until = ?2 WHERE vm = ?1 AND quarantine_until IS NULL";
             to.execute(release, params![vm.as_str(), until])?;
             Ok(())
@@ -408,6 +512,9 @@ fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
         Write::Session(session) => sessions::update(to, session),
         Write::NewCluster(cluster) => clusters::insert(to, cluster),
         Write::Relaunched { vm, successor } => clusters::relaunched(to, vm, successor.as_ref()),
+        Write::SwapKey { vm, key } => swap::put_key(to, vm, key),
+        Write::NoSwapKey(vm) => swap::forget_key(to, vm),
+        Write::SwapDecision(decision) => swap::put_decision(to, decision),
         Write::Key(key) => rows::put_key(to, key),
         Write::Answer { key, route, answer } => {
             let put = "UPDATE idempotency SET status = ?3, answer = ?4 WHERE key = ?1 AND route = ?2";

@@ -1,8 +1,18 @@
-//! What the agent says to its administrator: log lines on standard error, for people or as JSON, and readiness.
+//! What the agent says to its administrator: log lines on standard error, for people or as JSON, with a bounded copy in
+//! the state directory; and readiness.
 
 use std::io::{IsTerminal, Write};
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::layer;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use file::ToFile;
+
+pub use file::{keep_log, log_files};
+
+mod file;
 
 /// Environment variable with a filter in tracing's syntax, such as `hearth=debug`.
 pub const FILTER_VARIABLE: &str = "HEARTH_LOG";
@@ -20,16 +30,18 @@ pub enum LogFormat {
 /// Starts logging. A second call in one process does nothing.
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+    let colours = std::io::stderr().is_terminal();
     let started = match format {
-        LogFormat::Human => {
-            let colours = std::io::stderr().is_terminal();
-            builder.with_target(false).with_ansi(colours).try_init()
-        }
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Human => tracing_subscriber::registry()
+            .with(filter)
+            .with(layer().with_target(false).with_ansi(colours).with_writer(std::io::stderr))
+            .with(layer().with_target(false).with_ansi(false).with_writer(ToFile))
+            .try_init(),
+        LogFormat::Json => tracing_subscriber::registry()
+            .with(filter)
+            .with(layer().json().flatten_event(true).with_writer(std::io::stderr))
+            .with(layer().json().flatten_event(true).with_ansi(false).with_writer(ToFile))
+            .try_init(),
     };
     // Somebody logs already.
     let _ = started;

@@ -1,12 +1,12 @@
 //! Counters and durations for Prometheus. Gauges are set when somebody reads them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
@@ -14,6 +14,11 @@ use super::record::{OperationState, Timings};
 use super::vm_state::Goal;
 use crate::ids::VmId;
 use crate::wire::control::InterfaceStatus;
+use gauges::ShownGauges;
+
+pub(crate) use gauges::Gauges;
+
+mod gauges;
 
 /// Upper bounds of launch durations in seconds: milliseconds from bundles to minutes of emulated boot.
 const LAUNCH_BUCKETS: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
@@ -25,14 +30,14 @@ struct OperationLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StateLabels {
-    state: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
     route: String,
     status: u16,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CodeLabels {
+    code: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,6 +50,11 @@ struct FlowLabels {
     vm: String,
     interface: u8,
     direction: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EffectLabels {
+    effect: &'static str,
 }
 
 /// What passed the VMs' network interfaces. The VMMs count; here it is only shown, and gone with the VM.
@@ -91,43 +101,52 @@ impl NetworkCounters {
 pub(crate) struct Metrics {
     registry: Registry,
     operations: Family<OperationLabels, Counter>,
-    vms: Family<StateLabels, Gauge>,
+    failures: Family<CodeLabels, Counter>,
+    effects: Family<EffectLabels, Histogram, fn() -> Histogram>,
     requests: Family<RequestLabels, Counter>,
+    refusals: Family<CodeLabels, Counter>,
     peer_refusals: Family<RefusalLabels, Counter>,
     launch_seconds: Histogram,
-    events: Gauge<i64>,
-    memory: Gauge<f64, AtomicU64>,
+    gauges: ShownGauges,
     network: NetworkCounters,
 }
 
 impl Metrics {
     pub(crate) fn new() -> Self {
         let mut registry = Registry::with_prefix("hearth");
-        let operations = Family::default();
-        let vms = Family::default();
-        let requests = Family::default();
-        let peer_refusals = Family::default();
+        let (operations, failures) = (Family::default(), Family::default());
+        let effects: Family<EffectLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(LAUNCH_BUCKETS));
+        let (requests, refusals, peer_refusals) = (Family::default(), Family::default(), Family::default());
         let launch_seconds = Histogram::new(LAUNCH_BUCKETS);
-        let events = Gauge::default();
-        let memory = Gauge::default();
         registry.register("operations", "Operations that ended, by goal and result", operations.clone());
-        registry.register("vms", "VMs, by state", vms.clone());
+        registry.register("operation_failures", "Operations that failed, by the code of their cause", failures.clone());
+        let help = "Time that one effect of an operation took, failed ones included";
+        registry.register_with_unit("effect", help, Unit::Seconds, effects.clone());
         registry.register("api_requests", "API requests, by route and status", requests.clone());
         registry.register(
-            "peer_refusals",
-            "Requests of other agents that were not taken, by reason",
-            peer_refusals.clone(),
+            "api_refusals",
+            "API requests that were answered with an error, by its code",
+            refusals.clone(),
         );
-        registry.register_with_unit(
-            "launch",
-            "From the request until the VM was running",
-            Unit::Seconds,
-            launch_seconds.clone(),
-        );
-        registry.register("events", "Number of the last event", events.clone());
-        registry.register_with_unit("memory_promised", "Guest memory of VMs that live", Unit::Bytes, memory.clone());
+        let help = "Requests of other agents that were not taken, by reason";
+        registry.register("peer_refusals", help, peer_refusals.clone());
+        let help = "From the request until the VM was running";
+        registry.register_with_unit("launch", help, Unit::Seconds, launch_seconds.clone());
+        let gauges = ShownGauges::new(&mut registry);
         let network = NetworkCounters::new(&mut registry);
-        Self { registry, operations, vms, requests, peer_refusals, launch_seconds, events, memory, network }
+        Self {
+            registry,
+            operations,
+            failures,
+            effects,
+            requests,
+            refusals,
+            peer_refusals,
+            launch_seconds,
+            gauges,
+            network,
+        }
     }
 
     pub(crate) fn operation_ended(&self, goal: Goal, state: OperationState) {
@@ -137,7 +156,7 @@ impl Metrics {
 
     pub(crate) fn launched(&self, timings: &Timings) {
         if let Some(total) = timings.total_us {
-            self.launch_seconds.observe(std::time::Duration::from_micros(total).as_secs_f64());
+            self.launch_seconds.observe(Duration::from_micros(total).as_secs_f64());
         }
     }
 
@@ -146,26 +165,31 @@ impl Metrics {
         self.requests.get_or_create(&RequestLabels { route: route.to_owned(), status }).inc();
     }
 
+    /// Counts a request that was answered with an error. Codes are the API's own, so labels stay few.
+    pub(crate) fn refused(&self, code: &str) {
+        self.refusals.get_or_create(&CodeLabels { code: code.to_owned() }).inc();
+    }
+
     /// Counts a request of another agent that was not taken.
     pub(crate) fn peer_refused(&self, reason: &str) {
         self.peer_refusals.get_or_create(&RefusalLabels { reason: reason.to_owned() }).inc();
     }
 
+    /// Counts one effect of an operation and how long it took.
+    pub(crate) fn effect_ended(&self, effect: &'static str, took: Duration) {
+        let labels = EffectLabels { effect };
+        self.effects.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// Counts an operation that failed, by the code of its cause.
+    pub(crate) fn operation_failed(&self, code: &str) {
+        self.failures.get_or_create(&CodeLabels { code: code.to_owned() }).inc();
+    }
+
     /// The text for Prometheus.
-    pub(crate) fn text(
-        &self,
-        states: &[(&'static str, i64)],
-        last_event: u64,
-        promised_bytes: u64,
-        traffic: &[(VmId, Vec<InterfaceStatus>)],
-    ) -> String {
+    pub(crate) fn text(&self, now: &Gauges, traffic: &[(VmId, Vec<InterfaceStatus>)]) -> String {
         self.network.show(traffic);
-        self.vms.clear();
-        for (state, count) in states {
-            self.vms.get_or_create(&StateLabels { state: (*state).to_owned() }).set(*count);
-        }
-        self.events.set(i64::try_from(last_event).unwrap_or(i64::MAX));
-        self.memory.set(f64::from(u32::try_from(promised_bytes >> 20).unwrap_or(u32::MAX)) * 1_048_576.0);
+        self.gauges.show(now);
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = encode(&mut text, &self.registry);
@@ -184,7 +208,7 @@ mod tests {
         let vm = VmId::from_random([1; 10]);
         let flow = |bytes| FlowStatus { frames: 3, bytes, dropped: 1, throttled: 2 };
         let interface = InterfaceStatus { index: 0, link_up: true, rx: flow(70), tx: flow(90) };
-        let text = metrics.text(&[], 0, 0, &[(vm.clone(), vec![interface])]);
+        let text = metrics.text(&Gauges::default(), &[(vm.clone(), vec![interface])]);
         for (name, direction, value) in
             [("bytes", "rx", 70), ("bytes", "tx", 90), ("packets", "rx", 3), ("dropped", "tx", 1)]
         {
@@ -193,6 +217,6 @@ mod tests {
             );
             assert!(text.contains(&line), "{line}{text}");
         }
-        assert!(!metrics.text(&[], 0, 0, &[]).contains(vm.as_str()));
+        assert!(!metrics.text(&Gauges::default(), &[]).contains(vm.as_str()));
     }
 }

@@ -76,12 +76,24 @@ fn of_jail<W: World>(shared: &Arc<Shared<W>>, jail: u16) -> Option<Arc<VmRecord>
 
 /// Hands taps that were made anew to the machine they belong to.
 async fn replace_taps<W: World>(shared: &Arc<Shared<W>>, vm: &VmRecord, steps: &[String]) {
-    if !matches!(vm.state, VmState::Running | VmState::Paused) {
+    let is_out = matches!(vm.state, VmState::SwappedOut { .. });
+    if !is_out && !matches!(vm.state, VmState::Running | VmState::Paused) {
         return;
     }
     for index in 0..vm.spec.interfaces {
         let made = format!("make link {}", crate::net::desired::tap(index));
         if !steps.contains(&made) {
+            continue;
+        }
+        if is_out {
+            // Those that are held are the deleted ones. A VMM that is there gets the new ones when they are held.
+            shared.world.vmm().release_taps(&vm.id);
+            if vm.is_paged() {
+                let _ = shared.world.vmm().ask(vm, shared.epoch, Ask::ReplaceTap { index }).await;
+            }
+            if let Err(error) = shared.world.vmm().hold_taps(vm).await {
+                tracing::error!(vm = %vm.id, index, %error, "no packet will wake this VM: its tap cannot be held");
+            }
             continue;
         }
         match shared.world.vmm().ask(vm, shared.epoch, Ask::ReplaceTap { index }).await {

@@ -1,6 +1,7 @@
 //! What the ledger keeps: VMs, operations, events. These types are the schema: each change of one that older
 //! records do not fit raises [`SCHEMA_VERSION`] and adds a migration.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::cluster_record::{Membership, Registered};
 use super::effect::Effect;
 use super::session_record::NetworkRecord;
-use super::vm_state::{Goal, VmState};
+use super::vm_state::{Goal, SwapMode, VmState};
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, ClusterId, OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
@@ -51,6 +52,15 @@ pub struct VmRecord {
     pub process: Option<ProcessRecord>,
     /// The operation that works on it, or the last one that did.
     pub operation: Option<OperationId>,
+    /// The version of the control protocol its VMM was started with.
+    #[serde(default = "first_wire_version")]
+    pub wire_version: u16,
+    /// Why nothing is done with it, when an agent could not make out what it found.
+    #[serde(default)]
+    pub quarantine: Option<QuarantineRecord>,
+    /// Why and until when its memory is out, while it is.
+    #[serde(default)]
+    pub swap: Option<SwapRecord>,
     /// The version of the protocol its guest agent speaks, once it answered.
     #[serde(default)]
     pub guest_protocol: Option<u16>,
@@ -68,10 +78,109 @@ impl VmRecord {
         self.name.as_deref().unwrap_or(self.id.as_str())
     }
 
+    /// Where its memory is or is being moved to or from, if it is not all here.
+    pub const fn swap_mode(&self) -> Option<SwapMode> {
+        match self.state {
+            VmState::SwappingOut { mode } | VmState::SwappedOut { mode } | VmState::Waking { mode } => Some(mode),
+            VmState::Reserved
+            | VmState::Launching
+            | VmState::Registering
+            | VmState::Running
+            | VmState::Paused
+            | VmState::Saving { .. }
+            | VmState::Sending
+            | VmState::HandedOver
+            | VmState::Arriving
+            | VmState::Stopping
+            | VmState::Stopped
+            | VmState::Failed { .. }
+            | VmState::Gone => None,
+        }
+    }
+
+    /// Whether its memory is in the host's swap, and its process there.
+    pub const fn is_paged(&self) -> bool {
+        matches!(self.state, VmState::SwappedOut { mode: SwapMode::Page })
+    }
+
     /// Its addresses, IPv6 first. One that ended has none: they rest, and are somebody else's then.
     pub fn addresses(&self) -> Vec<IpAddr> {
         let Some(network) = self.network.as_ref().filter(|_| self.state.holds_resources()) else { return Vec::new() };
         std::iter::once(IpAddr::V6(network.ipv6)).chain(network.ipv4.map(IpAddr::V4)).collect()
+    }
+}
+
+/// VMMs of agents that did not write this down.
+const fn first_wire_version() -> u16 {
+    1
+}
+
+/// A VM that is left alone, as what was found of it contradicts itself. It can be stopped and removed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuarantineRecord {
+    /// Since when.
+    pub at: UnixNanos,
+    /// What was found, for people.
+    pub report: String,
+}
+
+/// A VM whose memory is out, or on its way there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwapRecord {
+    /// When it stood still.
+    pub at: UnixNanos,
+    /// Who wanted it, for people.
+    pub because: String,
+    /// When it wakes by itself, if nothing wakes it before.
+    pub wake_at: Option<UnixNanos>,
+}
+
+/// When a VM's memory is moved out, and what brings it back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwapPolicy {
+    /// Where to; `None`: only when somebody asks for it.
+    pub mode: Option<SwapMode>,
+    /// Seconds it has to be idle before it is moved out without need of memory; 0: only with need.
+    pub idle_s: u32,
+    /// Seconds it runs at least between two times.
+    pub min_resident_s: u32,
+    /// Those with less are moved out first.
+    pub priority: u8,
+    /// What wakes it.
+    pub wake: BTreeSet<WakeCause>,
+}
+
+impl Default for SwapPolicy {
+    fn default() -> Self {
+        let wake = [WakeCause::Api, WakeCause::Packet, WakeCause::Timer, WakeCause::Vsock].into();
+        // A minute: a wake costs tens of milliseconds, so that even one a minute is less than a thousandth of the time.
+        Self { mode: None, idle_s: 0, min_resident_s: 60, priority: 100, wake }
+    }
+}
+
+/// What brings a VM's memory back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WakeCause {
+    /// Somebody asks for it.
+    Api,
+    /// A packet for it.
+    Packet,
+    /// The time it was to wake by itself.
+    Timer,
+    /// Somebody connects to its guest: a program to run, a console to see.
+    Vsock,
+}
+
+impl WakeCause {
+    /// The cause's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Api => "api",
+            Self::Packet => "packet",
+            Self::Timer => "timer",
+            Self::Vsock => "vsock",
+        }
     }
 }
 
@@ -104,6 +213,12 @@ pub struct VmSpec {
     /// What it is to its cluster; `None`: it is in none.
     #[serde(default)]
     pub cluster: Option<Membership>,
+    /// When its memory is moved out.
+    #[serde(default)]
+    pub swap: SwapPolicy,
+    /// Whether it has a memory balloon: those of earlier agents, and of bundles made without one, have none.
+    #[serde(default)]
+    pub balloon: bool,
 }
 
 /// How a guest is made ready to become a bundle.
@@ -259,6 +374,13 @@ pub struct OperationRecord {
     pub created_at: UnixNanos,
     /// When it ended.
     pub ended_at: Option<UnixNanos>,
+}
+
+impl OperationRecord {
+    /// Whether there is a bundle of it: that is recorded together with the step that makes it, for good.
+    pub(crate) fn has_made_its_bundle(&self) -> bool {
+        self.makes.as_ref().is_some_and(|order| order.bundle.is_some())
+    }
 }
 
 /// One step of an operation.

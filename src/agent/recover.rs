@@ -10,11 +10,51 @@ use super::ledger::{LedgerError, Write};
 use super::record::{OperationRecord, OperationState, StepState, VmRecord};
 use super::session_record::NetworkRecord;
 use super::shared::Shared;
-use super::vm_state::{Goal, VmState};
+use super::vm_state::{Goal, SwapMode, VmState};
 use super::world::{Records, VmBundles, VmDisk, VmmHost, VmmProcess, World};
 use crate::clock::Clock;
 use crate::ids::VmId;
 use crate::net::address::Parts;
+
+/// What was found of a VM that cannot be, by what is known: it is left alone, and somebody has to look. Nothing that
+/// runs is ended for it, and nothing that is kept is thrown away.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Doubt {
+    /// The process of the record does not know the record's secret.
+    #[error(
+        "process {pid} is the one that was recorded for it, but was started with another secret: the ledger and the \
+         VMM are not of one time (was an older ledger put back?)"
+    )]
+    OtherSecret {
+        /// Its process.
+        pid: i32,
+    },
+    /// Its VMM serves an agent that came after this one.
+    #[error(
+        "its VMM serves an agent of epoch {current}, this one has {own}: another agent has it, or an older ledger was \
+         put back"
+    )]
+    NewerAgent {
+        /// The epoch its VMM serves.
+        current: u64,
+        /// This agent's.
+        own: u64,
+    },
+    /// Its VMM speaks a version of the protocol that this agent does not.
+    #[error("its VMM speaks version {version} of the control protocol, this agent up to {known}: start a newer agent")]
+    NewerProtocol {
+        /// The version.
+        version: u16,
+        /// The newest this agent knows.
+        known: u16,
+    },
+    /// It is hibernated and runs.
+    #[error("it is hibernated, and process {pid} is there as well: which of the two is newer cannot be told")]
+    ProcessBesideFile {
+        /// The process.
+        pid: i32,
+    },
+}
 
 /// What to do with a VM at the start of an agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,30 +67,66 @@ pub(crate) enum Plan {
     Ended(Option<OperationRecord>),
     /// The operation is not begun again: it fails, and what it did is taken back.
     Undo(OperationRecord),
+    /// Nothing: what was found contradicts itself, and somebody has to look.
+    Quarantine(Doubt),
     /// Nothing should be left of it, but an operation that saw to that is not recorded: clean up.
     Clean,
 }
 
 /// Decides by the record, its unfinished operation and whether its VMM lives.
-pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bool) -> Plan {
+pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bool, doubt: Option<Doubt>) -> Plan {
     match (&vm.state, unfinished) {
+        // Whatever was being done with it: only its end can be.
+        (_, operation) if doubt.is_some() && operation.as_ref().is_none_or(|operation| !ends(operation.goal)) => {
+            doubt.map_or(Plan::Rest, Plan::Quarantine)
+        }
+        (VmState::SwappedOut { mode: SwapMode::Hibernate }, None) if lives => {
+            Plan::Quarantine(Doubt::ProcessBesideFile { pid: vm.process.map_or(0, |process| process.pid) })
+        }
         // A pause or resume of a VM that is gone cannot go on.
         (VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::Registering, operation) if !lives => {
             Plan::Ended(operation)
         }
+        (
+            VmState::SwappingOut { mode: SwapMode::Page }
+            | VmState::SwappedOut { mode: SwapMode::Page }
+            | VmState::Waking { mode: SwapMode::Page },
+            operation,
+        ) if !lives => Plan::Ended(operation),
+        // Its file is the machine once it is kept: what is left is to end the process. Before that, the process is.
+        (VmState::SwappingOut { mode: SwapMode::Hibernate }, Some(operation))
+            if !was_done(&operation, Effect::KeepSealed) =>
+        {
+            if !lives {
+                Plan::Ended(Some(operation))
+            } else if operation.goal == Goal::Undo {
+                Plan::Continue(begun_again(operation))
+            } else {
+                Plan::Undo(operation)
+            }
+        }
+        (VmState::SwappingOut { mode: SwapMode::Hibernate }, Some(operation)) => Plan::Continue(operation),
+        // The guest may have run since its file was discarded: it is not taken back to it.
+        (VmState::Waking { mode: SwapMode::Hibernate }, Some(operation))
+            if !lives && was_done(&operation, Effect::DiscardSealed) =>
+        {
+            Plan::Ended(Some(operation))
+        }
+        (VmState::SwappedOut { .. }, None) if lives == vm.is_paged() => Plan::Rest,
         // A launch whose VMM was there and is not any more: its end says why. Without one, start over.
         (VmState::Launching, Some(operation)) if !lives && was_started(&operation) => Plan::Ended(Some(operation)),
         // A saved machine becomes a bundle, whoever saved it; what is not saved is not waited for.
         (_, Some(operation)) if makes_a_bundle(operation.goal) && lives => {
             if was_done(&operation, Effect::SaveMachine) { Plan::Continue(operation) } else { Plan::Undo(operation) }
         }
-        (_, Some(mut operation)) => {
-            for step in &mut operation.steps {
-                step.state = StepState::Pending;
-            }
-            if operation.goal == Goal::Stop || operation.goal == Goal::Remove {
+        (_, Some(operation)) => {
+            // Nothing of the guest is left: it is not begun again, and its directory may be gone.
+            let over = was_done(&operation, Effect::EndVmm) || !lives && was_done(&operation, Effect::DiscardSealed);
+            let mut operation = begun_again(operation);
+            if ends(operation.goal) {
                 // The guest was asked to power off by the agent before, which took at least as long as a restart.
-                operation.steps.retain(|step| step.effect != Effect::ShutDownGuest || lives);
+                let asked = |effect| effect == Effect::ShutDownGuest && !lives;
+                operation.steps.retain(|step| step.effect.is_cleaning() || !over && !asked(step.effect));
             }
             Plan::Continue(operation)
         }
@@ -59,6 +135,17 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
         (state, None) if state.has_ended() && vm.spec.build.is_none() => Plan::Rest,
         (_, None) => Plan::Clean,
     }
+}
+
+const fn ends(goal: Goal) -> bool {
+    matches!(goal, Goal::Stop | Goal::Remove)
+}
+
+fn begun_again(mut operation: OperationRecord) -> OperationRecord {
+    for step in &mut operation.steps {
+        step.state = StepState::Pending;
+    }
+    operation
 }
 
 fn was_started(operation: &OperationRecord) -> bool {
@@ -147,8 +234,8 @@ pub(super) async fn sweep<W: World>(shared: Arc<Shared<W>>) {
     }
     loop {
         super::network::sweep(&shared).await;
-        let now = shared.world.clock().wall();
-        if let Err(error) = shared.world.records().with(move |store| store.sweep(now)).await {
+        let (now, wall) = (shared.steady(), shared.world.clock().wall());
+        if let Err(error) = shared.world.records().with(move |store| store.sweep(now, wall)).await {
             tracing::warn!(error = %crate::report::chain(&error), "cannot sweep the ledger");
         }
         tokio::time::sleep(SWEEP_INTERVAL).await;

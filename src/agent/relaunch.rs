@@ -116,6 +116,7 @@ impl<W: World> Agent<W> {
             role: spec.role.clone(),
             published: network.map(|network| network.published.clone()).unwrap_or_default(),
             interfaces: Some(spec.interfaces),
+            swap: spec.swap.clone(),
             cluster: Some(member.cluster.to_string()),
             executor_id: Some(member.executor_id.clone()),
             replaces: Some((vm.id.clone(), member.attempt)),

@@ -380,11 +380,8 @@ impl<W: World> Agent<W> {
         // Not of a session that takes no more members here: they would be its first new ones elsewhere.
         let (session, _) = self.session_to_join(network.session.as_str()).await?;
         let user_data = self.user_data_of(&session.id).await?;
-        let now = self.shared.world.clock().wall();
-        let left = |expires: crate::clock::UnixNanos| {
-            let seconds = expires.0.saturating_sub(now.0) / 1_000_000_000;
-            u32::try_from(seconds).unwrap_or(TTL_S_MAX).clamp(1, TTL_S_MAX)
-        };
+        let now = self.shared.steady();
+        let left = |expires| u32::try_from(now.until(expires).as_secs()).unwrap_or(TTL_S_MAX).clamp(1, TTL_S_MAX);
         let launch = PeerLaunch {
             session_network_id: launch.session_network_id,
             ipv4: session.ipv4,

@@ -1,27 +1,37 @@
 //! The agent's answers at its [`Door`].
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::BoxFuture;
 use hearth_guest_wire::{FromGuest, ToGuest};
 use tokio::io::AsyncReadExt;
 use tokio::sync::{oneshot, watch};
+use tracing::Instrument;
 
 use super::admit::promised_bytes;
+use super::backups::{self, BackUpError, BackedUp};
+use super::balloon;
+use super::connections::Connections;
 use super::door::{Door, FindError, GuestStats, HostView, NotRunning, VmError, VmStats};
+use super::drain::Draining;
 use super::exec::{self, AnyStream, ExecSession, ExecSpec};
 use super::guest::{self, ANSWER_LIMIT, GuestError, GuestLink};
+use super::health::{self, FAILURES_SHOWN, LedgerView};
 use super::images::{Image, ImageError};
-use super::launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched};
+use super::isolation::VmJail;
+use super::launch::{Key, LaunchRequest, Launched};
 use super::launch_error::LaunchError;
-use super::ledger::{KeyRow, LedgerError, StoredAnswer, Write};
-use super::record::{EventRecord, OperationRecord, VmRecord};
+use super::ledger::{KeyRow, LedgerError, StoredAnswer, Write, backup};
+use super::metrics::Gauges;
+use super::record::{EventRecord, OperationRecord, VmRecord, WakeCause};
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
 use super::shared::{Shared, VmHandle};
+use super::swap::SwapDecision;
 use super::traffic;
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
@@ -31,17 +41,21 @@ use super::world::{
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
 use crate::wire::console_ring::RING_BYTES;
-use crate::wire::control::Answer;
+use crate::wire::control::{Answer, BalloonStatus};
 
 /// Longest wait for a console's history.
 const CONSOLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a guest may take to power off when the agent drains its host.
-const DRAIN_GRACE: Duration = Duration::from_secs(10);
+/// Decisions about idle VMs that are shown.
+const DECISIONS_SHOWN: u32 = 200;
 
 impl<W: World> Agent<W> {
     /// A connection to a guest agent of a VM that runs, its type forgotten.
     pub(super) async fn guest_link(&self, vm: &VmRecord) -> Result<GuestLink<AnyStream>, VmError> {
+        if let Some(found) = &vm.quarantine {
+            let (vm, report) = (vm.id.to_string(), found.report.clone());
+            return Err(VerbError::Quarantined { verb: "reach", vm, report }.into());
+        }
         if vm.state != VmState::Running {
             return Err(Denied { state: vm.state.clone() }.into());
         }
@@ -51,7 +65,19 @@ impl<W: World> Agent<W> {
             Ok(stream) => stream.map_err(GuestError::Open)?,
             Err(_) => return Err(GuestError::TimedOut { limit: guest::OPEN_LIMIT }.into()),
         };
-        Ok(GuestLink::open(AnyStream::new(stream)).await?)
+        Ok(GuestLink::open(AnyStream::counted(stream, self.shared.streams.count(&vm.id))).await?)
+    }
+
+    /// The VM a word means; one whose memory is out is woken first, as somebody wants a stream into it.
+    async fn awake(&self, word: &str) -> Result<Arc<VmRecord>, VmError> {
+        let handle = self.find(word)?;
+        let vm = handle.record.borrow().clone();
+        let is_out =
+            matches!(vm.state, VmState::SwappingOut { .. } | VmState::SwappedOut { .. } | VmState::Waking { .. });
+        if !is_out || !vm.spec.swap.wake.contains(&WakeCause::Vsock) {
+            return Ok(vm);
+        }
+        self.ask_actor(&handle, Verb::Wake(WakeCause::Vsock)).await
     }
 
     pub(super) async fn ask_actor(&self, vm: &VmHandle, verb: Verb) -> Result<Arc<VmRecord>, VmError> {
@@ -66,7 +92,7 @@ impl<W: World> Agent<W> {
     }
 
     async fn attach_console(&self, word: &str, history_bytes: usize) -> Result<AnyStream, VmError> {
-        let vm = self.find(word)?.record.borrow().clone();
+        let vm = self.awake(word).await?;
         if !vm.state.holds_resources() {
             return Err(Denied { state: vm.state.clone() }.into());
         }
@@ -85,7 +111,7 @@ impl<W: World> Agent<W> {
             tokio::io::copy(&mut history, &mut tokio::io::sink()).await
         };
         match tokio::time::timeout(CONSOLE_LIMIT, skipped).await {
-            Ok(Ok(_)) => Ok(AnyStream::new(stream)),
+            Ok(Ok(_)) => Ok(AnyStream::counted(stream, self.shared.streams.count(&vm.id))),
             Ok(Err(error)) => Err(failed(OpenStreamError::Socket(error))),
             Err(_) => Err(failed(OpenStreamError::TimedOut { limit: CONSOLE_LIMIT })),
         }
@@ -118,18 +144,69 @@ impl<W: World> Agent<W> {
             if let Ok(Answer::Status(status)) = vmm.ask(&vm, self.shared.epoch, Ask::Status).await {
                 stats.vmm = Some(status);
             }
+            stats.balloon = balloon::status(&self.shared, &vm).await;
             stats.network = traffic::interfaces(&self.shared, &vm).await.unwrap_or_default();
         }
         stats.guest = self.guest_stats(&vm).await;
         Ok((vm, stats))
     }
 
+    async fn metrics_text(&self) -> String {
+        let vms = self.records();
+        let traffic = traffic::last(&self.shared, &vms);
+        let states = health::count(vms.iter().map(|vm| vm.state.name()));
+        let facts = self.shared.world.disk().host().await.unwrap_or_default();
+        let history = self.shared.world.records().with(|store: &mut Store| store.history()).await.unwrap_or_default();
+        let now = Gauges {
+            states,
+            last_event: *self.shared.last_event.borrow(),
+            events_kept: history.0,
+            promised_bytes: promised_bytes(&vms),
+            connections: self.shared.connections.counts(),
+            ledger_queue: self.shared.world.records().queued(),
+            inboxes: self.shared.vms().values().map(|vm| vm.inbox.max_capacity() - vm.inbox.capacity()).sum(),
+            turns_free: self.shared.turns.available_permits(),
+            is_draining: self.shared.is_draining(),
+            facts,
+        };
+        self.shared.metrics.text(&now, &traffic)
+    }
+
     async fn host_view(&self) -> io::Result<HostView> {
         let facts: HostFacts = self.shared.world.disk().host().await?;
-        let Shared { config, epoch, started_at, .. } = &*self.shared;
-        let state_dir = config.state_dir.display().to_string();
-        Ok(HostView { facts, started_at: *started_at, state_dir, epoch: *epoch })
+        let Shared { config, epoch, started_at, connections, .. } = &*self.shared;
+        let vms = self.records();
+        let mut view = HostView {
+            facts,
+            started_at: *started_at,
+            state_dir: config.state_dir.display().to_string(),
+            epoch: *epoch,
+            vm_states: health::count(vms.iter().map(|vm| vm.state.name())),
+            promised_bytes: promised_bytes(&vms),
+            limits: config.limits,
+            is_draining: self.shared.is_draining(),
+            connections: connections.counts().0,
+            pressure: self.shared.world.disk().pressure().await,
+            conflicts: self.shared.conflicts(),
+            ledger: self.shared.world.records().with(ledger_view).await.ok(),
+            warnings: Vec::new(),
+        };
+        view.warnings = health::warnings(&view, config, self.shared.world.clock().wall());
+        Ok(view)
     }
+}
+
+/// What is known of the ledger.
+fn ledger_view(store: &mut Store) -> Result<LedgerView, LedgerError> {
+    let (events, oldest_event) = store.history()?;
+    let failures = store.failures(FAILURES_SHOWN)?;
+    let file = store.file();
+    let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |found| found.len());
+    let bytes = file.as_ref().map_or(0, |file| size(file) + size(&file.with_extension("db-wal")));
+    let backups = file.as_ref().map(|file| backup::backups(file)).unwrap_or_default();
+    let last_backup = backups.first().map(|backup| backup.at);
+    let unwritable = store.try_to_write().err().map(|error| crate::report::chain(&error));
+    Ok(LedgerView { bytes, last_backup, backups: backups.len(), events, oldest_event, failures, unwritable })
 }
 
 impl<W: World> Door for Agent<W> {
@@ -138,7 +215,7 @@ impl<W: World> Door for Agent<W> {
         // works on.
         let agent = self.clone();
         async move {
-            let launching = tokio::spawn(async move { agent.launch_vm(request).await });
+            let launching = tokio::spawn(async move { agent.launch_vm(request).await }.in_current_span());
             launching.await.unwrap_or(Err(LaunchError::Ending))
         }
         .boxed()
@@ -167,10 +244,9 @@ impl<W: World> Door for Agent<W> {
 
     fn remember(&self, key: Key, object: String, answer: StoredAnswer) -> BoxFuture<'_, Result<(), LedgerError>> {
         async move {
-            let Key { key, route, body_hash } = key;
-            let expires = UnixNanos(self.shared.world.clock().wall().0.saturating_add(KEY_LIFETIME_NS));
-            let update = Write::Answer { key: key.clone(), route: route.clone(), answer: answer.clone() };
-            let insert = Write::Key(KeyRow { key, route, body_hash, object, expires, answer: Some(answer) });
+            let row = KeyRow { answer: Some(answer.clone()), ..key.row(object, self.shared.steady()) };
+            let update = Write::Answer { key: row.key.clone(), route: row.route.clone(), answer };
+            let insert = Write::Key(row);
             match self.shared.commit(vec![insert]).await {
                 Err(LedgerError::Taken { .. }) => self.shared.commit(vec![update]).await,
                 other => other,
@@ -228,7 +304,7 @@ impl<W: World> Door for Agent<W> {
 
     fn exec<'a>(&'a self, word: &'a str, spec: ExecSpec) -> BoxFuture<'a, Result<ExecSession, VmError>> {
         async move {
-            let vm = self.find(word)?.record.borrow().clone();
+            let vm = self.awake(word).await?;
             exec::check(&spec)?;
             let link = self.guest_link(&vm).await?;
             Ok(exec::start(link, spec).await?)
@@ -262,6 +338,29 @@ impl<W: World> Door for Agent<W> {
         self.vm_stats(word).boxed()
     }
 
+    fn set_balloon<'a>(&'a self, word: &'a str, target_mib: u64) -> BoxFuture<'a, Result<BalloonStatus, VmError>> {
+        async move {
+            let vm = self.find(word)?.record.borrow().clone();
+            balloon::set_target(&self.shared, &vm, target_mib).await
+        }
+        .boxed()
+    }
+
+    fn swap_decisions(&self) -> BoxFuture<'_, Result<Vec<SwapDecision>, LedgerError>> {
+        self.shared.world.records().with(|store: &mut Store| store.swap_decisions(DECISIONS_SHOWN)).boxed()
+    }
+
+    fn jail<'a>(&'a self, vm: &'a VmRecord) -> BoxFuture<'a, Option<VmJail>> {
+        async move {
+            let process = vm.process.filter(|_| vm.state.holds_resources()).is_some();
+            if !process {
+                return None;
+            }
+            self.shared.world.vmm().find(vm).await.ok()??.jail()
+        }
+        .boxed()
+    }
+
     fn operation<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<Option<OperationRecord>, LedgerError>> {
         let word = word.to_owned();
         self.shared.world.records().with(move |store| store.operation(&word)).boxed()
@@ -288,7 +387,7 @@ impl<W: World> Door for Agent<W> {
     }
 
     fn import_image(&self, import: ImageImport) -> BoxFuture<'_, Result<Image, ImageError>> {
-        self.shared.world.disk().import_image(import).boxed()
+        self.import(import).boxed()
     }
 
     fn remove_image<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), ImageError>> {
@@ -299,19 +398,20 @@ impl<W: World> Door for Agent<W> {
         self.host_view().boxed()
     }
 
-    fn metrics(&self) -> String {
-        let vms = self.records();
-        let mut states = std::collections::BTreeMap::new();
-        for vm in &vms {
-            *states.entry(vm.state.name()).or_insert(0) += 1;
-        }
-        let states: Vec<_> = states.into_iter().collect();
-        let traffic = traffic::last(&self.shared, &vms);
-        self.shared.metrics.text(&states, *self.shared.last_event.borrow(), promised_bytes(&vms), &traffic)
+    fn back_up_ledger(&self, to: Option<PathBuf>) -> BoxFuture<'_, Result<BackedUp, BackUpError>> {
+        async move { backups::back_up(&self.shared, to).await }.boxed()
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        self.metrics_text().boxed()
     }
 
     fn count_request(&self, route: &str, status: u16) {
         self.shared.metrics.request(route, status);
+    }
+
+    fn count_refusal(&self, code: &str) {
+        self.shared.metrics.refused(code);
     }
 
     fn now(&self) -> UnixNanos {
@@ -323,18 +423,16 @@ impl<W: World> Door for Agent<W> {
         format!("{:016x}", u64::from_be_bytes(random))
     }
 
-    fn drain(&self) -> BoxFuture<'_, ()> {
-        async move {
-            let vms: Vec<VmHandle> = self.shared.vms().values().cloned().collect();
-            let living = vms.iter().filter(|vm| vm.record.borrow().state.holds_resources());
-            join_all(living.map(|vm| async move {
-                if let Err(error) = self.ask_actor(vm, Verb::Stop { grace: DRAIN_GRACE }).await {
-                    tracing::warn!(vm = %vm.id, error = %crate::report::chain(&error), "cannot stop it");
-                }
-            }))
-            .await;
-        }
-        .boxed()
+    fn drain(&self, grace: Duration) -> watch::Receiver<Draining> {
+        self.begin_draining(grace)
+    }
+
+    fn draining(&self) -> watch::Receiver<Draining> {
+        Self::draining(self)
+    }
+
+    fn connections(&self) -> Arc<Connections> {
+        Arc::clone(&self.shared.connections)
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {

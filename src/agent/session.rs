@@ -4,12 +4,13 @@
 //! both take (names, numbers) is found and written in one transaction.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::config::FabricConfig;
 use super::egress::{self, Egress};
 use super::images::is_name;
-use super::launch::{KEY_LIFETIME_NS, Key};
-use super::ledger::{KeyRow, LedgerError, NewSession, NumberChoice, SessionRefusal, StoredAnswer, Write};
+use super::launch::Key;
+use super::ledger::{LedgerError, NewSession, NumberChoice, SessionRefusal, StoredAnswer, Write};
 use super::peers::PeerView;
 use super::record::{SCHEMA_VERSION, VmRecord};
 use super::session_error::{SessionError, join_refused, refused_number};
@@ -17,14 +18,12 @@ use super::session_record::{SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 use super::shared::session_event;
 use super::world::{Drops, Records, VmNetworks, World, random_array};
 use super::{Agent, Store};
-use crate::clock::{Clock, UnixNanos};
+use crate::clock::{Clock, Steady, UnixNanos};
 use crate::ids::SessionId;
 use crate::net::address::{AddressError, SessionNetworkId, V4Widths};
 
 /// Longest life that can be given to a session: ten years, so that its end has a date.
 pub const TTL_S_MAX: u32 = 10 * 366 * 24 * 3600;
-
-const NS_PER_S: u64 = 1_000_000_000;
 
 /// A session to make.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -59,6 +58,8 @@ pub enum SessionCreated {
 pub struct SessionView {
     /// The session.
     pub record: SessionRecord,
+    /// When it ends by itself, as the wall clock is now.
+    pub expires_at: Option<UnixNanos>,
     /// Its VMs on this host, oldest first.
     pub members: Vec<Member>,
 }
@@ -107,7 +108,8 @@ impl<W: World> Agent<W> {
         let random = random_array(&self.shared.world);
         let id = random.map_err(|source| SessionError::Host { what: "read randomness", source })?;
         let now = self.shared.world.clock().wall();
-        let after = |ttl_s: u32| UnixNanos(now.0.saturating_add(u64::from(ttl_s).saturating_mul(NS_PER_S)));
+        let steady = self.shared.steady();
+        let after = |ttl_s: u32| steady.after(Duration::from_secs(ttl_s.into()));
         let SessionRequest { name, egress, ttl_s, user_data, key, .. } = request;
         let draft = Draft {
             id: SessionId::from_random(id),
@@ -115,18 +117,19 @@ impl<W: World> Agent<W> {
             ipv4,
             egress,
             now,
+            steady,
             expires_at: ttl_s.map(after),
             user_data,
             key,
         };
-        let make = move |store: &mut Store| store.create_session(choice, now, |number| draft.session(number));
+        let make = move |store: &mut Store| store.create_session(choice, steady, |number| draft.session(number));
         let made = self.shared.world.records().with(make);
-        let (record, last) = made.await.map_err(|error| refused_number(error, choice, name))?;
+        let (record, last) = made.await.map_err(|error| refused_number(error, choice, name, steady))?;
         self.shared.wake_readers(last);
         tracing::info!(session = %record.id, name = record.name, number = %record.session_network_id, "session made");
         // Whoever ends expired sessions has to know of this one's end.
         self.shared.sessions_changed.notify_one();
-        Ok(SessionCreated::Session(SessionView { record, members: Vec::new() }))
+        Ok(SessionCreated::Session(self.view_of(record, Vec::new())))
     }
 
     async fn earlier_session(&self, key: &Key) -> Result<Option<SessionCreated>, SessionError> {
@@ -177,7 +180,7 @@ impl<W: World> Agent<W> {
             Err(SessionError::Unknown { word }) => return Err(self.resting_or_unknown(word).await?),
             found => found?,
         };
-        let now = self.shared.world.clock().wall();
+        let now = self.shared.steady();
         let refused = |refusal| join_refused(&session, u32::MAX, refusal);
         if session.is_expired(now) {
             return Err(refused(SessionRefusal::Expired));
@@ -196,10 +199,10 @@ impl<W: World> Agent<W> {
         let Some(id) = word.parse::<u32>().ok().and_then(|number| SessionNetworkId::try_from(number).ok()) else {
             return Ok(SessionError::Unknown { word });
         };
-        let now = self.shared.world.clock().wall();
+        let now = self.shared.steady();
         let until = self.shared.world.records().with(move |store| store.resting_until(id, now)).await;
         Ok(match until.map_err(SessionError::Ledger)? {
-            Some(until) => SessionError::Resting { number: id.into(), until },
+            Some(until) => SessionError::Resting { number: id.into(), left: now.until(until) },
             None => SessionError::Unknown { word },
         })
     }
@@ -220,7 +223,13 @@ impl<W: World> Agent<W> {
         for vm in self.members(&record.id) {
             members.push(Member { drops: self.drops(&vm).await, vm });
         }
-        SessionView { record, members }
+        self.view_of(record, members)
+    }
+
+    fn view_of(&self, record: SessionRecord, members: Vec<Member>) -> SessionView {
+        let (now, wall) = (self.shared.steady(), self.shared.world.clock().wall());
+        let shown = |at: Steady| UnixNanos(wall.0.saturating_add(at.0).saturating_sub(now.0));
+        SessionView { expires_at: record.expires_at.map(shown), record, members }
     }
 
     /// The VMs of a session, oldest first.
@@ -260,7 +269,8 @@ struct Draft {
     ipv4: bool,
     egress: Egress,
     now: UnixNanos,
-    expires_at: Option<UnixNanos>,
+    steady: Steady,
+    expires_at: Option<Steady>,
     user_data: Option<String>,
     key: Option<Key>,
 }
@@ -279,11 +289,8 @@ impl Draft {
             state: SessionState::Active,
         };
         let mut writes = vec![session_event(self.now, "session_created", &record)];
-        if let Some(Key { key, route, body_hash }) = self.key {
-            let expires = UnixNanos(self.now.0.saturating_add(KEY_LIFETIME_NS));
-            let object = record.id.to_string();
-            writes.push(Write::Key(KeyRow { key, route, body_hash, object, expires, answer: None }));
-        }
+        let (key, steady) = (self.key, self.steady);
+        writes.extend(key.map(|key| Write::Key(key.row(record.id.to_string(), steady))));
         NewSession { record, user_data: self.user_data, writes }
     }
 }

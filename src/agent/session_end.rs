@@ -13,7 +13,7 @@ use super::session_error::{SessionError, join_refused};
 use super::session_record::{SessionRecord, SessionState};
 use super::shared::session_event;
 use super::world::{Records, World};
-use crate::clock::{Clock, UnixNanos};
+use crate::clock::Clock;
 use crate::ids::SessionId;
 
 /// How long a guest may take to power off when its session's time has run out.
@@ -72,7 +72,7 @@ impl<W: World> Agent<W> {
     /// Deletes a session without VMs; its number rests.
     async fn forget_session(&self, session: &SessionRecord) -> Result<(), SessionError> {
         let now = self.shared.world.clock().wall();
-        let until = after(now, quarantine(&self.shared.config));
+        let until = self.shared.steady().after(quarantine(&self.shared.config));
         let writes = vec![session_event(now, "session_removed", session)];
         let id = session.id.clone();
         let removed = self.shared.world.records().with(move |store| store.remove_session(&id, until, &writes)).await;
@@ -107,10 +107,10 @@ impl<W: World> Agent<W> {
         let sessions = self.shared.world.records().with(|store| store.sessions()).await;
         let mut wait = LOOK_INTERVAL;
         for session in sessions.map_err(SessionError::Ledger)? {
-            let now = self.shared.world.clock().wall();
+            let now = self.shared.steady();
             match (session.state, session.expires_at) {
                 (SessionState::Active, Some(expires)) if expires > now => {
-                    wait = wait.min(Duration::from_nanos(expires.0 - now.0));
+                    wait = wait.min(now.until(expires));
                     continue;
                 }
                 (SessionState::Active, None) => continue,
@@ -130,11 +130,6 @@ impl<W: World> Agent<W> {
             ended => ended,
         }
     }
-}
-
-/// The time `rest` after another.
-pub(super) fn after(at: UnixNanos, rest: Duration) -> UnixNanos {
-    UnixNanos(at.0.saturating_add(u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX)))
 }
 
 /// How long local ids and session network ids rest.

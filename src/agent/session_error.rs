@@ -1,10 +1,12 @@
 //! Why something asked of a session was not done, and which of the ledger's refusals means what.
 
+use std::time::Duration;
+
 use super::egress::EgressError;
 use super::ledger::{LedgerError, NumberChoice, SessionRefusal};
 use super::session::{TTL_S_MAX, called};
 use super::session_record::{SessionRecord, USER_DATA_BYTES_MAX};
-use crate::clock::UnixNanos;
+use crate::clock::Steady;
 use crate::net::address::AddressError;
 use crate::report::Retry;
 
@@ -42,12 +44,12 @@ pub enum SessionError {
         number: u32,
     },
     /// A session had this number.
-    #[error("session network id {number} was used a moment ago and rests until {}", shown(*.until))]
+    #[error("session network id {number} was used a moment ago and rests for another {} s", .left.as_secs() + 1)]
     Resting {
         /// The number.
         number: u32,
-        /// When it may be used again.
-        until: UnixNanos,
+        /// How long until it may be used again.
+        left: Duration,
     },
     /// All numbers are in use or rest.
     #[error("all session network ids from {first} to {last} are in use or rest")]
@@ -156,11 +158,6 @@ pub enum SessionError {
     Ledger(#[source] LedgerError),
 }
 
-/// A time for people.
-fn shown(at: UnixNanos) -> String {
-    jiff::Timestamp::from_nanosecond(at.0.into()).map_or_else(|_| "the end of time".to_owned(), |at| format!("{at:.0}"))
-}
-
 impl SessionError {
     /// Whether the same request may succeed later.
     pub const fn retry(&self) -> Retry {
@@ -195,7 +192,12 @@ impl SessionError {
 }
 
 /// Why a session was not made.
-pub(super) fn refused_number(error: LedgerError, choice: NumberChoice, name: Option<String>) -> SessionError {
+pub(super) fn refused_number(
+    error: LedgerError,
+    choice: NumberChoice,
+    name: Option<String>,
+    now: Steady,
+) -> SessionError {
     let LedgerError::Session(refusal) = error else { return SessionError::Ledger(error) };
     match (refusal, choice) {
         (SessionRefusal::NameTaken, _) => SessionError::NameTaken { name: name.unwrap_or_default() },
@@ -203,7 +205,7 @@ pub(super) fn refused_number(error: LedgerError, choice: NumberChoice, name: Opt
             SessionError::NumberTaken { number: number.into() }
         }
         (SessionRefusal::Resting { until }, NumberChoice::Exactly(number)) => {
-            SessionError::Resting { number: number.into(), until }
+            SessionError::Resting { number: number.into(), left: now.until(until) }
         }
         (SessionRefusal::NoNumber, NumberChoice::Next { first, last }) => SessionError::NoNumber { first, last },
         (_, _) => SessionError::Ledger(error),

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use super::egress::{Egress, Protocol};
-use crate::clock::UnixNanos;
+use crate::clock::{Steady, UnixNanos};
 use crate::ids::SessionId;
 use crate::net::address::{LocalId, SessionNetworkId};
 
@@ -34,14 +34,14 @@ pub struct SessionRecord {
     /// When it was asked for.
     pub created_at: UnixNanos,
     /// When it ends by itself, if it does.
-    pub expires_at: Option<UnixNanos>,
+    pub expires_at: Option<Steady>,
     /// What it is doing.
     pub state: SessionState,
 }
 
 impl SessionRecord {
     /// Whether its time has run out.
-    pub fn is_expired(&self, now: UnixNanos) -> bool {
+    pub fn is_expired(&self, now: Steady) -> bool {
         self.expires_at.is_some_and(|expires| expires <= now)
     }
 }

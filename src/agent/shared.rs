@@ -2,13 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
+use super::adoption::Adoption;
 use super::bundle_names::BundleNames;
 use super::calculations::Calculations;
 use super::cluster_record::ClusterRecord;
 use super::config::Config;
+use super::connections::Connections;
+use super::drain::Draining;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::peers::Peers;
@@ -16,10 +20,11 @@ use super::record::{OperationRecord, Subject, VmRecord};
 use super::register::Desk;
 use super::self_door::Asking;
 use super::session_record::SessionRecord;
+use super::streams::Streams;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
-use crate::clock::{Clock, UnixNanos};
+use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
 use crate::ids::VmId;
 
 /// One agent's shared parts.
@@ -29,11 +34,17 @@ pub(crate) struct Shared<W: World> {
     /// This agent's number among those that had the ledger.
     pub(crate) epoch: u64,
     pub(crate) started_at: UnixNanos,
+    /// The time of what rests when it began, and when that was.
+    steady: (Steady, Monotonic),
     /// Number of the last event; readers of events wait on it.
     pub(crate) last_event: watch::Sender<u64>,
     /// Set once the ledger cannot be written: the agent then ends, its VMs go on, the next agent recovers.
     pub(crate) broken: watch::Sender<Option<String>>,
     pub(crate) metrics: Metrics,
+    /// How far the agent is with stopping all VMs before it ends.
+    pub(crate) draining: watch::Sender<Draining>,
+    /// Connections of clients.
+    pub(crate) connections: Arc<Connections>,
     /// What speaks against session networks at the moment, by who found it. While there is anything, no session is
     /// made and no VM joins one.
     conflicts: watch::Sender<BTreeMap<String, String>>,
@@ -53,6 +64,10 @@ pub(crate) struct Shared<W: World> {
     /// Guests from bundles that may be on their way from their first instruction to their identity at once. All of them
     /// want a processor then: more than a few for each would all be late.
     pub(crate) turns: Arc<Semaphore>,
+    /// VMs of the agent before that are to be looked at.
+    pub(super) adoption: Adoption,
+    /// Streams into guests.
+    pub(crate) streams: Streams,
     /// Names of bundles that are being committed.
     pub(super) bundle_names: BundleNames,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
@@ -61,8 +76,18 @@ pub(crate) struct Shared<W: World> {
 /// See [`Shared::turns`]. Two: while one guest waits for its host, the other works.
 const TURNS_PER_CPU: usize = 2;
 
+/// So many guests for each processor leave one that starts among them about the processor time it would have had alone,
+/// when they are just being started themselves; one that has come to rest takes half a percent on hosts that emulate its
+/// kernel. More than that all slow down.
+const GUESTS_PER_CPU: usize = 8;
+
 fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// How many times longer a guest may take on a host with so many guests and processors.
+fn crowding(guests: usize, cpus: usize) -> u32 {
+    u32::try_from(guests.div_ceil(GUESTS_PER_CPU * cpus).max(1)).unwrap_or(u32::MAX)
 }
 
 /// The way to a VM's actor.
@@ -75,17 +100,33 @@ pub(crate) struct VmHandle {
     pub(crate) record: watch::Receiver<Arc<VmRecord>>,
 }
 
+/// What an agent learnt when it began.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Begun {
+    /// Its number among the agents of this ledger.
+    pub(crate) epoch: u64,
+    /// The last event there was.
+    pub(crate) last_event: u64,
+    /// The time of what rests.
+    pub(crate) steady: Steady,
+}
+
 impl<W: World> Shared<W> {
-    pub(crate) fn new(world: W, config: Config, epoch: u64, last_event: u64) -> Self {
+    pub(crate) fn new(world: W, config: Config, begun: Begun) -> Self {
+        let Begun { epoch, last_event, steady } = begun;
         let started_at = world.clock().wall();
+        let steady = (steady, world.clock().monotonic());
         Self {
             world,
             config,
             epoch,
             started_at,
+            steady,
             last_event: watch::Sender::new(last_event),
             broken: watch::Sender::new(None),
             metrics: Metrics::new(),
+            draining: watch::Sender::default(),
+            connections: Arc::default(),
             conflicts: watch::Sender::default(),
             sessions_changed: Notify::new(),
             vms_changed: watch::Sender::new(0),
@@ -95,14 +136,28 @@ impl<W: World> Shared<W> {
             asking: Asking::new(),
             traffic: Traffic::default(),
             turns: Arc::new(Semaphore::new(TURNS_PER_CPU * cpus())),
+            adoption: Adoption::default(),
+            streams: Streams::default(),
             bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }
 
+    /// The time of what rests and runs out.
+    pub(crate) fn steady(&self) -> Steady {
+        let (at_start, start) = self.steady;
+        at_start.after(self.world.clock().monotonic().since(start))
+    }
+
     /// The VMs there are. Held for look-ups only, never across a wait.
     pub(crate) fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, VmHandle>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long a guest may take to answer: what is configured, times how much more than full this host is.
+    pub(crate) fn guest_patience(&self) -> Duration {
+        let living = self.vms().values().filter(|vm| vm.record.borrow().state.holds_resources()).count();
+        Duration::from_secs(self.config.waits.guest_ready_s.into()).saturating_mul(crowding(living, cpus()))
     }
 
     /// A VM's record is another than before, or gone.
@@ -124,6 +179,11 @@ impl<W: World> Shared<W> {
             *event = last.max(*event);
             newer
         });
+    }
+
+    /// Whether no new work is taken because the agent will end.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.borrow().has_begun
     }
 
     /// What speaks against session networks at the moment.
@@ -223,4 +283,16 @@ pub(super) fn session_event(at: UnixNanos, kind: &'static str, session: &Session
         "session_network_id": session.session_network_id,
     });
     Write::Event(NewEvent { at, kind, subject: Subject::Session(session.id.clone()), operation: None, body })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_get_more_time_the_fuller_their_host_is() {
+        for (guests, cpus, wanted) in [(0, 2, 1), (1, 2, 1), (16, 2, 1), (17, 2, 2), (100, 2, 7), (100, 64, 1)] {
+            assert_eq!(crowding(guests, cpus), wanted, "{guests} guests on {cpus}");
+        }
+    }
 }

@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Instrument;
 
 use super::ledger::{LedgerError, Write};
-use super::record::{BundleOrder, OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
+use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
 use super::work::{Outcome, Report, Work, ended};
@@ -25,6 +26,11 @@ use crate::report::Retry;
 use crate::wire::last_words::LastWords;
 
 mod recovery;
+mod verb;
+mod waking;
+
+pub use verb::{SwapOrder, Verb, VerbError};
+use waking::has_no_way_back;
 
 /// Requests that may wait for one VM. More are refused at once: somebody calls in a loop.
 pub(crate) const INBOX_MAX: usize = 32;
@@ -37,91 +43,6 @@ pub(crate) struct Request {
 }
 
 type Reply = oneshot::Sender<Result<Arc<VmRecord>, VerbError>>;
-
-/// What can be asked of a VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verb {
-    /// Make a bundle of it.
-    Snapshot(Box<BundleOrder>),
-    /// Hold its vCPUs.
-    Pause,
-    /// Let its vCPUs run again and set its clock.
-    Resume,
-    /// Shut its guest down, then end it. Zero grace ends it at once.
-    Stop {
-        /// How long the guest may take to power off.
-        grace: Duration,
-    },
-    /// Stop it and forget it.
-    Remove {
-        /// How long the guest may take to power off.
-        grace: Duration,
-    },
-}
-
-/// Why a verb was not carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum VerbError {
-    /// Not in this state.
-    #[error("{verb} {vm}")]
-    Denied {
-        /// What was asked.
-        verb: &'static str,
-        /// Of which VM.
-        vm: String,
-        /// In which state it is.
-        #[source]
-        source: Denied,
-    },
-    /// Too many requests wait for this VM.
-    #[error("{vm} has {INBOX_MAX} requests waiting")]
-    Busy {
-        /// The VM.
-        vm: String,
-    },
-    /// It was forgotten, or the agent is ending.
-    #[error("{vm} is gone")]
-    Gone {
-        /// The VM.
-        vm: String,
-    },
-    /// It was tried and failed.
-    #[error("{verb} {vm}: {message}")]
-    Failed {
-        /// What was asked.
-        verb: &'static str,
-        /// Of which VM.
-        vm: String,
-        /// The cause's name.
-        code: String,
-        /// What happened.
-        message: String,
-    },
-}
-
-impl VerbError {
-    /// Whether the same request may succeed later.
-    pub const fn retry(&self) -> Retry {
-        match self {
-            Self::Denied { .. } => Retry::WithChange,
-            Self::Busy { .. } | Self::Failed { .. } => Retry::Later,
-            Self::Gone { .. } => Retry::Never,
-        }
-    }
-}
-
-impl Verb {
-    /// The verb's name.
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::Snapshot(_) => "snapshot",
-            Self::Pause => "pause",
-            Self::Resume => "resume",
-            Self::Stop { .. } => "stop",
-            Self::Remove { .. } => "remove",
-        }
-    }
-}
 
 /// What an actor begins with, besides its record.
 #[derive(Debug)]
@@ -157,6 +78,8 @@ struct VmActor<W: World> {
     failed: Option<OperationError>,
     /// When its launch was asked for, if that was asked of this agent.
     launch_asked_at: Option<Monotonic>,
+    /// When it could not be woken.
+    wake_failed_at: Option<Monotonic>,
     over: bool,
 }
 
@@ -178,6 +101,7 @@ pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: 
         asker: None,
         failed: None,
         launch_asked_at: None,
+        wake_failed_at: None,
         over: false,
     };
     tokio::spawn(actor.run(begin));
@@ -203,6 +127,7 @@ impl<W: World> VmActor<W> {
         }
         while !self.over {
             let may_take = self.work.is_none() || self.may_be_hurried();
+            let call = self.call_to_wake();
             tokio::select! {
                 biased;
                 // What was begun ends first: its result decides what the rest may do.
@@ -211,6 +136,7 @@ impl<W: World> VmActor<W> {
                 end = ended(self.process.as_ref()), if self.work.is_none() && self.record.state.holds_resources() => {
                     self.vmm_ended(end, None).await?;
                 }
+                cause = call.wait() => self.wake(cause).await?,
                 request = self.inbox.recv(), if may_take && self.waiting.len() < INBOX_MAX => match request {
                     Some(request) => self.take(request).await?,
                     // The agent is ending: the VM goes on.
@@ -233,12 +159,14 @@ impl<W: World> VmActor<W> {
         let hurries = match (&request.verb, &self.record.state) {
             (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering) => true,
             (Verb::Stop { grace } | Verb::Remove { grace }, _) => grace.is_zero(),
-            (Verb::Pause | Verb::Resume | Verb::Snapshot(_), _) => {
+            (Verb::Pause | Verb::Resume | Verb::Snapshot(_) | Verb::SwapOut(_) | Verb::Wake(_), _) => {
                 // Refused now rather than after a launch of minutes.
                 let denied = Denied { state: self.record.state.clone() };
                 self.reply(&request.verb, request.reply, Err(denied));
                 return Ok(());
             }
+            // After what is going on.
+            (Verb::SetSwapPolicy(_), _) => false,
         };
         if hurries {
             self.hurry.send_replace(true);
@@ -249,8 +177,26 @@ impl<W: World> VmActor<W> {
 
     async fn answer(&mut self, request: Request) -> Result<(), LedgerError> {
         let Request { verb, reply } = request;
+        if let Verb::SetSwapPolicy(policy) = verb {
+            self.record.spec.swap = policy;
+            self.turn(self.stay(), Vec::new(), None).await?;
+            // Whoever asked may have gone.
+            let _ = reply.send(Ok(Arc::new(self.record.clone())));
+            return Ok(());
+        }
+        if let Some(found) = &self.record.quarantine
+            && !matches!(verb, Verb::Stop { .. } | Verb::Remove { .. })
+        {
+            let (vm, report) = (self.record.id.to_string(), found.report.clone());
+            // Whoever asked may have gone.
+            let _ = reply.send(Err(VerbError::Quarantined { verb: verb.name(), vm, report }));
+            return Ok(());
+        }
         let (event, goal, grace, then_remove) = match &verb {
             Verb::Snapshot(_) => (Event::SnapshotAsked, Goal::Snapshot, Duration::ZERO, false),
+            Verb::SwapOut(order) => (Event::SwapOutAsked(order.mode), Goal::SwapOut, Duration::ZERO, false),
+            // Handled above; the state stays.
+            Verb::Wake(_) | Verb::SetSwapPolicy(_) => (Event::WakeAsked, Goal::Wake, Duration::ZERO, false),
             Verb::Pause => (Event::PauseAsked, Goal::Pause, Duration::ZERO, false),
             Verb::Resume => (Event::ResumeAsked, Goal::Resume, Duration::ZERO, false),
             Verb::Stop { grace } => (stop_event(*grace), Goal::Stop, *grace, false),
@@ -259,6 +205,9 @@ impl<W: World> VmActor<W> {
             }
             Verb::Remove { grace } => (Event::RemoveAsked, Goal::Remove, *grace, true),
         };
+        // A guest that cannot be spoken to is not asked to power off.
+        let event =
+            if self.record.quarantine.is_some() && event == Event::StopAsked { Event::KillAsked } else { event };
         let next = match step(&self.record.state, &event) {
             Ok(next) => next,
             Err(denied) => {
@@ -271,11 +220,15 @@ impl<W: World> VmActor<W> {
             return Ok(());
         }
         let mut operation = self.new_operation(goal, then_remove, &next);
-        if let Verb::Snapshot(order) = &verb {
-            operation.makes = Some((**order).clone());
+        let mut writes = Vec::new();
+        match &verb {
+            Verb::Snapshot(order) => operation.makes = Some((**order).clone()),
+            Verb::SwapOut(order) => self.record.swap = Some(self.swap_record(order)),
+            Verb::Wake(cause) => writes.push(self.waking_event(*cause, &operation)),
+            Verb::Pause | Verb::Resume | Verb::Stop { .. } | Verb::Remove { .. } | Verb::SetSwapPolicy(_) => {}
         }
         self.asker = Some((verb, reply));
-        self.turn(next, Vec::new(), Some(&operation)).await?;
+        self.turn(next, writes, Some(&operation)).await?;
         self.perform(operation, grace, None);
         Ok(())
     }
@@ -312,6 +265,12 @@ impl<W: World> VmActor<W> {
     ) -> Result<(), LedgerError> {
         let changed = next.state != self.record.state;
         self.record.state = next.state;
+        if self.record.state == VmState::Running || !self.record.state.holds_resources() {
+            self.record.swap = None;
+        }
+        if !self.record.state.holds_resources() {
+            self.record.quarantine = None;
+        }
         if let Some(operation) = begun {
             self.record.operation = Some(operation.id.clone());
             writes.push(Write::Operation(Box::new(operation.clone())));
@@ -341,8 +300,11 @@ impl<W: World> VmActor<W> {
             asked_at,
             held_at: None,
             turn: None,
+            writes: Vec::new(),
         };
-        self.work = Some(Box::pin(work.run()));
+        // Whatever is logged on the way says of which operation it is.
+        let span = tracing::info_span!("operation", op = %work.operation.id, vm = %self.record.id);
+        self.work = Some(Box::pin(work.run().instrument(span)));
     }
 
     /// Takes in what work did, decides, and goes on with what follows from it.
@@ -355,15 +317,22 @@ impl<W: World> VmActor<W> {
             Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
             Outcome::Hurried => (OperationState::Cancelled, None, None),
             Outcome::Failed(cause) => {
-                let undone = operation.goal == Goal::Undo;
                 let error = error_of(&cause);
-                let event = if undone { Event::UndoFailed { cause } } else { Event::WorkFailed { cause } };
+                let event = if has_no_way_back(&operation, &cause) {
+                    Event::UndoFailed { cause }
+                } else {
+                    Event::WorkFailed { cause }
+                };
                 (OperationState::Failed, Some(error), Some(event))
             }
             Outcome::VmmEnded(end) => return self.vmm_ended(end, Some(operation)).await,
             Outcome::Broken(error) => return Err(error),
         };
         self.end_operation(&mut operation, state, error);
+        if operation.goal == Goal::Wake {
+            let failed = state == OperationState::Failed;
+            self.wake_failed_at = failed.then(|| self.shared.world.clock().monotonic());
+        }
         if operation.goal == Goal::Remove && state == OperationState::Succeeded {
             // The row is gone; only the operation's end is left to write.
             let writes = vec![self.shared.operation_event(&operation), Write::Operation(Box::new(operation))];
@@ -379,10 +348,9 @@ impl<W: World> VmActor<W> {
     /// Writes the end of an operation together with the state it leads to, then cleans up, removes, or takes the next
     /// waiting request.
     async fn conclude(&mut self, operation: OperationRecord, event: Option<Event>) -> Result<(), LedgerError> {
-        let stay = Step { state: self.record.state.clone(), effects: Vec::new() };
         let next = match &event {
-            Some(event) => step(&self.record.state, event).unwrap_or(stay),
-            None => stay,
+            Some(event) => step(&self.record.state, event).unwrap_or_else(|_| self.stay()),
+            None => self.stay(),
         };
         let writes = vec![self.shared.operation_event(&operation), Write::Operation(Box::new(operation.clone()))];
         let goal = goal_of(&next.state);
@@ -409,6 +377,10 @@ impl<W: World> VmActor<W> {
         Ok(())
     }
 
+    fn stay(&self) -> Step {
+        Step { state: self.record.state.clone(), effects: Vec::new() }
+    }
+
     async fn remove(&mut self) -> Result<(), LedgerError> {
         let Ok(next) = step(&self.record.state, &Event::RemoveAsked) else { return Ok(()) };
         let operation = self.new_operation(Goal::Remove, true, &next);
@@ -422,6 +394,9 @@ impl<W: World> VmActor<W> {
         operation.error = error;
         operation.ended_at = Some(self.shared.world.clock().wall());
         self.shared.metrics.operation_ended(operation.goal, state);
+        if let Some(error) = &operation.error {
+            self.shared.metrics.operation_failed(&error.code);
+        }
         if matches!(operation.goal, Goal::Launch | Goal::Enlist) && state == OperationState::Succeeded {
             self.shared.metrics.launched(&self.record.timings);
         }
@@ -465,6 +440,11 @@ impl<W: World> VmActor<W> {
         self.process = None;
         self.record.process = None;
         match operation {
+            // What it was there for is done, and does not need it any more: only the operation's end was not written.
+            Some(mut operation) if operation.has_made_its_bundle() => {
+                self.end_operation(&mut operation, OperationState::Succeeded, None);
+                self.conclude(operation, Some(event)).await
+            }
             Some(mut operation) => {
                 let error = if let Event::VmmFailed { cause } = &event {
                     error_of(cause)
@@ -514,13 +494,14 @@ pub(crate) fn operation_for(
 const fn goal_of(state: &VmState) -> Goal {
     match state {
         VmState::Registering => Goal::Register,
-        VmState::Saving { .. } => Goal::Undo,
+        VmState::Saving { .. } | VmState::SwappingOut { .. } => Goal::Undo,
+        // A wake that went back.
+        VmState::SwappedOut { .. } => Goal::SwapOut,
+        VmState::Waking { .. } => Goal::Wake,
         VmState::Reserved
         | VmState::Launching
         | VmState::Running
         | VmState::Paused
-        | VmState::SwappingOut
-        | VmState::SwappedOut
         | VmState::Sending
         | VmState::HandedOver
         | VmState::Arriving
@@ -566,6 +547,7 @@ fn error_of(cause: &FailureCause) -> OperationError {
         | FailureCause::Bundle { .. }
         | FailureCause::NotRegistered { .. }
         | FailureCause::Interrupted => Retry::Later,
+        FailureCause::SwapStateCorrupt { .. } => Retry::Never,
     };
     OperationError { code: cause.name().to_owned(), message, retry }
 }

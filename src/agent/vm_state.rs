@@ -7,20 +7,26 @@
 //!                     failed      stopping ─▶ stopped          any of stopped, failed ─remove─▶ gone
 //!
 //! launching ─in a cluster─▶ registering ─▶ running        running, paused ─snapshot─▶ saving ─▶ as before
+//!
+//! running ─swap out─▶ swapping_out ─▶ swapped_out ─wake─▶ waking ─▶ running
 //! ```
-//! What is asked of a VM that is `saving` waits until that is over.
+//! What is asked of a VM that is `saving`, `swapping_out` or `waking` waits until that is over.
 //! A VM that a bundle is built from is launched, warmed up, saved and stopped by one list of effects; it is forgotten
 //! afterwards.
 //!
 //! The new state is written to the ledger together with the effects that lead on from it, before the first of them is
 //! performed. So a record never says less than what may be there, and performing the effects again is always right.
 //!
-//! The states of later work (swap-out, migration) are listed so that records and clients know their names; nothing leads
+//! Of a hibernated VM exactly one of two is the truth: its process, until [`Effect::KeepSealed`] is done, or its sealed
+//! file, until [`Effect::DiscardSealed`] is. A guest that may have run since is never taken back to its file.
+//!
+//! The states of later work (migration) are listed so that records and clients know their names; nothing leads
 //! to them yet.
 
 use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
+pub use super::failure::FailureCause;
 
 /// What a VM is doing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,10 +47,21 @@ pub enum VmState {
         /// Whether it ran before, and is to run again.
         then_running: bool,
     },
-    /// Its state is being written so that its process can end.
-    SwappingOut,
-    /// It has no process; its state is kept.
-    SwappedOut,
+    /// It stands still, and its memory is being moved out.
+    SwappingOut {
+        /// Where to.
+        mode: SwapMode,
+    },
+    /// It stands still, and its memory is elsewhere.
+    SwappedOut {
+        /// Where.
+        mode: SwapMode,
+    },
+    /// It is on its way back from there.
+    Waking {
+        /// From where.
+        mode: SwapMode,
+    },
     /// Its state is on the way to another host.
     Sending,
     /// Another host owns it.
@@ -65,104 +82,22 @@ pub enum VmState {
     Gone,
 }
 
-/// Why a VM failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "cause", rename_all = "snake_case")]
-pub enum FailureCause {
-    /// The guest's kernel panicked.
-    GuestPanic,
-    /// The guest did what its virtual processor cannot go on from.
-    GuestFault {
-        /// What KVM said.
-        detail: String,
-    },
-    /// The guest agent did not answer in time.
-    GuestUnreachable {
-        /// How long was waited, in milliseconds, and what the last try said.
-        detail: String,
-    },
-    /// The VMM gave up and said why.
-    VmmError {
-        /// Its words.
-        detail: String,
-    },
-    /// The VMM was ended by a signal.
-    VmmKilled {
-        /// Linux signal number.
-        signal: i32,
-    },
-    /// The VMM exited without last words.
-    VmmExited {
-        /// Its exit code.
-        code: i32,
-    },
-    /// The VMM was gone when the agent looked for it, and left no last words.
-    VmmGone,
-    /// The kernel, initrd or their fit into memory is wrong.
-    BadImage {
-        /// What is wrong.
-        detail: String,
-    },
-    /// The host refused something.
-    Host {
-        /// What failed.
-        detail: String,
-    },
-    /// The bundle cannot be made or restored.
-    Bundle {
-        /// What is wrong.
-        detail: String,
-    },
-    /// The program that warms a guest up failed, or did not get ready in time.
-    WarmUp {
-        /// What it said.
-        detail: String,
-    },
-    /// The guest did not register with its cluster.
-    NotRegistered {
-        /// What happened instead.
-        detail: String,
-    },
-    /// The agent was restarted in the middle of something that is not begun again.
-    Interrupted,
+/// Where an idle VM's memory goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SwapMode {
+    /// To the host's swap; its process stays.
+    Page,
+    /// To an encrypted file together with its state; its process ends.
+    Hibernate,
 }
 
-impl FailureCause {
-    /// The cause's name, as in records and answers.
-    pub const fn name(&self) -> &'static str {
+impl SwapMode {
+    /// The mode's name.
+    pub const fn name(self) -> &'static str {
         match self {
-            Self::GuestPanic => "guest_panic",
-            Self::GuestFault { .. } => "guest_fault",
-            Self::GuestUnreachable { .. } => "guest_unreachable",
-            Self::VmmError { .. } => "vmm_error",
-            Self::VmmKilled { .. } => "vmm_killed",
-            Self::VmmExited { .. } => "vmm_exited",
-            Self::VmmGone => "vmm_gone",
-            Self::BadImage { .. } => "bad_image",
-            Self::Host { .. } => "host",
-            Self::Bundle { .. } => "bundle",
-            Self::WarmUp { .. } => "warm_up",
-            Self::NotRegistered { .. } => "not_registered",
-            Self::Interrupted => "interrupted",
-        }
-    }
-
-    /// What is known beyond the name.
-    pub fn detail(&self) -> Option<String> {
-        match self {
-            Self::GuestPanic => Some("the guest's kernel panicked".to_owned()),
-            Self::VmmGone => Some("the VMM of an earlier agent ended without last words".to_owned()),
-            Self::VmmKilled { signal } => Some(format!("killed by signal {signal}")),
-            Self::VmmExited { code } => Some(format!("exit code {code}")),
-            Self::Interrupted => Some("the agent was restarted in the middle of it".to_owned()),
-            Self::GuestFault { detail }
-            | Self::GuestUnreachable { detail }
-            | Self::VmmError { detail }
-            | Self::BadImage { detail }
-            | Self::Host { detail }
-            | Self::Bundle { detail }
-            | Self::WarmUp { detail }
-            | Self::NotRegistered { detail } => Some(detail.clone()),
+            Self::Page => "page",
+            Self::Hibernate => "hibernate",
         }
     }
 }
@@ -177,8 +112,9 @@ impl VmState {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Saving { .. } => "saving",
-            Self::SwappingOut => "swapping_out",
-            Self::SwappedOut => "swapped_out",
+            Self::SwappingOut { .. } => "swapping_out",
+            Self::SwappedOut { .. } => "swapped_out",
+            Self::Waking { .. } => "waking",
             Self::Sending => "sending",
             Self::HandedOver => "handed_over",
             Self::Arriving => "arriving",
@@ -207,6 +143,10 @@ pub(super) enum Event {
     LaunchAsked(Origin),
     /// Somebody wants a bundle of it.
     SnapshotAsked,
+    /// Somebody, or the host's need of memory, wants its memory moved out.
+    SwapOutAsked(SwapMode),
+    /// Somebody, or a packet for it, wants it back.
+    WakeAsked,
     /// Somebody wants it paused.
     PauseAsked,
     /// Somebody wants it to go on.
@@ -224,7 +164,8 @@ pub(super) enum Event {
         /// Why.
         cause: FailureCause,
     },
-    /// So did one of those that were to take a failed snapshot back.
+    /// So did one that nothing is left to take back for: on the way back from a failed snapshot or swap-out, or behind
+    /// the point from which a wake does not go back.
     UndoFailed {
         /// Why.
         cause: FailureCause,
@@ -267,8 +208,12 @@ pub enum Goal {
     Build,
     /// There is a bundle of it, and it goes on as before.
     Snapshot,
-    /// It goes on as before a snapshot that failed.
+    /// It goes on as before a snapshot or swap-out that failed.
     Undo,
+    /// Its memory is out.
+    SwapOut,
+    /// It is back, and runs.
+    Wake,
     /// The guest runs, has its identity, and is to register.
     Enlist,
     /// The guest has registered.
@@ -339,6 +284,36 @@ const SNAPSHOT: [Effect; 6] = [
 ];
 const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
 const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
+/// Its taps are held first, so that a packet that comes from then on waits and wakes it.
+const PAGE_OUT: [Effect; 3] = [Effect::HoldMachine, Effect::HoldTaps, Effect::PageOut];
+const HIBERNATE: [Effect; 5] =
+    [Effect::HoldMachine, Effect::HoldTaps, Effect::SealMachine, Effect::KeepSealed, Effect::EndVmm];
+const UNDO_PAGE_OUT: [Effect; 3] = [Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
+const UNDO_HIBERNATE: [Effect; 4] =
+    [Effect::DiscardSealed, Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
+const WAKE_PAGED: [Effect; 3] = [Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
+/// The file goes before the guest runs: what is in memory is the truth from then on.
+const WAKE_HIBERNATED: [Effect; 6] = [
+    Effect::StartVmm,
+    Effect::UnsealMachine,
+    Effect::DiscardSealed,
+    Effect::RunMachine,
+    Effect::ReleaseTaps,
+    Effect::SetGuestClock,
+];
+/// A hibernated guest is woken to be shut down: its file systems are as they were in the middle of things.
+const SHUT_DOWN_HIBERNATED: [Effect; 10] = [
+    Effect::StartVmm,
+    Effect::UnsealMachine,
+    Effect::DiscardSealed,
+    Effect::RunMachine,
+    Effect::ShutDownGuest,
+    Effect::EndVmm,
+    Effect::KeepRemains,
+    Effect::RemoveNetwork,
+    Effect::RemoveDirectory,
+    Effect::ReleaseUid,
+];
 const RESUME: [Effect; 2] = [Effect::RunMachine, Effect::SetGuestClock];
 const CLEAN: [Effect; 5] =
     [Effect::EndVmm, Effect::KeepRemains, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid];
@@ -353,6 +328,21 @@ const SHUT_DOWN: [Effect; 7] = [
 ];
 const FORGET: [Effect; 5] =
     [Effect::EndVmm, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid, Effect::Forget];
+
+fn swap_out(mode: SwapMode) -> Result<Step, Denied> {
+    let effects: &[Effect] = match mode {
+        SwapMode::Page => &PAGE_OUT,
+        SwapMode::Hibernate => &HIBERNATE,
+    };
+    step_to(VmState::SwappingOut { mode }, effects)
+}
+
+const fn waking(mode: SwapMode) -> &'static [Effect] {
+    match mode {
+        SwapMode::Page => &WAKE_PAGED,
+        SwapMode::Hibernate => &WAKE_HIBERNATED,
+    }
+}
 
 /// The next state and what to do, or why not. Every pair of state and event has an answer; the golden file
 /// `tests/golden/vm_state.txt` shows them all.
@@ -379,6 +369,18 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Paused => step_to(S::Saving { then_running: false }, &SNAPSHOT_PAUSED),
             _ => denied(),
         },
+        Event::SwapOutAsked(mode) => match state {
+            S::SwappedOut { mode: is } if is == mode => stay(),
+            S::Running => swap_out(*mode),
+            // From swap to a file; the other way round it would have to be woken.
+            S::SwappedOut { mode: SwapMode::Page } => swap_out(*mode),
+            _ => denied(),
+        },
+        Event::WakeAsked => match state {
+            S::Running => stay(),
+            S::SwappedOut { mode } => step_to(S::Waking { mode: *mode }, waking(*mode)),
+            _ => denied(),
+        },
         Event::PauseAsked => match state {
             S::Running => step_to(S::Running, &[Effect::HoldMachine]),
             S::Paused => stay(),
@@ -391,16 +393,24 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
         },
         Event::StopAsked => match state {
             S::Running => step_to(S::Stopping, &SHUT_DOWN[1..]),
-            S::Paused => step_to(S::Stopping, &SHUT_DOWN),
+            S::Paused | S::SwappedOut { mode: SwapMode::Page } => step_to(S::Stopping, &SHUT_DOWN),
+            S::SwappedOut { mode: SwapMode::Hibernate } => step_to(S::Stopping, &SHUT_DOWN_HIBERNATED),
             // A guest that is not up yet has nothing to shut down.
             S::Reserved | S::Launching | S::Registering | S::Stopping => step_to(S::Stopping, &CLEAN),
             S::Stopped | S::Failed { .. } => stay(),
             _ => denied(),
         },
         Event::KillAsked => match state {
-            S::Reserved | S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } | S::Stopping => {
-                step_to(S::Stopping, &CLEAN)
-            }
+            S::Reserved
+            | S::Launching
+            | S::Registering
+            | S::Running
+            | S::Paused
+            | S::Saving { .. }
+            | S::SwappingOut { .. }
+            | S::SwappedOut { .. }
+            | S::Waking { .. }
+            | S::Stopping => step_to(S::Stopping, &CLEAN),
             S::Stopped | S::Failed { .. } => stay(),
             _ => denied(),
         },
@@ -418,6 +428,10 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             (S::Saving { then_running }, Goal::Snapshot | Goal::Undo) => {
                 step_to(if *then_running { S::Running } else { S::Paused }, &[])
             }
+            (S::SwappingOut { mode }, Goal::SwapOut) => step_to(S::SwappedOut { mode: *mode }, &[]),
+            // A wake that went back ended what it had begun.
+            (S::SwappedOut { .. }, Goal::SwapOut) => stay(),
+            (S::SwappingOut { .. }, Goal::Undo) | (S::Waking { .. }, Goal::Wake) => step_to(S::Running, &[]),
             // Cleaning up after an end, and forgetting, change nothing that is told of the VM.
             (S::Stopped | S::Failed { .. }, Goal::Stop) | (S::Gone, Goal::Remove) => stay(),
             _ => denied(),
@@ -426,23 +440,43 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Launching | S::Registering => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::Saving { then_running: true } => step_to(state.clone(), &UNDO_SNAPSHOT),
             S::Saving { then_running: false } => step_to(state.clone(), &UNDO_SNAPSHOT[..1]),
+            S::SwappingOut { mode: SwapMode::Page } => step_to(state.clone(), &UNDO_PAGE_OUT),
+            S::SwappingOut { mode: SwapMode::Hibernate } => step_to(state.clone(), &UNDO_HIBERNATE),
+            S::Waking { mode: SwapMode::Page } => step_to(S::SwappedOut { mode: SwapMode::Page }, &PAGE_OUT[..2]),
+            S::Waking { mode: SwapMode::Hibernate } => {
+                step_to(S::SwappedOut { mode: SwapMode::Hibernate }, &HIBERNATE[4..])
+            }
             S::Stopping => step_to(S::Failed { cause: cause.clone() }, &[]),
-            S::Running | S::Paused | S::Stopped | S::Failed { .. } | S::Gone => stay(),
+            S::Running | S::Paused | S::SwappedOut { .. } | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
         Event::UndoFailed { cause } => match state {
-            S::Saving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::Saving { .. } | S::SwappingOut { .. } | S::Waking { .. } => {
+                step_to(S::Failed { cause: cause.clone() }, &CLEAN)
+            }
             _ => denied(),
         },
         Event::VmmStopped => match state {
-            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => step_to(S::Stopped, &CLEAN),
+            S::Launching
+            | S::Registering
+            | S::Running
+            | S::Paused
+            | S::Saving { .. }
+            | S::SwappingOut { .. }
+            | S::SwappedOut { .. }
+            | S::Waking { .. } => step_to(S::Stopped, &CLEAN),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
         Event::VmmFailed { cause } => match state {
-            S::Launching | S::Registering | S::Running | S::Paused | S::Saving { .. } => {
-                step_to(S::Failed { cause: cause.clone() }, &CLEAN)
-            }
+            S::Launching
+            | S::Registering
+            | S::Running
+            | S::Paused
+            | S::Saving { .. }
+            | S::SwappingOut { .. }
+            | S::SwappedOut { .. }
+            | S::Waking { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
@@ -450,92 +484,4 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fmt::Write;
-
-    fn states() -> Vec<VmState> {
-        use VmState as S;
-        let failed = S::Failed { cause: FailureCause::VmmGone };
-        vec![
-            S::Reserved,
-            S::Launching,
-            S::Registering,
-            S::Running,
-            S::Paused,
-            S::Saving { then_running: true },
-            S::Saving { then_running: false },
-            S::SwappingOut,
-            S::SwappedOut,
-            S::Sending,
-            S::HandedOver,
-            S::Arriving,
-            S::Stopping,
-            S::Stopped,
-            failed,
-            S::Gone,
-        ]
-    }
-
-    fn events() -> Vec<Event> {
-        let cause = FailureCause::GuestPanic;
-        let mut events = vec![
-            Event::LaunchAsked(Origin::Image),
-            Event::LaunchAsked(Origin::Bundle),
-            Event::LaunchAsked(Origin::Build),
-            Event::SnapshotAsked,
-            Event::PauseAsked,
-            Event::ResumeAsked,
-            Event::StopAsked,
-            Event::KillAsked,
-            Event::RemoveAsked,
-        ];
-        let goals = [Goal::Launch, Goal::Pause, Goal::Resume, Goal::Stop, Goal::Remove];
-        events.extend(goals.map(Event::Done));
-        let goals = [Goal::Build, Goal::Snapshot, Goal::Undo, Goal::Enlist, Goal::Register];
-        events.extend(goals.map(Event::Done));
-        events.extend([Event::WorkFailed { cause: cause.clone() }, Event::UndoFailed { cause: cause.clone() }]);
-        events.extend([Event::VmmStopped, Event::VmmFailed { cause }]);
-        events
-    }
-
-    #[test]
-    fn the_whole_matrix_is_as_in_the_golden_file() {
-        let mut text = String::new();
-        for state in states() {
-            for event in events() {
-                let next = match step(&state, &event) {
-                    Ok(Step { state, effects }) if effects.is_empty() => state.name().to_owned(),
-                    Ok(Step { state, effects }) => {
-                        let names: Vec<_> = effects.iter().map(|effect| effect.name()).collect();
-                        format!("{} by {}", state.name(), names.join(" "))
-                    }
-                    Err(Denied { .. }) => "-".to_owned(),
-                };
-                // Without the cause, which is the same for all.
-                let shown = format!("{event:?}");
-                let event = shown.split(' ').next().unwrap_or_default();
-                let was =
-                    if state == (VmState::Saving { then_running: false }) { "saving paused" } else { state.name() };
-                let _ = writeln!(text, "{was:<13} {event:<20} {next}");
-            }
-        }
-        crate::agent::golden::check("vm_state.txt", &text);
-    }
-
-    #[test]
-    fn what_holds_nothing_is_reached_only_with_cleaning() {
-        for state in states() {
-            for event in events() {
-                let Ok(next) = step(&state, &event) else { continue };
-                let ends = state.holds_resources() && !next.state.holds_resources();
-                // From `stopping` the cleaning was done before (or could not be, which the record then says).
-                if ends && state != VmState::Stopping {
-                    assert!(next.effects.contains(&Effect::EndVmm), "{state:?} {event:?}");
-                    assert!(next.effects.contains(&Effect::RemoveNetwork), "{state:?} {event:?}");
-                    assert!(next.effects.contains(&Effect::ReleaseUid), "{state:?} {event:?}");
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -12,7 +12,7 @@ use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
 use super::ledger::{LedgerError, Write};
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
-use super::session_end::{after, quarantine};
+use super::session_end::quarantine;
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
@@ -23,11 +23,13 @@ use crate::clock::{Clock, Monotonic};
 use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Status};
+use crate::wire::frame;
 use crate::wire::refusal::Refusal;
 
 mod greeting;
 mod registering;
 mod saving;
+mod swapping;
 
 /// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -53,6 +55,8 @@ pub(super) struct Work<W: World> {
     pub(super) held_at: Option<Monotonic>,
     /// Its guest's turn, until it has its identity.
     pub(super) turn: Option<OwnedSemaphorePermit>,
+    /// What is written together with the present step.
+    pub(super) writes: Vec<Write>,
 }
 
 /// How a piece of work ended.
@@ -99,6 +103,7 @@ impl<W: World> Work<W> {
                 Ok(()) => (StepState::Done, None),
                 Err(outcome) => (StepState::Failed, note_of(outcome)),
             };
+            self.shared.metrics.effect_ended(effect.name(), took);
             let took_us = Some(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
             if matches!(effect, Effect::MakeNetwork | Effect::OpenNetwork) && performed.is_ok() {
                 let so_far = self.record.timings.network_us.unwrap_or(0);
@@ -117,6 +122,7 @@ impl<W: World> Work<W> {
                 self.record.revision += 1;
                 writes.push(Write::Vm(Box::new(self.record.clone())));
             }
+            writes.append(&mut self.writes);
             if effect == Effect::Forget && performed.is_ok() {
                 writes.push(Write::NoVm(self.record.id.clone()));
                 writes.push(self.shared.removed_event(&self.record));
@@ -170,6 +176,7 @@ impl<W: World> Work<W> {
             }
             Effect::RemoveNetwork => {
                 self.shared.end_metadata(&self.record.id);
+                self.release_taps();
                 self.shared.world.networks().remove(&self.record).await.map_err(no_network)
             }
             Effect::StartVmm => self.start_vmm().await,
@@ -183,6 +190,16 @@ impl<W: World> Work<W> {
             Effect::SaveMachine => self.save_machine().await,
             Effect::DiscardSaved => self.discard_saved().await,
             Effect::CommitBundle => self.commit_bundle().await,
+            Effect::HoldTaps => self.hold_taps().await,
+            Effect::ReleaseTaps => {
+                self.release_taps();
+                Ok(())
+            }
+            Effect::PageOut => self.page_out().await,
+            Effect::SealMachine => self.seal_machine().await,
+            Effect::KeepSealed => self.keep_sealed().await,
+            Effect::UnsealMachine => self.unseal_machine().await,
+            Effect::DiscardSealed => self.discard_sealed().await,
             Effect::Register => self.register().await,
             Effect::GreetGuest => self.greet_guest().await,
             Effect::SetGuestClock => self.set_guest_clock().await,
@@ -211,14 +228,15 @@ impl<W: World> Work<W> {
     }
 
     /// What a VM was lent goes back together: its uid and its addresses, each to rest for its own time.
-    fn release(&self) -> [Write; 2] {
-        let now = self.shared.world.clock().wall();
+    fn release(&self) -> [Write; 3] {
+        let now = self.shared.steady();
         let config = &self.shared.config;
         let vm = &self.record.id;
-        let (uid, local) = (after(now, config.uids.quarantine()), after(now, quarantine(config)));
+        let (uid, local) = (now.after(config.uids.quarantine()), now.after(quarantine(config)));
         [
             Write::Release { vm: vm.clone(), quarantine_until: uid },
             Write::ReleaseLocal { vm: vm.clone(), quarantine_until: local },
+            Write::NoSwapKey(vm.clone()),
         ]
     }
 
@@ -233,10 +251,16 @@ impl<W: World> Work<W> {
     async fn start_vmm(&mut self) -> Result<(), Outcome> {
         let process = match self.find().await? {
             Some(process) => process,
-            None => self.shared.world.vmm().start(&self.record).await.map_err(start_failed)?,
+            None => {
+                let started = self.shared.world.vmm().start(&self.record).await.map_err(start_failed)?;
+                self.record.wire_version = frame::VERSION;
+                started
+            }
         };
         self.record.process = Some(process.record());
-        self.record.timings.spawn_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
+        if self.is_launch() {
+            self.record.timings.spawn_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
+        }
         self.process = Some(process);
         Ok(())
     }
@@ -253,15 +277,10 @@ impl<W: World> Work<W> {
     }
 
     async fn status(&self) -> Result<Status, Outcome> {
-        match self.ask(Ask::Status).await? {
-            Answer::Status(status) => Ok(status),
-            Answer::Welcome(_)
-            | Answer::Launched(_)
-            | Answer::Done
-            | Answer::Refused(_)
-            | Answer::Network(_)
-            | Answer::Saved(_) => Err(ask_failed(AskError::Unexpected)),
-        }
+        let Answer::Status(status) = self.ask(Ask::Status).await? else {
+            return Err(ask_failed(AskError::Unexpected));
+        };
+        Ok(status)
     }
 
     async fn build_machine(&mut self) -> Result<(), Outcome> {
@@ -300,22 +319,15 @@ impl<W: World> Work<W> {
 
     async fn make_machine(&mut self, ask: Ask) -> Result<(), Outcome> {
         let sent = self.now();
-        match self.ask(ask).await? {
-            Answer::Launched(phases) => {
-                let timings = &mut self.record.timings;
-                timings.build_us = Some(micros(self.shared.world.clock().monotonic().since(sent)));
-                timings.vm_us = Some(phases.vm_ns / 1000);
-                timings.load_us = Some(phases.load_ns / 1000);
-                timings.devices_us = Some(phases.devices_ns / 1000);
-                Ok(())
-            }
-            Answer::Welcome(_)
-            | Answer::Status(_)
-            | Answer::Done
-            | Answer::Refused(_)
-            | Answer::Network(_)
-            | Answer::Saved(_) => Err(ask_failed(AskError::Unexpected)),
-        }
+        let Answer::Launched(phases) = self.ask(ask).await? else {
+            return Err(ask_failed(AskError::Unexpected));
+        };
+        let timings = &mut self.record.timings;
+        timings.build_us = Some(micros(self.shared.world.clock().monotonic().since(sent)));
+        timings.vm_us = Some(phases.vm_ns / 1000);
+        timings.load_us = Some(phases.load_ns / 1000);
+        timings.devices_us = Some(phases.devices_ns / 1000);
+        Ok(())
     }
 
     async fn run_machine(&mut self) -> Result<(), Outcome> {
@@ -439,6 +451,8 @@ fn ask_failed(error: AskError) -> Outcome {
         AskError::Refused(Refusal::BadState { reason }) => Outcome::Failed(FailureCause::Bundle { detail: reason }),
         AskError::Bundle(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
         AskError::Stage(_)
+        | AskError::Sealed(_)
+        | AskError::OlderVmm { .. }
         | AskError::Refused(_)
         | AskError::Open { .. }
         | AskError::Socket(_)

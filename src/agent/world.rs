@@ -11,14 +11,16 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
 use super::bundles::{BundleError, BundleListed, BundleView, CommitOrder};
+use super::health::Pressure;
 use super::images::{Image, ImageError};
+use super::isolation::{HostIsolation, VmJail};
 use super::ledger::{LedgerError, Store};
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use crate::bundle::{Manifest, OpenBundleError, Verified};
-use crate::clock::{Clock, UnixNanos};
+use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
-use crate::wire::control::{Answer, Nonce, SavedPages};
+use crate::wire::control::{Answer, Nonce, SavedPages, SealingKey};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -52,6 +54,8 @@ pub trait World: Send + Sync + 'static {
     fn records(&self) -> &Self::Records;
     /// Fills `bytes` with randomness fit for keys.
     fn random(&self, bytes: &mut [u8]) -> io::Result<()>;
+    /// How long the host has been up.
+    fn uptime(&self) -> Uptime;
 }
 
 /// A stream to a guest's port or console.
@@ -83,6 +87,16 @@ pub trait VmmHost: Send + Sync + 'static {
 
     /// A stream to the guest's console, which begins with the history.
     fn console(&self, vm: &VmId) -> impl Future<Output = Result<Self::Stream, OpenStreamError>> + Send;
+
+    /// Holds the VM's taps beside its VMM, or without one: packets wait in them, and a VMM that is started later gets
+    /// them with what waits. Up to the bound of the tap's queue; what comes beyond it the kernel drops and counts.
+    fn hold_taps(&self, vm: &VmRecord) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Resolves when a packet waits in a tap that is held. Never, when none is. May be dropped and called again.
+    fn packet_waits(&self, vm: &VmId) -> impl Future<Output = ()> + Send;
+
+    /// Holds the VM's taps no longer.
+    fn release_taps(&self, vm: &VmId);
 }
 
 /// What to ask a VMM.
@@ -99,6 +113,15 @@ pub enum Ask {
         /// Which pages of memory.
         pages: SavedPages,
     },
+    /// Write the machine, which is held, encrypted to a file of the VM's directory.
+    Seal {
+        /// Which pages of memory.
+        pages: SavedPages,
+        /// The file's key.
+        key: SealingKey,
+    },
+    /// Build the machine from such a file.
+    Unseal(UnsealPlan),
     /// Hold the vCPUs.
     Pause,
     /// Let the vCPUs run.
@@ -109,6 +132,11 @@ pub enum Ask {
     ReplaceTap {
         /// Which interface.
         index: u8,
+    },
+    /// What its balloon holds.
+    Balloon {
+        /// What it is to hold from now on.
+        target_bytes: Option<u64>,
     },
 }
 
@@ -142,6 +170,21 @@ pub struct RestorePlan {
     pub network_limits: NetLimits,
 }
 
+/// A machine to build from its sealed file: names of things on this host, opened by whoever sends them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnsealPlan {
+    /// The bundle it was sealed as the difference to.
+    pub bundle: Option<BundleId>,
+    /// The file's key.
+    pub key: SealingKey,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Raw files to attach.
+    pub disks: Vec<DiskSpec>,
+    /// What may pass its network interface.
+    pub network_limits: NetLimits,
+}
+
 /// A held process: its pid cannot come to mean another one.
 pub trait VmmProcess: Clone + Send + Sync + 'static {
     /// What names it in records.
@@ -152,6 +195,12 @@ pub trait VmmProcess: Clone + Send + Sync + 'static {
     fn ended(&self) -> impl Future<Output = ProcessEnd> + Send;
     /// Memory and processor time it uses, if the host says.
     fn usage(&self) -> ProcessUsage;
+    /// Moves its memory to the host's swap. Fails when the host has too little of that.
+    fn page_out(&self) -> impl Future<Output = io::Result<()>> + Send;
+    /// Begins to bring its memory back, ahead of its use.
+    fn page_in(&self);
+    /// What of its jail is in force, looked at from outside; `None` when it has ended.
+    fn jail(&self) -> Option<VmJail>;
 }
 
 /// How a process ended.
@@ -180,6 +229,8 @@ impl std::fmt::Display for ProcessEnd {
 pub struct ProcessUsage {
     /// Resident memory, guest memory included.
     pub resident_bytes: Option<u64>,
+    /// Memory of its own in the host's swap.
+    pub swapped_bytes: Option<u64>,
     /// Processor time so far, user and system.
     pub cpu: Option<Duration>,
 }
@@ -222,9 +273,22 @@ pub enum AskError {
     /// The image is not usable.
     #[error("read the image")]
     Image(#[source] ImageError),
+    /// What was sealed of the VM cannot be opened.
+    #[error("open what was sealed of the VM")]
+    Sealed(#[source] io::Error),
     /// The bundle is not usable.
     #[error("open the bundle")]
     Bundle(#[source] OpenBundleError),
+    /// The VMM was started by an earlier agent and does not know this.
+    #[error(
+        "the VM's VMM is of an earlier version (protocol {speaks}, this needs {needs}): stop and launch it anew for that"
+    )]
+    OlderVmm {
+        /// The version it speaks.
+        speaks: u16,
+        /// The first version that has this.
+        needs: u16,
+    },
     /// There is no place to save to.
     #[error("stage a bundle")]
     Stage(#[source] crate::bundle::StageError),
@@ -283,6 +347,10 @@ pub trait VmDisk: Send + Sync + 'static {
     fn remains(&self, vm: &VmId) -> impl Future<Output = (Remains, Option<LastWords>)> + Send;
     /// The guest's console history, at most the last `bytes_max`.
     fn console_history(&self, vm: &VmId, bytes_max: usize) -> impl Future<Output = io::Result<Vec<u8>>> + Send;
+    /// Has what was sealed of this VM durable and under its name.
+    fn keep_sealed(&self, vm: &VmId) -> impl Future<Output = io::Result<()>> + Send;
+    /// Has nothing sealed of this VM.
+    fn discard_sealed(&self, vm: &VmId) -> impl Future<Output = io::Result<()>> + Send;
     /// The usable images, by name.
     fn images(&self) -> impl Future<Output = Result<Vec<Image>, ImageError>> + Send;
     /// One image.
@@ -297,6 +365,8 @@ pub trait VmDisk: Send + Sync + 'static {
     fn command_line_additions(&self) -> impl Future<Output = String> + Send;
     /// What the host has and has free.
     fn host(&self) -> impl Future<Output = io::Result<HostFacts>> + Send;
+    /// How pressed the host is.
+    fn pressure(&self) -> impl Future<Output = Pressure> + Send;
 }
 
 /// An image to make of files of this host.
@@ -313,7 +383,7 @@ pub struct ImageImport {
 }
 
 /// What the host has and has free.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct HostFacts {
     /// Its name.
     pub name: String,
@@ -323,8 +393,18 @@ pub struct HostFacts {
     pub memory_bytes: u64,
     /// Memory available without swapping.
     pub memory_available_bytes: u64,
+    /// Space on the file system of the state directory.
+    pub disk_total_bytes: u64,
+    /// What of it is free.
+    pub disk_free_bytes: u64,
+    /// Descriptors the agent has open.
+    pub descriptors_open: u64,
+    /// Descriptors it may have open.
+    pub descriptors_max: u64,
     /// What the probe found; `None` until it answered.
     pub probe: Option<serde_json::Value>,
+    /// What its kernel offers to keep VMs apart; `None` where no kernel was asked.
+    pub isolation: Option<HostIsolation>,
 }
 
 /// The bundles of the host, and what is to become one: what is saved of a VM is named by the VM's id until then.
@@ -404,6 +484,8 @@ pub struct Drops {
     pub foreign_session: u64,
     /// To or from somewhere else that is not allowed.
     pub not_allowed: u64,
+    /// To the VM, while its tap was full: it was out, paused, or did not take them fast enough.
+    pub queue_full: u64,
 }
 
 /// Why a network is not as it should be. All that failed, each with what it was.
@@ -421,6 +503,9 @@ pub trait Records: Send + Sync + 'static {
         &self,
         job: impl FnOnce(&mut Store) -> Result<T, LedgerError> + Send + 'static,
     ) -> impl Future<Output = Result<T, LedgerError>> + Send;
+
+    /// Jobs that wait for the store.
+    fn queued(&self) -> usize;
 }
 
 /// Reads a nonce's worth of randomness and such.

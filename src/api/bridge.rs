@@ -12,6 +12,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::error::ApiError;
+use super::stall::Reading;
 use super::stream::{Exit, Frame};
 use crate::agent::{AnyStream, ExecExit, ExecInput, ExecOutput, ExecReceiver, ExecSender, ExecSession};
 
@@ -26,9 +27,9 @@ const HANG_UP_CHECK: Duration = Duration::from_secs(1);
 
 /// A client's connection, taken over from HTTP, and what HTTP had read of it beyond the request.
 fn take_over(stream: Upgraded) -> Option<(OwnedReadHalf, OwnedWriteHalf, BytesMut)> {
-    match stream.downcast::<TokioIo<UnixStream>>() {
+    match stream.downcast::<TokioIo<Reading<UnixStream>>>() {
         Ok(parts) => {
-            let (read, write) = parts.io.into_inner().into_split();
+            let (read, write) = parts.io.into_inner().into_inner().into_split();
             Some((read, write, BytesMut::from(parts.read_buf.as_ref())))
         }
         Err(_) => {

@@ -1,8 +1,11 @@
 //! Records of the agent → bodies of the API, field by field: what is inside may change, what is said may not.
 
+mod balloon;
 mod bundle;
 mod cluster;
+mod isolation;
 mod session;
+mod swap;
 
 use jiff::Timestamp;
 
@@ -10,17 +13,21 @@ use axum::http::StatusCode;
 
 use super::error::ApiError;
 use super::types::{
-    Cause, Disk, ErrorDetail, Event, FlowLimits, FlowStats, Host, HostVms, Image, InterfaceStats, NetworkLimits,
-    Operation, OperationState, Stats, Step, StepState, Timings, Vm, VmState, VmmStats,
+    Cause, Disk, Drain, ErrorDetail, Event, FlowLimits, FlowStats, Host, HostFailure, HostLedger, HostPressure,
+    HostRoom, HostVms, HostWarning, Image, InterfaceStats, NetworkLimits, Operation, OperationState, Quarantine, Stats,
+    Step, StepState, Timings, Vm, VmState, VmmStats,
 };
 use crate::agent;
 use crate::clock::UnixNanos;
 use crate::report::Retry;
-use crate::units::{self, NetLimits, Rate};
+use crate::units::{self, MIB, NetLimits, Rate};
 
+pub(super) use balloon::balloon;
 pub(super) use bundle::{bundle, bundles};
 pub(super) use cluster::{calculation, cluster, member};
+pub(super) use isolation::{host_isolation, vm_jail};
 pub(super) use session::{addressing, egress, fabric, published_port, session};
+pub(super) use swap::{swap_decision, swap_mode, swap_policy};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {
@@ -50,6 +57,16 @@ fn cause(vm: &agent::VmRecord) -> Option<Cause> {
         _ => "it was stopped by request",
     };
     Some(Cause { code, detail: detail.to_owned() })
+}
+
+/// How far draining is.
+pub(super) fn drain(draining: &agent::Draining) -> Drain {
+    Drain {
+        vms: draining.vms as u64,
+        stopped: draining.stopped as u64,
+        left: draining.left.clone(),
+        done: draining.is_over,
+    }
 }
 
 /// A VM.
@@ -92,7 +109,14 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
             init_ms: ms(timings.init_us),
             total_ms: ms(timings.total_us),
         },
+        quarantine: vm
+            .quarantine
+            .as_ref()
+            .map(|found| Quarantine { since: timestamp(found.at), report: found.report.clone() }),
+        swap_policy: swap::shown_policy(&vm.spec.swap),
+        swapped: swap::swapped(vm),
         pid: vm.process.and_then(|process| u32::try_from(process.pid).ok()),
+        jail: None,
         operation_id: vm.operation.clone(),
         last_console_lines: vm.remains.as_ref().map(|left| left.console.clone()).unwrap_or_default(),
     }
@@ -106,8 +130,9 @@ fn state(state: &agent::VmState) -> VmState {
         agent::VmState::Running => VmState::Running,
         agent::VmState::Paused => VmState::Paused,
         agent::VmState::Saving { .. } => VmState::Saving,
-        agent::VmState::SwappingOut => VmState::SwappingOut,
-        agent::VmState::SwappedOut => VmState::SwappedOut,
+        agent::VmState::SwappingOut { .. } => VmState::SwappingOut,
+        agent::VmState::SwappedOut { .. } => VmState::SwappedOut,
+        agent::VmState::Waking { .. } => VmState::Waking,
         agent::VmState::Sending => VmState::Sending,
         agent::VmState::HandedOver => VmState::HandedOver,
         agent::VmState::Arriving => VmState::Arriving,
@@ -131,6 +156,8 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         agent::Goal::Undo => "vm_undo",
         agent::Goal::Enlist => "vm_launch",
         agent::Goal::Register => "vm_register",
+        agent::Goal::SwapOut => "vm_swap_out",
+        agent::Goal::Wake => "vm_wake",
     };
     let state = match operation.state {
         agent::OperationState::Running => OperationState::Running,
@@ -204,6 +231,7 @@ pub(super) fn stats(vm: &agent::VmRecord, stats: &agent::VmStats) -> Stats {
         stray_accesses: status.stray_accesses,
         console_bytes: status.console_bytes,
         resident_bytes: usage.resident_bytes,
+        swapped_bytes: usage.swapped_bytes,
         cpu_ms: usage.cpu.map(|cpu| cpu.as_secs_f64() * 1000.0),
     });
     let guest = stats.guest.map(|guest| super::types::GuestStats {
@@ -216,7 +244,8 @@ pub(super) fn stats(vm: &agent::VmRecord, stats: &agent::VmStats) -> Stats {
         execs_running: guest.execs_running,
     });
     let network = stats.network.iter().map(interface).collect();
-    Stats { id: vm.id.clone(), vmm, network, guest }
+    let balloon = stats.balloon.as_ref().map(balloon);
+    Stats { id: vm.id.clone(), vmm, network, balloon, guest }
 }
 
 fn interface(found: &agent::InterfaceStatus) -> InterfaceStats {
@@ -260,13 +289,38 @@ fn shown_limits(limits: NetLimits) -> NetworkLimits {
     NetworkLimits { rx: flow(limits.rx), tx: flow(limits.tx) }
 }
 
+fn failure(record: &agent::OperationRecord) -> HostFailure {
+    let operation = operation(record);
+    let (code, message) = operation.error.map(|error| (error.code, error.message)).unwrap_or_default();
+    HostFailure {
+        operation: operation.id.to_string(),
+        kind: operation.kind,
+        object: operation.object,
+        code,
+        message,
+        at: operation.finished_at,
+    }
+}
+
 /// This host.
 pub(super) fn host(
     view: agent::HostView,
     vms: &[std::sync::Arc<agent::VmRecord>],
     fabric: Option<&agent::FabricView>,
 ) -> Host {
-    let agent::HostView { facts, started_at, state_dir, epoch: _ } = view;
+    let agent::HostView { facts, started_at, state_dir, vm_states, limits, ledger, warnings, pressure, .. } = view;
+    let room = HostRoom {
+        draining: view.is_draining,
+        memory_promised_bytes: view.promised_bytes,
+        memory_reserve_bytes: limits.memory_reserve_mib.saturating_mul(MIB),
+        disk_total_bytes: facts.disk_total_bytes,
+        disk_free_bytes: facts.disk_free_bytes,
+        disk_reserve_bytes: limits.disk_reserve_mib.saturating_mul(MIB),
+        descriptors_open: facts.descriptors_open,
+        descriptors_max: facts.descriptors_max,
+        connections_open: view.connections as u64,
+        connections_max: limits.connections_max,
+    };
     let mut count = HostVms { total: u32::try_from(vms.len()).unwrap_or(u32::MAX), ..HostVms::default() };
     for vm in vms {
         match state(&vm.state) {
@@ -278,6 +332,7 @@ pub(super) fn host(
             | VmState::Registering
             | VmState::Saving
             | VmState::SwappingOut
+            | VmState::Waking
             | VmState::Sending
             | VmState::Arriving
             | VmState::Stopping => count.changing += 1,
@@ -292,7 +347,20 @@ pub(super) fn host(
         cpus: facts.cpus,
         memory_bytes: facts.memory_bytes,
         memory_available_bytes: facts.memory_available_bytes,
+        isolation: facts.isolation.map(host_isolation),
         vms: count,
+        vm_states,
+        room,
+        pressure: HostPressure { cpu_percent: pressure.cpu, memory_percent: pressure.memory, io_percent: pressure.io },
+        failures: ledger.iter().flat_map(|ledger| ledger.failures.iter().map(failure)).collect(),
+        ledger: ledger.map(|ledger| HostLedger {
+            bytes: ledger.bytes,
+            last_backup: ledger.last_backup.map(timestamp),
+            backups: ledger.backups as u64,
+            events: ledger.events,
+            oldest_event: ledger.oldest_event,
+        }),
+        warnings: warnings.into_iter().map(|warning| HostWarning { what: warning.what, todo: warning.todo }).collect(),
         fabric: fabric.map(session::fabric),
         probe: facts.probe,
     }

@@ -3,16 +3,16 @@
 
 mod cluster;
 
-use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::agent::{
-    BundleError, Denied, ExecError, FailureCause, FindBundleError, FindError, GuestError, ImageError, LaunchError,
-    LedgerError, NotRunning, OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, VerbError,
-    VerifyError, VmError, VmState,
+    BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError, FindError,
+    GuestError, ImageError, LaunchError, LedgerError, NoRoom, NotRunning, OpenBundleError, OwnError, ReadBundleError,
+    RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 
@@ -50,9 +50,41 @@ impl ApiError {
     }
 }
 
+/// The code of an answer that says no, beside it, to be counted.
+#[derive(Debug, Clone)]
+pub(super) struct ErrorCode(pub(super) String);
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.status, Json(self.body())).into_response()
+        let code = ErrorCode(self.detail.code.clone());
+        (self.status, Extension(code), Json(self.body())).into_response()
+    }
+}
+
+impl From<NoRoom> for ApiError {
+    fn from(error: NoRoom) -> Self {
+        // A full disk has a status of its own; the others are a host that is not there for now.
+        let status = match error {
+            NoRoom::Disk { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            NoRoom::Draining | NoRoom::Descriptors { .. } => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error.code(), error.to_string(), error.retry()).with_detail(error.advice())
+    }
+}
+
+impl From<BackUpError> for ApiError {
+    fn from(error: BackUpError) -> Self {
+        let message = chain(&error);
+        let (status, code) = match error {
+            BackUpError::Backup(BackupError::Exists { .. }) => (StatusCode::CONFLICT, "file_exists"),
+            BackUpError::Backup(BackupError::File { .. } | BackupError::Copy { .. }) => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "not_backed_up")
+            }
+            BackUpError::Relative { .. } => (StatusCode::BAD_REQUEST, "relative_path"),
+            BackUpError::InMemory => (StatusCode::CONFLICT, "no_ledger_file"),
+            BackUpError::Ledger(error) => return error.into(),
+        };
+        Self::new(status, code, message, Retry::WithChange)
     }
 }
 
@@ -85,6 +117,8 @@ impl From<VerbError> for ApiError {
         match error {
             VerbError::Denied { source, .. } => denied(&source, message),
             VerbError::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "busy", message, retry),
+            VerbError::Quarantined { .. } => Self::new(StatusCode::CONFLICT, "vm_quarantined", message, retry)
+                .with_detail("find out which of the two is right; `hearth vm rm` ends the VM, and restarting the agent looks again"),
             VerbError::Gone { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", message, retry),
             VerbError::Failed { code, .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, &code, message, retry),
         }
@@ -141,6 +175,14 @@ impl From<VmError> for ApiError {
             VmError::Guest(error) => error.into(),
             VmError::Bundle(error) => error.into(),
             VmError::Ledger(error) => error.into(),
+            VmError::Balloon(error) => {
+                let (status, code) = match &error {
+                    BalloonError::None { .. } => (StatusCode::CONFLICT, "no_balloon"),
+                    BalloonError::Target { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "balloon_too_large"),
+                    BalloonError::Vmm { .. } => (StatusCode::BAD_GATEWAY, "vmm_failure"),
+                };
+                Self::new(status, code, message, error.retry())
+            }
             VmError::NoParent { .. } => Self::new(StatusCode::CONFLICT, "no_parent", message, Retry::WithChange),
             VmError::Console { .. } => Self::new(StatusCode::BAD_GATEWAY, "no_console", message, Retry::Later),
             VmError::History { .. } => {
@@ -154,6 +196,7 @@ impl From<ImageError> for ApiError {
     fn from(error: ImageError) -> Self {
         let (message, retry) = (chain(&error), error.retry());
         let (status, code) = match error {
+            ImageError::NoRoom(error) => return error.into(),
             ImageError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
             ImageError::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_image"),
             ImageError::Exists { .. } => (StatusCode::CONFLICT, "name_taken"),
@@ -180,6 +223,7 @@ impl From<BundleError> for ApiError {
             ReadBundleError::File { .. } => host,
         };
         let (status, code, todo) = match &error {
+            BundleError::NoRoom(error) => return error.clone().into(),
             BundleError::Find(FindBundleError::Unknown { .. }) => unknown,
             BundleError::Find(FindBundleError::Ambiguous { .. }) => (StatusCode::CONFLICT, "ambiguous_id", None),
             BundleError::Read(error) => read(error),
@@ -286,6 +330,7 @@ impl From<LaunchError> for ApiError {
             LaunchError::TooManyPorts { .. } => (StatusCode::BAD_REQUEST, "too_many_ports"),
             LaunchError::Port { .. } => (StatusCode::BAD_REQUEST, "bad_port"),
             LaunchError::PortTaken { .. } => (StatusCode::CONFLICT, "port_taken"),
+            LaunchError::NoRoom(error) => return error.into(),
             LaunchError::KeyMismatch => (StatusCode::CONFLICT, "idempotency_mismatch"),
             LaunchError::Ending => (StatusCode::SERVICE_UNAVAILABLE, "agent_ending"),
             LaunchError::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure"),
@@ -312,7 +357,7 @@ impl From<SessionError> for ApiError {
                 (StatusCode::CONFLICT, "session_id_taken", Some("`hearth session ls` shows which are in use"))
             }
             SessionError::Resting { .. } => {
-                let todo = "wait until then, or leave the network id out to get one that is free";
+                let todo = "wait that long, or leave the network id out to get one that is free";
                 (StatusCode::CONFLICT, "session_id_quarantined", Some(todo))
             }
             SessionError::NoNumber { .. } => {
@@ -440,6 +485,7 @@ impl From<NotRunning> for ApiError {
                     | FailureCause::VmmExited { .. }
                     | FailureCause::VmmGone
                     | FailureCause::Interrupted
+                    | FailureCause::SwapStateCorrupt { .. }
                     | FailureCause::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Retry::Later),
                 };
                 Self::new(status, cause.name(), message, retry).with_detail(shown)
@@ -453,8 +499,9 @@ impl From<NotRunning> for ApiError {
             | VmState::Running
             | VmState::Paused
             | VmState::Saving { .. }
-            | VmState::SwappingOut
-            | VmState::SwappedOut
+            | VmState::SwappingOut { .. }
+            | VmState::SwappedOut { .. }
+            | VmState::Waking { .. }
             | VmState::Sending
             | VmState::HandedOver
             | VmState::Arriving

@@ -1,5 +1,6 @@
 //! One function per route: parse, one call to the agent, answer. No decisions.
 
+pub(super) mod balloon;
 pub(super) mod bundles;
 pub(super) mod calculations;
 pub(super) mod clusters;
@@ -8,4 +9,5 @@ pub(super) mod host;
 pub(super) mod images;
 pub(super) mod operations;
 pub(super) mod sessions;
+pub(super) mod swap;
 pub(super) mod vms;

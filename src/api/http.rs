@@ -7,18 +7,23 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::http::StatusCode;
 use hyper::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
-/// Most connections at once; more wait in the socket's backlog.
-const CONNECTIONS_MAX: usize = 512;
+use super::error::ApiError;
+use super::stall::Reading;
+use crate::agent::Connections;
+use crate::agent::config::Limits;
+use crate::report::Retry;
 
 /// Longest head of a request in bytes: a path, a few headers and a key.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
@@ -26,8 +31,48 @@ const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Most headers of a request.
 const HEADERS_MAX: usize = 64;
 
-/// Longest time for the head of a request to arrive, also of the next one on a connection kept open.
-const HEAD_LIMIT: Duration = Duration::from_secs(60);
+/// Longest time for the head of a request to arrive, also of the next one on a connection kept open. A client sends a
+/// head at once; one that keeps connections for later has to be ready to open a new one.
+const HEAD_LIMIT: Duration = Duration::from_secs(15);
+
+/// How long a client may take nothing of its answer. A pager that somebody reads in may hold an answer up for minutes.
+const STALL_LIMIT: Duration = Duration::from_secs(300);
+
+/// Connections beyond the bound that are told so at once; more are closed without a word.
+const REFUSALS_MAX: usize = 64;
+
+/// How long a refused client may take to say what it wants: its answer is lost when the connection is closed before.
+const REFUSAL_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long nothing is accepted after the system refused a connection, for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bounds of connections.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Most connections at once.
+    pub(super) connections_max: usize,
+    /// See [`HEAD_LIMIT`].
+    pub(super) head: Duration,
+    /// See [`STALL_LIMIT`].
+    pub(super) stall: Duration,
+}
+
+impl Bounds {
+    /// What agents do.
+    pub(super) fn of(config: &Limits) -> Self {
+        let connections_max = usize::try_from(config.connections_max).unwrap_or(usize::MAX);
+        Self { connections_max, head: HEAD_LIMIT, stall: STALL_LIMIT }
+    }
+}
+
+/// What serving connections needs.
+#[derive(Clone)]
+pub(super) struct Service {
+    pub(super) router: Router,
+    pub(super) bounds: Bounds,
+    pub(super) connections: Arc<Connections>,
+}
 
 /// How long requests may go on after the agent was told to end.
 const END_LIMIT: Duration = Duration::from_secs(2);
@@ -43,16 +88,20 @@ pub(super) struct Client {
     pub(super) pid: i32,
 }
 
+impl Client {
+    fn of(stream: &UnixStream) -> Self {
+        match stream.peer_cred() {
+            Ok(found) => Self { uid: found.uid(), gid: found.gid(), pid: found.pid().unwrap_or(0) },
+            Err(_) => Self::default(),
+        }
+    }
+}
+
 /// Serves until `ending` becomes true, then waits a little for what is under way.
-pub(super) async fn serve(listener: UnixListener, router: Router, mut ending: watch::Receiver<bool>) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+pub(super) async fn serve(listener: UnixListener, service: Service, mut ending: watch::Receiver<bool>) {
+    let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     let mut connections = JoinSet::new();
     loop {
-        let permit = tokio::select! {
-            biased;
-            () = ended(&mut ending) => break,
-            permit = Arc::clone(&room).acquire_owned() => permit,
-        };
         let accepted = tokio::select! {
             biased;
             () = ended(&mut ending) => break,
@@ -60,16 +109,30 @@ pub(super) async fn serve(listener: UnixListener, router: Router, mut ending: wa
         };
         match accepted {
             Ok((stream, _)) => {
-                let serving = connection(stream, router.clone(), ending.clone());
-                connections.spawn(async move {
-                    serving.await;
-                    drop(permit);
-                });
+                let client = Client::of(&stream);
+                match service.connections.take(client.pid, service.bounds.connections_max) {
+                    Some(place) => {
+                        let serving = connection(stream, client, service.clone(), ending.clone());
+                        connections.spawn(async move {
+                            serving.await;
+                            drop(place);
+                        });
+                    }
+                    None => {
+                        tracing::debug!(pid = client.pid, uid = client.uid, "a connection beyond the bound");
+                        if let Ok(permit) = Arc::clone(&refusals).try_acquire_owned() {
+                            connections.spawn(async move {
+                                refuse(stream).await;
+                                drop(permit);
+                            });
+                        }
+                    }
+                }
             }
             Err(error) => {
                 // Too many open files, most likely: later ones may fit again.
                 tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
         while connections.try_join_next().is_some() {}
@@ -87,11 +150,35 @@ async fn ended(ending: &mut watch::Receiver<bool>) {
     let _ = ending.wait_for(|ending| *ending).await;
 }
 
-async fn connection(stream: UnixStream, router: Router, mut ending: watch::Receiver<bool>) {
-    let client = match stream.peer_cred() {
-        Ok(found) => Client { uid: found.uid(), gid: found.gid(), pid: found.pid().unwrap_or(0) },
-        Err(_) => Client::default(),
+/// Says that there are too many connections, once the client has said something.
+async fn refuse(mut stream: UnixStream) {
+    let error = ApiError::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "too_many_connections",
+        "too many connections to this agent are open",
+        Retry::Later,
+    )
+    .with_detail("close some: one process may have half of limits.connections_max");
+    let body = serde_json::to_string(&error.body()).unwrap_or_default();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let refusing = async {
+        let mut head = [0; 4096];
+        // What it is does not matter.
+        let _ = stream.read(&mut head).await;
+        // It may have gone.
+        let _ = stream.write_all(answer.as_bytes()).await;
+        let _ = stream.shutdown().await;
     };
+    let _ = tokio::time::timeout(REFUSAL_LIMIT, refusing).await;
+}
+
+async fn connection(stream: UnixStream, client: Client, service: Service, mut ending: watch::Receiver<bool>) {
+    let Service { router, bounds, connections } = service;
+    let stream = Reading::new(stream, bounds.stall, connections);
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(client);
         let answering = router.clone().oneshot(request.map(Body::new));
@@ -100,7 +187,7 @@ async fn connection(stream: UnixStream, router: Router, mut ending: watch::Recei
     let mut builder = http1::Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
+        .header_read_timeout(bounds.head)
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX);
     let serving = builder.serve_connection(TokioIo::new(stream), service).with_upgrades();

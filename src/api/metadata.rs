@@ -311,6 +311,8 @@ async fn connection(stream: TcpStream, vm: VmId, router: Router) {
         async move { answering.await.map_err(|never: Infallible| never) }
     });
     let mut builder = http1::Builder::new();
+    // A client that has said all it wants may say so, as nc does at the end of its input: its answer may take longer.
+    builder.half_close(true);
     builder
         .timer(TokioTimer::new())
         .header_read_timeout(ARRIVE_LIMIT)

@@ -13,11 +13,11 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::error::ApiError;
-use super::handlers::{bundles, calculations, clusters, exec, host, images, operations, sessions, vms};
+use super::error::{ApiError, ErrorCode};
+use super::handlers::{balloon, bundles, calculations, clusters, exec, host, images, operations, sessions, swap, vms};
 use super::http::Client;
 use super::types;
-use crate::agent::Door;
+use crate::agent::{Door, NoRoom};
 use crate::report::Retry;
 
 /// What handlers work with.
@@ -40,7 +40,7 @@ impl std::fmt::Debug for Served {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Hearth", description = "A per-host microVM agent, over a unix socket."),
-    components(schemas(types::Event)),
+    components(schemas(types::Event, types::Drain)),
     tags(
         (name = "vms", description = "Virtual machines"),
         (name = "sessions", description = "VMs that may talk to each other"),
@@ -61,6 +61,11 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(vms::pause_vm))
         .routes(routes!(vms::resume_vm))
         .routes(routes!(vms::vm_stats))
+        .routes(routes!(balloon::set_balloon))
+        .routes(routes!(swap::swap_out_vm))
+        .routes(routes!(swap::wake_vm))
+        .routes(routes!(swap::set_swap_policy))
+        .routes(routes!(swap::list_swap_decisions))
         .routes(routes!(exec::exec))
         .routes(routes!(exec::console_history, exec::console))
         .routes(routes!(sessions::create_session, sessions::list_sessions))
@@ -82,6 +87,8 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(operations::show_operation))
         .routes(routes!(operations::list_events))
         .routes(routes!(host::show_host))
+        .routes(routes!(host::drain))
+        .routes(routes!(host::back_up_ledger))
         .routes(routes!(host::metrics))
         .routes(routes!(host::openapi))
 }
@@ -115,6 +122,10 @@ async fn wrong_method(method: Method, request: Request) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message, Retry::Never)
 }
 
+/// What makes records without making a VM or a bundle: an agent that is draining refuses these here, and the rest where
+/// it is admitted.
+const CREATES: [&str; 3] = ["/v1/sessions", "/v1/clusters", "/v1/clusters/{id}/calculations"];
+
 /// Gives each request an id, logs who asked what and how it went, and counts it.
 async fn observe(State(served): State<Served>, request: Request, next: Next) -> Response {
     let id = served.door.request_id();
@@ -125,7 +136,16 @@ async fn observe(State(served): State<Served>, request: Request, next: Next) -> 
     let path = request.uri().path().to_owned();
     let span = tracing::info_span!("request", id, uid = client.uid, pid = client.pid);
     let begun = tokio::time::Instant::now();
-    let mut response = next.run(request).instrument(span.clone()).await;
+    let is_refused =
+        method == Method::POST && CREATES.contains(&route.as_str()) && served.door.draining().borrow().has_begun;
+    let mut response = if is_refused {
+        ApiError::from(NoRoom::Draining).into_response()
+    } else {
+        next.run(request).instrument(span.clone()).await
+    };
+    if let Some(ErrorCode(code)) = response.extensions().get() {
+        served.door.count_refusal(code);
+    }
     let status = response.status().as_u16();
     served.door.count_request(&format!("{method} {route}"), status);
     let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);

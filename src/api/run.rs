@@ -15,7 +15,8 @@ use super::{metadata, peer};
 use crate::agent::config::{self, ConfigError, Overrides};
 use crate::agent::log::{self, LogFormat};
 use crate::agent::peers::{PeerKey, PeerKeyError, PeerSetup};
-use crate::agent::{Agent, Door, HostWorld, LedgerError, OpenHostError};
+use crate::agent::raise_descriptors;
+use crate::agent::{Agent, DRAIN_GRACE, Door, Draining, HostWorld, LedgerError, OpenHostError};
 
 /// Threads that serve the API and the VMs' actors. What blocks has threads of its own.
 const WORKERS: usize = 2;
@@ -61,6 +62,12 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// Some VMs did not stop when the agent drained.
+    #[error("drained, but these VMs did not stop: {}; the next agent on this state directory finds them", .left.join(", "))]
+    NotDrained {
+        /// Names or ids.
+        left: Vec<String>,
+    },
     /// The ledger failed while the agent ran.
     #[error("the ledger failed: {why}; the VMs go on, and the next agent finds them")]
     Broken {
@@ -73,6 +80,10 @@ pub enum RunError {
 pub fn run(options: RunOptions) -> Result<(), RunError> {
     log::start(options.log_format);
     let config = config::load(options.overrides.clone())?;
+    match raise_descriptors() {
+        Ok(descriptors) => tracing::debug!(descriptors, "descriptors this agent may open"),
+        Err(error) => tracing::warn!(%error, "cannot raise the limit of open descriptors"),
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build();
     let runtime = runtime.map_err(RunError::Runtime)?;
     let result = runtime.block_on(serve(config, &options));
@@ -81,14 +92,30 @@ pub fn run(options: RunOptions) -> Result<(), RunError> {
     result
 }
 
+/// Stops all VMs: what a signal asks an agent for that was started with `--drain`.
+async fn drain(agent: &dyn Door) -> Result<(), RunError> {
+    match agent.drain(DRAIN_GRACE).wait_for(|draining| draining.is_over).await {
+        Ok(drained) => drained_result(&drained),
+        Err(_) => Ok(()),
+    }
+}
+
+fn drained_result(drained: &Draining) -> Result<(), RunError> {
+    if drained.left.is_empty() { Ok(()) } else { Err(RunError::NotDrained { left: drained.left.clone() }) }
+}
+
 async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Runtime)?;
     let world = HostWorld::open(&config)?;
+    if let Err(error) = log::keep_log(&config.state_dir) {
+        tracing::warn!(%error, "cannot keep a copy of the log in the state directory");
+    }
     // Before the VMs are touched: an agent that cannot be asked should not act.
     let socket = listen::bind(&config.socket).await?;
     let path = config.socket.clone();
     let fabric = config.fabric.clone();
+    let bounds = http::Bounds::of(&config.limits);
     let key = fabric.as_ref().and_then(|fabric| fabric.key_file.as_deref()).map(PeerKey::read).transpose()?;
     let peers = match fabric.as_ref().and_then(|fabric| fabric.listen) {
         Some(address) => {
@@ -109,11 +136,16 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
     if let Some(doors) = agent.metadata() {
         tokio::spawn(metadata::serve(doors, Arc::clone(&agent), host.as_str().into(), ending.clone()));
     }
-    let serving = tokio::spawn(http::serve(socket.listener, router(Arc::clone(&agent), &host), ending));
+    let service = http::Service { router: router(Arc::clone(&agent), &host), bounds, connections: agent.connections() };
+    let serving = tokio::spawn(http::serve(socket.listener, service, ending));
     tracing::info!(socket = %path.display(), host, version = env!("CARGO_PKG_VERSION"), "serving");
     log::say_ready(options.log_format);
-    let mut broken = agent.broken();
+    let (mut broken, mut draining) = (agent.broken(), agent.draining());
     let result = tokio::select! {
+        drained = draining.wait_for(|draining| draining.is_over) => match drained {
+            Ok(drained) => drained_result(&drained),
+            Err(_) => Ok(()),
+        },
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
         why = broken.wait_for(Option::is_some) => {
@@ -121,9 +153,7 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
         }
     };
     log::say_stopping();
-    if options.drain && result.is_ok() {
-        agent.drain().await;
-    }
+    let result = if options.drain && result.is_ok() { drain(agent.as_ref()).await } else { result };
     agent.close().await;
     end.send_replace(true);
     // Its connections have a bound of their own.

@@ -1,7 +1,9 @@
 //! The API over a simulated host, in real time, on a real socket.
 
+mod balloon;
 mod bundles;
 mod clusters;
+mod limits;
 mod sessions;
 
 use std::sync::Arc;
@@ -28,6 +30,7 @@ fn the_document_is_as_in_the_golden_file() {
 /// A served agent.
 struct Api {
     host: SimHost,
+    agent: Arc<dyn Door>,
     dir: tempfile::TempDir,
     _end: watch::Sender<bool>,
 }
@@ -39,17 +42,25 @@ impl Api {
 
     /// With a configuration of this text.
     async fn configured(text: &str) -> Self {
+        Self::bounded(text, |bounds| bounds).await
+    }
+
+    /// With other bounds of connections than agents have.
+    async fn bounded(text: &str, bounds: impl FnOnce(http::Bounds) -> http::Bounds) -> Self {
         let host = SimHost::new(1);
         host.set_boot(Duration::from_millis(20));
         let mut file = tempfile::NamedTempFile::new().unwrap();
         std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
         let config = load(Overrides { config: Some(file.path().into()), ..Overrides::default() }).unwrap();
+        let bounds = bounds(http::Bounds::of(&config.limits));
         let agent: Arc<dyn Door> = Arc::new(Agent::start(host.begin_life(Faults::default()), config).await.unwrap());
         let dir = tempfile::tempdir().unwrap();
         let listener = tokio::net::UnixListener::bind(dir.path().join("api.sock")).unwrap();
         let (end, ending) = watch::channel(false);
-        tokio::spawn(http::serve(listener, router(agent, "here"), ending));
-        Self { host, dir, _end: end }
+        let connections = agent.connections();
+        let service = http::Service { router: router(Arc::clone(&agent), "here"), bounds, connections };
+        tokio::spawn(http::serve(listener, service, ending));
+        Self { host, agent, dir, _end: end }
     }
 
     async fn connect(&self) -> UnixStream {

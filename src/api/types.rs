@@ -5,6 +5,7 @@
 //! * Times are RFC 3339 in UTC; durations are milliseconds with fraction and end in `_ms`; sizes are bytes and end in
 //!   `_bytes`, except where people give them (`memory_mib`).
 
+mod balloon;
 mod base64;
 mod bundle;
 mod calculation;
@@ -13,11 +14,14 @@ mod error;
 mod exec;
 mod host;
 mod image;
+mod isolation;
 mod network;
 mod operation;
 mod session;
+mod swap;
 mod vm;
 
+pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
 pub(crate) use base64::{decode as decode_base64, encode as encode_base64};
 pub use bundle::{
     Bundle, BundleBuildRequest, BundleHost, BundleList, BundleRecipe, BundleVerified, CompactRequest, SnapshotRequest,
@@ -29,17 +33,25 @@ pub use cluster::{
 };
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
-pub use host::{Host, HostVms};
+pub use host::{
+    Drain, DrainRequest, Host, HostFailure, HostLedger, HostPressure, HostRoom, HostVms, HostWarning, LedgerBackup,
+    LedgerBackupRequest,
+};
 pub use image::{Image, ImageImportRequest, ImageList};
+pub use isolation::{CgroupController, HostIsolation, VmJail, VmJailLimit, VmJailThread};
 pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
 pub use session::{
     Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,
     SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,
 };
+pub use swap::{
+    SwapChoice, SwapDecision, SwapDecisionList, SwapMode, SwapNeed, SwapOutRequest, SwapPolicy, SwapVerdict,
+    SwapWeighed, Swapped, WakeCause,
+};
 pub use vm::{
-    Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, RemoveQuery, Stats, StopRequest, Timings, Vm,
-    VmLaunchRequest, VmList, VmState, VmmStats, Wait,
+    Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
+    Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

@@ -1,10 +1,11 @@
-//! `hearth bench launch` and `hearth bench clone`.
+//! `hearth bench launch`, `clone`, `snapshot` and `swap`.
 
 use std::path::PathBuf;
 
 use clap::Args;
 
-use super::value::{ReferenceWord, name};
+use super::swap::SwapModeWord;
+use super::value::{ReferenceWord, duration_ms, name};
 use crate::api::types::IMAGE_DEFAULT;
 
 pub(super) const LAUNCH_HELP: &str = "\
@@ -22,6 +23,15 @@ Memory is PSS: pages that several VMs map are shared out among them.
 
 Example:
   hearth bench clone --at-once 1 --at-once 10 --at-once 100 --memory 64";
+
+pub(super) const SNAPSHOT_HELP: &str = "\
+Pause is the time in which no vCPU runs. Each full snapshot is followed by some idle time and then by a difference, which
+holds what the VM has changed since it was launched. Each is removed before the next; in the end the VM goes as well, and
+the bundle if it was built for this.
+
+Examples:
+  hearth bench snapshot --count 10
+  hearth bench snapshot --bundle web --idle 5s --json";
 
 /// What to launch from.
 #[derive(Debug, Clone, Args)]
@@ -75,4 +85,42 @@ pub struct BenchCloneArgs {
     /// How many VMs at once; may be given several times
     #[arg(long, value_name = "N", default_values_t = [1, 10], value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub at_once: Vec<u32>,
+    /// Longest time until all of them run, such as 10m [default: 5 minutes, and 10 seconds for each VM]
+    #[arg(long, value_name = "TIME", value_parser = duration_ms)]
+    pub timeout: Option<u32>,
+}
+
+pub(super) const SWAP_HELP: &str = "\
+Each round moves the VM's memory out and wakes it by a call. To swap, the host needs some (swapon).
+
+Examples:
+  hearth bench swap --count 20
+  hearth bench swap --bundle web --mode hibernate --json";
+
+/// `hearth bench swap`.
+#[derive(Debug, Clone, Args)]
+pub struct BenchSwapArgs {
+    /// What to launch from
+    #[command(flatten)]
+    pub source: BenchSource,
+    /// Only to there [default: both, one after the other]
+    #[arg(long, value_enum)]
+    pub mode: Option<SwapModeWord>,
+    /// How many times each
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+}
+
+/// `hearth bench snapshot`.
+#[derive(Debug, Clone, Args)]
+pub struct BenchSnapshotArgs {
+    /// What to launch from
+    #[command(flatten)]
+    pub source: BenchSource,
+    /// How many snapshots of each kind
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// How long the VM does nothing before each difference
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration_ms)]
+    pub idle: u32,
 }

@@ -2,7 +2,9 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::balloon::{BALLOON_HELP, BalloonArgs};
 use super::bundle::SnapshotArgs;
+use super::swap::{SWAP_OUT_HELP, SWAP_POLICY_HELP, SwapChoiceWord, SwapOutArgs, SwapPolicyArgs};
 use super::value::{DiskWord, PortWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
 use crate::api::types::{Addressing, DISKS_MAX, Wait};
 
@@ -65,6 +67,20 @@ pub enum VmCommand {
         /// Id of the VM, a unique prefix of it, or its name
         vm: ReferenceWord,
     },
+    /// Move an idle VM's memory out, until something wakes it
+    #[command(after_help = SWAP_OUT_HELP)]
+    SwapOut(SwapOutArgs),
+    /// Bring a VM's memory back
+    Wake {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
+    /// Say when a VM's memory is moved out without being asked for
+    #[command(after_help = SWAP_POLICY_HELP)]
+    SwapPolicy(SwapPolicyArgs),
+    /// Have a guest give some of its memory back to the host, or take it again
+    #[command(after_help = BALLOON_HELP)]
+    Balloon(BalloonArgs),
     /// Make a bundle of a VM, which goes on as before
     Snapshot(SnapshotArgs),
     /// Memory and CPU of a VM, seen from the host and from the guest
@@ -134,6 +150,9 @@ pub struct LaunchArgs {
     /// Number of network interfaces, 1 to 8; the first is in the session
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
     pub interfaces: Option<u8>,
+    /// Where its memory goes when it is idle and the host is short of memory [default: never]
+    #[arg(long = "swap", value_enum)]
+    pub swap: Option<SwapChoiceWord>,
     /// What to wait for
     #[arg(long, value_enum, default_value_t = WaitWord::Running)]
     pub wait: WaitWord,

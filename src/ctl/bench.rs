@@ -4,8 +4,11 @@
 mod boot;
 mod clone;
 mod firecracker;
+mod launched;
 mod process;
+mod snapshot;
 mod summary;
+mod swap;
 
 use std::path::PathBuf;
 
@@ -59,8 +62,19 @@ pub enum BenchError {
         /// Why not.
         reason: String,
     },
-    /// Ctrl-C.
-    #[error("interrupted; the VMs of the bench were removed")]
+    /// A snapshot did not become a bundle.
+    #[error("take a snapshot of {vm}: {message}")]
+    Snapshot {
+        /// The VM.
+        vm: String,
+        /// Why not.
+        message: String,
+    },
+    /// Signals could not be caught: what the bench makes would stay after Ctrl-C.
+    #[error("catch signals")]
+    Signals(#[source] std::io::Error),
+    /// Ctrl-C, or another signal that asks this process to end.
+    #[error("interrupted; the VMs and bundles of the bench were removed")]
     Interrupted,
     /// Nobody takes the output.
     #[error(transparent)]
@@ -77,6 +91,8 @@ impl BenchError {
             }
             Self::NotTrue { .. }
             | Self::Build { .. }
+            | Self::Snapshot { .. }
+            | Self::Signals(_)
             | Self::File { .. }
             | Self::Firecracker { .. }
             | Self::Interrupted
@@ -100,6 +116,16 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BenchCommand) -> Re
         BenchCommand::Clone(args) => {
             let report = clone::clones(agent, &args).await?;
             out.value(&report, clone::table)?;
+            Ok(())
+        }
+        BenchCommand::Swap(args) => {
+            let report = swap::measure(agent, &args).await?;
+            out.value(&report, swap::table)?;
+            Ok(())
+        }
+        BenchCommand::Snapshot(args) => {
+            let report = snapshot::measure(agent, &args).await?;
+            out.value(&report, snapshot::table)?;
             Ok(())
         }
     }

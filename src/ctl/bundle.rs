@@ -16,7 +16,7 @@ use crate::api::types::{
 use crate::cli::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 
 /// How long a snapshot, a verification or a compaction may take: tens of GiB at a slow disk's speed.
-const DISK_LIMIT: Duration = Duration::from_secs(600);
+pub(super) const DISK_LIMIT: Duration = Duration::from_secs(600);
 
 /// Why there is no bundle.
 #[derive(Debug, thiserror::Error)]

@@ -142,19 +142,32 @@ impl Agent {
         self.json(call(Method::POST, path, Some(encode(path, body)?), key.as_slice()), limit).await
     }
 
+    /// `PUT` of JSON, for JSON, within `limit`.
+    pub(super) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        limit: Duration,
+    ) -> Result<T, CallError> {
+        self.json(call(Method::PUT, path, Some(encode(path, body)?), &[]), limit).await
+    }
+
     /// `DELETE`; the answer's body does not matter.
     pub(super) async fn delete(&self, path: &str, limit: Duration) -> Result<(), CallError> {
         self.bytes(call(Method::DELETE, path, None, &[]), limit).await.map(drop)
     }
 
-    /// `PUT` of JSON, for an answer that does not matter.
-    pub(super) async fn put(&self, path: &str, body: &impl Serialize, limit: Duration) -> Result<(), CallError> {
-        self.bytes(call(Method::PUT, path, Some(encode(path, body)?), &[]), limit).await.map(drop)
-    }
-
-    /// `PATCH` with JSON, for an answer that does not matter.
-    pub(super) async fn patch(&self, path: &str, body: &impl Serialize, limit: Duration) -> Result<(), CallError> {
-        self.bytes(call(Method::PATCH, path, Some(encode(path, body)?), &[]), limit).await.map(drop)
+    /// A call with JSON to a server that is no agent: whatever it answers.
+    pub(super) async fn foreign(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+        limit: Duration,
+    ) -> Result<(StatusCode, Bytes), CallError> {
+        let call = call(method, path, Some(encode(path, body)?), &[]);
+        let text = call.text.clone();
+        within(limit, &text, async { read(&text, self.send(call).await?).await }).await
     }
 
     /// `GET`, for bytes.
@@ -164,7 +177,15 @@ impl Agent {
 
     /// `GET`, for a body that is read as it comes. Only the head of the answer has to come in time.
     pub(super) async fn get_stream(&self, path: &str) -> Result<Incoming, CallError> {
-        let call = call(Method::GET, path, None, &[]);
+        self.stream(call(Method::GET, path, None, &[])).await
+    }
+
+    /// `POST` of JSON, for a body that is read as it comes. Only the head of the answer has to come in time.
+    pub(super) async fn post_stream(&self, path: &str, body: &impl Serialize) -> Result<Incoming, CallError> {
+        self.stream(call(Method::POST, path, Some(encode(path, body)?), &[])).await
+    }
+
+    async fn stream(&self, call: Call) -> Result<Incoming, CallError> {
         let text = call.text.clone();
         let response = within(PROMPT, &text, self.send(call)).await?;
         if response.status() == StatusCode::OK {

@@ -11,10 +11,11 @@ use tokio::process::Command;
 
 use super::Error;
 use super::call::Agent;
+use super::isolation;
 use super::output::{Output, OutputError};
 use super::progress::shown;
 use super::table::{age, bytes, pairs, plain};
-use crate::api::types::{Fabric, FabricPeer, Host};
+use crate::api::types::{Fabric, FabricPeer, Host, HostFailure, HostLedger, HostPressure, HostWarning};
 
 /// How long a probe may take; it is meant to take two seconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
@@ -142,30 +143,102 @@ fn text(value: &Value) -> String {
 
 pub(super) async fn show(agent: &Agent, out: Output) -> Result<(), Error> {
     let host: Host = agent.get("/v1/host").await?;
-    out.value(&host, |host| {
-        let vms = &host.vms;
-        let mut text = pairs([
-            ("name", Some(host.name.clone())),
-            ("agent version", Some(host.version.clone())),
-            ("agent pid", Some(host.agent_pid.to_string())),
-            ("agent up since", Some(format!("{:.0} ({} ago)", host.started_at, age(host.started_at)))),
-            ("state directory", Some(host.state_dir.clone())),
-            ("cpus", Some(host.cpus.to_string())),
-            ("memory", Some(bytes(host.memory_bytes))),
-            ("memory free", Some(bytes(host.memory_available_bytes))),
-            (
-                "vms",
-                Some(format!(
-                    "{} alive, {} changing, {} failed, {} in all",
-                    vms.alive, vms.changing, vms.failed, vms.total
-                )),
-            ),
-        ]);
-        text.push_str("\n\n");
-        text.push_str(&fabric(host.fabric.as_ref()));
-        text
-    })?;
+    out.value(&host, glance)?;
     Ok(())
+}
+
+/// Health at a glance: what is wrong first, then what there is and what is left.
+fn glance(host: &Host) -> String {
+    let mut blocks = vec![warnings(host)];
+    let (room, vms) = (&host.room, &host.vms);
+    let states: Vec<_> = host.vm_states.iter().map(|(state, count)| format!("{count} {state}")).collect();
+    let states = if states.is_empty() { String::new() } else { format!(" ({})", states.join(", ")) };
+    let free = |free, what: String| format!("{} free{what}", bytes(free));
+    blocks.push(pairs([
+        ("name", Some(host.name.clone())),
+        ("agent", Some(format!("version {}, pid {}", host.version, host.agent_pid))),
+        ("agent up since", Some(format!("{:.0} ({} ago)", host.started_at, age(host.started_at)))),
+        ("state directory", Some(host.state_dir.clone())),
+        (
+            "vms",
+            Some(format!(
+                "{} alive, {} changing, {} failed, {} in all{states}",
+                vms.alive, vms.changing, vms.failed, vms.total
+            )),
+        ),
+        (
+            "memory",
+            Some(free(
+                host.memory_available_bytes,
+                format!(" of {}; {} promised to VMs", bytes(host.memory_bytes), bytes(room.memory_promised_bytes)),
+            )),
+        ),
+        (
+            "disk",
+            Some(free(
+                room.disk_free_bytes,
+                format!(" of {}; {} kept", bytes(room.disk_total_bytes), bytes(room.disk_reserve_bytes)),
+            )),
+        ),
+        ("descriptors", Some(format!("{} of {} open", room.descriptors_open, room.descriptors_max))),
+        ("connections", Some(format!("{} of {} open", room.connections_open, room.connections_max))),
+        ("cpus", Some(format!("{}; {}", host.cpus, pressure(host)))),
+        ("kvm", Some(kvm(host.probe.as_ref()))),
+        ("ledger", Some(host.ledger.as_ref().map_or_else(|| "does not answer".to_owned(), ledger))),
+    ]));
+    if !host.failures.is_empty() {
+        let lines = host.failures.iter().map(failure).collect::<Vec<_>>().join("\n");
+        blocks.push(format!("failed of late\n{}", indent(&lines)));
+    }
+    if let Some(found) = &host.isolation {
+        blocks.push(format!("isolation\n{}", indent(&isolation::host(found))));
+    }
+    blocks.push(fabric(host.fabric.as_ref()));
+    blocks.join("\n\n")
+}
+
+fn warnings(host: &Host) -> String {
+    if host.warnings.is_empty() {
+        return "nothing to worry about".to_owned();
+    }
+    let line = |warning: &HostWarning| format!("! {}\n  {}", plain(&warning.what), plain(&warning.todo));
+    host.warnings.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// Shares of the last ten seconds in which something waited.
+fn pressure(host: &Host) -> String {
+    let HostPressure { cpu_percent, memory_percent, io_percent } = host.pressure;
+    let said: Vec<_> = [("cpu", cpu_percent), ("memory", memory_percent), ("disk", io_percent)]
+        .into_iter()
+        .filter_map(|(what, percent)| Some(format!("{what} {:.0} %", percent?)))
+        .collect();
+    if said.is_empty() { "pressure unknown".to_owned() } else { format!("waited for: {}", said.join(", ")) }
+}
+
+/// What KVM is like, in a line.
+fn kvm(probe: Option<&Value>) -> String {
+    let Some(kvm) = probe.and_then(|probe| probe.get("kvm")) else {
+        return "unknown: the probe has not answered (`hearth host probe`)".to_owned();
+    };
+    let is = |name: &str| kvm.get(name).and_then(Value::as_bool);
+    let vendor = kvm.get("vendor_signature").and_then(Value::as_str).unwrap_or("unknown vendor");
+    let mode = match is("kernel_mode_native") {
+        Some(true) => "guest kernels run on the processor",
+        Some(false) => "guest kernels are emulated",
+        None => "how guest kernels run is unknown",
+    };
+    plain(&format!("{vendor}, {mode}"))
+}
+
+fn ledger(ledger: &HostLedger) -> String {
+    let backup = ledger.last_backup.map_or_else(|| "no backup".to_owned(), |at| format!("last backup {} ago", age(at)));
+    format!("{}, {backup}; {} events from {} on", bytes(ledger.bytes), ledger.events, ledger.oldest_event)
+}
+
+/// A failed operation in two lines.
+fn failure(failure: &HostFailure) -> String {
+    let ago = failure.at.map_or_else(|| "-".to_owned(), |at| format!("{} ago", age(at)));
+    plain(&format!("{ago}: {} of {} ({})\n  {}", failure.kind, failure.object, failure.operation, failure.message))
 }
 
 /// What VMs' addresses are made of, and the other hosts.

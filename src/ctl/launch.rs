@@ -7,8 +7,8 @@ use super::output::{Output, OutputError, note};
 use super::progress;
 use super::table::{milliseconds, plain};
 use crate::api::types::{
-    Disk, ErrorDetail, FlowLimits, NetworkLimits, Operation, OperationState, RetryHint, Vm, VmLaunchRequest, VmState,
-    Wait,
+    Disk, ErrorDetail, FlowLimits, NetworkLimits, Operation, OperationState, RetryHint, SwapPolicy, Vm,
+    VmLaunchRequest, VmState, Wait,
 };
 use crate::cli::{LaunchArgs, PortWord, RateWord, WaitWord};
 use crate::ids::VmId;
@@ -112,6 +112,7 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         cluster: args.cluster.map(|cluster| cluster.as_str().to_owned()),
         executor_id: args.executor_id.map(|executor| executor.as_str().to_owned()),
         interfaces: args.interfaces,
+        swap: args.swap.map(|mode| SwapPolicy { mode: mode.into(), ..SwapPolicy::default() }),
         // Waiting is done here, by looking at the operation, so that its steps can be shown.
         wait: Wait::None,
     })

@@ -45,6 +45,47 @@ pub(super) async fn shown<T>(title: &str, work: impl Future<Output = T>) -> T {
     value
 }
 
+/// Many waits at once, and how many of them are over. It is gone when dropped.
+#[derive(Debug)]
+pub(super) struct Counted {
+    bar: ProgressBar,
+    title: String,
+    done: usize,
+    count: usize,
+}
+
+impl Counted {
+    pub(super) fn start(title: &str, count: usize) -> Self {
+        let counted = Self { bar: spinner(title), title: title.to_owned(), done: 0, count };
+        counted.tell();
+        counted
+    }
+
+    /// One more is over.
+    pub(super) fn one_more(&mut self) {
+        self.done += 1;
+        self.tell();
+    }
+
+    /// So many of so many are over.
+    pub(super) fn set(&mut self, done: usize, count: usize) {
+        (self.done, self.count) = (done, count);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        if self.count > 1 {
+            self.bar.set_message(format!("{}: {} of {}", self.title, self.done, self.count));
+        }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
 /// Waits until an operation has ended, showing its steps.
 pub(super) async fn follow(agent: &Agent, title: &str, id: &OperationId) -> Result<Operation, CallError> {
     let bar = spinner(title);

@@ -91,7 +91,8 @@ fn path(session: &ReferenceWord) -> String {
 }
 
 const fn total(drops: &Drops) -> u64 {
-    drops.spoof.saturating_add(drops.foreign_session).saturating_add(drops.not_allowed)
+    let Drops { spoof, foreign_session, not_allowed, queue_full } = *drops;
+    spoof.saturating_add(foreign_session).saturating_add(not_allowed).saturating_add(queue_full)
 }
 
 fn row(session: &Session) -> Vec<String> {
@@ -123,7 +124,7 @@ fn details(session: &Session) -> String {
     if session.members.is_empty() {
         text.push_str("\n\nno VMs");
     } else {
-        let header = ["VM", "ID", "STATE", "ADDRESSES", "SPOOF", "FOREIGN", "NOT ALLOWED"];
+        let header = ["VM", "ID", "STATE", "ADDRESSES", "SPOOF", "FOREIGN", "NOT ALLOWED", "QUEUE FULL"];
         text.push_str("\n\n");
         text.push_str(&columns(&header, session.members.iter().map(member)));
     }
@@ -139,12 +140,15 @@ fn member(member: &SessionMember) -> Vec<String> {
         member.drops.spoof.to_string(),
         member.drops.foreign_session.to_string(),
         member.drops.not_allowed.to_string(),
+        member.drops.queue_full.to_string(),
     ]
 }
 
 fn dropped(drops: &Drops) -> String {
-    let Drops { spoof, foreign_session, not_allowed } = drops;
-    format!("{spoof} spoofed, {foreign_session} of foreign sessions, {not_allowed} not allowed")
+    let Drops { spoof, foreign_session, not_allowed, queue_full } = drops;
+    format!(
+        "{spoof} spoofed, {foreign_session} of foreign sessions, {not_allowed} not allowed, {queue_full} to full queues"
+    )
 }
 
 fn egress(egress: &Egress) -> String {

@@ -5,13 +5,15 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::call::{Agent, CallError, PROMPT};
+use super::isolation;
 use super::launch::called;
 use super::output::Output;
 use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
 use crate::api::types::{
-    Disk, FlowLimits, InterfaceStats, PortProtocol, PublishedPort, Stats, StopRequest, Timings, Vm, VmList,
+    Disk, FlowLimits, InterfaceStats, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped, Timings,
+    Vm, VmList,
 };
 use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
 
@@ -52,6 +54,9 @@ fn row(vm: &Vm) -> Vec<String> {
 
 /// `failed (guest_panic)`: the state with the word for its cause.
 fn state(vm: &Vm) -> String {
+    if vm.quarantine.is_some() {
+        return format!("{} (quarantined)", word(&vm.state));
+    }
     match &vm.cause {
         Some(cause) => format!("{} ({})", word(&vm.state), cause.code),
         None => word(&vm.state),
@@ -66,6 +71,7 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("id", Some(vm.id.to_string())),
             ("state", Some(state(vm))),
             ("cause", vm.cause.as_ref().map(|cause| cause.detail.clone())),
+            ("quarantine", vm.quarantine.as_ref().map(|found| plain(&found.report))),
             ("image", vm.image.clone()),
             ("bundle", vm.bundle_id.clone()),
             ("cluster", vm.cluster_id.as_ref().map(ToString::to_string)),
@@ -80,8 +86,11 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("disks", (!vm.disks.is_empty()).then(|| disks(&vm.disks))),
             ("limit to guest", limits(vm.network_limits.rx)),
             ("limit from guest", limits(vm.network_limits.tx)),
+            ("swap policy", (vm.swap_policy.mode != SwapChoice::Never).then(|| word(&vm.swap_policy.mode))),
+            ("memory is out", vm.swapped.as_ref().map(swapped)),
             ("host", Some(vm.host.clone())),
             ("vmm pid", vm.pid.map(|pid| pid.to_string())),
+            ("jail", vm.jail.as_ref().map(isolation::jail)),
             ("generation", Some(vm.generation.clone())),
             ("created", Some(format!("{:.0} ({} ago)", vm.created_at, age(vm.created_at)))),
             ("operation", vm.operation_id.as_ref().map(ToString::to_string)),
@@ -97,6 +106,13 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
         text
     })?;
     Ok(())
+}
+
+/// `page, for 5m: somebody asked for it; wakes at 2026-11-24T18:00:00Z`.
+fn swapped(swapped: &Swapped) -> String {
+    let mode = swapped.mode.map_or_else(|| "-".to_owned(), |mode| word(&mode));
+    let until = swapped.wake_at.map(|at| format!("; wakes at {at:.0}")).unwrap_or_default();
+    format!("{mode}, for {}: {}{until}", age(swapped.since), plain(&swapped.because))
 }
 
 fn disks(disks: &[Disk]) -> String {
@@ -166,7 +182,7 @@ pub(super) async fn resume(agent: &Agent, out: Output, vm: &ReferenceWord) -> Re
     Ok(done(out, &vm)?)
 }
 
-fn done(out: Output, vm: &Vm) -> Result<(), OutputError> {
+pub(super) fn done(out: Output, vm: &Vm) -> Result<(), OutputError> {
     out.value(vm, |vm| format!("{} is {}", called(vm), state(vm)))
 }
 
@@ -212,6 +228,7 @@ pub(super) async fn stats(agent: &Agent, out: Output, vm: &ReferenceWord) -> Res
         let mut text = pairs([
             ("vmm pid", vmm.map(|vmm| vmm.pid.to_string())),
             ("vmm resident", vmm.and_then(|vmm| vmm.resident_bytes).map(bytes)),
+            ("vmm in swap", vmm.and_then(|vmm| vmm.swapped_bytes).filter(|count| *count > 0).map(bytes)),
             ("vmm cpu time", vmm.and_then(|vmm| vmm.cpu_ms).map(milliseconds)),
             ("console output", vmm.map(|vmm| bytes(vmm.console_bytes))),
             ("stray accesses", vmm.map(|vmm| vmm.stray_accesses.to_string())),
@@ -224,6 +241,10 @@ pub(super) async fn stats(agent: &Agent, out: Output, vm: &ReferenceWord) -> Res
             ("guest load", guest.map(|guest| format!("{:.2}", guest.load1))),
             ("guest execs", guest.map(|guest| guest.execs_running.to_string())),
         ]);
+        if let Some(balloon) = &stats.balloon {
+            text.push_str("\n\n");
+            text.push_str(&super::balloon::rows(balloon));
+        }
         if !stats.network.is_empty() {
             text.push_str("\n\n");
             let header = ["NETWORK", "LINK", "DIRECTION", "PACKETS", "BYTES", "DROPPED", "THROTTLED"];
@@ -250,6 +271,6 @@ fn flows(interface: &InterfaceStats) -> [Vec<String>; 2] {
     })
 }
 
-fn path(vm: &ReferenceWord) -> String {
+pub(super) fn path(vm: &ReferenceWord) -> String {
     format!("/v1/vms/{}", vm.as_str())
 }

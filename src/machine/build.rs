@@ -17,6 +17,7 @@ use super::boot::{self, BootError, BootPlan, Entry};
 use super::bus::AddRangeError;
 use super::layout::Slot;
 use super::ram::{GuestRam, MakeRamError, RamBacking};
+use super::sealed::{Sealed, UnsealError};
 use super::serial::{BuildSerialError, ConsoleSink, SerialPort};
 use super::shape::{Shape, ShapeV1};
 use super::state::MachineState;
@@ -63,6 +64,8 @@ pub struct MachineSpec {
 pub struct RestoreSpec {
     /// Guest memory with its content.
     pub backing: RamBacking,
+    /// Pages that differ from it, and all that is left of a sealed file.
+    pub sealed: Option<Sealed>,
     /// Announced devices: exactly the slots that were saved.
     pub devices: Vec<(Slot, Backend)>,
     /// Where the guest's console output goes. Written on vCPU threads: it must not block for long.
@@ -118,6 +121,9 @@ pub enum BuildError {
         #[source]
         source: io::Error,
     },
+    /// Pages could not be taken from a sealed file.
+    #[error("unseal")]
+    Unseal(#[source] UnsealError),
     /// The sections are not those of such a machine.
     #[error("saved state")]
     Sections(#[source] TakeSectionError),
@@ -148,6 +154,7 @@ impl BuildError {
             | Self::Serial(_)
             | Self::Device(_)
             | Self::Address(_)
+            | Self::Unseal(_)
             | Self::Sections(_)
             | Self::RestoreVm(_)
             | Self::RestoreVcpu { .. } => Retry::WithChange,
@@ -186,11 +193,13 @@ pub(super) fn from_kernel(device: File, spec: MachineSpec) -> Result<Machine, Bu
 
 /// Restores: the machine is [`MachineState::Paused`].
 pub(super) fn from_sections(device: File, spec: RestoreSpec, sections: Sections) -> Result<Machine, BuildError> {
-    let RestoreSpec { backing, devices, console, clock } = spec;
+    let RestoreSpec { backing, sealed, devices, console, clock } = spec;
     let mut sections = sections;
     let shape = sections.take::<ShapeV1>(0).map_err(BuildError::Sections)?;
     let shape = Shape::from_saved(shape, slots_of(&devices)?).map_err(BuildError::Sections)?;
     let mut chassis = Chassis::new(device, shape, backing, clock)?;
+    // Before the devices: they look at their queues.
+    sealed.map_or(Ok(()), |sealed| sealed.fill(chassis.vm.ram())).map_err(BuildError::Unseal)?;
     let vm_state = sections.take::<VmV1>(0).map_err(BuildError::Sections)?;
     let mut states = Vec::with_capacity(usize::from(chassis.shape.vcpus));
     for vcpu in 0..chassis.shape.vcpus {

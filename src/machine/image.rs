@@ -21,7 +21,7 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Address, Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::dirty::PageRun;
-use super::ram::GuestRam;
+use super::ram::{GuestRam, GuestRegion};
 use crate::sys::sparse::next_data;
 use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
 
@@ -64,7 +64,7 @@ pub enum WriteImageError {
 const BUFFER_BYTES: usize = 256 * 1024;
 
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
-const PAGE: usize = PAGE_BYTES as usize;
+pub(super) const PAGE: usize = PAGE_BYTES as usize;
 
 /// Bits of an entry of `/proc/PID/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`): the page is in memory, it is
 /// in swap, it belongs to a file or is shared.
@@ -94,10 +94,21 @@ pub fn write(ram: &GuestRam, pages: Pages, pagemap: &File, image: &File) -> Resu
     Ok(written)
 }
 
-type Region = vm_memory::GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>;
+/// The guest-physical pages that can be anything but zero, ascending. While the guest runs, those it touches meanwhile
+/// may be among them or not. Or those of them that differ from the image. `pagemap` is this process's
+/// `/proc/PID/pagemap`.
+pub fn touched(ram: &GuestRam, pages: Pages, pagemap: &File) -> Result<Vec<PageRun>, WriteImageError> {
+    let mut touched = Vec::new();
+    for region in ram.iter() {
+        let first = region.start_addr().raw_value() / PAGE_BYTES;
+        let found = pages_of(region, pages, pagemap)?;
+        touched.extend(found.iter().map(|run| PageRun { first: PageIndex(first + run.first.0), count: run.count }));
+    }
+    Ok(touched)
+}
 
 /// The pages of interest of a region, counted from its first.
-fn pages_of(region: &Region, pages: Pages, pagemap: &File) -> Result<Vec<PageRun>, WriteImageError> {
+pub(super) fn pages_of(region: &GuestRegion, pages: Pages, pagemap: &File) -> Result<Vec<PageRun>, WriteImageError> {
     let is_private = region.get_mmap().flags() & libc::MAP_PRIVATE != 0;
     if pages == Pages::Changed && !is_private {
         return Err(WriteImageError::NoOriginal);
@@ -114,7 +125,7 @@ fn pages_of(region: &Region, pages: Pages, pagemap: &File) -> Result<Vec<PageRun
 }
 
 /// Marks the pages that this process has a copy of its own of.
-fn own_pages(region: &Region, pagemap: &File, wanted: &mut [bool]) -> io::Result<()> {
+fn own_pages(region: &GuestRegion, pagemap: &File, wanted: &mut [bool]) -> io::Result<()> {
     let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
     let mut at = (start.addr() / PAGE * ENTRY_BYTES) as u64;
     let mut entries = vec![0; BUFFER_BYTES];
@@ -131,7 +142,7 @@ fn own_pages(region: &Region, pagemap: &File, wanted: &mut [bool]) -> io::Result
 }
 
 /// Marks the pages that the backing file holds as data.
-fn data_pages(region: &Region, wanted: &mut [bool]) -> io::Result<()> {
+fn data_pages(region: &GuestRegion, wanted: &mut [bool]) -> io::Result<()> {
     let Some(backing) = region.file_offset() else {
         wanted.fill(true);
         return Ok(());
@@ -186,7 +197,8 @@ fn write_run(ram: &GuestRam, guest: GuestAddress, run: PageRun, image: &File) ->
     Ok(written)
 }
 
-fn is_zero(page: &[u8; PAGE]) -> bool {
+/// Whether a page holds nothing but zeroes.
+pub(super) fn is_zero(page: &[u8; PAGE]) -> bool {
     // By words: eight times fewer comparisons, and the compiler makes vectors of them.
     page.as_chunks::<8>().0.iter().fold(0, |all, word| all | u64::from_ne_bytes(*word)) == 0
 }

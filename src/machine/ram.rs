@@ -14,6 +14,9 @@ pub use crate::sys::ram::GuestRam;
 use crate::sys::ram::{self, MapRamError, RegionPlan, Sharing};
 use crate::units::{Bytes, GuestPhys};
 
+/// One region of guest memory.
+pub type GuestRegion = vm_memory::GuestRegionMmap<vm_memory::bitmap::AtomicBitmap>;
+
 /// What guest memory is made of.
 #[derive(Debug)]
 pub enum RamBacking {
@@ -24,6 +27,8 @@ pub enum RamBacking {
     /// An immutable memory image: pages come from the file (and its page cache) until they are written, and writes stay
     /// in this process.
     PrivateFile(File),
+    /// Memory that is mapped already, with its content (arrival from another host).
+    Mapped(GuestRam),
 }
 
 /// Why guest memory could not be made.
@@ -41,6 +46,14 @@ pub enum MakeRamError {
         #[source]
         source: io::Error,
     },
+    /// What is mapped already is of another size.
+    #[error("{found} of guest memory are mapped, the machine has {wanted}")]
+    OtherSize {
+        /// What is mapped.
+        found: Bytes,
+        /// What the machine has.
+        wanted: Bytes,
+    },
     /// It could not be mapped.
     #[error("map guest memory")]
     Map(#[source] MapRamError),
@@ -52,6 +65,7 @@ impl MakeRamError {
         match self {
             Self::Memfd { .. } | Self::Map(MapRamError::File(_) | MapRamError::Map { .. }) => Retry::Later,
             Self::Size(_)
+            | Self::OtherSize { .. }
             | Self::Map(MapRamError::FileTooShort { .. } | MapRamError::OutOfRange { .. } | MapRamError::Arrange(_)) => {
                 Retry::WithChange
             }
@@ -59,7 +73,7 @@ impl MakeRamError {
     }
 }
 
-/// Maps `memory` bytes of guest memory.
+/// Maps `memory` bytes of guest memory; what is mapped already has the layout of as many.
 pub fn make(backing: RamBacking, memory: Bytes) -> Result<GuestRam, MakeRamError> {
     let ranges = layout::ram_ranges(memory).map_err(MakeRamError::Size)?;
     let regions: Vec<_> = ranges
@@ -67,6 +81,8 @@ pub fn make(backing: RamBacking, memory: Bytes) -> Result<GuestRam, MakeRamError
         .map(|range| RegionPlan { start: range.start, bytes: range.bytes, file_offset: range.file_offset })
         .collect();
     let (file, sharing) = match backing {
+        RamBacking::Mapped(ram) if size(&ram) == memory => return Ok(ram),
+        RamBacking::Mapped(ram) => return Err(MakeRamError::OtherSize { found: size(&ram), wanted: memory }),
         RamBacking::SharedMemfd => {
             (ram::memfd(memory).map_err(|source| MakeRamError::Memfd { bytes: memory, source })?, Sharing::Shared)
         }

@@ -7,7 +7,7 @@
 //! A worked example: a guest of 2,000,000 kHz paused 10 s after its boot, with its TSC at 20,000,000,000; it goes on
 //! 3 s later, on another host, whose TSC is at 700,000,000,000:
 //!
-//! | | [`GuestTime::Stands`] | [`GuestTime::Passes`] |
+//! | | [`GuestTime::Stands`] | [`GuestTime::Passes`], if that long a pause is possible |
 //! |---|---|---|
 //! | kvmclock | 10 s | 10 s + 3 s = 13 s |
 //! | guest TSC | 20,000,000,000 | 20,000,000,000 + 3 s * 2,000,000 kHz = 26,000,000,000 |
@@ -22,7 +22,11 @@ pub enum GuestTime {
     #[default]
     Stands,
     /// The guest's clocks jump over the pause (migration: the pause is short and the wall clock stays right).
-    Passes,
+    Passes {
+        /// Longest pause there can have been, in nanoseconds. A difference beyond it is one between two hosts' real-time
+        /// clocks, and counts as no time: guests survive a short stop, but hardly a leap of a day.
+        at_most_ns: u64,
+    },
 }
 
 /// A guest's clocks at the moment it stopped.
@@ -68,7 +72,10 @@ pub struct ClockOverflow {
 pub fn adjust(stopped: Stopped, now: HostNow, time: GuestTime) -> Result<Adjusted, ClockOverflow> {
     let elapsed_ns = match time {
         GuestTime::Stands => 0,
-        GuestTime::Passes => now.realtime_ns.saturating_sub(stopped.realtime_ns),
+        GuestTime::Passes { at_most_ns } => {
+            let elapsed = now.realtime_ns.saturating_sub(stopped.realtime_ns);
+            if elapsed > at_most_ns { 0 } else { elapsed }
+        }
     };
     let overflow = ClockOverflow { elapsed_ns };
     // cycles = ns * kHz / 10^6; the product needs 96 bits.
@@ -87,6 +94,7 @@ mod tests {
     use proptest::prelude::*;
 
     const SECOND: u64 = 1_000_000_000;
+    const PASSES: GuestTime = GuestTime::Passes { at_most_ns: u64::MAX };
 
     fn example() -> (Stopped, HostNow) {
         let stopped =
@@ -100,7 +108,7 @@ mod tests {
         let stands = adjust(stopped, now, GuestTime::Stands).unwrap();
         assert_eq!(stands.kvmclock_ns, 10 * SECOND);
         assert_eq!(stands.tsc_offset.wrapping_add(700 * SECOND), 20 * SECOND);
-        let passes = adjust(stopped, now, GuestTime::Passes).unwrap();
+        let passes = adjust(stopped, now, PASSES).unwrap();
         assert_eq!(passes.kvmclock_ns, 13 * SECOND);
         assert_eq!(passes.tsc_offset.wrapping_add(700 * SECOND), 26 * SECOND);
     }
@@ -109,10 +117,16 @@ mod tests {
     fn a_clock_that_was_set_back_counts_as_no_time() {
         let (stopped, now) = example();
         let earlier = HostNow { realtime_ns: 1, ..now };
-        assert_eq!(
-            adjust(stopped, earlier, GuestTime::Passes).unwrap(),
-            adjust(stopped, now, GuestTime::Stands).unwrap()
-        );
+        assert_eq!(adjust(stopped, earlier, PASSES).unwrap(), adjust(stopped, now, GuestTime::Stands).unwrap());
+    }
+
+    #[test]
+    fn hosts_whose_clocks_differ_by_more_than_a_pause_count_as_no_time() {
+        let (stopped, now) = example();
+        for (at_most_ns, passed) in [(3 * SECOND, 3 * SECOND), (3 * SECOND - 1, 0)] {
+            let adjusted = adjust(stopped, now, GuestTime::Passes { at_most_ns }).unwrap();
+            assert_eq!(adjusted.kvmclock_ns, stopped.kvmclock_ns + passed);
+        }
     }
 
     proptest! {
@@ -120,7 +134,7 @@ mod tests {
         fn no_clock_goes_back(
             kvmclock_ns: u64, realtime_ns: u64, guest_tsc: u64, tsc_khz: u32, later_ns: u64, host_tsc: u64, passes: bool,
         ) {
-            let time = if passes { GuestTime::Passes } else { GuestTime::Stands };
+            let time = if passes { PASSES } else { GuestTime::Stands };
             let stopped = Stopped { kvmclock_ns, realtime_ns, guest_tsc, tsc_khz };
             let now = HostNow { realtime_ns: later_ns, host_tsc };
             if let Ok(adjusted) = adjust(stopped, now, time) {

@@ -8,14 +8,16 @@
 //!                   Finished (answers commands, runs no more)      Stop: the thread ends, from any state
 //! ```
 //! The owner sends one command and waits for its answer before it sends the next, so both channels hold one message.
+//! The exception is a rest, which is not answered: the command after it waits until it was taken, which the kick sees to.
 //! A running vCPU looks for commands when KVM_RUN is interrupted; the kick makes sure that it is. Before a vCPU counts
 //! as paused, a port or memory access the guest was in the middle of is completed: KVM keeps its other half until the
 //! next KVM_RUN, and state read before that would repeat or lose the access.
 
 use std::io;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_ioctls::VcpuExit;
 
@@ -27,6 +29,7 @@ use super::vcpu_saved::{self, MsrIndices, VcpuV1};
 use crate::clock::{Clock, Monotonic};
 use crate::sys::kvm::{BoundVcpu, CallError, Vcpu};
 use crate::sys::signal;
+use crate::sys::thread::{self, ThreadClass};
 
 /// Most parts of one pending access: an instruction touches at most two pages of two operands in 8-byte pieces of 64
 /// bytes; far above that, and a bound on what a guest can make the pause take.
@@ -76,6 +79,8 @@ enum Command {
     Run(RunClock),
     Pause,
     Save(MsrIndices),
+    /// Run no guest for this long; not answered.
+    Rest(Duration),
     Stop,
 }
 
@@ -130,7 +135,7 @@ impl VcpuThread {
         signal::install()?;
         let (commands, inbox) = sync_channel(1);
         let (outbox, answers) = sync_channel(1);
-        let thread = Builder::new().name(format!("vcpu{index}")).spawn(move || {
+        let thread = thread::start(ThreadClass::Vcpu, format!("vcpu{index}"), move || {
             // A blocked kick would leave the owner waiting for ever; the thread ends instead and says so by its absence.
             if signal::unblock().is_ok() {
                 let bound = vcpu.bind();
@@ -164,6 +169,14 @@ impl VcpuThread {
         match self.answer()? {
             Answer::Paused(tsc) => Ok(tsc),
             Answer::Running | Answer::Saved(_) | Answer::Failed(_) => Err(self.gone()),
+        }
+    }
+
+    /// Has a running vCPU rest once. One that was told something else already has no time for it.
+    pub(super) fn rest(&self, time: Duration) {
+        if self.commands.try_send(Command::Rest(time)).is_ok() {
+            // Not resting is what happens if this fails.
+            let _ = self.kick();
         }
     }
 
@@ -276,6 +289,11 @@ impl Runner {
                     // Cleared before looking: a kick after this is seen by the next KVM_RUN.
                     self.bound.clear_immediate_exit();
                     match self.inbox.try_recv() {
+                        Ok(Command::Rest(time)) => match self.inbox.recv_timeout(time) {
+                            Ok(command) => return self.obey(RunState::Running, command),
+                            Err(RecvTimeoutError::Timeout) => {}
+                            Err(RecvTimeoutError::Disconnected) => return RunState::Gone,
+                        },
                         Ok(command) => return self.obey(RunState::Running, command),
                         Err(TryRecvError::Empty) if self.around.events.ended() => return RunState::Finished,
                         Err(TryRecvError::Empty) => {}
@@ -293,6 +311,7 @@ impl Runner {
     fn obey(&mut self, state: RunState, command: Command) -> RunState {
         let (answer, next) = match (command, state) {
             (Command::Stop, _) => return RunState::Gone,
+            (Command::Rest(_), state) => return state,
             (Command::Run(clock), RunState::Paused) => match self.begin(clock) {
                 Ok(()) => (Answer::Running, RunState::Running),
                 Err(error) => (Answer::Failed(error), RunState::Paused),

@@ -27,11 +27,12 @@ use self::saved::TransportV1;
 use self::slot::{Cell, Shared, queues_from_saved};
 use super::bus::SharedBusDevice;
 use super::layout::Slot;
-use super::ram::GuestRam;
+use super::ram::{self, GuestRam};
 use crate::clock::{Clock, SystemClock};
 use crate::saved::{Saved, SectionName, Sections, TakeSectionError};
-use crate::units::NetLimits;
+use crate::units::{NetLimits, PAGE_BYTES, PageCount};
 
+mod balloon;
 pub mod block;
 pub mod chain;
 mod device_loop;
@@ -47,6 +48,7 @@ pub mod spec;
 pub mod status;
 pub mod vsock;
 
+pub use self::balloon::{BalloonCounts, GuestMemoryStats};
 pub use self::device_loop::DeviceLoop;
 pub use self::net::traffic::{FlowCounts, NetCounts};
 
@@ -60,6 +62,8 @@ pub enum Backend {
     },
     /// Entropy from the host's random pool.
     Rng,
+    /// The balloon: memory the guest gives back for a while.
+    Balloon,
     /// A block device on a raw file.
     Block {
         /// The file; its size in 512-byte sectors is the disk's.
@@ -217,10 +221,31 @@ impl VirtioSlot {
         self.shared.traffic.as_ref().map(|traffic| traffic.counts())
     }
 
+    /// Sets the target of the balloon, if `target` says so, and has the guest asked for new statistics. `None` if it is
+    /// no balloon.
+    pub fn balloon(&self, target: Option<PageCount>) -> Option<BalloonCounts> {
+        self.shared.balloon(target)
+    }
+
     /// Gives a network device another tap in the place of one that was deleted, at any time: rings and negotiated
     /// offloads stay, the guest sees its link come up. On an error the device is as it was.
     pub fn replace_tap(&self, tap: File) -> io::Result<()> {
         self.shared.replace_tap(tap)
+    }
+
+    /// Takes the next packet, with its header, that waits for the guest of a paused network device.
+    pub fn take_packet(&self) -> io::Result<Option<Box<[u8]>>> {
+        self.shared.take_packet()
+    }
+
+    /// Gives a network device a packet, with its header, that goes before those of its tap; false if it cannot have it.
+    pub fn add_packet(&self, packet: &[u8]) -> bool {
+        self.shared.add_packet(packet)
+    }
+
+    /// Whether the tap of a network device has to wait for such packets.
+    pub fn expect_packets(&self, more: bool) {
+        self.shared.expect_packets(more);
     }
 
     /// What it has counted.
@@ -250,6 +275,13 @@ fn build(
             Box::new(vsock.map_err(host("watch the vsock listener"))?)
         }
         Backend::Rng => Box::new(rng::Rng::new(take(slot, saved)?.as_ref())),
+        Backend::Balloon => {
+            let pages = PageCount(ram::size(ram).0 / PAGE_BYTES);
+            let saved = take(slot, saved)?;
+            let reason = "the target is larger than guest memory";
+            let balloon = balloon::Balloon::new(pages, clock, saved.as_ref());
+            Box::new(balloon.ok_or_else(|| invalid::<balloon::saved::BalloonV1>(slot, reason))?)
+        }
         Backend::Block { file, read_only } => {
             let block = block::Block::new(slot, file, read_only, ram, &watch).map_err(host("open the disk"))?;
             if let Some(saved) = take::<block::saved::BlockV1>(slot, saved)? {

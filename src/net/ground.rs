@@ -203,6 +203,14 @@ impl Ground {
         Ok(sums)
     }
 
+    /// Packets that a link dropped instead of sending them; 0 for one that is not there.
+    pub(super) fn unsent(&mut self, link: &str) -> io::Result<u64> {
+        match self.netlink.unsent(link) {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(0),
+            other => other,
+        }
+    }
+
     /// Carries out the steps that are for this place, one kind after the other in their order; those of links may need
     /// the host's ground. All are tried.
     pub(super) fn carry_out(&mut self, steps: &[Step], mut host: Option<&mut Self>) -> Vec<Failure> {

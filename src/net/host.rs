@@ -13,7 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::address::{AddressError, Fabric};
-use super::desired::{Host, Jail, jail_name, vxlan_name};
+use super::desired::{Host, Jail, TAPS_MAX, jail_name, tap, vxlan_name};
 use super::ground::{Failure, Ground, Site};
 use super::member::Member;
 use super::object::{Object, Place, Prefix};
@@ -21,6 +21,9 @@ use super::plan::{Step, plan};
 use super::rules::{self, JAIL_TABLE, Table, host_tag};
 use crate::sys::netlink::Watch;
 use crate::sys::{netconf, netns};
+
+/// Why a jail dropped what its rules let through: nobody took it from the VM's tap.
+pub const QUEUE_FULL: &str = "queue_full";
 
 /// What a jail's namespace is set to before anything is in it: it forwards, believes nobody, and configures itself from
 /// nothing it hears (`Documentation/networking/ip-sysctl.rst`).
@@ -344,11 +347,14 @@ impl HostNetwork {
         netns::open_named(&jail_name(self.spec.number, number))
     }
 
-    /// What a jail dropped, by reason ([`rules::DROP_REASONS`]).
+    /// What a jail dropped, by reason: those of its rules ([`rules::DROP_REASONS`]), and [`QUEUE_FULL`].
     pub fn drops(&self, number: u16) -> io::Result<BTreeMap<String, u64>> {
         let jail = lock(&self.jails).get(&number).map(Arc::clone);
         let jail = jail.ok_or(io::ErrorKind::NotFound)?;
-        let drops = lock(&jail).ground.counters()?;
+        let mut jail = lock(&jail);
+        let mut drops = jail.ground.counters()?;
+        let taps = (0..TAPS_MAX).map(|slot| jail.ground.unsent(&tap(slot)));
+        drops.insert(QUEUE_FULL.to_owned(), taps.sum::<io::Result<u64>>()?);
         Ok(drops)
     }
 

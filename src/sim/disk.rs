@@ -4,7 +4,7 @@ use std::io;
 
 use super::SimHost;
 use crate::agent::world::{HostFacts, ImageImport, VmDisk};
-use crate::agent::{DiskSpec, Image, ImageError, Remains};
+use crate::agent::{DiskSpec, Image, ImageError, Pressure, Remains};
 use crate::clock::UnixNanos;
 use crate::ids::VmId;
 use crate::wire::last_words::LastWords;
@@ -37,6 +37,7 @@ impl VmDisk for SimHost {
                 state.violations.push(format!("the directory of {vm} was removed while its VMM lives"));
             }
             state.directories.remove(vm);
+            state.discard_sealed(vm);
         }
         self.point(false).await
     }
@@ -59,6 +60,18 @@ impl VmDisk for SimHost {
     async fn console_history(&self, _vm: &VmId, bytes_max: usize) -> io::Result<Vec<u8>> {
         let history = b"simulated\n";
         Ok(history[history.len().saturating_sub(bytes_max)..].to_vec())
+    }
+
+    async fn keep_sealed(&self, vm: &VmId) -> io::Result<()> {
+        self.point(true).await?;
+        self.state().keep_sealed(vm)?;
+        self.point(false).await
+    }
+
+    async fn discard_sealed(&self, vm: &VmId) -> io::Result<()> {
+        self.point(true).await?;
+        self.state().discard_sealed(vm);
+        self.point(false).await
     }
 
     async fn images(&self) -> Result<Vec<Image>, ImageError> {
@@ -85,13 +98,22 @@ impl VmDisk for SimHost {
         String::new()
     }
 
+    async fn pressure(&self) -> Pressure {
+        Pressure::default()
+    }
+
     async fn host(&self) -> io::Result<HostFacts> {
         Ok(HostFacts {
             name: "simulated".to_owned(),
             cpus: 2,
             memory_bytes: 64 << 30,
             memory_available_bytes: 64 << 30,
+            disk_total_bytes: 1 << 40,
+            disk_free_bytes: self.disk_free_bytes(),
+            descriptors_open: 64,
+            descriptors_max: 1 << 20,
             probe: None,
+            isolation: None,
         })
     }
 }

@@ -97,13 +97,14 @@ fn machine(vm: &crate::agent::VmRecord) -> MachineShape {
     let nets = (FIRST_NET_SLOT..).zip(0..vm.spec.interfaces);
     let nets = nets.map(|(slot, index)| DeviceSlot { mac: Some(mac(index)), ..plain(slot, DeviceKind::Net) });
     let always = [plain(0, DeviceKind::Vsock), plain(1, DeviceKind::Rng)];
+    let balloon = vm.spec.balloon.then(|| plain(2, DeviceKind::Balloon));
     MachineShape {
         layout_version: 1,
         vcpus: vm.spec.vcpus.into(),
         memory_bytes: u64::from(vm.spec.memory_mib).saturating_mul(MIB),
         page_bytes: u32::try_from(PAGE_BYTES).unwrap_or(u32::MAX),
         backing: Backing::PrivateFile,
-        devices: always.into_iter().chain(disks).chain(nets).collect(),
+        devices: always.into_iter().chain(balloon).chain(disks).chain(nets).collect(),
     }
 }
 

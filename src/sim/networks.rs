@@ -37,7 +37,9 @@ impl VmNetworks for SimHost {
             let mut state = self.state();
             // One that was just ended from outside, or by its guest, is no fault of the agent's: it hears of it later.
             let may_be_in = |vmm: &super::vmm::Vmm| vmm.vm == vm.id && !vmm.ended_by_agent;
-            if !state.vmms.values().any(may_be_in) {
+            // A hibernated guest is on its way back as soon as a packet comes.
+            let is_hibernated = vm.swap_mode() == Some(crate::agent::SwapMode::Hibernate);
+            if !is_hibernated && !state.vmms.values().any(may_be_in) {
                 state.violations.push(format!("the network of {} was opened, but nobody is in", vm.id));
             }
             if let Some(jail) = state.jails.get_mut(&vm.jail) {

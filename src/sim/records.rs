@@ -6,6 +6,10 @@ use crate::agent::world::Records;
 use crate::agent::{LedgerError, Store};
 
 impl Records for SimHost {
+    fn queued(&self) -> usize {
+        0
+    }
+
     async fn with<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Store) -> Result<T, LedgerError> + Send + 'static,

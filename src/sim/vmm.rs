@@ -12,10 +12,10 @@ use super::{SimHost, State};
 use crate::agent::world::{
     Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
 };
-use crate::agent::{ProcessRecord, VmRecord};
+use crate::agent::{ProcessRecord, VmJail, VmRecord};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, Status,
+    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, Status,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -36,6 +36,8 @@ pub(super) struct Vmm {
     pub(super) restored: bool,
     /// What the guest has in memory: another number each time its vCPUs begin to run.
     pub(super) memory: u64,
+    /// Bytes of its balloon, which obeys at once.
+    balloon: u64,
     /// Until when it writes its machine to files, and answers nobody.
     pub(super) busy_until_ns: u64,
     /// When the guest agent begins to answer.
@@ -105,6 +107,7 @@ impl State {
             fate,
             restored: false,
             memory: 0,
+            balloon: 0,
             busy_until_ns: 0,
             answers_at_ns: None,
             ends_at_ns: None,
@@ -130,6 +133,7 @@ impl State {
             self.open_bundle(&record.id, &plan.bundle).map_err(|error| AskError::Bundle(error.into()))?;
         }
         let gone = || AskError::Socket(io::ErrorKind::ConnectionRefused.into());
+        let unsealed = if let Ask::Unseal(plan) = ask { Some(self.unseal(&record.id, plan.key)?) } else { None };
         let vmm = self.living(&record.id).ok_or_else(gone)?;
         if vmm.nonce != record.nonce {
             return Err(AskError::Refused(Refusal::WrongNonce));
@@ -152,6 +156,15 @@ impl State {
             (Ask::Network, MachineState::Paused | MachineState::Running) => {
                 Ok(Answer::Network(vec![InterfaceStatus { link_up: true, ..InterfaceStatus::default() }]))
             }
+            (Ask::Balloon { .. }, MachineState::Paused | MachineState::Running) if !record.spec.balloon => {
+                let reason = "the machine has no balloon".to_owned();
+                Err(AskError::Refused(Refusal::BadRequest { reason }))
+            }
+            (Ask::Balloon { target_bytes }, MachineState::Paused | MachineState::Running) => {
+                vmm.balloon = target_bytes.unwrap_or(vmm.balloon);
+                let (target_bytes, actual_bytes) = (vmm.balloon, vmm.balloon);
+                Ok(Answer::Balloon(BalloonStatus { target_bytes, actual_bytes, ..BalloonStatus::default() }))
+            }
             (Ask::ReplaceTap { .. }, MachineState::Paused | MachineState::Running) => Ok(Answer::Done),
             (Ask::Launch(_), MachineState::Empty) => {
                 vmm.machine = MachineState::Paused;
@@ -161,6 +174,19 @@ impl State {
                 vmm.machine = MachineState::Paused;
                 vmm.restored = true;
                 Ok(Answer::Launched(LaunchPhases::default()))
+            }
+            (Ask::Unseal(_), MachineState::Empty) => {
+                vmm.machine = MachineState::Paused;
+                vmm.restored = true;
+                if let Some((memory, fate)) = unsealed {
+                    (vmm.memory, vmm.fate) = (memory, fate);
+                }
+                Ok(Answer::Launched(LaunchPhases::default()))
+            }
+            (Ask::Seal { key, .. }, MachineState::Paused) => {
+                let guest = (vmm.memory, vmm.fate);
+                self.seal(&record.id, *key, guest);
+                Ok(Answer::Saved(SavePhases { memory_bytes: 1 << 20, ..SavePhases::default() }))
             }
             (Ask::Save { pages: SavedPages::Changed }, MachineState::Paused) if !vmm.restored => {
                 let reason = "this machine was not made from a memory image".to_owned();
@@ -177,6 +203,7 @@ impl State {
                 vmm.memory = memory;
                 let boot = if vmm.restored { Duration::ZERO } else { boot };
                 vmm.fate.begin(now, boot, &mut vmm.answers_at_ns, &mut vmm.ends_at_ns);
+                self.note_run(&record.id, memory);
                 Ok(Answer::Done)
             }
             (Ask::Pause, MachineState::Running) => {
@@ -184,7 +211,15 @@ impl State {
                 Ok(Answer::Done)
             }
             (
-                Ask::Launch(_) | Ask::Restore(_) | Ask::Save { .. } | Ask::Resume | Ask::Pause | Ask::ReplaceTap { .. },
+                Ask::Launch(_)
+                | Ask::Restore(_)
+                | Ask::Unseal(_)
+                | Ask::Save { .. }
+                | Ask::Seal { .. }
+                | Ask::Resume
+                | Ask::Pause
+                | Ask::ReplaceTap { .. }
+                | Ask::Balloon { .. },
                 state,
             ) => denied(state),
         }
@@ -248,6 +283,16 @@ impl VmmProcess for SimProcess {
     fn usage(&self) -> ProcessUsage {
         ProcessUsage::default()
     }
+
+    async fn page_out(&self) -> io::Result<()> {
+        self.host.point(true).await
+    }
+
+    fn page_in(&self) {}
+
+    fn jail(&self) -> Option<VmJail> {
+        None
+    }
 }
 
 impl SimHost {
@@ -259,7 +304,7 @@ impl SimHost {
         }
     }
 
-    fn hold(&self, pid: i32) -> SimProcess {
+    fn process(&self, pid: i32) -> SimProcess {
         let start_ticks = u64::try_from(pid).unwrap_or(0);
         SimProcess { host: self.clone(), record: ProcessRecord { pid, start_ticks } }
     }
@@ -274,7 +319,7 @@ impl VmmHost for SimHost {
         self.point(true).await.map_err(failed)?;
         let pid = self.state().start(vm);
         self.point(false).await.map_err(failed)?;
-        Ok(self.hold(pid))
+        Ok(self.process(pid))
     }
 
     async fn find(&self, vm: &VmRecord) -> io::Result<Option<SimProcess>> {
@@ -284,7 +329,7 @@ impl VmmHost for SimHost {
     async fn find_stray(&self, vm: &VmId) -> io::Result<Option<SimProcess>> {
         self.point(true).await?;
         let found = self.state().living(vm).map(|vmm| vmm.pid);
-        Ok(found.map(|pid| self.hold(pid)))
+        Ok(found.map(|pid| self.process(pid)))
     }
 
     async fn ask(&self, vm: &VmRecord, epoch: u64, ask: Ask) -> Result<Answer, AskError> {
@@ -323,6 +368,20 @@ impl VmmHost for SimHost {
         let (here, there) = tokio::io::duplex(64 * 1024);
         tokio::spawn(guest::serve(self.clone(), vm.clone(), there));
         Ok(here)
+    }
+
+    async fn hold_taps(&self, vm: &VmRecord) -> io::Result<()> {
+        self.point(true).await?;
+        Self::hold(self, &vm.id);
+        self.point(false).await
+    }
+
+    async fn packet_waits(&self, vm: &VmId) {
+        self.packet(vm).await;
+    }
+
+    fn release_taps(&self, vm: &VmId) {
+        self.release(vm);
     }
 
     async fn console(&self, _vm: &VmId) -> Result<DuplexStream, OpenStreamError> {

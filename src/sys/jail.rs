@@ -1,15 +1,26 @@
-//! The jail a VMM puts itself into, first thing after exec: an empty root, no capabilities, a uid of its own, no way to
-//! gain privileges back. Its namespaces come from the clone that started it (`process::spawn_vmm`). Afterwards the
-//! process holds what it was handed as descriptors and nothing else.
+//! The jail a VMM puts itself into, first thing after exec: an empty root, resource limits, no capabilities, a uid of its
+//! own, no way to gain privileges back, and with Landlock nothing to reach by name. Its namespaces and its control
+//! group come from the clone that started it (`process::spawn_vmm`). Afterwards the process holds what it was handed as
+//! descriptors and nothing else. What system calls its threads may make is the process's own law (`vmm::seccomp`).
 
 use std::io;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, sethostname, setresgid, setresuid};
+
+use super::landlock;
 
 /// Most open descriptors of a VMM: control, console and vsock streams (1024 at most), queues and eventfds.
 pub const DESCRIPTORS_MAX: u64 = 2048;
+
+/// Most threads of a VMM, counted by its user id (RLIMIT_NPROC): the first, one for devices, 32 vCPUs, 6 disks, and
+/// room for those that are just ending when a machine that could not be built is built again.
+pub const THREADS_MAX: u64 = 48;
+
+/// Bytes that a VMM may write beyond its largest disk or its guest's memory, in any one file (RLIMIT_FSIZE): saved state
+/// is below 16 MiB, the log and the console file far below.
+pub const FILE_BYTES_SPARE: u64 = 64 << 20;
 
 /// Why the jail could not be closed. The process must end.
 #[derive(Debug, thiserror::Error)]
@@ -26,12 +37,14 @@ fn step<T>(step: &'static str, result: nix::Result<T>) -> Result<T, EnterJailErr
     result.map_err(|error| EnterJailError { step, source: error.into() })
 }
 
-/// Enters the jail for good. Call while the process has one thread.
-pub fn enter(uid: u32) -> Result<(), EnterJailError> {
+/// Enters the jail for good. Call while the process has one thread. `file_bytes_max` is what it may make of any one
+/// file, in bytes.
+pub fn enter(uid: u32, file_bytes_max: u64) -> Result<(), EnterJailError> {
     step("set the host name of the uts namespace", sethostname("vmm"))?;
     empty_root()?;
-    limits()?;
-    drop_privileges(uid)
+    limits(file_bytes_max)?;
+    drop_privileges(uid)?;
+    give_up_names()
 }
 
 /// Makes an empty, read-only file system the root and forgets the old one.
@@ -50,9 +63,22 @@ fn empty_root() -> Result<(), EnterJailError> {
     step("make the root read-only", mount(NONE, "/", NONE, read_only, NONE))
 }
 
-fn limits() -> Result<(), EnterJailError> {
-    step("forbid core dumps", setrlimit(Resource::RLIMIT_CORE, 0, 0))?;
-    step("limit open descriptors", setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX, DESCRIPTORS_MAX))
+/// Limits go down only: what is lower already stays. Address space is not limited: the allocator reserves far more than
+/// it uses, and what is used is the control group's to bound.
+fn limits(file_bytes_max: u64) -> Result<(), EnterJailError> {
+    let limits = [
+        ("forbid core dumps, which would hold guest memory", Resource::RLIMIT_CORE, 0),
+        ("limit open descriptors", Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX),
+        ("limit threads", Resource::RLIMIT_NPROC, THREADS_MAX),
+        ("limit the size of files", Resource::RLIMIT_FSIZE, file_bytes_max),
+        ("forbid locked memory, of which it needs none", Resource::RLIMIT_MEMLOCK, 0),
+        ("forbid message queues, of which it needs none", Resource::RLIMIT_MSGQUEUE, 0),
+    ];
+    for (what, resource, most) in limits {
+        let (_, hard) = step(what, getrlimit(resource))?;
+        step(what, setrlimit(resource, most.min(hard), most.min(hard)))?;
+    }
+    Ok(())
 }
 
 fn drop_privileges(uid: u32) -> Result<(), EnterJailError> {
@@ -75,4 +101,15 @@ fn drop_privileges(uid: u32) -> Result<(), EnterJailError> {
         })?;
     }
     step("forbid new privileges", nix::sys::prctl::set_no_new_privs())
+}
+
+/// Where the kernel has Landlock, a jail without it is not closed.
+fn give_up_names() -> Result<(), EnterJailError> {
+    let failed = |source| EnterJailError { step: "give up everything that has a name", source };
+    match landlock::give_up_everything() {
+        Ok(landlock::Enforced::Fully | landlock::Enforced::Partly) => Ok(()),
+        Ok(landlock::Enforced::Not) if landlock::version().is_err() => Ok(()),
+        Ok(landlock::Enforced::Not) => Err(failed(io::Error::other("the kernel has Landlock, and did not apply it"))),
+        Err(error) => Err(failed(io::Error::other(error))),
+    }
 }

@@ -24,6 +24,7 @@ use super::ram::GuestRam;
 use crate::units::{PAGE_BYTES, PageCount};
 
 pub mod plain;
+pub mod requests;
 mod vcpu;
 
 pub use vcpu::{BoundVcpu, EmulationFailure, InternalErrorDetail, RunDetail, Vcpu};

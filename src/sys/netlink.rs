@@ -75,6 +75,14 @@ impl Netlink {
         }
     }
 
+    /// Packets that the link `name` was given to send and dropped: a tap, because nobody took those before from its queue.
+    /// Fails with `ENODEV` if there is none.
+    pub fn unsent(&mut self, name: &str) -> io::Result<u64> {
+        let number = self.connection.numbers(1);
+        let request = encode(link::with_statistics(name), NLM_F_REQUEST, number);
+        self.connection.ask(&request, number, |message| link::read_unsent(message.body))
+    }
+
     /// All addresses.
     pub fn addresses(&mut self) -> io::Result<Vec<Address>> {
         self.list(address::all, address::read)

@@ -109,6 +109,9 @@ mod attribute {
     pub(super) const COUNTER_PACKETS: u16 = 2;
 }
 
+/// How often a set is read until two listings agree.
+const ELEMENT_LISTINGS_MAX: usize = 16;
+
 /// NFT_OBJECT_COUNTER.
 const COUNTER: u32 = 1;
 
@@ -174,12 +177,32 @@ impl Nft {
         })
     }
 
-    /// What is in `set` of `table`, in no order. Fails with `NotFound` if it is not there.
+    /// What is in `set` of `table`, in order. Fails with `NotFound` if it is not there, and with `WouldBlock` if it
+    /// changes too fast to be read.
+    ///
+    /// The kernel moves a set that grew to a larger table in the background. A listing of several messages that this
+    /// overtakes repeats some elements and misses others, and nothing in it says so: it counts if a second one agrees.
     pub fn elements(&mut self, table: Table<'_>, set: &str) -> io::Result<Vec<Element>> {
+        let mut last = self.elements_once(table, set)?;
+        for _ in 1..ELEMENT_LISTINGS_MAX {
+            let next = self.elements_once(table, set)?;
+            if next == last {
+                return Ok(last);
+            }
+            last = next;
+        }
+        let what = format!("set {set} of table {table} was another each of {ELEMENT_LISTINGS_MAX} times it was read");
+        Err(io::Error::new(io::ErrorKind::WouldBlock, what))
+    }
+
+    fn elements_once(&mut self, table: Table<'_>, set: &str) -> io::Result<Vec<Element>> {
         let ask = |request: &mut Writer| elements::of_set(request, table, set);
         let parts =
             self.list(kind::GET_ELEMENTS, table.family.number(), ask, |message| Some(elements::read(message)))?;
-        Ok(parts.concat())
+        let mut found = parts.concat();
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
     }
 
     fn list<T>(

@@ -27,6 +27,9 @@ const PARKING_FD: RawFd = 16;
 /// Signals that may interrupt one wait.
 const INTERRUPTS_MAX: u32 = 64;
 
+/// `CLONE_INTO_CGROUP` (linux/sched.h, Linux 5.7): a flag of clone3 alone, beyond the 32 bits of clone's.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// Most bytes of start-up message: a pipe takes this much without a reader.
 pub const START_MESSAGE_BYTES_MAX: usize = 4096;
 
@@ -47,6 +50,8 @@ pub struct SpawnVmm<'a> {
     pub log: BorrowedFd<'a>,
     /// Its network namespace.
     pub network: SpawnNetwork<'a>,
+    /// The directory of its control group (version 2); the caller's group without one.
+    pub group: Option<BorrowedFd<'a>>,
 }
 
 /// In which network namespace a VMM starts.
@@ -107,12 +112,14 @@ pub fn spawn_vmm(spec: &SpawnVmm<'_>) -> Result<Spawned, SpawnVmmError> {
     ];
     let exe = park(spec.exe)?;
     let flags = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    let start = |flags| clone_and_exec(&exe, &words, &places, flags, spec.group);
     let (pid, pidfd) = match spec.network {
-        SpawnNetwork::Inherit => clone_and_exec(&exe, &words, &places, flags),
-        SpawnNetwork::New => clone_and_exec(&exe, &words, &places, flags | libc::CLONE_NEWNET),
+        SpawnNetwork::Inherit => start(flags),
+        SpawnNetwork::New => start(flags | libc::CLONE_NEWNET),
         // The child begins in the namespace of the thread that clones it.
-        SpawnNetwork::In(namespace) => netns::in_fd(&namespace, || clone_and_exec(&exe, &words, &places, flags))
-            .map_err(failed("enter the network namespace"))?,
+        SpawnNetwork::In(namespace) => {
+            netns::in_fd(&namespace, || start(flags)).map_err(failed("enter the network namespace"))?
+        }
     }
     .map_err(failed("clone3"))?;
     let start_ticks = start_ticks(pid).map_err(failed("read the new process's start time"))?;
@@ -131,6 +138,7 @@ fn clone_and_exec(
     words: &[CString],
     places: &[(OwnedFd, RawFd)],
     flags: libc::c_int,
+    group: Option<BorrowedFd<'_>>,
 ) -> io::Result<(i32, OwnedFd)> {
     // Everything the child touches is made before the clone: it may not allocate.
     let mut argv: Vec<*const libc::c_char> = words.iter().map(|word| word.as_ptr()).collect();
@@ -142,6 +150,11 @@ fn clone_and_exec(
     args.flags = u64::from((flags | libc::CLONE_PIDFD).cast_unsigned());
     args.pidfd = std::ptr::from_mut(&mut pidfd) as u64;
     args.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+    if let Some(group) = group {
+        // From its first instruction it is where its limits are: no moment, and no page, is charged to the agent.
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(group.as_raw_fd().cast_unsigned());
+    }
     // SAFETY: args is a valid clone_args of the size given; without CLONE_VM the child gets a copy of this memory and
     // goes on here with its own stack, exactly as after fork.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
@@ -257,6 +270,18 @@ pub fn wait_at_most(child: &mut Child, limit: Duration) -> io::Result<Option<Exi
     ended.map(|_| None).map_err(io::Error::from)
 }
 
+/// A descriptor of ours for what the process has open under this number (pidfd_getfd(2)): both share the open file.
+/// Needs the right to trace the process.
+pub fn copy_descriptor(pidfd: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes three integers.
+    let copied = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
+    match RawFd::try_from(copied) {
+        // SAFETY: pidfd_getfd just made this descriptor for us.
+        Ok(copied) if copied >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(copied) }),
+        Ok(_) | Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Ends the process at once (SIGKILL). Not an error if it has ended already.
 pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
     let none = std::ptr::null::<libc::siginfo_t>();
@@ -281,6 +306,48 @@ pub fn reap(pidfd: &OwnedFd) -> io::Result<Option<ExitStatus>> {
     }
 }
 
+/// How a process that is not our child ended, as far as the kernel still tells: by its entry in `/proc` until its
+/// parent reaped it (proc_pid_stat(5) field 52), and afterwards by its pidfd (`PIDFD_GET_INFO`, Linux 6.15).
+pub fn exit_of_stranger(pidfd: &OwnedFd, pid: i32, wanted_ticks: u64) -> Option<ExitStatus> {
+    exit_in_stat(pid, wanted_ticks).or_else(|| exit_by_pidfd(pidfd)).map(ExitStatus::from_raw)
+}
+
+fn exit_in_stat(pid: i32, wanted_ticks: u64) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
+    // Field 3 is the first of these.
+    let field = |number: usize| fields.get(number - 3).copied();
+    let same = field(22)?.parse() == Ok(wanted_ticks);
+    if same && field(3)? == "Z" { field(52)?.parse().ok() } else { None }
+}
+
+fn exit_by_pidfd(pidfd: &OwnedFd) -> Option<i32> {
+    let mut info = PidfdInfo { mask: PIDFD_INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: the request carries the size of its struct, `info` is one of that size, valid for reads and writes for the
+    // call, and the descriptor is open.
+    let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
+    (result == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+}
+
+/// `PIDFD_INFO_EXIT` (linux/pidfd.h): the exit status is asked for, and in the answer: it is there.
+const PIDFD_INFO_EXIT: u64 = 1 << 3;
+
+/// `_IOWR(PIDFS_IOCTL_MAGIC, 11, struct pidfd_info)` with the struct's first size, which every kernel takes.
+const PIDFD_GET_INFO: libc::c_ulong = 3 << 30 | (size_of::<PidfdInfo>() as libc::c_ulong) << 16 | 0xff << 8 | 11;
+
+/// `struct pidfd_info` (linux/pidfd.h) in its first size, 64 bytes.
+#[repr(C)]
+#[derive(Default)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup: u64,
+    pids: [u32; 3],
+    ids: [u32; 8],
+    exit_code: i32,
+}
+
+const _: () = assert!(size_of::<PidfdInfo>() == 64);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,6 +361,24 @@ mod tests {
         let pid = endless.id().cast_signed();
         assert!(wait_at_most(&mut endless, Duration::from_millis(1)).unwrap().is_none());
         assert!(open_pidfd(pid).unwrap().is_none(), "reaped");
+    }
+
+    #[test]
+    fn a_stranger_tells_how_it_ended_before_and_after_it_is_reaped() {
+        let mut child = std::process::Command::new("sleep").arg("30").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let ticks = start_ticks(pid).unwrap();
+        let pidfd = find(pid, ticks).unwrap().unwrap();
+        assert!(exit_of_stranger(&pidfd, pid, ticks).is_none(), "it lives");
+        kill(&pidfd).unwrap();
+        waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        let unreaped = exit_of_stranger(&pidfd, pid, ticks).and_then(|status| status.signal());
+        assert_eq!(unreaped, Some(libc::SIGKILL));
+        assert!(exit_in_stat(pid, ticks + 1).is_none(), "another process of this pid");
+        child.wait().unwrap();
+        // Kernels before 6.15 have forgotten it by now.
+        let reaped = exit_of_stranger(&pidfd, pid, ticks).and_then(|status| status.signal());
+        assert!([None, Some(libc::SIGKILL)].contains(&reaped), "{reaped:?}");
     }
 
     #[test]

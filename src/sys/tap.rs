@@ -7,15 +7,23 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use linux_raw_sys::if_tun::{TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6};
 use linux_raw_sys::ioctl::{TUNSETIFF, TUNSETOFFLOAD, TUNSETPERSIST, TUNSETVNETHDRSZ};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use super::process;
+
 /// Bytes of the header before each frame: `struct virtio_net_hdr_mrg_rxbuf`, as virtio 1.2 section 5.1.6 has it.
 const HEADER_BYTES: libc::c_int = 12;
+
+/// Number of the ioctl that [`set_offloads`] makes, for filters of system calls.
+pub const REQUEST_OFFLOADS: u32 = TUNSETOFFLOAD;
+
+/// Number of the ioctl that [`prepare`] makes, for filters of system calls.
+pub const REQUEST_HEADER_BYTES: u32 = TUNSETVNETHDRSZ;
 
 /// Longest name of an interface: IFNAMSIZ less the final zero (linux/if.h).
 const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
@@ -55,6 +63,20 @@ pub fn open(name: &str) -> io::Result<File> {
     check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF.into(), &raw mut request) })?;
     prepare(&tap)?;
     Ok(tap)
+}
+
+/// The taps another process has open, by name: open files of ours that share its queues, so that what waits in them
+/// waits for both. `pidfd` is the process's. Needs the right to trace it.
+pub fn held_by(pid: i32, pidfd: &OwnedFd) -> io::Result<Vec<(String, File)>> {
+    let mut taps = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let Some(number) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // The driver tells the interface's name there; closed meanwhile is as good as another kind of file.
+        let Ok(told) = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")) else { continue };
+        let Some(name) = told.lines().find_map(|line| line.strip_prefix("iff:")) else { continue };
+        taps.push((name.trim().to_owned(), File::from(process::copy_descriptor(pidfd, number)?)));
+    }
+    Ok(taps)
 }
 
 /// Makes an open tap what this crate expects: non-blocking, with headers of 12 bytes. Fails on anything but a tap.
@@ -146,6 +168,19 @@ mod tests {
             assert_eq!(set_offloads(&tap, Offloads { checksum: false, ..all }).unwrap(), Offloads::default());
             let one = set_offloads(&tap, Offloads { uso6: false, ..all }).unwrap();
             assert_eq!(one, Offloads { uso4: false, uso6: false, ..all });
+        })
+        .expect("a new network namespace needs root");
+    }
+
+    #[test]
+    fn a_tap_of_another_process_is_shared_with_it() {
+        netns::in_new(|| {
+            let tap = open("tap7").unwrap();
+            let pid = std::process::id().cast_signed();
+            let pidfd = process::find(pid, process::start_ticks(pid).unwrap()).unwrap().unwrap();
+            let mine = held_by(pid, &pidfd).unwrap().into_iter().find(|(name, _)| name == "tap7").unwrap().1;
+            drop(tap);
+            assert!(is_attached(&mine), "the interface is there as long as somebody holds it");
         })
         .expect("a new network namespace needs root");
     }

@@ -1,7 +1,7 @@
 //! One connection of the control socket: whole frames in, whole frames out.
 
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -31,6 +31,8 @@ pub(super) enum ReceiveError {
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: UnixStream,
+    /// The version of the last frame that came: answers are given in it.
+    version: u16,
     /// The epoch its Hello named; `None` before Hello.
     pub(super) epoch: Option<u64>,
 }
@@ -42,7 +44,7 @@ impl Connection {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(limit)?;
         stream.set_write_timeout(limit)?;
-        Ok(Self { stream, epoch: None })
+        Ok(Self { stream, version: frame::VERSION, epoch: None })
     }
 
     /// Reads one request with its descriptors. Call when the socket is readable.
@@ -55,6 +57,7 @@ impl Connection {
         }
         self.stream.read_exact(&mut header[first..]).map_err(ReceiveError::Io)?;
         let length = frame::body_length::<Request>(header).map_err(ReceiveError::Frame)?;
+        self.version = frame::version_of(header);
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body).map_err(ReceiveError::Io)?;
         debug_assert!(descriptors.len() <= DESCRIPTORS_MAX);
@@ -62,9 +65,15 @@ impl Connection {
         Ok((request, descriptors))
     }
 
+    /// Its descriptor's number.
+    pub(super) fn number(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+
     /// Writes one answer.
     pub(super) fn answer(&mut self, answer: &Answer) -> io::Result<()> {
-        let bytes = frame::encode(answer).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        let bytes = frame::encode_in(self.version, answer)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         self.stream.write_all(&bytes)
     }
 }
@@ -85,6 +94,12 @@ mod tests {
         connection.answer(&Answer::Done).unwrap();
         let mut answer = [0; HEADER_BYTES + 1];
         agent.read_exact(&mut answer).unwrap();
+        // Who asks in the version before is answered in it.
+        agent.write_all(&frame::encode_in(frame::VERSION_MIN, &Request::Status).unwrap()).unwrap();
+        assert_eq!(connection.receive().unwrap().0, Request::Status);
+        connection.answer(&Answer::Done).unwrap();
+        agent.read_exact(&mut answer).unwrap();
+        assert_eq!(frame::version_of(*answer.first_chunk().unwrap()), frame::VERSION_MIN);
         agent.write_all(&[0; HEADER_BYTES]).unwrap();
         assert!(matches!(connection.receive(), Err(ReceiveError::Frame(FrameError::Magic { .. }))));
         drop(agent);

@@ -8,26 +8,35 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::balloon;
 use super::connection::{Connection, ReceiveError};
 use super::console::{Console, Interest};
-use super::launch::{Launch, Restore};
-use super::save::{self, SaveFiles, SaveMachineError};
+use super::launch::{Launch, LaunchRequestError, Restore, SavedMachine};
+use super::save::{self, SaveFiles, SaveMachineError, SealFiles};
+use super::seccomp;
+use super::send::SendThread;
 use super::session::Ownership;
 use super::{VmmError, bounded};
 use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::image::WriteImageError;
+use crate::machine::sealed::{SealError, UnsealError};
 use crate::machine::virtio::{FlowCounts, NetCounts};
 use crate::machine::{
-    self, BuildError, Entry, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError,
+    self, BuildError, Entry, GuestTime, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError,
+    SealKey, Sealed,
 };
 use crate::report;
 use crate::units::Bytes;
 use crate::wire::control::{
-    Answer, FlowStatus, InterfaceStatus, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, RestoreSpec,
-    SavePhases, SavedPages, Status,
+    Answer, FlowStatus, InterfaceStatus, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, SavePhases,
+    SavedPages, SendProgress, Status,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
+
+mod moving;
+
+use moving::{ARRIVAL_TIME, Arriving, PACKETS_MAX, Sending};
 
 /// Most agents connected at once: one owner, one that takes over, and some that are being refused.
 const CONNECTIONS_MAX: usize = 8;
@@ -42,6 +51,12 @@ struct Guest {
     state: MachineState,
     /// When it was first resumed.
     resumed: Option<Monotonic>,
+    /// The thread that could send it elsewhere.
+    sender: SendThread,
+    /// Whether it came from another VMM and has not run here.
+    arrived: bool,
+    /// When packets from where it was before are waited for no longer.
+    door_opens: Option<Monotonic>,
 }
 
 /// The loop.
@@ -50,7 +65,11 @@ pub(super) struct EventLoop {
     control: UnixListener,
     ownership: Ownership,
     connections: BTreeMap<RawFd, Connection>,
+    /// The connection whose request is answered later.
+    waiting: Option<Connection>,
     guest: Option<Guest>,
+    sending: Option<Sending>,
+    arriving: Option<Arriving>,
     clock: Arc<SystemClock>,
 }
 
@@ -67,7 +86,10 @@ impl EventLoop {
             control,
             ownership: Ownership::new(nonce),
             connections: BTreeMap::new(),
+            waiting: None,
             guest: None,
+            sending: None,
+            arriving: None,
             clock: Arc::new(SystemClock::new()),
         };
         this.watch(this.control.as_raw_fd(), EventSet::IN).map_err(failed("wait for agents"))?;
@@ -93,11 +115,12 @@ impl EventLoop {
     pub(super) fn run(mut self) -> Result<LastWords, VmmError> {
         let mut events = [EpollEvent::default(); EVENTS_PER_WAIT];
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
+            let count = match self.epoll.wait(self.patience_ms(), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(failed("wait for events")(error)),
             };
+            self.keep_time();
             for event in &events[..count] {
                 if let Some(words) = self.serve(event.fd(), event.event_set()) {
                     if let Some(guest) = self.guest.take() {
@@ -109,6 +132,14 @@ impl EventLoop {
         }
     }
 
+    /// How long to wait for events, as epoll_wait(2) has it.
+    fn patience_ms(&self) -> i32 {
+        let Some(due) = self.due() else { return -1 };
+        // Rounded up: what is due has to be due when the wait is over.
+        let left = due.since(self.clock.monotonic()).as_micros().div_ceil(1000);
+        i32::try_from(left).unwrap_or(i32::MAX)
+    }
+
     /// Serves one event; gives last words when it is the end.
     fn serve(&mut self, number: RawFd, events: EventSet) -> Option<LastWords> {
         if number == self.control.as_raw_fd() {
@@ -117,6 +148,19 @@ impl EventLoop {
         }
         if self.connections.contains_key(&number) {
             return self.serve_agent(number);
+        }
+        if self.waiting.as_ref().is_some_and(|waiting| waiting.number() == number) {
+            // It hung up, or asks before it was answered: nobody waits for what it asked any more.
+            self.stop_waiting();
+            return None;
+        }
+        if self.is_arriving(number) {
+            self.hear_of_arrival();
+            return None;
+        }
+        if self.guest.as_ref().is_some_and(|guest| guest.sender.bell().as_raw_fd() == number) {
+            self.hear_of_send();
+            return None;
         }
         let guest = self.guest.as_mut()?;
         if number == guest.machine.events().as_fd().as_raw_fd() {
@@ -168,7 +212,10 @@ impl EventLoop {
             }
         };
         let stop = matches!(request, Request::Stop);
-        let answer = self.answer(&mut connection, request, descriptors);
+        let Some(answer) = self.answer(&mut connection, request, descriptors) else {
+            self.waiting = Some(connection);
+            return None;
+        };
         let refused_hello = connection.epoch.is_none();
         let stop = stop && !matches!(answer, Answer::Refused(_));
         if connection.answer(&answer).is_ok() && !refused_hello {
@@ -177,13 +224,32 @@ impl EventLoop {
         stop.then_some(LastWords::Stopped)
     }
 
-    fn answer(&mut self, connection: &mut Connection, request: Request, descriptors: Vec<OwnedFd>) -> Answer {
+    /// The answer; `None` if it comes later.
+    fn answer(&mut self, connection: &mut Connection, request: Request, descriptors: Vec<OwnedFd>) -> Option<Answer> {
         let result = if let Request::Hello { nonce, epoch } = request {
-            self.hello(connection, nonce, epoch)
+            self.hello(connection, nonce, epoch).map(Some)
         } else {
             self.ownership.admits(connection.epoch).and_then(|()| self.carry_out(request, descriptors))
         };
-        result.unwrap_or_else(Answer::Refused)
+        result.unwrap_or_else(|refusal| Some(Answer::Refused(refusal)))
+    }
+
+    /// Answers the connection that waits; false if it does not, or cannot be answered.
+    fn answer_waiting(&mut self, answer: &Answer) -> bool {
+        let Some(mut connection) = self.waiting.take() else { return false };
+        let answered = connection.answer(answer).is_ok();
+        if answered {
+            self.connections.insert(connection.number(), connection);
+        }
+        answered
+    }
+
+    /// Nobody waits for what takes long any more: it is given up.
+    fn stop_waiting(&mut self) {
+        self.waiting = None;
+        self.cancel_send();
+        // Its threads end with their connections.
+        drop(self.take_arriving());
     }
 
     fn hello(&mut self, connection: &mut Connection, nonce: Nonce, epoch: u64) -> Result<Answer, Refusal> {
@@ -191,38 +257,84 @@ impl EventLoop {
         connection.epoch = Some(epoch);
         // Only the newest epoch is served, on as many connections as it makes; closing a socket also ends its watch.
         self.connections.retain(|_, other| other.epoch.is_none_or(|other| other >= epoch));
+        if self.waiting.as_ref().is_some_and(|waiting| waiting.epoch.is_some_and(|other| other < epoch)) {
+            self.stop_waiting();
+        }
         Ok(Answer::Welcome(self.status()))
     }
 
-    fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Answer, Refusal> {
-        match request {
+    fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Option<Answer>, Refusal> {
+        let answer = match request {
+            // Dealt with before.
             Request::Hello { .. } => Err(Refusal::HelloFirst),
+            // One answer that comes later at a time.
+            Request::Send(_) | Request::Receive(_) | Request::ForwardPackets { .. } if self.waiting.is_some() => {
+                Err(Refusal::Sending)
+            }
+            Request::Send(spec) => return self.send(spec, descriptors).map(|()| None),
+            Request::Receive(spec) => return self.receive(&spec, descriptors).map(|()| None),
+            Request::ForwardPackets { last } => return self.forward_packets(last).map(|()| None),
+            Request::SendProgress => Ok(Answer::Sending(
+                self.guest.as_ref().map_or_else(SendProgress::default, |guest| guest.sender.progress()),
+            )),
+            Request::CancelSend => {
+                self.cancel_send();
+                Ok(Answer::Done)
+            }
             Request::Launch(spec) => self.launch(spec, descriptors).map(Answer::Launched),
-            Request::Pause => self.change(MachineState::Running, MachineState::Paused),
-            Request::Resume => self.change(MachineState::Paused, MachineState::Running),
+            Request::Pause => {
+                self.not_sending()?;
+                self.change(MachineState::Running, MachineState::Paused)
+            }
+            Request::Resume => {
+                self.forget_send()?;
+                self.change(MachineState::Paused, MachineState::Running)
+            }
             Request::Status => Ok(Answer::Status(self.status())),
             Request::Stop => Ok(Answer::Done),
             Request::Network => Ok(Answer::Network(self.guest.as_ref().map_or_else(Vec::new, interfaces))),
             Request::ReplaceTap { index } => self.replace_tap(index, descriptors),
-            Request::Restore(spec) => self.restore(&spec, descriptors).map(Answer::Launched),
+            Request::Restore(spec) => self.restore(Restore::new(&spec, descriptors)).map(Answer::Launched),
             Request::Save { pages } => self.save(pages, descriptors).map(Answer::Saved),
+            Request::Seal { pages, key } => self.seal(pages, SealKey(key.0), descriptors).map(Answer::Saved),
+            Request::Unseal(spec) => self.restore(Restore::sealed(&spec, descriptors)).map(Answer::Launched),
+            Request::Balloon { target_bytes } => {
+                let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
+                balloon::answer(&guest.machine, target_bytes).map(Answer::Balloon)
+            }
+        };
+        answer.map(Some)
+    }
+
+    /// Refuses to make a machine where there is one, or one is on its way.
+    fn must_be_empty(&self) -> Result<(), Refusal> {
+        match &self.guest {
+            Some(guest) => Err(Refusal::State { state: guest.state }),
+            None if self.arriving.is_some() => Err(Refusal::State { state: MachineState::Empty }),
+            None => Ok(()),
+        }
+    }
+
+    /// The machine, if it is there and stands still.
+    fn paused(&self) -> Result<&Machine, Refusal> {
+        self.not_sending()?;
+        match &self.guest {
+            Some(guest) if guest.state == MachineState::Paused => Ok(&guest.machine),
+            Some(guest) => Err(Refusal::State { state: guest.state }),
+            None => Err(Refusal::State { state: MachineState::Empty }),
         }
     }
 
     fn save(&self, pages: SavedPages, descriptors: Vec<OwnedFd>) -> Result<SavePhases, Refusal> {
-        let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
-        if guest.state != MachineState::Paused {
-            return Err(Refusal::State { state: guest.state });
-        }
-        let bad = |error: &(dyn std::error::Error + 'static)| Refusal::BadRequest { reason: report::chain(error) };
-        let files = SaveFiles::new(pages, descriptors).map_err(|error| bad(&error))?;
-        save::save(&guest.machine, pages, files, self.clock.as_ref()).map_err(|error| match &error {
-            SaveMachineError::Memory(WriteImageError::NoOriginal) => bad(&error),
-            SaveMachineError::Collect(_)
-            | SaveMachineError::Encode(_)
-            | SaveMachineError::Write { .. }
-            | SaveMachineError::Memory(_) => host(&error),
-        })
+        let machine = self.paused()?;
+        let files = SaveFiles::new(pages, descriptors).map_err(|error| bad_request(&error))?;
+        save::save(machine, pages, files, self.clock.as_ref()).map_err(|error| refusal_to_save(&error))
+    }
+
+    fn seal(&self, pages: SavedPages, key: SealKey, descriptors: Vec<OwnedFd>) -> Result<SavePhases, Refusal> {
+        let machine = self.paused()?;
+        let files = SealFiles::new(descriptors).map_err(|error| bad_request(&error))?;
+        save::seal(machine, (pages, key), files, self.clock.as_ref()).map_err(|error| refusal_to_save(&error))
     }
 
     fn replace_tap(&mut self, index: u8, mut descriptors: Vec<OwnedFd>) -> Result<Answer, Refusal> {
@@ -249,7 +361,12 @@ impl EventLoop {
         }
         if to == MachineState::Running {
             guest.resumed.get_or_insert_with(|| self.clock.monotonic());
-            guest.machine.resume().map_err(|error| host(&error))?;
+            let time = if guest.arrived { ARRIVAL_TIME } else { GuestTime::Stands };
+            guest.machine.resume_with(time).map_err(|error| host(&error))?;
+            if guest.arrived {
+                guest.door_opens = Some(self.clock.monotonic().after(PACKETS_MAX));
+                guest.arrived = false;
+            }
         } else {
             guest.machine.pause().map_err(|error| host(&error))?;
         }
@@ -258,9 +375,7 @@ impl EventLoop {
     }
 
     fn launch(&mut self, spec: LaunchSpec, descriptors: Vec<OwnedFd>) -> Result<LaunchPhases, Refusal> {
-        if let Some(guest) = &self.guest {
-            return Err(Refusal::State { state: guest.state });
-        }
+        self.must_be_empty()?;
         let launch = Launch::new(spec, descriptors);
         let launch = launch.map_err(|error| Refusal::BadRequest { reason: error.to_string() })?;
         let console = Console::new(launch.console_file, launch.console_listener);
@@ -278,24 +393,30 @@ impl EventLoop {
             clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
         };
         let machine = Machine::build(launch.kvm, spec).map_err(|error| refusal_of(&error))?;
-        self.adopt_guest(machine, console)
+        self.adopt_guest(machine, console, false)
     }
 
     /// Builds a paused machine from saved state.
-    fn restore(&mut self, spec: &RestoreSpec, descriptors: Vec<OwnedFd>) -> Result<LaunchPhases, Refusal> {
-        if let Some(guest) = &self.guest {
-            return Err(Refusal::State { state: guest.state });
-        }
+    fn restore(&mut self, request: Result<Restore, LaunchRequestError>) -> Result<LaunchPhases, Refusal> {
+        self.must_be_empty()?;
         let begun = self.clock.monotonic();
-        let restore = Restore::new(spec, descriptors);
-        let restore = restore.map_err(|error| Refusal::BadRequest { reason: error.to_string() })?;
+        let restore = request.map_err(|error| bad_request(&error))?;
         let bad = |reason| Refusal::BadState { reason: bounded(reason) };
-        let sections = save::read_state(restore.state).map_err(|error| bad(report::chain(&error)))?;
+        let (sections, backing, sealed) = match restore.from {
+            SavedMachine::Bundle { state, memory } => (save::read_state(state), RamBacking::PrivateFile(memory), None),
+            SavedMachine::Sealed { file, key, memory } => {
+                let opened = Sealed::open(key, file).map_err(|error| refusal_to_unseal(&error))?;
+                let backing = memory.map_or(RamBacking::SharedMemfd, RamBacking::PrivateFile);
+                (save::decode_state(&opened.state), backing, Some(opened))
+            }
+        };
+        let sections = sections.map_err(|error| bad(report::chain(&error)))?;
         let read_ns = nanos(begun, self.clock.monotonic());
         let console = Console::new(restore.console_file, restore.console_listener);
         let (console, output) = console.map_err(|error| host(&error))?;
         let from = machine::RestoreSpec {
-            backing: RamBacking::PrivateFile(restore.memory),
+            backing,
+            sealed,
             devices: restore.devices,
             console: Box::new(output),
             clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
@@ -305,18 +426,33 @@ impl EventLoop {
         if found != Bytes(restore.memory_bytes) {
             return Err(bad(format!("the saved machine has {found} of memory, not {}", Bytes(restore.memory_bytes))));
         }
-        let phases = self.adopt_guest(machine, console)?;
+        let phases = self.adopt_guest(machine, console, false)?;
         Ok(LaunchPhases { load_ns: read_ns, ..phases })
     }
 
     /// From here on the machine's and its console's events are served.
-    fn adopt_guest(&mut self, machine: Machine, console: Console) -> Result<LaunchPhases, Refusal> {
-        for number in [machine.events().as_fd().as_raw_fd(), console.listener().as_raw_fd(), console.news().as_raw_fd()]
-        {
+    fn adopt_guest(&mut self, machine: Machine, console: Console, arrived: bool) -> Result<LaunchPhases, Refusal> {
+        let sender = SendThread::start(*self.clock).map_err(|error| host(&error))?;
+        for number in [
+            machine.events().as_fd().as_raw_fd(),
+            console.listener().as_raw_fd(),
+            console.news().as_raw_fd(),
+            sender.bell().as_raw_fd(),
+        ] {
             self.watch(number, EventSet::IN).map_err(|error| host(&error))?;
         }
+        // Nothing of the guest has run. From here on this thread makes no machine, no thread, no file.
+        seccomp::narrow_control().map_err(|error| host(&error))?;
         let phases = phases_of(machine.phases());
-        self.guest = Some(Guest { machine, console, state: MachineState::Paused, resumed: None });
+        self.guest = Some(Guest {
+            machine,
+            console,
+            state: MachineState::Paused,
+            resumed: None,
+            sender,
+            arrived,
+            door_opens: None,
+        });
         Ok(phases)
     }
 
@@ -374,16 +510,39 @@ fn host(error: &(dyn std::error::Error + 'static)) -> Refusal {
     Refusal::Host { reason: bounded(report::chain(error)) }
 }
 
+fn bad_request(error: &(dyn std::error::Error + 'static)) -> Refusal {
+    Refusal::BadRequest { reason: bounded(report::chain(error)) }
+}
+
+fn refusal_to_save(error: &SaveMachineError) -> Refusal {
+    match error {
+        SaveMachineError::Memory(WriteImageError::NoOriginal)
+        | SaveMachineError::Seal(SealError::Memory(WriteImageError::NoOriginal)) => bad_request(error),
+        SaveMachineError::Collect(_)
+        | SaveMachineError::Encode(_)
+        | SaveMachineError::Write { .. }
+        | SaveMachineError::Memory(_)
+        | SaveMachineError::Seal(_) => host(error),
+    }
+}
+
+fn refusal_to_unseal(error: &UnsealError) -> Refusal {
+    let reason = bounded(report::chain(error));
+    if error.is_damage() { Refusal::BadState { reason } } else { Refusal::Host { reason } }
+}
+
 /// Whose fault it is: the request's, the image's or the host's.
 fn refusal_of(error: &BuildError) -> Refusal {
     let reason = bounded(report::chain(error));
     match error {
         BuildError::VcpuCount { .. } | BuildError::SlotTwice { .. } => Refusal::BadRequest { reason },
         BuildError::Boot(_) => Refusal::BadImage { reason },
+        BuildError::Unseal(error) if error.is_damage() => Refusal::BadState { reason },
         BuildError::Sections(_) | BuildError::RestoreVm(_) | BuildError::RestoreVcpu { .. } => {
             Refusal::BadState { reason }
         }
-        BuildError::Kvm(_)
+        BuildError::Unseal(_)
+        | BuildError::Kvm(_)
         | BuildError::Ram(_)
         | BuildError::Call(_)
         | BuildError::Serial(_)

@@ -8,8 +8,12 @@ use std::os::unix::net::UnixListener;
 use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
 use crate::machine::virtio::spec::net::MTU_MIN;
+use crate::machine::{RamBacking, SealKey};
 use crate::units::NetLimitError;
-use crate::wire::control::{COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec, RestoreSpec};
+use crate::wire::control::{
+    COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec, ReceiveSpec, ReceivedMemory, RestoreSpec, UnsealSpec,
+};
+use crate::wire::stream::CONNECTIONS_MAX;
 
 /// A launch request whose parts fit together.
 #[derive(Debug)]
@@ -37,16 +41,35 @@ pub(super) struct Restore {
     pub(super) memory_bytes: u64,
     /// /dev/kvm.
     pub(super) kvm: File,
-    /// Saved state.
-    pub(super) state: File,
-    /// The memory image.
-    pub(super) memory: File,
+    /// What it is made of.
+    pub(super) from: SavedMachine,
     /// The console file.
     pub(super) console_file: File,
     /// The console's listening socket.
     pub(super) console_listener: UnixListener,
     /// Devices by slot.
     pub(super) devices: Vec<(Slot, Backend)>,
+}
+
+/// The files a machine is made of that was there before.
+#[derive(Debug)]
+pub(super) enum SavedMachine {
+    /// State and memory, each in a file of its own.
+    Bundle {
+        /// Saved state.
+        state: File,
+        /// The memory image.
+        memory: File,
+    },
+    /// State and pages in one sealed file.
+    Sealed {
+        /// The file.
+        file: File,
+        /// Its key.
+        key: SealKey,
+        /// The memory image that the pages differ from; without one, from zero.
+        memory: Option<File>,
+    },
 }
 
 /// Why a launch request does not fit together.
@@ -85,6 +108,12 @@ pub(super) enum LaunchRequestError {
     /// Nobody can mean such a limit.
     #[error(transparent)]
     Limits(NetLimitError),
+    /// No stream has so many connections.
+    #[error("{found} connections: 1 to {CONNECTIONS_MAX} are possible")]
+    Connections {
+        /// How many were asked for.
+        found: u8,
+    },
     /// The command line is too long.
     #[error("the kernel command line has {found} bytes, at most {COMMAND_LINE_BYTES_MAX} are possible")]
     CommandLine {
@@ -98,6 +127,9 @@ const ALWAYS: usize = 4;
 
 /// /dev/kvm, state, memory, the console file and its socket.
 const ALWAYS_RESTORED: usize = 5;
+
+/// /dev/kvm, the sealed file, the console file and its socket.
+const ALWAYS_UNSEALED: usize = 4;
 
 /// Descriptors that are yet to get their names.
 struct Unnamed {
@@ -137,6 +169,7 @@ impl Unnamed {
         Ok(match device {
             DeviceSpec::Vsock => (Slot::VSOCK, Backend::Vsock { listener: self.next()? }),
             DeviceSpec::Rng => (Slot::RNG, Backend::Rng),
+            DeviceSpec::Balloon => (Slot::BALLOON, Backend::Balloon),
             DeviceSpec::Block { index, read_only } => {
                 let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
                 (slot, Backend::Block { file: self.next()?, read_only })
@@ -149,6 +182,50 @@ impl Unnamed {
                 limits.check().map_err(LaunchRequestError::Limits)?;
                 (slot, Backend::Net { tap: self.next()?, mac, mtu, limits })
             }
+        })
+    }
+}
+
+/// /dev/kvm, the console file and its socket.
+const ALWAYS_RECEIVED: usize = 3;
+
+/// What a machine on its way here gets, whose parts fit together.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    /// /dev/kvm.
+    pub(super) kvm: File,
+    /// What its memory is made of.
+    pub(super) memory: RamBacking,
+    /// The console file.
+    pub(super) console_file: File,
+    /// The console's listening socket.
+    pub(super) console_listener: UnixListener,
+    /// Devices by slot.
+    pub(super) devices: Vec<(Slot, Backend)>,
+    /// One connected socket for each connection.
+    pub(super) sockets: Vec<OwnedFd>,
+}
+
+impl Arrival {
+    /// Gives each descriptor its name.
+    pub(super) fn new(spec: &ReceiveSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
+        if !(1..=CONNECTIONS_MAX).contains(&spec.connections) {
+            return Err(LaunchRequestError::Connections { found: spec.connections });
+        }
+        let memory = usize::from(spec.memory != ReceivedMemory::New);
+        let wanted = ALWAYS_RECEIVED + memory + wanted_by(&spec.devices) + usize::from(spec.connections);
+        let mut unnamed = Unnamed::new(descriptors, wanted)?;
+        Ok(Self {
+            kvm: unnamed.next()?,
+            memory: match spec.memory {
+                ReceivedMemory::New => RamBacking::SharedMemfd,
+                ReceivedMemory::Image => RamBacking::PrivateFile(unnamed.next()?),
+                ReceivedMemory::Shared => RamBacking::SharedFile(unnamed.next()?),
+            },
+            console_file: unnamed.next()?,
+            console_listener: unnamed.next()?,
+            devices: unnamed.devices(&spec.devices)?,
+            sockets: unnamed.rest.collect(),
         })
     }
 }
@@ -184,8 +261,24 @@ impl Restore {
         Ok(Self {
             memory_bytes: spec.memory_bytes,
             kvm: unnamed.next()?,
-            state: unnamed.next()?,
-            memory: unnamed.next()?,
+            from: SavedMachine::Bundle { state: unnamed.next()?, memory: unnamed.next()? },
+            console_file: unnamed.next()?,
+            console_listener: unnamed.next()?,
+            devices: unnamed.devices(&spec.devices)?,
+        })
+    }
+
+    /// The same for a sealed machine.
+    pub(super) fn sealed(spec: &UnsealSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
+        let wanted = ALWAYS_UNSEALED + usize::from(spec.image) + wanted_by(&spec.devices);
+        let mut unnamed = Unnamed::new(descriptors, wanted)?;
+        let kvm = unnamed.next()?;
+        let file = unnamed.next()?;
+        let memory = if spec.image { Some(unnamed.next()?) } else { None };
+        Ok(Self {
+            memory_bytes: spec.memory_bytes,
+            kvm,
+            from: SavedMachine::Sealed { file, key: SealKey(spec.key.0), memory },
             console_file: unnamed.next()?,
             console_listener: unnamed.next()?,
             devices: unnamed.devices(&spec.devices)?,
@@ -197,6 +290,7 @@ impl Restore {
 mod tests {
     use super::*;
     use crate::units::{FlowLimits, NetLimits, Rate};
+    use crate::wire::control::SealingKey;
 
     fn spec(devices: Vec<DeviceSpec>) -> LaunchSpec {
         LaunchSpec { vcpus: 1, memory_bytes: 128 << 20, command_line: String::new(), initrd: true, devices }
@@ -224,6 +318,18 @@ mod tests {
         for count in [0, 5, 7] {
             let refused = Restore::new(&spec, files(count)).unwrap_err();
             assert_eq!(refused, LaunchRequestError::Descriptors { found: count, wanted: 6 });
+        }
+    }
+
+    #[test]
+    fn a_sealed_machine_may_come_with_an_image() {
+        let key = SealingKey([1; 32]);
+        for (image, wanted) in [(true, 5), (false, 4)] {
+            let spec = UnsealSpec { memory_bytes: 128 << 20, devices: vec![DeviceSpec::Rng], key, image };
+            let restore = Restore::sealed(&spec, files(wanted)).unwrap();
+            assert!(matches!(restore.from, SavedMachine::Sealed { memory, .. } if memory.is_some() == image));
+            let refused = Restore::sealed(&spec, files(wanted + 1)).unwrap_err();
+            assert_eq!(refused, LaunchRequestError::Descriptors { found: wanted + 1, wanted });
         }
     }
 

@@ -13,6 +13,7 @@ use crate::clock::SystemClock;
 use crate::machine::layout::LAYOUT_VERSION;
 use crate::machine::probe::{KvmFacts, ProbeKvmError, probe as probe_kvm};
 use crate::report;
+use crate::sys::landlock::version as landlock_version;
 use crate::sys::{netns, tap};
 
 /// Kernel words for a guest whose kernel mode is emulated: wakes up the patches of the guest kernel, which also turn
@@ -34,6 +35,8 @@ pub(super) struct HostFacts {
     pub(super) cpu: CpuFacts,
     /// Control groups.
     pub(super) cgroups: CgroupFacts,
+    /// What confines a VMM beside them.
+    pub(super) isolation: IsolationFacts,
     /// Networking.
     pub(super) network: NetworkFacts,
     /// The machines this program builds.
@@ -65,6 +68,15 @@ pub(super) struct CgroupFacts {
     pub(super) version: &'static str,
     /// Controllers that could be used.
     pub(super) controllers: Vec<String>,
+}
+
+/// What confines a VMM beside control groups.
+#[derive(Debug, Serialize)]
+pub(super) struct IsolationFacts {
+    /// Version of the kernel's Landlock; null without. Where there is one, no VMM runs without it.
+    pub(super) landlock_version: Option<u32>,
+    /// The kernel ends a process for a system call that its filter forbids. No VMM runs without.
+    pub(super) seccomp_kills: bool,
 }
 
 /// Networking.
@@ -109,9 +121,15 @@ fn look() -> HostFacts {
         kvm,
         cpu: cpu(),
         cgroups: cgroups(),
+        isolation: IsolationFacts { landlock_version: landlock_version().ok(), seccomp_kills: seccomp_kills() },
         network,
         machine: MachineFacts { layout_version: LAYOUT_VERSION },
     }
+}
+
+fn seccomp_kills() -> bool {
+    let actions = std::fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
+    actions.split_whitespace().any(|action| action == "kill_process")
 }
 
 fn refused(error: &ProbeKvmError) -> String {

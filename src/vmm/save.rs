@@ -5,12 +5,34 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Monotonic};
 use crate::machine::image::{self, Pages, WriteImageError, Written};
-use crate::machine::{Machine, SaveError};
+use crate::machine::sealed::{self, SealError};
+use crate::machine::{Machine, SaveError, SealKey};
 use crate::saved::{Sections, codec};
+use crate::units::Bytes;
 use crate::wire::control::{SavePhases, SavedPages};
+
+/// Files to seal into.
+#[derive(Debug)]
+pub(super) struct SealFiles {
+    pagemap: File,
+    file: File,
+}
+
+impl SealFiles {
+    /// Gives each descriptor its name.
+    pub(super) fn new(descriptors: Vec<OwnedFd>) -> Result<Self, SaveRequestError> {
+        let found = descriptors.len();
+        let mut rest = descriptors.into_iter().map(File::from);
+        match (rest.next(), rest.next(), rest.next()) {
+            (Some(pagemap), Some(file), None) => Ok(Self { pagemap, file }),
+            (..) => Err(SaveRequestError { found, wanted: 2 }),
+        }
+    }
+}
 
 /// Most bytes of saved state that are read: a machine of 32 vCPUs and all devices has a tenth of this.
 const STATE_BYTES_MAX: u64 = 16 << 20;
@@ -67,6 +89,9 @@ pub(super) enum SaveMachineError {
     /// Its memory could not be written.
     #[error(transparent)]
     Memory(#[from] WriteImageError),
+    /// It could not be sealed.
+    #[error(transparent)]
+    Seal(#[from] SealError),
 }
 
 /// Writes a paused machine.
@@ -83,21 +108,44 @@ pub(super) fn save(
     let bytes = codec::to_bytes(&sections).map_err(SaveMachineError::Encode)?;
     state.write_all(&bytes).map_err(failed("state"))?;
     let collected = clock.monotonic();
-    let wanted = match pages {
-        SavedPages::All => Pages::All,
-        SavedPages::Changed => Pages::Changed,
-    };
-    let written = image::write(machine.ram(), wanted, &pagemap, &memory)?;
+    let written = image::write(machine.ram(), pages_of(pages), &pagemap, &memory)?;
     if let Some(list) = list {
         list_pages(&written, list).map_err(failed("list of pages"))?;
     }
-    let nanos = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-    Ok(SavePhases {
-        state_bytes: bytes.len() as u64,
-        memory_bytes: written.bytes.0,
+    Ok(phases([begun, collected, clock.monotonic()], &bytes, written.bytes))
+}
+
+/// Writes a paused machine to one encrypted file.
+pub(super) fn seal(
+    machine: &Machine,
+    (pages, key): (SavedPages, SealKey),
+    files: SealFiles,
+    clock: &dyn Clock,
+) -> Result<SavePhases, SaveMachineError> {
+    let SealFiles { pagemap, file } = files;
+    let begun = clock.monotonic();
+    let sections = machine.save().map_err(SaveMachineError::Collect)?;
+    let bytes = codec::to_bytes(&sections).map_err(SaveMachineError::Encode)?;
+    let collected = clock.monotonic();
+    let written = sealed::seal(key, &bytes, (machine.ram(), pages_of(pages)), &pagemap, &file)?;
+    Ok(phases([begun, collected, clock.monotonic()], &bytes, written))
+}
+
+const fn pages_of(pages: SavedPages) -> Pages {
+    match pages {
+        SavedPages::All => Pages::All,
+        SavedPages::Changed => Pages::Changed,
+    }
+}
+
+fn phases([begun, collected, ended]: [Monotonic; 3], state: &[u8], memory: Bytes) -> SavePhases {
+    let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    SavePhases {
+        state_bytes: state.len() as u64,
+        memory_bytes: memory.0,
         state_ns: nanos(collected.since(begun)),
-        memory_ns: nanos(clock.monotonic().since(collected)),
-    })
+        memory_ns: nanos(ended.since(collected)),
+    }
 }
 
 fn list_pages(written: &Written, list: File) -> io::Result<()> {
@@ -120,11 +168,16 @@ pub(super) enum ReadStateError {
     Decode(#[source] codec::CodecError),
 }
 
+/// The sections that bytes of saved state are.
+pub(super) fn decode_state(bytes: &[u8]) -> Result<Sections, ReadStateError> {
+    codec::from_bytes(bytes).map_err(ReadStateError::Decode)
+}
+
 /// Reads saved state; what lies behind [`STATE_BYTES_MAX`] is cut off, which its digest then tells.
 pub(super) fn read_state(state: File) -> Result<Sections, ReadStateError> {
     let mut bytes = Vec::new();
     state.take(STATE_BYTES_MAX).read_to_end(&mut bytes).map_err(ReadStateError::Read)?;
-    codec::from_bytes(&bytes).map_err(ReadStateError::Decode)
+    decode_state(&bytes)
 }
 
 #[cfg(test)]

@@ -36,6 +36,11 @@ pub struct StartMessage {
     pub nonce: Nonce,
     /// User and group id it becomes.
     pub uid: u32,
+    /// Most bytes it may make of any one file: its largest disk or its guest's memory, and some to spare.
+    pub file_bytes_max: u64,
+    /// Whether it is to be able to encrypt a migration's stream: making ready for that takes some 50 ms.
+    #[serde(default)]
+    pub tls: bool,
 }
 
 impl StartMessage {
@@ -88,10 +93,74 @@ pub enum Request {
         /// Which pages of guest memory.
         pages: SavedPages,
     },
+    /// Write the paused machine, encrypted, to one file; it stays paused. Descriptors: the VMM's own
+    /// `/proc/PID/pagemap` and the file.
+    Seal {
+        /// Which pages of guest memory.
+        pages: SavedPages,
+        /// The file's key, which serves for this file only.
+        key: SealingKey,
+    },
+    /// Build the machine from a sealed file, paused. Descriptors: /dev/kvm, the sealed file, the memory image if
+    /// `image`, console file, console listener, then one for each device that wants one, in the order of `devices`.
+    Unseal(UnsealSpec),
+    /// Ask what the balloon holds, and have the guest asked for fresh statistics.
+    Balloon {
+        /// How many bytes of its memory the guest is to give from now on; `None` leaves that as it is.
+        target_bytes: Option<u64>,
+    },
+    /// Send the machine to another VMM, as `PROTOCOL.md` says, while it runs. Answered when it stands ready there; here
+    /// it is then paused, for the agent to decide which of the two goes on. Refused when that did not come about: then
+    /// it runs on (or stays paused) as before. Who hangs up before the answer gives the send up. Descriptors: the VMM's
+    /// own `/proc/PID/pagemap`, then one connected stream socket for each connection.
+    Send(SendSpec),
+    /// Ask how far a send is.
+    SendProgress,
+    /// Give up a send; its own request is refused, if it was not answered yet.
+    CancelSend,
+    /// After [`Answer::Sent`], when the machine will go on at the other end: send the packets that waited for it or that
+    /// came since. With `last`, none will follow.
+    ForwardPackets {
+        /// Whether these are the last.
+        last: bool,
+    },
+    /// Build the machine from what another VMM sends, paused. Descriptors: /dev/kvm, memory unless it
+    /// is new, console file, console listener, one for each device that wants one, in the order of `devices`, then one connected stream socket for each connection.
+    Receive(ReceiveSpec),
 }
 
 impl Message for Request {
     const KIND: Kind = Kind::Request;
+}
+
+impl Request {
+    /// The first version of the protocol that has it.
+    pub const fn since_version(&self) -> u16 {
+        match self {
+            Self::Hello { .. }
+            | Self::Launch(_)
+            | Self::Pause
+            | Self::Resume
+            | Self::Status
+            | Self::Stop
+            | Self::Network
+            | Self::ReplaceTap { .. }
+            | Self::Restore(_)
+            | Self::Save { .. } => 1,
+            Self::Seal { .. } | Self::Unseal(_) | Self::Balloon { .. } => 2,
+            Self::Send(_) | Self::SendProgress | Self::CancelSend | Self::ForwardPackets { .. } | Self::Receive(_) => 3,
+        }
+    }
+}
+
+/// The key of a sealed machine.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealingKey(pub [u8; 32]);
+
+impl std::fmt::Debug for SealingKey {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("SealingKey(..)")
+    }
 }
 
 /// What the VMM answers.
@@ -99,9 +168,11 @@ impl Message for Request {
 pub enum Answer {
     /// To [`Request::Hello`].
     Welcome(Status),
-    /// To [`Request::Launch`] and [`Request::Restore`]: the machine is built and paused.
+    /// To [`Request::Launch`], [`Request::Restore`], [`Request::Unseal`] and [`Request::Receive`]: the machine is built
+    /// and paused.
     Launched(LaunchPhases),
-    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`] and [`Request::ReplaceTap`].
+    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`] and
+    /// [`Request::CancelSend`].
     Done,
     /// To [`Request::Status`].
     Status(Status),
@@ -109,8 +180,19 @@ pub enum Answer {
     Refused(Refusal),
     /// To [`Request::Network`]: the interfaces, by index.
     Network(Vec<InterfaceStatus>),
-    /// To [`Request::Save`]: the files are written, not yet durable.
+    /// To [`Request::Save`] and [`Request::Seal`]: the files are written, not yet durable.
     Saved(SavePhases),
+    /// To [`Request::Balloon`].
+    Balloon(BalloonStatus),
+    /// To [`Request::Send`]: the machine stands ready at the other end, and is paused here.
+    Sent(SendPhases),
+    /// To [`Request::SendProgress`].
+    Sending(SendProgress),
+    /// To [`Request::ForwardPackets`]: how many packets went over.
+    Forwarded {
+        /// Their number.
+        packets: u64,
+    },
 }
 
 impl Message for Answer {
@@ -157,6 +239,8 @@ pub enum DeviceSpec {
         /// What may pass.
         limits: NetLimits,
     },
+    /// Memory balloon; no descriptor.
+    Balloon,
 }
 
 impl DeviceSpec {
@@ -164,7 +248,7 @@ impl DeviceSpec {
     pub const fn wants_descriptor(self) -> bool {
         match self {
             Self::Vsock | Self::Block { .. } | Self::Net { .. } => true,
-            Self::Rng => false,
+            Self::Rng | Self::Balloon => false,
         }
     }
 }
@@ -176,6 +260,182 @@ pub struct RestoreSpec {
     pub memory_bytes: u64,
     /// Devices: exactly the slots that were saved.
     pub devices: Vec<DeviceSpec>,
+}
+
+/// A machine to build from a sealed file: vCPUs and memory are what was sealed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnsealSpec {
+    /// Guest memory in bytes; a sealed machine of another size is refused.
+    pub memory_bytes: u64,
+    /// Devices: exactly the slots that were sealed.
+    pub devices: Vec<DeviceSpec>,
+    /// The file's key.
+    pub key: SealingKey,
+    /// Whether the memory image it was sealed as a difference to is among the descriptors.
+    pub image: bool,
+}
+
+/// What ties the two ends of a migration's stream to each other.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamToken(pub [u8; 32]);
+
+impl std::fmt::Debug for StreamToken {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("StreamToken(..)")
+    }
+}
+
+/// What one end of a migration's stream needs for TLS; made for this migration alone, all of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamTls {
+    /// Its own certificate, DER.
+    pub certificate: Vec<u8>,
+    /// The certificate's key, PKCS #8 in DER.
+    pub key: StreamKey,
+    /// The one certificate that the other end may have, DER.
+    pub peer: Vec<u8>,
+}
+
+/// The key of a certificate.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamKey(pub Vec<u8>);
+
+impl std::fmt::Debug for StreamKey {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("StreamKey(..)")
+    }
+}
+
+/// How to send a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SendSpec {
+    /// The token that the other end was given.
+    pub token: StreamToken,
+    /// Number of connections, 1 to 8.
+    pub connections: u8,
+    /// Which pages the other end does not have.
+    pub pages: SentPages,
+    /// Longest pause that is aimed at, in milliseconds.
+    pub pause_ms_max: u32,
+    /// Rounds after which no other begins.
+    pub rounds_max: u32,
+    /// Time after which no other round begins, in milliseconds.
+    pub deadline_ms: u64,
+    /// What is done with a guest that writes faster than its pages are sent: moved all the same, with a pause as long as
+    /// it takes, or left where it is.
+    pub force: bool,
+    /// Whether the guest may be slowed down before that.
+    pub throttle: bool,
+    /// Most bytes a second while the guest runs; `None` is no limit.
+    pub rate_bytes_max: Option<u64>,
+    /// How to encrypt; `None` within one host, or over a link that is trusted by name.
+    pub tls: Option<StreamTls>,
+}
+
+/// Which pages of guest memory are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SentPages {
+    /// All that are not zero.
+    All,
+    /// Those that differ from the memory image the machine was restored from, which the other end has.
+    Changed,
+    /// None: the other end has the same memory ([`ReceivedMemory::Shared`]).
+    None,
+}
+
+/// What the memory of a machine on its way here is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReceivedMemory {
+    /// New memory, all zero.
+    New,
+    /// The memory image that the machine was restored from; descriptor: the image. What is sent differs from it.
+    Image,
+    /// The memory of the machine as it is, by another VMM of this host; descriptor: the memory file. The other end must
+    /// send no pages, and its guest stands still before this one runs.
+    Shared,
+}
+
+/// A machine to build from a migration's stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiveSpec {
+    /// The token that the other end was given.
+    pub token: StreamToken,
+    /// Number of connections, 1 to 8.
+    pub connections: u8,
+    /// What its memory is made of.
+    pub memory: ReceivedMemory,
+    /// Guest memory in bytes; a machine of another size is refused.
+    pub memory_bytes: u64,
+    /// Devices: exactly the slots that are sent.
+    pub devices: Vec<DeviceSpec>,
+    /// How to decrypt, as the other end encrypts.
+    pub tls: Option<StreamTls>,
+}
+
+/// What a send did and where its time went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SendPhases {
+    /// Rounds while the guest ran.
+    pub rounds: u32,
+    /// Pages that were sent with their bytes, the last ones among them.
+    pub pages: u64,
+    /// Pages that were sent as zeroes.
+    pub zero_pages: u64,
+    /// Pages sent while the guest stood still.
+    pub last_pages: u64,
+    /// Bytes of saved state.
+    pub state_bytes: u64,
+    /// Bytes on the connections, of everything.
+    pub wire_bytes: u64,
+    /// From the request to the guest's pause, in nanoseconds.
+    pub running_ns: u64,
+    /// Taking the vCPUs out and the devices to rest, in nanoseconds.
+    pub pause_ns: u64,
+    /// Collecting the state, in nanoseconds; the last pages are sent meanwhile.
+    pub collect_ns: u64,
+    /// From the guest's pause until the last page was acknowledged, in nanoseconds.
+    pub last_pages_ns: u64,
+    /// From there until the other end stood ready, in nanoseconds.
+    pub ready_ns: u64,
+    /// From the beginning of the pause until the other end stood ready, in nanoseconds.
+    pub held_ns: u64,
+}
+
+/// What a send is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum SendPhase {
+    /// There is none, or it failed.
+    #[default]
+    None,
+    /// The guest runs and its memory is being copied.
+    Copying,
+    /// The guest stands still for the rest.
+    Critical,
+    /// The machine stands ready at the other end.
+    Ready,
+}
+
+/// How far a send is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SendProgress {
+    /// What it is doing.
+    pub phase: SendPhase,
+    /// Rounds that are over.
+    pub rounds: u32,
+    /// Bytes of guest memory that were to be sent when this round began.
+    pub round_bytes: u64,
+    /// Those of them that were sent.
+    pub round_sent_bytes: u64,
+    /// Bytes of guest memory that were sent in all.
+    pub sent_bytes: u64,
+    /// Bytes a second over the rounds so far; 0 before the first is over.
+    pub rate_bytes: u64,
+    /// Bytes a second that the guest wrote in the last round.
+    pub dirty_rate_bytes: u64,
+    /// How long the guest would stand still if it did now, in nanoseconds; 0 before the first round is over.
+    pub pause_expected_ns: u64,
+    /// Share of the time in which the vCPUs may run, in percent.
+    pub vcpu_share: u8,
 }
 
 /// Which pages of guest memory to save.
@@ -268,4 +528,40 @@ pub struct FlowStatus {
     pub dropped: u64,
     /// Times a frame had to wait for a limit.
     pub throttled: u64,
+}
+
+/// What a balloon holds, and what the guest says of its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct BalloonStatus {
+    /// Bytes the guest is asked to give.
+    pub target_bytes: u64,
+    /// Bytes it says it has given.
+    pub actual_bytes: u64,
+    /// Bytes that were given back as the guest reported them free, in all: it may use them again at any time.
+    pub reported_bytes: u64,
+    /// What the guest said of its memory last; `None` before it did.
+    pub guest: Option<GuestMemoryStatus>,
+}
+
+/// What a guest says of its memory (virtio 1.2 section 5.5.6.4); `None` for what it does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct GuestMemoryStatus {
+    /// How long ago it said so, in nanoseconds.
+    pub age_ns: u64,
+    /// Bytes it read from its swap.
+    pub swap_in_bytes: Option<u64>,
+    /// Bytes it wrote to its swap.
+    pub swap_out_bytes: Option<u64>,
+    /// Page faults that needed a disk.
+    pub major_faults: Option<u64>,
+    /// Page faults that did not.
+    pub minor_faults: Option<u64>,
+    /// Bytes it uses for nothing.
+    pub free_bytes: Option<u64>,
+    /// Bytes it has.
+    pub total_bytes: Option<u64>,
+    /// Bytes programs could get without swapping.
+    pub available_bytes: Option<u64>,
+    /// Bytes of files it could drop.
+    pub disk_caches_bytes: Option<u64>,
 }

@@ -11,11 +11,12 @@ use serde::{Serialize, de::DeserializeOwned};
 /// First bytes of every frame.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"HRTH");
 
-/// Version of the control protocol this build speaks.
-pub const VERSION: u16 = 1;
+/// Version of the control protocol this build speaks. 2 has [`super::control::Request::Seal`] and `Unseal`, 3 has `Send`
+/// and `Receive`.
+pub const VERSION: u16 = 3;
 
 /// Oldest version this build still answers: a VMM outlives upgrades of the agent.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 12;
@@ -73,8 +74,16 @@ pub enum FrameError {
     Malformed,
 }
 
-/// The bytes of one frame.
+/// The bytes of one frame, in this build's version.
 pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, FrameError> {
+    encode_in(VERSION, message)
+}
+
+/// The bytes of one frame in an earlier version. Whether the version has the message is the caller's to know.
+pub fn encode_in<M: Message>(version: u16, message: &M) -> Result<Vec<u8>, FrameError> {
+    if !(VERSION_MIN..=VERSION).contains(&version) {
+        return Err(FrameError::Version { found: version });
+    }
     let body = postcard::to_stdvec(message).map_err(|_| FrameError::Malformed)?;
     let length = match u32::try_from(body.len()) {
         Ok(length) if (1..=BODY_BYTES_MAX).contains(&length) => length,
@@ -82,18 +91,24 @@ pub fn encode<M: Message>(message: &M) -> Result<Vec<u8>, FrameError> {
     };
     let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
     bytes.extend(MAGIC.to_le_bytes());
-    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(version.to_le_bytes());
     bytes.extend((M::KIND as u16).to_le_bytes());
     bytes.extend(length.to_le_bytes());
     bytes.extend(body);
     Ok(bytes)
 }
 
+/// The version a header names.
+pub const fn version_of(header: [u8; HEADER_BYTES]) -> u16 {
+    let [_, _, _, _, low, high, ..] = header;
+    u16::from_le_bytes([low, high])
+}
+
 /// Checks a header; gives the body's length in bytes.
 pub fn body_length<M: Message>(header: [u8; HEADER_BYTES]) -> Result<usize, FrameError> {
-    let [m0, m1, m2, m3, v0, v1, k0, k1, l0, l1, l2, l3] = header;
+    let [m0, m1, m2, m3, _, _, k0, k1, l0, l1, l2, l3] = header;
     let magic = u32::from_le_bytes([m0, m1, m2, m3]);
-    let version = u16::from_le_bytes([v0, v1]);
+    let version = version_of(header);
     let kind = u16::from_le_bytes([k0, k1]);
     let length = u32::from_le_bytes([l0, l1, l2, l3]);
     if magic != MAGIC {
@@ -151,6 +166,22 @@ mod tests {
         let mut newer = header;
         newer[4..6].copy_from_slice(&(VERSION + 1).to_le_bytes());
         assert_eq!(body_length::<Request>(newer), Err(FrameError::Version { found: VERSION + 1 }));
+    }
+
+    #[test]
+    fn the_version_before_is_spoken_too() {
+        for version in VERSION_MIN..=VERSION {
+            let (header, body) = {
+                let bytes = encode_in(version, &Request::Status).unwrap();
+                let (header, body) = split(&bytes);
+                (header, body.to_vec())
+            };
+            assert_eq!(version_of(header), version);
+            assert_eq!(body_length::<Request>(header), Ok(body.len()));
+        }
+        for version in [VERSION_MIN - 1, VERSION + 1] {
+            assert_eq!(encode_in(version, &Request::Status), Err(FrameError::Version { found: version }));
+        }
     }
 
     proptest! {

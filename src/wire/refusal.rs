@@ -52,6 +52,18 @@ pub enum Refusal {
         /// What is wrong, as a chain.
         reason: String,
     },
+    /// The machine is being sent to another VMM.
+    #[error("not possible while the machine is being sent")]
+    Sending,
+    /// A send or its other end failed; the machine is as it was.
+    #[error("{reason}")]
+    Stream {
+        /// What failed, as a chain.
+        reason: String,
+    },
+    /// A send was given up by request; the machine is as it was.
+    #[error("the send was cancelled")]
+    Cancelled,
 }
 
 impl Refusal {
@@ -59,7 +71,9 @@ impl Refusal {
     pub const fn retry(&self) -> Retry {
         match self {
             Self::HelloFirst | Self::WrongNonce | Self::StaleEpoch { .. } => Retry::Never,
-            Self::State { .. } | Self::Host { .. } => Retry::Later,
+            Self::State { .. } | Self::Host { .. } | Self::Sending | Self::Stream { .. } | Self::Cancelled => {
+                Retry::Later
+            }
             Self::BadRequest { .. } | Self::BadImage { .. } | Self::BadState { .. } => Retry::WithChange,
         }
     }

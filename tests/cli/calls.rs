@@ -73,7 +73,7 @@ fn people_get_tables() {
             &["vmm resident", "does not answer", "NETWORK", "THROTTLED", "from guest", "1.5 KiB", "down"],
         ),
         (&["vm", "pause", "web"], &["web", "is paused"]),
-        (&["session", "ls"], &["NETWORK ID", "etl", SESSION, "517", "active", "10"]),
+        (&["session", "ls"], &["NETWORK ID", "etl", SESSION, "517", "active", "14"]),
         (&["session", "show", "etl"], &["517 (0x205)", "0.0.0.0/0:443/tcp (by NAT)", "10.3.129.69", "7 spoofed"]),
         (&["image", "ls"], &["NAME", "demo", "000000000000"]),
         (&["operation", "ls"], &["KIND", "vm_launch", "boot_guest"]),

@@ -26,6 +26,9 @@ pub(crate) const VM: &str = "vm-aaaaaaaaaaaaaaaa";
 /// Id of every session.
 pub(crate) const SESSION: &str = "s-aaaaaaaaaaaaaaaa";
 
+/// Id of every bundle.
+const BUNDLE: &str = "b-aaaaaaaaaaaaaaaaaaaaaaaaaa";
+
 const OPERATION: &str = "op-aaaaaaaaaaaaaaaa";
 
 /// What the fake was asked, and what it shall do.
@@ -55,6 +58,7 @@ pub(crate) enum Fate {
     Runs,
     Panics,
     Hangs,
+    HangsSnapshots,
 }
 
 #[derive(Clone)]
@@ -111,6 +115,9 @@ fn routes(shared: Shared) -> Router {
         .route("/v1/vms/{vm}/resume", post(|| async { ok(vm("running")) }))
         .route("/v1/vms/{vm}/stats", get(|| async { ok(stats()) }))
         .route("/v1/vms/{vm}/exec", post(exec))
+        .route("/v1/vms/{vm}/snapshot", post(snapshot))
+        .route("/v1/bundles", post(build))
+        .route("/v1/bundles/{bundle}", get(|| async { ok(bundle()) }).delete(|| async { StatusCode::NO_CONTENT }))
         .route("/v1/vms/{vm}/console", get(|| async { "line one\nline two\n" }).post(console))
         .route("/v1/sessions", get(|| async { ok(json!({"sessions": [session()]})) }).post(create_session))
         .route("/v1/sessions/{session}", get(|| async { ok(session()) }).delete(remove_session))
@@ -175,8 +182,35 @@ fn image() -> Value {
            "created_at": "2026-01-02T03:04:05Z"})
 }
 
+pub(crate) fn bundle() -> Value {
+    json!({"id": BUNDLE, "name": null, "image": "demo", "vcpus": 1, "memory_mib": 128, "interfaces": 1, "disks": 0,
+           "disk_bytes": 5 << 20, "parent": null, "vms": 0, "recipe": "build", "warmup": null, "ready_marker": null,
+           "source_vm": null, "created_at": "2026-01-02T03:04:05Z",
+           "built_on": {"name": "h", "provider": "kvm", "kernel_release": "6.1", "tsc_khz": 1, "kernel_mode_emulated": false}})
+}
+
+/// The operation of a build: it makes a bundle.
+async fn build(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {
+    shared.notes.lock().expect("notes").bodies.push(body);
+    (StatusCode::ACCEPTED, ok(operation("running"))).into_response()
+}
+
+async fn snapshot(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {
+    let diff = body["diff"] == true;
+    shared.notes.lock().expect("notes").bodies.push(body);
+    if shared.fate == Fate::HangsSnapshots {
+        std::future::pending::<()>().await;
+    }
+    let mut operation = operation("succeeded");
+    operation["bundle_id"] = json!(BUNDLE);
+    operation["pause_ms"] = json!(if diff { 20.0 } else { 900.0 });
+    operation["memory_bytes"] = json!(if diff { 1 << 20 } else { 64 << 20 });
+    operation["quiesced"] = json!(diff);
+    ok(operation)
+}
+
 fn session() -> Value {
-    let drops = json!({"spoof": 7, "foreign_session": 2, "not_allowed": 1});
+    let drops = json!({"spoof": 7, "foreign_session": 2, "not_allowed": 1, "queue_full": 4});
     json!({"id": SESSION, "name": "etl", "session_network_id": 517, "state": "active", "ipv4": true,
            "egress": {"nat": true, "allow": [{"cidr": "0.0.0.0/0", "protocol": "tcp", "ports": [443, 443]}]},
            "created_at": "2026-01-02T03:04:05Z", "expires_at": null, "drops": drops,
@@ -248,8 +282,10 @@ async fn look(State(shared): State<Shared>) -> Response {
     if shared.fate == Fate::Hangs || looks < 3 {
         return ok(operation("running"));
     }
-    if shared.fate == Fate::Runs {
-        return ok(operation("succeeded"));
+    if matches!(shared.fate, Fate::Runs | Fate::HangsSnapshots) {
+        let mut operation = operation("succeeded");
+        operation["bundle_id"] = json!(BUNDLE);
+        return ok(operation);
     }
     let mut operation = operation("failed");
     operation["error"] =

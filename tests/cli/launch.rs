@@ -1,6 +1,6 @@
 //! Launches: what is asked for, what is waited for, and what is left when they fail.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::fake::{Fake, Fate, SESSION, VM};
 use crate::run::{at, code, output, piped, signal, text, wait_until};
@@ -142,46 +142,4 @@ fn ctrl_c_ends_the_waiting_and_not_the_vm() {
     signal(&child, "INT");
     assert_eq!(code(&mut child), 130);
     assert!(!fake.noted(|notes| notes.calls.iter().any(|call| call.starts_with("DELETE"))));
-}
-
-#[test]
-fn a_bench_measures_and_leaves_nothing() {
-    let fake = Fake::start();
-    let words = ["--json", "bench", "boot", "--count", "3", "--idle-seconds", "1"];
-    let output = output(at(&fake.socket(), &words));
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!(report["phases_ms"]["kernel"]["p50"], 9000.0);
-    assert_eq!(report["phases_ms"]["exec"]["count"], 3);
-    assert!(report["phases_ms"]["total"]["min"].as_f64().expect("a number") > 9533.0);
-    assert!(report["vmm_overhead_bytes"]["p50"].as_f64().expect("a number") > 0.0, "{report:#}");
-    assert!(report["idle_cpu_percent"]["max"].as_f64().is_some());
-    assert!(report["agent_resident_after_bytes"].as_u64().expect("a number") > 0);
-    let calls = fake.noted(|notes| notes.calls.clone());
-    assert_eq!(calls.iter().filter(|call| call.starts_with("DELETE /v1/vms/bench-")).count(), 3, "{calls:?}");
-    assert!(fake.noted(|notes| notes.bodies.iter().all(|body| body["wait"] == "running")));
-}
-
-#[test]
-fn a_bench_prints_a_table() {
-    let fake = Fake::start();
-    let words = ["bench", "boot", "--count", "2", "--idle-seconds", "0", "--together"];
-    let output = output(at(&fake.socket(), &words));
-    let said = text(&output.stdout);
-    for wanted in ["PHASE", "P99", "spawn", "2.00 ms", "vmm overhead", "agent memory with 2 VMs"] {
-        assert!(said.contains(wanted), "no {wanted:?} in\n{said}");
-    }
-    let calls = fake.noted(|notes| notes.calls.clone());
-    let first_delete = calls.iter().position(|call| call.starts_with("DELETE")).expect("they are removed");
-    assert!(calls[first_delete..].iter().all(|call| call.starts_with("DELETE")), "{calls:?}");
-}
-
-#[test]
-fn a_bench_that_is_interrupted_removes_its_vm() {
-    let fake = Fake::with_fate(Fate::Hangs);
-    let mut child = piped(at(&fake.socket(), &["bench", "boot"]));
-    wait_until("it launches", || fake.noted(|notes| !notes.bodies.is_empty()));
-    signal(&child, "INT");
-    assert_eq!(code(&mut child), 130);
-    assert!(fake.noted(|notes| notes.calls.iter().any(|call| call.starts_with("DELETE /v1/vms/bench-"))));
 }

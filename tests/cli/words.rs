@@ -2,7 +2,8 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 9] = ["vm", "session", "cluster", "bundle", "image", "operation", "events", "host", "bench"];
+const NOUNS: [&str; 11] =
+    ["vm", "session", "cluster", "bundle", "image", "operation", "events", "host", "bench", "ledger", "support-bundle"];
 
 #[test]
 fn wrong_words_are_usage_errors() {
@@ -44,6 +45,9 @@ fn wrong_words_are_usage_errors() {
         &["session", "rm", "etl", "--timeout", "5s"],
         &["events", "--since", "yesterday"],
         &["bench", "boot", "--count", "0"],
+        &["bench", "snapshot", "--idle", "soon"],
+        &["ledger"],
+        &["ledger", "restore"],
         &["image", "import", "mine"],
         &["agent", "--log-format", "poem"],
     ] {

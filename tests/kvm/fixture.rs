@@ -26,7 +26,7 @@ pub(crate) fn need(name: &str) -> PathBuf {
 pub(crate) struct Agent {
     directory: tempfile::TempDir,
     child: Mutex<Child>,
-    place: Place,
+    place: Mutex<Place>,
 }
 
 /// Where an agent runs.
@@ -36,6 +36,16 @@ struct Place {
     namespace: Option<String>,
     /// It finds no programs, nft among them.
     without_programs: bool,
+    /// A library that it is to be loaded with, and the file where that finds how far the wall clock is off.
+    clock: Option<(String, String)>,
+    /// The program, if it is not the one that is tested.
+    program: Option<PathBuf>,
+}
+
+impl Place {
+    fn program(&self) -> PathBuf {
+        self.program.clone().unwrap_or_else(|| need("HEARTH_BINARY"))
+    }
 }
 
 impl Agent {
@@ -50,21 +60,60 @@ impl Agent {
         Self::start_at(config, Place { namespace: namespace.map(str::to_owned), ..Place::default() })
     }
 
+    /// Starts an agent in a named network namespace whose directory was prepared before: `state` in it is to be its state
+    /// directory. `clock`: a library that the agent is loaded with, and the file that says how far its wall clock is off.
+    pub(crate) fn start_on(
+        config: &str,
+        namespace: &str,
+        directory: tempfile::TempDir,
+        clock: Option<(String, String)>,
+    ) -> Self {
+        Self::start_in(directory, config, Place { namespace: Some(namespace.to_owned()), clock, ..Place::default() })
+    }
+
+    /// Starts an agent by another program: an earlier version.
+    pub(crate) fn start_earlier(config: &str, program: PathBuf) -> Self {
+        Self::start_at(config, Place { program: Some(program), ..Place::default() })
+    }
+
+    /// Ends the agent as systemd does and starts the program that is tested instead.
+    pub(crate) fn upgrade(&self) {
+        terminate(self.pid());
+        assert!(self.ended().success());
+        self.place().program = None;
+        self.start_again();
+    }
+
+    fn place(&self) -> std::sync::MutexGuard<'_, Place> {
+        self.place.lock().expect("the place")
+    }
+
     /// Starts one that finds no nft.
     pub(crate) fn start_without_programs(config: &str, namespace: &str) -> Self {
-        Self::start_at(config, Place { namespace: Some(namespace.to_owned()), without_programs: true })
+        Self::start_at(
+            config,
+            Place { namespace: Some(namespace.to_owned()), without_programs: true, ..Place::default() },
+        )
     }
 
     fn start_at(config: &str, place: Place) -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self::start_in(tempfile::tempdir().expect("a temporary directory"), config, place)
+    }
+
+    fn start_in(directory: tempfile::TempDir, config: &str, place: Place) -> Self {
         std::fs::write(directory.path().join("hearth.toml"), config).expect("a configuration");
         let child = Mutex::new(spawn_agent(directory.path(), &place));
-        Self { directory, child, place }
+        Self { directory, child, place: Mutex::new(place) }
     }
 
     /// The state directory.
     pub(crate) fn state(&self) -> PathBuf {
         self.directory.path().join("state")
+    }
+
+    /// The configuration.
+    pub(crate) fn configuration(&self) -> PathBuf {
+        self.directory.path().join("hearth.toml")
     }
 
     /// The API socket.
@@ -165,10 +214,51 @@ impl Agent {
 
     /// Kills the agent with SIGKILL and starts the next one on the same state directory.
     pub(crate) fn kill_and_restart(&self) {
+        self.kill();
+        self.start_again();
+    }
+
+    /// Waits until the agent ends by itself; how it did.
+    pub(crate) fn ended(&self) -> std::process::ExitStatus {
+        let mut child = self.child.lock().expect("the agent");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            if let Some(status) = child.try_wait().expect("wait for the agent") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the agent goes on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Kills the agent with SIGKILL.
+    pub(crate) fn kill(&self) {
         let mut child = self.child.lock().expect("the agent");
         child.kill().expect("kill the agent");
         child.wait().expect("wait for the agent");
-        *child = spawn_agent(self.directory.path(), &self.place);
+    }
+
+    /// Starts the next agent on the same state directory.
+    pub(crate) fn start_again(&self) {
+        *self.child.lock().expect("the agent") = spawn_agent(self.directory.path(), &self.place());
+    }
+
+    /// What an agent says that does not start on this state directory.
+    pub(crate) fn refusal(&self) -> String {
+        let mut child = agent_command(self.directory.path(), &self.place()).spawn().expect("run hearth");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while child.try_wait().expect("wait for the agent").is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let _ = child.kill();
+        let output = child.wait_with_output().expect("wait for the agent");
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+        text(&output.stderr)
+    }
+
+    /// Asks for a drain as an administrator does; what is said.
+    pub(crate) fn drain(&self) -> Output {
+        agent_command(self.directory.path(), &self.place()).arg("--drain").output().expect("run hearth")
     }
 
     /// The end of the agent's log.
@@ -208,7 +298,7 @@ impl Drop for Agent {
     }
 }
 
-fn spawn_agent(directory: &Path, place: &Place) -> Child {
+fn agent_command(directory: &Path, place: &Place) -> Command {
     let mut command = match &place.namespace {
         // Only the network differs: unlike `ip netns exec`, this leaves mounts, and so named namespaces, shared.
         Some(namespace) => {
@@ -217,12 +307,17 @@ fn spawn_agent(directory: &Path, place: &Place) -> Child {
             if place.without_programs {
                 command.args(["env", "PATH=/nowhere"]);
             }
-            command.arg(need("HEARTH_BINARY"));
+            if let Some((library, file)) = &place.clock {
+                // Only the wall clock, read anew each time.
+                command.args(["env", "DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_RESET=1"]);
+                command.args([format!("FAKETIME_TIMESTAMP_FILE={file}"), format!("LD_PRELOAD={library}")]);
+            }
+            command.arg(place.program());
             command
         }
-        None => Command::new(need("HEARTH_BINARY")),
+        None => Command::new(place.program()),
     };
-    let mut child = command
+    command
         .arg("agent")
         .arg("--config")
         .arg(directory.join("hearth.toml"))
@@ -233,9 +328,12 @@ fn spawn_agent(directory: &Path, place: &Place) -> Child {
         .env("HEARTH_IMAGES", need("HEARTH_IMAGES"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("start an agent");
+        .stderr(Stdio::piped());
+    command
+}
+
+fn spawn_agent(directory: &Path, place: &Place) -> Child {
+    let mut child = agent_command(directory, place).spawn().expect("start an agent");
     let stderr = BufReader::new(child.stderr.take().expect("its standard error"));
     let mut log = File::options().create(true).append(true).open(directory.join("agent.log")).expect("a log file");
     let (ready, said_ready) = mpsc::channel();

@@ -20,13 +20,30 @@ pub(crate) struct Lab {
 impl Lab {
     /// Starts the agent.
     pub(crate) fn start(namespace: &'static str, number: u16) -> Self {
+        Self::start_with(namespace, number, "")
+    }
+
+    /// Starts the agent with more in its configuration.
+    pub(crate) fn start_with(namespace: &'static str, number: u16, more: &str) -> Self {
+        Self::start_on(namespace, number, more, tempfile::tempdir().expect("a temporary directory"), None)
+    }
+
+    /// Starts the agent in a directory that was prepared before, and by a clock, as [`Agent::start_on`] has it.
+    pub(crate) fn start_on(
+        namespace: &'static str,
+        number: u16,
+        more: &str,
+        directory: tempfile::TempDir,
+        clock: Option<(String, String)>,
+    ) -> Self {
         let _ = Command::new("ip").args(["netns", "delete", namespace]).output();
         run("ip", &["netns", "add", namespace]);
         run("ip", &["-n", namespace, "link", "set", "lo", "up"]);
         let config = format!(
-            "host_name = \"{namespace}\"\n[fabric]\nhost_number = {number}\nipv6_prefix = \"fd3c:91aa:7e3::/48\"\n"
+            "host_name = \"{namespace}\"\n{more}\n\
+             [fabric]\nhost_number = {number}\nipv6_prefix = \"fd3c:91aa:7e3::/48\"\n"
         );
-        let lab = Self { namespace, agent: Some(Agent::start_with(&config, Some(namespace))) };
+        let lab = Self { namespace, agent: Some(Agent::start_on(&config, namespace, directory, clock)) };
         lab.agent().ok(&["session", "create", "--id", SESSION, "--name", "clones"]);
         lab
     }

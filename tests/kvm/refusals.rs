@@ -121,16 +121,22 @@ pub(crate) fn bad_requests_are_refused(agent: &Agent) {
 }
 
 pub(crate) fn second_agent_is_refused(agent: &Agent) {
-    let start = |state: &Path, socket: &Path| {
+    let other = tempfile::tempdir().expect("a temporary directory");
+    let numbered = other.path().join("hearth.toml");
+    std::fs::write(&numbered, "[uids]\nhost_number = 4001\n").expect("a configuration");
+    let start = |config: &Path, state: &Path, socket: &Path| {
         let mut command = Command::new(std::env::var_os("HEARTH_BINARY").expect("HEARTH_BINARY"));
-        command.args(["agent", "--config", "/dev/null", "--state-dir"]).arg(state).arg("--socket").arg(socket);
+        command.args(["agent", "--config"]).arg(config).arg("--state-dir").arg(state).arg("--socket").arg(socket);
         command.stdin(Stdio::null()).output().expect("run hearth")
     };
-    let other = tempfile::tempdir().expect("a temporary directory");
-    let same_state = start(&agent.state(), &other.path().join("api.sock"));
+    let same_state = start(&numbered, &agent.state(), &other.path().join("api.sock"));
     assert_eq!(same_state.status.code(), Some(1));
     assert!(text(&same_state.stderr).contains("another agent"), "{}", text(&same_state.stderr));
-    let same_socket = start(&other.path().join("state"), &agent.socket());
+    // It would take the first one's jails for what is left of its own, and their VMs would share user ids.
+    let same_number = start(Path::new("/dev/null"), &other.path().join("state"), &other.path().join("api.sock"));
+    assert_eq!(same_number.status.code(), Some(1));
+    assert!(text(&same_number.stderr).contains("has host number 0"), "{}", text(&same_number.stderr));
+    let same_socket = start(&numbered, &other.path().join("state"), &agent.socket());
     assert_eq!(same_socket.status.code(), Some(1));
     assert!(text(&same_socket.stderr).contains("api.sock"), "{}", text(&same_socket.stderr));
     assert_eq!(agent.sh(agent.shared(), "echo served"), "served");

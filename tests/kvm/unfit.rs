@@ -39,7 +39,7 @@ fn routes_of_others_are_a_conflict(fabric: &Fabric) {
 fn sessions_that_cannot_be_are_refused(fabric: &Fabric) {
     let agent = fabric.agent(0);
     agent.ok(&["session", "rm", "late"]);
-    assert_refused(&agent.run(&["session", "create", "--id", "6"]), &["6", "rests until"]);
+    assert_refused(&agent.run(&["session", "create", "--id", "6"]), &["6", "rests for another"]);
     assert_refused(&agent.run(&["session", "create", "--id", "1023", "--ipv4"]), &["1023", "1022", "without IPv4"]);
     assert_refused(&agent.run(&["session", "create", "--id", "0xffffffff"]), &["4294967294"]);
     assert_refused(&agent.run(&["session", "create", "--id", "33578751"]), &["33578751", "reserved"]);

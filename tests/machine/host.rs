@@ -110,6 +110,7 @@ pub(crate) fn restore_with(
 ) -> Result<Machine, BuildError> {
     let spec = RestoreSpec {
         backing: RamBacking::PrivateFile(memory),
+        sealed: None,
         devices,
         console: console.sink(),
         clock: Arc::new(SystemClock::new()),

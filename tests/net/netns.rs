@@ -115,6 +115,7 @@ impl Sleeper {
             last_words: null.as_fd(),
             log: null.as_fd(),
             network,
+            group: None,
         };
         Self(process::spawn_vmm(&spec).unwrap())
     }

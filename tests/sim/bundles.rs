@@ -11,7 +11,7 @@ use hearth::ids::BundleId;
 use hearth::sim::{Faults, SimHost};
 
 use crate::life::{life, request};
-use crate::points::{at_every_point, crash, fail, nothing};
+use crate::points::{Story, at_every_point, at_every_point_and, crash, fail, nothing};
 
 /// A bundle of the image, warmed up by this line until it says the marker.
 pub(crate) fn build(name: Option<String>, warmup: Option<&str>, marker: Option<&str>) -> BuildRequest {
@@ -97,6 +97,14 @@ fn a_crash_at_every_point_of_bundles_is_recovered_from() {
 }
 
 /// A build of which one effect may fail.
+/// The VMM of a build that was as good as over is not needed for its end.
+#[test]
+fn a_build_whose_agent_and_vmm_are_killed_at_any_point_made_its_bundle_or_failed() {
+    let story: Story = |_, door| Box::pin(async move { drop(built(&door, build(None, Some("true"), None)).await) });
+    let points = at_every_point_and(SimHost::kill_some_vmm, crash, nothing, story);
+    assert!(points > 20, "a build has more points than {points}");
+}
+
 async fn build_with_a_fault(host: SimHost, door: Arc<dyn Door>) {
     let Ok(BundleWork::Operation(operation)) = door.build_bundle(build(named("warm"), None, None)).await else {
         return;

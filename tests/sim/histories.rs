@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth::agent::{Door, ExecOutput, ExecSpec, Launched, SnapshotRequest, Verb};
+use hearth::agent::{Door, ExecOutput, ExecSpec, Launched, SnapshotRequest, SwapMode, SwapOrder, Verb, WakeCause};
 use hearth::sim::{Faults, SimHost};
 
 use crate::bundles::{build, from_bundle};
@@ -24,7 +24,7 @@ async fn one_request(host: SimHost, door: Arc<dyn Door>) {
     let grace = Duration::from_secs(host.pick(3) * 5);
     let sessions = ["red", "green"];
     let session_name = sessions[usize::try_from(host.pick(2)).expect("a small number")];
-    match host.pick(22) {
+    match host.pick(26) {
         0..=3 => {
             let wanted = Some(name.to_owned());
             let wanted = if host.pick(4) == 0 { request(wanted) } else { in_session(wanted, session_name) };
@@ -51,7 +51,27 @@ async fn one_request(host: SimHost, door: Arc<dyn Door>) {
         12 => drop(door.remove_session(session_name, true, grace).await),
         13 => drop(door.remove_session(session_name, false, grace).await),
         14..=20 => of_bundles(&host, &door, name).await,
+        21..=24 => of_swapping(&host, &door, name).await,
+        25 if host.pick(2) == 0 => host.move_wall_clock([-86_400, 86_400][usize::from(host.pick(2) == 0)]),
         _ => host.kill_some_vmm(),
+    }
+}
+
+/// A request, or a packet, that has to do with swapping.
+async fn of_swapping(host: &SimHost, door: &Arc<dyn Door>, vm: &str) {
+    let mode = if host.pick(2) == 0 { SwapMode::Page } else { SwapMode::Hibernate };
+    match host.pick(4) {
+        0 | 1 => {
+            let wake_after = (host.pick(2) == 0).then(|| Duration::from_secs(host.pick(60)));
+            let order = SwapOrder { mode, wake_after, because: "chance".to_owned() };
+            drop(door.ask(vm, Verb::SwapOut(order)).await);
+        }
+        2 => drop(door.ask(vm, Verb::Wake(WakeCause::Api)).await),
+        _ => {
+            if let Ok(vm) = door.vm(vm) {
+                host.send_packet(&vm.id);
+            }
+        }
     }
 }
 

@@ -27,12 +27,18 @@ pub(crate) fn fail(point: u64) -> Faults {
 /// Tells the story again and again, with a fault at each of its points in turn; before it one without faults, and after
 /// it the life in which everything has to come to rest. Gives the number of points.
 pub(crate) fn at_every_point(faults: fn(u64) -> Faults, before: Story, story: Story) -> u64 {
+    at_every_point_and(|_| {}, faults, before, story)
+}
+
+/// The same, and something happens to the host while it has no agent.
+pub(crate) fn at_every_point_and(between: fn(&SimHost), faults: fn(u64) -> Faults, before: Story, story: Story) -> u64 {
     for point in 1.. {
         let host = SimHost::new(7);
         let told = AssertUnwindSafe(|| {
             life(&host, Faults::default(), |door| before(host.clone(), door)).expect("no crash before the story");
             life(&host, faults(point), |door| story(host.clone(), door));
             let passed = host.points();
+            between(&host);
             life(&host, Faults::default(), |door| quiet_life(host.clone(), door)).expect("no crash in the quiet life");
             assert_eq!(host.violations(), Vec::<String>::new());
             passed

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth::agent::{BundleListed, Door, ExecOutput, ExecSpec, OperationState, SessionState, Verb, VmState};
+use hearth::agent::{BundleListed, Door, ExecOutput, ExecSpec, OperationState, SessionState, SwapMode, Verb, VmState};
 use hearth::sim::SimHost;
 
 /// Virtual time after which everything has to be at rest: boots of 15 s, a deadline of 120 s, stops of 10 s.
@@ -14,14 +14,20 @@ pub(crate) const REST: Duration = Duration::from_secs(400);
 pub(crate) async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
     tokio::time::sleep(REST).await;
     let at_rest = |state: &VmState| {
-        matches!(state, VmState::Running | VmState::Paused | VmState::Stopped | VmState::Failed { .. })
+        matches!(
+            state,
+            VmState::Running | VmState::Paused | VmState::SwappedOut { .. } | VmState::Stopped | VmState::Failed { .. }
+        )
     };
     for vm in door.vms() {
         assert!(at_rest(&vm.state), "{} is still {}", vm.id, vm.state.name());
-        let lives = host.living().contains(&vm.id);
-        assert_eq!(lives, vm.state.holds_resources(), "{} is {}, its VMM lives: {lives}", vm.id, vm.state.name());
-        assert_eq!(host.directories().contains(&vm.id), lives, "{} is {}", vm.id, vm.state.name());
-        assert_eq!(host.jailed().contains(&vm.id), lives, "the jail of {}, which is {}", vm.id, vm.state.name());
+        let (lives, holds) = (host.living().contains(&vm.id), vm.state.holds_resources());
+        // Of a hibernated VM there is a file instead of a process, and of no other.
+        let hibernated = vm.state == VmState::SwappedOut { mode: SwapMode::Hibernate };
+        assert_eq!(host.sealed().contains(&vm.id), hibernated, "{} is {}", vm.id, vm.state.name());
+        assert_eq!(lives, holds && !hibernated, "{} is {}, its VMM lives: {lives}", vm.id, vm.state.name());
+        assert_eq!(host.directories().contains(&vm.id), holds, "{} is {}", vm.id, vm.state.name());
+        assert_eq!(host.jailed().contains(&vm.id), holds, "the jail of {}, which is {}", vm.id, vm.state.name());
         if vm.state == VmState::Running {
             let spec = ExecSpec { argv: vec!["true".to_owned()], ..ExecSpec::default() };
             let mut session = door.exec(vm.id.as_str(), spec).await.expect("a running VM runs programs");
@@ -35,7 +41,7 @@ pub(crate) async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
     bundles_are_whole(&host, &door).await;
     for session in door.sessions().await.expect("sessions") {
         assert_eq!(session.record.state, SessionState::Active, "{} was never drained", session.record.id);
-        assert!(!session.record.is_expired(door.now()), "{} lives past its time", session.record.id);
+        assert!(session.expires_at.is_none_or(|at| at > door.now()), "{} lives past its time", session.record.id);
     }
     for vm in door.vms() {
         let grace = Duration::from_secs(1);

@@ -26,7 +26,7 @@ fn a_session_ends_when_its_time_has_run_out() {
             let refused = door.create_session(again.clone()).await;
             assert!(matches!(refused, Err(SessionError::Resting { .. })), "{refused:?}");
             let refused = door.launch(in_session(None, &number.to_string())).await;
-            assert!(refused.is_err_and(|error| error.to_string().contains("rests until")));
+            assert!(refused.is_err_and(|error| error.to_string().contains("rests for another")));
             tokio::time::sleep(Duration::from_secs(120)).await;
             assert!(door.create_session(again).await.is_ok());
             let events = door.events(0).await.expect("events");

@@ -43,6 +43,7 @@ impl Host {
                 Backend::Vsock { listener: UnixListener::bind(path).unwrap() }
             }
             1 => Backend::Rng,
+            2 => Backend::Balloon,
             3 => Backend::Block { file: self.disk.try_clone().unwrap(), read_only: false },
             9 => {
                 let (tap, mac) = (tap::open("tap%d").unwrap(), [2, 0, 0, 0, 0, 1]);
@@ -61,8 +62,8 @@ impl Host {
     }
 }
 
-fn every_slot() -> [Slot; 4] {
-    [Slot::VSOCK, Slot::RNG, Slot::block(0).unwrap(), Slot::net(0).unwrap()]
+fn every_slot() -> [Slot; 5] {
+    [Slot::VSOCK, Slot::RNG, Slot::BALLOON, Slot::block(0).unwrap(), Slot::net(0).unwrap()]
 }
 
 /// A device that was used a little, always the same, and its sections.

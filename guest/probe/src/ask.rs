@@ -9,7 +9,7 @@ use crate::words::{Words, socket_address};
 use crate::{ProbeError, failed};
 
 pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
-    let by = words.need("tcp or udp")?;
+    let by = words.need("tcp, stream or udp")?;
     let address = words.need("an address")?;
     let port = words.need("a port")?;
     let port = port.parse().map_err(|error| ProbeError::Words(format!("{port}: {error}")))?;
@@ -21,6 +21,7 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
     };
     let count: u16 = words.option("count")?.unwrap_or(1);
     let from: Option<IpAddr> = words.option("from")?;
+    let every = Duration::from_millis(words.option("every-ms")?.unwrap_or(0));
     words.end()?;
     let mut answers = Answers::default();
     match by.as_str() {
@@ -34,6 +35,18 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
         "tcp" if from.is_none() => {
             for number in 0..count {
                 answers.take(question.by_tcp(to, number));
+            }
+        }
+        "stream" if from.is_none() => {
+            let stream = TcpStream::connect_timeout(&to, question.wait).map_err(failed("connect"))?;
+            for number in 0..count {
+                let answer = question.on_stream(&stream, number);
+                let is_over = answer.is_err();
+                answers.take(answer);
+                if is_over {
+                    break;
+                }
+                std::thread::sleep(every);
             }
         }
         _ => return Err(ProbeError::Words(format!("by {by}, and from an address?"))),
@@ -78,6 +91,19 @@ impl Question {
                 return Ok(None);
             }
         }
+    }
+
+    /// On a connection that is there and goes on.
+    fn on_stream(&self, mut stream: &TcpStream, number: u16) -> io::Result<Option<Duration>> {
+        let content = self.content(number);
+        let started = Instant::now();
+        stream.set_read_timeout(Some(self.wait))?;
+        stream.set_write_timeout(Some(self.wait))?;
+        stream.set_nodelay(true)?;
+        stream.write_all(&content)?;
+        let mut answer = vec![0; content.len()];
+        stream.read_exact(&mut answer)?;
+        Ok((answer == content).then(|| started.elapsed()))
     }
 
     fn by_tcp(&self, to: SocketAddr, number: u16) -> io::Result<Option<Duration>> {

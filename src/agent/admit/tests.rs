@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::agent::record::BundleOrder;
+use crate::bundle::manifest::DeviceSlot;
 use crate::clock::UnixNanos;
 use crate::units::{FlowLimits, NetLimits, Rate};
 
@@ -92,6 +93,13 @@ fn a_bundle_is_launched_as_it_was_frozen() {
     let spec = decide(&same).unwrap();
     assert_eq!((spec.vcpus, spec.memory_mib, spec.interfaces, spec.disks.len()), (1, 1, 1, 1));
     assert_eq!(spec.bundle.as_ref(), Some(&id));
+    // It was made before there were balloons; one with a balloon keeps it, and so does what boots an image.
+    assert!(!spec.balloon);
+    let mut with_balloon = manifest.clone();
+    let device = with_balloon.machine.devices[0].clone();
+    with_balloon.machine.devices.push(DeviceSlot { slot: 2, kind: DeviceKind::Balloon, ..device });
+    assert!(decide_on(&same, &image, Some((&id, &with_balloon))).unwrap().balloon);
+    assert!(decide_on(&request(), &image, None).unwrap().balloon);
     let said = LaunchRequest { vcpus: Some(1), memory_mib: Some(1), interfaces: Some(1), ..same.clone() };
     assert_eq!(decide(&said).unwrap(), spec, "what it has may be said");
     for (other, wanted) in [

@@ -1,5 +1,7 @@
 //! Rows to records and back. What is searched for has a column of its own; the rest is JSON.
 
+use std::time::Duration;
+
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -7,8 +9,13 @@ use serde::de::DeserializeOwned;
 use super::{EVENTS_KEPT, KeyRow, LedgerError, NewEvent, OPERATIONS_KEPT, StoredAnswer, Taken, state_word};
 use crate::agent::effect::Effect;
 use crate::agent::record::{EventRecord, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
-use crate::clock::UnixNanos;
+use crate::clock::{Steady, UnixNanos};
 use crate::ids::{OperationId, VmId};
+
+/// As [`nanos`].
+pub(super) fn steady(time: Steady) -> i64 {
+    nanos(UnixNanos(time.0))
+}
 
 /// SQLite's integers are signed; time runs until the year 2262.
 pub(super) fn nanos(time: UnixNanos) -> i64 {
@@ -161,10 +168,42 @@ pub(super) fn put_event(to: &Connection, event: &NewEvent) -> Result<(), LedgerE
     let row = params![nanos(event.at), event.kind, event.subject.to_string(), operation, body];
     to.prepare_cached(put)?.execute(row)?;
     let last = to.last_insert_rowid().cast_unsigned();
-    if last > EVENTS_KEPT && last.is_multiple_of(64) {
-        to.prepare_cached("DELETE FROM events WHERE seq <= ?1")?.execute([signed(last - EVENTS_KEPT)])?;
+    if last.is_multiple_of(64) {
+        drop_events(to, event.at)?;
     }
     Ok(())
+}
+
+/// Drops events that are more than are kept, and those that are older: both as the ledger's own settings say.
+pub(super) fn drop_events(to: &Connection, now: UnixNanos) -> Result<(), LedgerError> {
+    let kept = "SELECT value FROM meta WHERE key = ?1";
+    let setting = |key: &str| to.prepare_cached(kept)?.query_row([key], |row| row.get::<_, i64>(0)).optional();
+    let count = setting("events_kept")?.unwrap_or(signed(EVENTS_KEPT));
+    let oldest = signed(last_event(to)?).saturating_sub(count);
+    to.prepare_cached("DELETE FROM events WHERE seq <= ?1")?.execute([oldest])?;
+    if let Some(age) = setting("events_kept_ns")? {
+        // Only from the start of the history, so that it has no holes: a clock may have been set back.
+        let drop = "DELETE FROM events WHERE seq < (SELECT coalesce(min(seq), 0) FROM events WHERE at >= ?1)";
+        to.prepare_cached(drop)?.execute([nanos(now).saturating_sub(age)])?;
+    }
+    Ok(())
+}
+
+/// How many events are kept from now on, and how long.
+pub(super) fn keep_events(to: &Connection, count: u32, age: Duration) -> Result<(), LedgerError> {
+    let put = "INSERT INTO meta(key, value) VALUES (?1, ?2) ON CONFLICT(key) DO UPDATE SET value = ?2";
+    let age = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
+    to.execute(put, params!["events_kept", i64::from(count)])?;
+    to.execute(put, params!["events_kept_ns", age])?;
+    Ok(())
+}
+
+/// How many events are kept at the moment, and the number of the oldest; 0 when there is none.
+pub(super) fn history(from: &Connection) -> Result<(u64, u64), LedgerError> {
+    let query = "SELECT count(*), coalesce(min(seq), 0) FROM events";
+    let history =
+        from.prepare_cached(query)?.query_row([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))?;
+    Ok((history.0.cast_unsigned(), history.1.cast_unsigned()))
 }
 
 pub(super) fn last_event(from: &Connection) -> Result<u64, LedgerError> {
@@ -209,7 +248,7 @@ pub(super) fn parse_id<T: DeserializeOwned>(table: &'static str, row: &str, text
 pub(super) fn put_key(to: &Connection, key: &KeyRow) -> Result<(), LedgerError> {
     to.execute(
         "DELETE FROM idempotency WHERE key = ?1 AND route = ?2 AND expires <= ?3",
-        params![key.key, key.route, nanos(key.expires) - nanos(UnixNanos(crate::agent::KEY_LIFETIME_NS)),],
+        params![key.key, key.route, steady(key.expires) - signed(crate::agent::KEY_LIFETIME_NS)],
     )?;
     let put = "INSERT INTO idempotency(key, route, body_hash, object, status, answer, expires)
                VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
@@ -217,7 +256,7 @@ pub(super) fn put_key(to: &Connection, key: &KeyRow) -> Result<(), LedgerError> 
         Some(StoredAnswer { status, body }) => (Some(*status), Some(body)),
         None => (None, None),
     };
-    let row = params![key.key, key.route, key.body_hash, key.object, status, answer, nanos(key.expires)];
+    let row = params![key.key, key.route, key.body_hash, key.object, status, answer, steady(key.expires)];
     match to.prepare_cached(put)?.execute(row) {
         Ok(_) => Ok(()),
         Err(error) if is_taken(&error) => Err(LedgerError::Taken { what: Taken::Key }),
@@ -225,10 +264,10 @@ pub(super) fn put_key(to: &Connection, key: &KeyRow) -> Result<(), LedgerError> 
     }
 }
 
-pub(super) fn key(from: &Connection, key: &str, route: &str, now: UnixNanos) -> Result<Option<KeyRow>, LedgerError> {
+pub(super) fn key(from: &Connection, key: &str, route: &str, now: Steady) -> Result<Option<KeyRow>, LedgerError> {
     let query = "SELECT body_hash, object, status, answer, expires FROM idempotency
                  WHERE key = ?1 AND route = ?2 AND expires > ?3";
-    let row = from.query_row(query, params![key, route, nanos(now)], |row| {
+    let row = from.query_row(query, params![key, route, steady(now)], |row| {
         let status: Option<u16> = row.get(2)?;
         let body: Option<String> = row.get(3)?;
         Ok(KeyRow {
@@ -237,7 +276,7 @@ pub(super) fn key(from: &Connection, key: &str, route: &str, now: UnixNanos) -> 
             body_hash: row.get(0)?,
             object: row.get(1)?,
             answer: status.zip(body).map(|(status, body)| StoredAnswer { status, body }),
-            expires: UnixNanos(row.get::<_, i64>(4)?.cast_unsigned()),
+            expires: Steady(row.get::<_, i64>(4)?.cast_unsigned()),
         })
     });
     Ok(row.optional()?)

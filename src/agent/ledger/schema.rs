@@ -1,17 +1,20 @@
 //! The ledger's tables and how an older file becomes a newer one.
 
+use std::fs::{OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode};
 
-use super::LedgerError;
+use super::{LedgerError, backup};
 
 /// "HRTH" in SQLite's application_id: tells a ledger from any other SQLite file.
 const APPLICATION_ID: i64 = 0x4852_5448;
 
 /// Each migration brings a file from the version of its index to the next one. Never changed once shipped: appended.
-const MIGRATIONS: [&str; 3] = [V1, V2, V3];
+const MIGRATIONS: [&str; 4] = [V1, V2, V3, V4];
 
 const V1: &str = "
 CREATE TABLE meta(
@@ -126,37 +129,80 @@ CREATE UNIQUE INDEX vms_by_executor ON vms(cluster, executor)
     WHERE cluster IS NOT NULL AND state NOT IN ('stopped', 'failed', 'gone');
 ";
 
+/// Swap-out: the keys of hibernated VMs, which are nowhere else, and what was decided about idle VMs.
+const V4: &str = "
+CREATE TABLE swap_keys(
+    vm TEXT NOT NULL PRIMARY KEY,
+    key BLOB NOT NULL
+) STRICT;
+CREATE TABLE swap_decisions(
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    at INTEGER NOT NULL,
+    decision TEXT NOT NULL
+) STRICT;
+";
+
 /// Version of a ledger this program writes.
-const VERSION: i64 = 3;
-const _: () = assert!(MIGRATIONS.len() == 3, "VERSION is the number of migrations");
+const VERSION: i64 = 4;
+const _: () = assert!(MIGRATIONS.len() == 4, "VERSION is the number of migrations");
 
 /// Opens, checks and migrates.
 pub(super) fn open(path: &Path) -> Result<Connection, LedgerError> {
-    let opening = |source: rusqlite::Error| match source.sqlite_error_code() {
-        Some(ErrorCode::NotADatabase) => LedgerError::Foreign { path: path.to_owned() },
-        Some(ErrorCode::DatabaseCorrupt) => LedgerError::Damaged { path: path.to_owned(), detail: source.to_string() },
-        Some(_) | None => LedgerError::Open { path: path.to_owned(), source },
-    };
+    let opening = |source| refused(path, source);
+    for_owner_only(path).map_err(|source| LedgerError::Protect { path: path.to_owned(), source })?;
     let mut connection = Connection::open(path).map_err(opening)?;
     connection.busy_timeout(Duration::from_secs(5)).map_err(opening)?;
+    let version = check(&connection, path)?;
+    configure(&connection).map_err(opening)?;
+    migrate(&mut connection, version).map_err(opening)?;
+    Ok(connection)
+}
+
+/// What SQLite's refusal of a file means.
+fn refused(path: &Path, source: rusqlite::Error) -> LedgerError {
+    match source.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => LedgerError::Foreign { path: path.to_owned(), todo: backup::todo(path) },
+        Some(ErrorCode::DatabaseCorrupt) => {
+            LedgerError::Damaged { path: path.to_owned(), detail: source.to_string(), todo: backup::todo(path) }
+        }
+        Some(_) | None => LedgerError::Open { path: path.to_owned(), source },
+    }
+}
+
+/// Whether a file is a whole ledger that this program understands; gives its version.
+pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64, LedgerError> {
+    let opening = |source| refused(path, source);
     let word = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
     let id = word("application_id").map_err(opening)?;
     let version = word("user_version").map_err(opening)?;
     let tables = "SELECT count(*) FROM sqlite_schema";
     let tables: i64 = connection.query_row(tables, [], |row| row.get(0)).map_err(opening)?;
     if id != APPLICATION_ID && (id != 0 || tables != 0) {
-        return Err(LedgerError::Foreign { path: path.to_owned() });
+        return Err(LedgerError::Foreign { path: path.to_owned(), todo: backup::todo(path) });
     }
     if version > VERSION {
         return Err(LedgerError::Newer { path: path.to_owned(), found: version, known: VERSION });
     }
+    // A file of ours has had a version from its first transaction on.
+    if version < 0 || (version == 0 && tables != 0) {
+        let detail = format!("its version is {version}");
+        return Err(LedgerError::Damaged { path: path.to_owned(), detail, todo: backup::todo(path) });
+    }
     let check: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(opening)?;
     if check != "ok" {
-        return Err(LedgerError::Damaged { path: path.to_owned(), detail: check });
+        return Err(LedgerError::Damaged { path: path.to_owned(), detail: check, todo: backup::todo(path) });
     }
-    configure(&connection).map_err(opening)?;
-    migrate(&mut connection, version).map_err(opening)?;
-    Ok(connection)
+    Ok(version)
+}
+
+/// Keys and tokens lie in it: nobody else reads it, whatever directory it is in. What SQLite keeps beside it gets the same
+/// mode.
+fn for_owner_only(path: &Path) -> io::Result<()> {
+    if path == Path::new(":memory:") {
+        return Ok(());
+    }
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))
 }
 
 fn configure(connection: &Connection) -> rusqlite::Result<()> {
@@ -164,6 +210,8 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0))?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
+    // What is deleted is overwritten: a key that is thrown away opens nothing any more.
+    connection.query_row("PRAGMA secure_delete = ON", [], |row| row.get::<_, i64>(0))?;
     // Records are small: a page cache of 1 MiB (negative: KiB) holds what is used.
     connection.pragma_update(None, "cache_size", -1024)
 }

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::rows::{from_json, is_taken, nanos, parse_id, to_json};
+use super::rows::{from_json, is_taken, parse_id, steady, to_json};
 use super::{LedgerError, Store, Write, finish};
 use crate::agent::session_record::{JAILS_MAX, SessionRecord, SessionState};
-use crate::clock::UnixNanos;
+use crate::clock::Steady;
 use crate::ids::{SessionId, VmId};
 use crate::net::address::{LocalId, SessionNetworkId};
 
@@ -25,7 +25,7 @@ pub enum SessionRefusal {
     #[error("the session network id rests")]
     Resting {
         /// When it may be used again.
-        until: UnixNanos,
+        until: Steady,
     },
     /// No network id is free.
     #[error("no session network id is free")]
@@ -88,7 +88,7 @@ pub struct Claim {
     /// The jail it is to have: one that is ready. `None`: whichever is free.
     pub jail: Option<u16>,
     /// The time.
-    pub now: UnixNanos,
+    pub now: Steady,
 }
 
 /// What a VM got.
@@ -110,7 +110,7 @@ pub struct LocalLease {
     /// Whose it is, or was.
     pub vm: VmId,
     /// When it may be used again; `None` while it is in use.
-    pub quarantine_until: Option<UnixNanos>,
+    pub quarantine_until: Option<Steady>,
 }
 
 impl Store {
@@ -118,7 +118,7 @@ impl Store {
     pub fn create_session(
         &mut self,
         choice: NumberChoice,
-        now: UnixNanos,
+        now: Steady,
         make: impl FnOnce(SessionNetworkId) -> NewSession,
     ) -> Result<(SessionRecord, u64), LedgerError> {
         let transaction = self.connection.transaction()?;
@@ -164,7 +164,7 @@ impl Store {
     pub fn remove_session(
         &mut self,
         id: &SessionId,
-        quarantine_until: UnixNanos,
+        quarantine_until: Steady,
         writes: &[Write],
     ) -> Result<u64, LedgerError> {
         let transaction = self.connection.transaction()?;
@@ -180,7 +180,7 @@ impl Store {
         transaction.execute("DELETE FROM sessions WHERE id = ?1", [id.as_str()])?;
         let rest = "INSERT INTO resting_sessions(session_network_id, quarantine_until) VALUES (?1, ?2)
                     ON CONFLICT(session_network_id) DO UPDATE SET quarantine_until = ?2";
-        transaction.execute(rest, params![number, nanos(quarantine_until)])?;
+        transaction.execute(rest, params![number, steady(quarantine_until)])?;
         finish(transaction, writes)
     }
 
@@ -222,7 +222,7 @@ impl Store {
     }
 
     /// Until when a network id rests, if it does.
-    pub fn resting_until(&self, id: SessionNetworkId, now: UnixNanos) -> Result<Option<UnixNanos>, LedgerError> {
+    pub fn resting_until(&self, id: SessionNetworkId, now: Steady) -> Result<Option<Steady>, LedgerError> {
         resting_until(&self.connection, id, now)
     }
 
@@ -231,7 +231,7 @@ impl Store {
         let query = "SELECT session_network_id, local_id, vm, quarantine_until FROM locals ORDER BY 1, 2";
         let mut query = self.connection.prepare_cached(query)?;
         let rows = query.query_map([], |row| {
-            let until = row.get::<_, Option<i64>>(3)?.map(|until| UnixNanos(until.cast_unsigned()));
+            let until = row.get::<_, Option<i64>>(3)?.map(|until| Steady(until.cast_unsigned()));
             Ok((row.get(0)?, row.get(1)?, row.get::<_, String>(2)?, until))
         })?;
         rows.map(|row| {
@@ -283,32 +283,28 @@ pub(super) fn update(to: &Connection, session: &SessionRecord) -> Result<(), Led
 }
 
 /// A VM's local id is not used any more, and may be again from then on.
-pub(super) fn release(to: &Connection, vm: &VmId, quarantine_until: UnixNanos) -> Result<(), LedgerError> {
+pub(super) fn release(to: &Connection, vm: &VmId, quarantine_until: Steady) -> Result<(), LedgerError> {
     let release = "UPDATE locals SET quarantine_until = ?2 WHERE vm = ?1 AND quarantine_until IS NULL";
-    to.execute(release, params![vm.as_str(), nanos(quarantine_until)])?;
+    to.execute(release, params![vm.as_str(), steady(quarantine_until)])?;
     Ok(())
 }
 
 /// Drops quarantines that have run out.
-pub(super) fn sweep(from: &Connection, now: UnixNanos) -> Result<(), LedgerError> {
-    from.execute("DELETE FROM locals WHERE quarantine_until <= ?1", [nanos(now)])?;
-    from.execute("DELETE FROM resting_sessions WHERE quarantine_until <= ?1", [nanos(now)])?;
+pub(super) fn sweep(from: &Connection, now: Steady) -> Result<(), LedgerError> {
+    from.execute("DELETE FROM locals WHERE quarantine_until <= ?1", [steady(now)])?;
+    from.execute("DELETE FROM resting_sessions WHERE quarantine_until <= ?1", [steady(now)])?;
     Ok(())
 }
 
-fn resting_until(
-    from: &Connection,
-    number: SessionNetworkId,
-    now: UnixNanos,
-) -> Result<Option<UnixNanos>, LedgerError> {
+fn resting_until(from: &Connection, number: SessionNetworkId, now: Steady) -> Result<Option<Steady>, LedgerError> {
     let query = "SELECT quarantine_until FROM resting_sessions
                  WHERE session_network_id = ?1 AND quarantine_until > ?2";
-    let found = from.query_row(query, params![u32::from(number), nanos(now)], |row| row.get::<_, i64>(0));
-    Ok(found.optional()?.map(|until| UnixNanos(until.cast_unsigned())))
+    let found = from.query_row(query, params![u32::from(number), steady(now)], |row| row.get::<_, i64>(0));
+    Ok(found.optional()?.map(|until| Steady(until.cast_unsigned())))
 }
 
 /// The session, if VMs may join it now.
-fn open_session(from: &Connection, id: &SessionId, now: UnixNanos) -> Result<SessionRecord, LedgerError> {
+fn open_session(from: &Connection, id: &SessionId, now: Steady) -> Result<SessionRecord, LedgerError> {
     let session = one(from, "WHERE id = ?1", params![id.as_str()])?.ok_or(SessionRefusal::Unknown)?;
     if session.is_expired(now) {
         return Err(SessionRefusal::Expired.into());
@@ -322,7 +318,7 @@ fn open_session(from: &Connection, id: &SessionId, now: UnixNanos) -> Result<Ses
 /// Where the search for the next network id goes on.
 const NUMBER_CURSOR: &str = "session_network_id";
 
-fn next_number(to: &Connection, first: u32, last: u32, now: UnixNanos) -> Result<SessionNetworkId, LedgerError> {
+fn next_number(to: &Connection, first: u32, last: u32, now: Steady) -> Result<SessionNetworkId, LedgerError> {
     sweep(to, now)?;
     let cursor = "SELECT value FROM meta WHERE key = ?1";
     let cursor = to.query_row(cursor, [NUMBER_CURSOR], |row| row.get::<_, i64>(0)).optional()?;
@@ -353,7 +349,7 @@ fn first_gap(start: u32, taken: impl Iterator<Item = rusqlite::Result<u32>>) -> 
     Ok(free)
 }
 
-fn free_local(to: &Connection, session: SessionNetworkId, max: u32, now: UnixNanos) -> Result<LocalId, LedgerError> {
+fn free_local(to: &Connection, session: SessionNetworkId, max: u32, now: Steady) -> Result<LocalId, LedgerError> {
     sweep(to, now)?;
     let taken = "SELECT local_id FROM locals WHERE session_network_id = ?1 ORDER BY local_id";
     let mut taken = to.prepare_cached(taken)?;

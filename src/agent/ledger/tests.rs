@@ -34,6 +34,22 @@ fn event(number: u64) -> Write {
 }
 
 #[test]
+fn nobody_else_reads_a_ledger() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.db");
+    // As a program before this one made it.
+    drop(Store::open(&path).unwrap());
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let mut store = Store::open(&path).unwrap();
+    store.commit(&[event(1)]).unwrap();
+    for entry in std::fs::read_dir(dir.path()).unwrap() {
+        let entry = entry.unwrap();
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", entry.file_name());
+    }
+}
+
+#[test]
 fn what_was_written_is_there_after_opening_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.db");
@@ -80,17 +96,17 @@ fn a_uid_has_one_owner_and_rests_before_the_next() {
     let mut store = Store::in_memory().unwrap();
     let base = Uids::default().base;
     let (one, two) = (VmId::from_random([1; 10]), VmId::from_random([2; 10]));
-    assert_eq!(store.free_uid(base, 2, UnixNanos(0)).unwrap(), Some(base));
+    assert_eq!(store.free_uid(base, 2, Steady(0)).unwrap(), Some(base));
     let lease = |vm: &VmId| Write::Lease { uid: base, vm: vm.clone() };
     store.commit(&[lease(&one)]).unwrap();
     store.commit(&[lease(&one)]).unwrap();
     assert!(matches!(store.commit(&[lease(&two)]), Err(LedgerError::Taken { what: Taken::Uid })));
-    assert_eq!(store.free_uid(base, 2, UnixNanos(0)).unwrap(), Some(base + 1));
-    assert_eq!(store.free_uid(base, 1, UnixNanos(0)).unwrap(), None);
-    store.commit(&[Write::Release { vm: one, quarantine_until: UnixNanos(10) }]).unwrap();
-    assert_eq!(store.free_uid(base, 1, UnixNanos(9)).unwrap(), None);
+    assert_eq!(store.free_uid(base, 2, Steady(0)).unwrap(), Some(base + 1));
+    assert_eq!(store.free_uid(base, 1, Steady(0)).unwrap(), None);
+    store.commit(&[Write::Release { vm: one, quarantine_until: Steady(10) }]).unwrap();
+    assert_eq!(store.free_uid(base, 1, Steady(9)).unwrap(), None);
     assert_eq!(store.leases().unwrap().len(), 1);
-    assert_eq!(store.free_uid(base, 1, UnixNanos(10)).unwrap(), Some(base));
+    assert_eq!(store.free_uid(base, 1, Steady(10)).unwrap(), Some(base));
     assert!(store.leases().unwrap().is_empty());
 }
 
@@ -102,7 +118,7 @@ fn a_key_is_known_until_it_expires() {
         route: "POST /v1/vms".to_owned(),
         body_hash: [body; 32],
         object: "vm-x".to_owned(),
-        expires: UnixNanos(expires),
+        expires: Steady(expires),
         answer: None,
     };
     let life = crate::agent::KEY_LIFETIME_NS;
@@ -111,10 +127,10 @@ fn a_key_is_known_until_it_expires() {
     let answer = StoredAnswer { status: 201, body: "{}".to_owned() };
     let (key, route) = ("k".to_owned(), "POST /v1/vms".to_owned());
     store.commit(&[Write::Answer { key, route, answer: answer.clone() }]).unwrap();
-    let found = store.key("k", "POST /v1/vms", UnixNanos(life - 1)).unwrap().unwrap();
+    let found = store.key("k", "POST /v1/vms", Steady(life - 1)).unwrap().unwrap();
     assert_eq!(found.answer, Some(answer));
-    assert!(store.key("k", "POST /v1/images", UnixNanos(0)).unwrap().is_none());
-    assert!(store.key("k", "POST /v1/vms", UnixNanos(life)).unwrap().is_none());
+    assert!(store.key("k", "POST /v1/images", Steady(0)).unwrap().is_none());
+    assert!(store.key("k", "POST /v1/vms", Steady(life)).unwrap().is_none());
     // Used again after it expired.
     store.commit(&[Write::Key(row(2, 2 * life))]).unwrap();
 }
@@ -185,10 +201,58 @@ fn a_ledger_of_the_first_version_becomes_one_of_this() {
     let loaded = store.begin().unwrap();
     assert_eq!((loaded.vms, loaded.last_event), (expected.clone(), 1));
     assert_eq!(store.events(0).unwrap()[0].subject, Subject::Vm(expected[0].id.clone()));
-    let claim = Claim { vm: VmId::from_random([9; 10]), session: None, jail: None, now: UnixNanos(0) };
+    let claim = Claim { vm: VmId::from_random([9; 10]), session: None, jail: None, now: Steady(0) };
     let (jail, _) = store.admit_vm(&claim, |grant| (grant.jail, Vec::new())).unwrap();
     assert_eq!(jail, 2);
     assert!(store.sessions().unwrap().is_empty());
     drop(store);
     assert_eq!(Store::open(&path).unwrap().begin().unwrap().vms, expected, "a second time it is left as it is");
+}
+
+#[test]
+fn events_are_kept_by_number_and_by_age() {
+    let mut store = Store::in_memory().unwrap();
+    let hour = Duration::from_secs(3600);
+    store.keep_events(100, hour).unwrap();
+    let event = |at_s: u64| {
+        let at = UnixNanos(at_s * 1_000_000_000);
+        let (subject, body) = (Subject::Host, serde_json::json!({}));
+        Write::Event(NewEvent { at, kind: "k", subject, operation: None, body })
+    };
+    for _ in 0..64 * 4 {
+        store.commit(&[event(10_000)]).unwrap();
+    }
+    // Counted every 64 events.
+    assert_eq!(store.history().unwrap(), (100, 157));
+    store.commit(&[event(13_601)]).unwrap();
+    store.sweep(Steady(0), UnixNanos(13_600 * 1_000_000_000)).unwrap();
+    assert_eq!(store.history().unwrap(), (100, 158), "an hour is not over");
+    store.sweep(Steady(0), UnixNanos(13_601 * 1_000_000_000)).unwrap();
+    assert_eq!(store.history().unwrap(), (1, 257), "what is older than an hour is gone");
+    assert_eq!(store.events(0).unwrap()[0].seq, 257, "numbers go on");
+}
+
+/// The time of what rests goes on whoever sets the wall clock, and begins anew with a boot.
+#[test]
+fn what_rests_is_not_moved_by_the_wall_clock() {
+    const DAY: u64 = 24 * 3600;
+    let seconds = |seconds: u64| seconds * 1_000_000_000;
+    let up = |boot, of: u64| Uptime { boot, since_boot: Duration::from_secs(of) };
+    let (wall, rest) = (1_780_000_000, Duration::from_secs(120));
+    let mut store = Store::in_memory().unwrap();
+    let mut steady = |up, wall| store.steady(up, UnixNanos(seconds(wall)), rest).unwrap();
+    assert_eq!(steady(up(7, 50), wall), Steady(seconds(wall)));
+    assert_eq!(steady(up(7, 60), wall + 10), Steady(seconds(wall + 10)));
+    for moved in [wall + DAY, wall - DAY, 0] {
+        assert_eq!(steady(up(7, 70), moved), Steady(seconds(wall + 20)));
+    }
+    // Back by a day over a boot: what rests is not to rest for a day.
+    let (vm, uid) = (VmId::from_random([3; 10]), 70_000);
+    store.commit(&[Write::Lease { uid, vm: vm.clone() }]).unwrap();
+    let until = Steady(seconds(wall + 100));
+    store.commit(&[Write::Release { vm, quarantine_until: until }]).unwrap();
+    let now = store.steady(up(8, 5), UnixNanos(seconds(wall - DAY)), rest).unwrap();
+    assert_eq!(now, Steady(seconds(wall - DAY)));
+    assert_eq!(store.free_uid(uid, 1, now.after(rest - Duration::from_secs(1))).unwrap(), None);
+    assert_eq!(store.free_uid(uid, 1, now.after(rest)).unwrap(), Some(uid));
 }

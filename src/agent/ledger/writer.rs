@@ -37,6 +37,10 @@ impl LedgerThread {
 }
 
 impl Records for LedgerThread {
+    fn queued(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
     async fn with<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut Store) -> Result<T, LedgerError> + Send + 'static,

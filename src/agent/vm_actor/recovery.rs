@@ -4,11 +4,14 @@
 use std::time::Duration;
 
 use super::{Recovered, VmActor, error_of};
-use crate::agent::ledger::LedgerError;
-use crate::agent::record::OperationState;
-use crate::agent::recover;
-use crate::agent::vm_state::{Event, FailureCause, Goal, VmState, step};
-use crate::agent::world::{Ask, ProcessEnd, VmNetworks, VmmHost, World};
+use crate::agent::ledger::{LedgerError, NewEvent, Write};
+use crate::agent::record::{OperationRecord, OperationState, QuarantineRecord, Subject};
+use crate::agent::recover::{self, Doubt};
+use crate::agent::vm_state::{Event, FailureCause, Goal, SwapMode, VmState, step};
+use crate::agent::world::{Ask, AskError, ProcessEnd, VmNetworks, VmmHost, World};
+use crate::clock::Clock;
+use crate::wire::frame;
+use crate::wire::refusal::Refusal;
 
 /// Time before a host is asked again for a process it could not look for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -28,14 +31,26 @@ impl<W: World> VmActor<W> {
         }
     }
 
-    /// Says Hello to a VMM that was found, so that it serves this agent's epoch and no earlier one's any more.
-    async fn greet_vmm(&mut self) {
-        match self.shared.world.vmm().ask(&self.record, self.shared.epoch, Ask::Status).await {
-            Ok(_) => tracing::info!(vm = %self.record.id, state = self.record.state.name(), "adopted"),
+    /// Says Hello to a VMM that was found, so that it serves this agent's epoch and no earlier one's any more. Gives
+    /// what speaks against its being this record's.
+    async fn greet_vmm(&mut self) -> Option<Doubt> {
+        let (pid, own) = (self.record.process.map_or(0, |process| process.pid), self.shared.epoch);
+        let version = self.record.wire_version;
+        if version > frame::VERSION {
+            return Some(Doubt::NewerProtocol { version, known: frame::VERSION });
+        }
+        match self.shared.world.vmm().ask(&self.record, own, Ask::Status).await {
+            Ok(_) => {
+                tracing::info!(vm = %self.record.id, state = self.record.state.name(), "adopted");
+                None
+            }
+            Err(AskError::Refused(Refusal::WrongNonce)) => Some(Doubt::OtherSecret { pid }),
+            Err(AskError::Refused(Refusal::StaleEpoch { current, .. })) => Some(Doubt::NewerAgent { current, own }),
             // It may answer later; until then verbs on it fail and say why.
             Err(error) => {
                 let error = crate::report::chain(&error);
                 tracing::warn!(vm = %self.record.id, error, "a VMM that was found does not answer");
+                None
             }
         }
     }
@@ -50,19 +65,58 @@ impl<W: World> VmActor<W> {
         self.shared.serve_metadata(&self.record);
     }
 
+    /// Holds the taps of a VM whose memory is out, as the agent before did: what came since that one ended was dropped
+    /// if the VM has no process, and counted.
+    async fn hold_taps(&mut self) {
+        if let Err(error) = self.shared.world.vmm().hold_taps(&self.record).await {
+            tracing::warn!(vm = %self.record.id, %error, "no packet will wake this VM: its taps cannot be held");
+        }
+    }
+
+    /// Leaves the VM alone, and says why.
+    async fn quarantine(&mut self, doubt: &Doubt, operation: Option<OperationRecord>) -> Result<(), LedgerError> {
+        let at = self.shared.world.clock().wall();
+        let report = doubt.to_string();
+        tracing::error!(vm = %self.record.id, report, "in quarantine: nothing is done with it but to end it");
+        let body = serde_json::json!({ "report": report });
+        let subject = Subject::Vm(self.record.id.clone());
+        let event = NewEvent { at, kind: "vm_quarantined", subject, operation: None, body };
+        let mut writes = vec![Write::Event(event)];
+        if let Some(mut operation) = operation {
+            self.end_operation(&mut operation, OperationState::Failed, Some(error_of(&FailureCause::Interrupted)));
+            writes.extend([self.shared.operation_event(&operation), Write::Operation(Box::new(operation))]);
+        }
+        self.record.quarantine = Some(QuarantineRecord { at, report });
+        self.turn(self.stay(), writes, None).await
+    }
+
     /// Continues what an earlier agent left: performs unfinished effects again, or sees to a VMM that ended meanwhile.
     pub(super) async fn recover(&mut self, recovered: Recovered) -> Result<(), LedgerError> {
         self.process = self.look_for_vmm().await;
         // A guest that is not on its way up or down has its network, whatever else is to be done with it.
-        if matches!(
+        let (lives, swap) = (self.process.is_some(), self.record.swap_mode());
+        // A hibernated one has no process, and is woken by its packets.
+        let is_swapped = swap == Some(SwapMode::Hibernate) || swap.is_some() && lives;
+        let is_up = matches!(
             self.record.state,
             VmState::Registering | VmState::Running | VmState::Paused | VmState::Saving { .. }
-        ) && self.process.is_some()
-        {
-            self.greet_vmm().await;
+        );
+        let doubt = if (is_up || is_swapped) && lives { self.greet_vmm().await } else { None };
+        // It is this agent's from here on. What is around it is seen to next, and takes longer.
+        self.shared.note_adopted().await?;
+        let is_clear = doubt.is_none();
+        if is_clear && (is_up && lives || is_swapped) {
             self.see_to_network().await;
         }
-        match recover::plan(&self.record, recovered.operation, self.process.is_some()) {
+        if is_clear && is_swapped {
+            self.hold_taps().await;
+        }
+        if self.record.quarantine.is_some() && is_clear {
+            // What was found once need not be there any more.
+            self.record.quarantine = None;
+            self.turn(self.stay(), Vec::new(), None).await?;
+        }
+        match recover::plan(&self.record, recovered.operation.clone(), lives, doubt) {
             recover::Plan::Rest => Ok(()),
             recover::Plan::Continue(operation) => {
                 self.perform(operation, Duration::ZERO, None);
@@ -73,6 +127,7 @@ impl<W: World> VmActor<W> {
                 self.end_operation(&mut operation, OperationState::Failed, Some(error_of(&cause)));
                 self.conclude(operation, Some(Event::WorkFailed { cause })).await
             }
+            recover::Plan::Quarantine(doubt) => self.quarantine(&doubt, recovered.operation).await,
             recover::Plan::Clean => {
                 let forgets = !self.record.state.holds_resources();
                 let (event, goal) =

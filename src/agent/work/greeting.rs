@@ -40,8 +40,11 @@ const HOOKS_LIMIT: Duration = Duration::from_secs(30);
 /// Largest error of a guest's wall clock that is let pass, if the host is not too busy to do better.
 const CLOCK_ERROR_MAX: Duration = Duration::from_millis(50);
 
-/// Most times a clock is set in a row.
+/// Times a clock is set in a row before what was best so far is good enough.
 const CLOCK_TRIES: u32 = 5;
+
+/// Most times a clock is set in a row.
+const CLOCK_TRIES_MAX: u32 = 12;
 
 type Stream<W> = <<W as World>::Vmm as VmmHost>::Stream;
 
@@ -64,7 +67,7 @@ impl<W: World> Work<W> {
     }
 
     pub(super) async fn greet_guest(&mut self) -> Result<(), Outcome> {
-        let limit = Duration::from_secs(self.shared.config.waits.guest_ready_s.into());
+        let limit = self.shared.guest_patience();
         let begun = self.now();
         let mut hurry = self.hurry.clone();
         let process = self.process.clone();
@@ -145,18 +148,22 @@ impl<W: World> Work<W> {
     }
 
     /// Sets the guest's wall clock. The guest takes the time somewhere between its sending and its answer, so the way
-    /// there and back bounds the error: on a host that is busy it is tried again, and half of the last way is added.
+    /// there and back bounds the error: on a host that is busy it is tried again, and half of the shortest way is added.
+    /// It does not end with a way much longer than the shortest, which would make worse what was set before.
     pub(super) async fn set_clock(&self, link: &mut GuestLink<Stream<W>>) -> Result<(), GuestError> {
-        let mut on_the_way = Duration::ZERO;
-        for _ in 0..CLOCK_TRIES {
+        let mut shortest = Duration::MAX;
+        for tried in 1..=CLOCK_TRIES_MAX {
+            let on_the_way = if shortest == Duration::MAX { Duration::ZERO } else { shortest / 2 };
             let sent = self.now();
             let unix_ns = self.shared.world.clock().wall().0.saturating_add(nanos(on_the_way));
             link.done(&ToGuest::SetClock { unix_ns }, ANSWER_LIMIT).await?;
             let took = self.now().since(sent);
-            if took <= CLOCK_ERROR_MAX {
+            shortest = shortest.min(took);
+            // It was taken after none of that time, or after all of it.
+            let error = on_the_way.max(took.saturating_sub(on_the_way));
+            if error <= CLOCK_ERROR_MAX || tried >= CLOCK_TRIES && error <= shortest / 4 * 3 {
                 break;
             }
-            on_the_way = took / 2;
         }
         Ok(())
     }

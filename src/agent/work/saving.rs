@@ -152,18 +152,11 @@ impl<W: World> Work<W> {
             return Err(host("the machine to save is not held".to_owned()));
         }
         let pages = if self.order()?.parent.is_some() { SavedPages::Changed } else { SavedPages::All };
-        match self.ask(Ask::Save { pages }).await? {
-            Answer::Saved(phases) => {
-                self.order()?.memory_bytes = Some(phases.memory_bytes);
-                Ok(())
-            }
-            Answer::Welcome(_)
-            | Answer::Launched(_)
-            | Answer::Status(_)
-            | Answer::Done
-            | Answer::Refused(_)
-            | Answer::Network(_) => Err(ask_failed(AskError::Unexpected)),
-        }
+        let Answer::Saved(phases) = self.ask(Ask::Save { pages }).await? else {
+            return Err(ask_failed(AskError::Unexpected));
+        };
+        self.order()?.memory_bytes = Some(phases.memory_bytes);
+        Ok(())
     }
 
     pub(super) async fn discard_saved(&self) -> Result<(), Outcome> {

@@ -9,7 +9,7 @@ use crate::api::types::{
 
 /// A session and who is in it.
 pub(in crate::api) fn session(view: &agent::SessionView) -> Session {
-    let agent::SessionView { record, members } = view;
+    let agent::SessionView { record, expires_at, members } = view;
     let sum = |of: fn(&agent::Drops) -> u64| members.iter().map(|member| of(&member.drops)).sum();
     Session {
         id: record.id.clone(),
@@ -22,24 +22,25 @@ pub(in crate::api) fn session(view: &agent::SessionView) -> Session {
         ipv4: record.ipv4,
         egress: egress_of(&record.egress),
         created_at: timestamp(record.created_at),
-        expires_at: record.expires_at.map(timestamp),
+        expires_at: expires_at.map(timestamp),
         members: members.iter().map(member).collect(),
         drops: Drops {
             spoof: sum(|drops| drops.spoof),
             foreign_session: sum(|drops| drops.foreign_session),
             not_allowed: sum(|drops| drops.not_allowed),
+            queue_full: sum(|drops| drops.queue_full),
         },
     }
 }
 
 fn member(member: &agent::Member) -> SessionMember {
-    let agent::Drops { spoof, foreign_session, not_allowed } = member.drops;
+    let agent::Drops { spoof, foreign_session, not_allowed, queue_full } = member.drops;
     SessionMember {
         id: member.vm.id.clone(),
         name: member.vm.name.clone(),
         state: state(&member.vm.state),
         addresses: addresses(&member.vm),
-        drops: Drops { spoof, foreign_session, not_allowed },
+        drops: Drops { spoof, foreign_session, not_allowed, queue_full },
     }
 }
 

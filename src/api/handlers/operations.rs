@@ -62,9 +62,10 @@ pub(in crate::api) async fn list_events(
     let EventsQuery { since, follow } = query;
     let first = served.door.events(since).await?;
     if let Some(oldest) = first.first().filter(|oldest| since > 0 && oldest.seq > since + 1) {
-        let message = format!("events up to {} are not kept any more", oldest.seq - 1);
+        let message =
+            format!("events up to {} are not kept any more: the history starts at {}", oldest.seq - 1, oldest.seq);
         return Err(ApiError::new(StatusCode::GONE, "events_dropped", message, Retry::WithChange)
-            .with_detail("ask without `since` for what is kept"));
+            .with_detail(format!("look at how things are now, and go on with since={}", oldest.seq - 1)));
     }
     let reader = Reader { last: served.door.last_event(), served, since, follow, page: Some(first) };
     let lines = stream::unfold(reader, |mut reader| async move {

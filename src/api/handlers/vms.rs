@@ -41,6 +41,7 @@ pub(in crate::api) async fn launch_vm(
     let VmLaunchRequest { name, image, bundle, vcpus, memory_mib, disks, network_limits, session, .. } = value;
     let image = image.unwrap_or_else(|| IMAGE_DEFAULT.to_owned());
     let (wait, interfaces, role) = (value.wait, value.interfaces, value.role);
+    let swap = value.swap.map(convert::swap_policy).unwrap_or_default();
     let (cluster, executor_id) = (value.cluster, value.executor_id);
     let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
@@ -61,6 +62,7 @@ pub(in crate::api) async fn launch_vm(
         interfaces,
         role,
         cluster,
+        swap,
         executor_id,
         replaces: None,
         key: key.clone(),
@@ -128,7 +130,8 @@ pub(in crate::api) async fn show_vm(
     Path(id): Path<String>,
 ) -> Result<Json<Vm>, ApiError> {
     let vm = served.door.vm(&id)?;
-    Ok(Json(convert::vm(&vm, &served.host)))
+    let jail = served.door.jail(&vm).await.map(convert::vm_jail);
+    Ok(Json(Vm { jail, ..convert::vm(&vm, &served.host) }))
 }
 
 /// Stop a VM and forget it.
@@ -213,7 +216,7 @@ pub(in crate::api) async fn vm_stats(
 #[serde(deny_unknown_fields)]
 pub(in crate::api) struct Nothing {}
 
-async fn ask(served: &Served, id: &str, verb: Verb) -> Result<Json<Vm>, ApiError> {
+pub(super) async fn ask(served: &Served, id: &str, verb: Verb) -> Result<Json<Vm>, ApiError> {
     let vm: Arc<VmRecord> = served.door.ask(id, verb).await?;
     Ok(Json(convert::vm(&vm, &served.host)))
 }

@@ -158,7 +158,8 @@ async fn another_key_or_none_is_ignored_and_counted() {
         assert!(a.conflicts().is_empty() && b.conflicts().is_empty());
         let reason = if other.is_some() { "peer_key_refused" } else { "peer_unsigned" };
         let counted = format!("hearth_peer_refusals_total{{reason=\"{reason}\"}}");
-        assert!(a.door.metrics().contains(&counted), "{}", a.door.metrics());
+        let metrics = a.door.metrics().await;
+        assert!(metrics.contains(&counted), "{metrics}");
     }
 }
 
@@ -190,7 +191,7 @@ async fn a_guest_launches_members_on_another_host_and_both_see_all() {
     let theirs = b.door.vm(made[0].id.as_str()).unwrap();
     assert_eq!((theirs.spec.role.as_deref(), theirs.spec.memory_mib), (Some("worker"), 128));
     assert_eq!(b.door.own_user_data(&theirs.id).await.unwrap().as_deref(), Some("for all"));
-    let expires = b.door.session("517").await.unwrap().record.expires_at.unwrap();
+    let expires = b.door.session("517").await.unwrap().expires_at.unwrap();
     let left_s = (expires.0 - b.door.now().0) / 1_000_000_000;
     assert!((4900..=5000).contains(&left_s), "{left_s}");
     for (host, own) in [(&a, &first.id), (&b, &theirs.id)] {

@@ -136,6 +136,8 @@ pub struct Drops {
     pub foreign_session: u64,
     /// The other end was outside the fabric, and not allowed.
     pub not_allowed: u64,
+    /// It was for the VM, and its queue was full: the VM was out or paused, or did not take packets fast enough.
+    pub queue_full: u64,
 }
 
 /// `GET /v1/sessions`.

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Addressing, InterfaceStats, NetworkLimits};
+use super::{Addressing, BalloonStats, InterfaceStats, NetworkLimits, SwapPolicy, Swapped};
 use crate::ids::{ClusterId, OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
@@ -52,6 +52,9 @@ pub struct VmLaunchRequest {
     /// Ports of this host that lead to the VM, for clients outside of the fabric. Only with a session.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<PublishedPort>,
+    /// When its memory is moved out without being asked for; never, when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swap: Option<SwapPolicy>,
     /// How many network interfaces it has, 1 to 8; 1 when left out. The first is in the session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interfaces: Option<u8>,
@@ -168,14 +171,36 @@ pub struct Vm {
     pub created_at: Timestamp,
     /// Where the time of its launch went.
     pub timings: Timings,
+    /// Why the agent leaves it alone; null ordinarily. It can be stopped and removed.
+    #[serde(default)]
+    pub quarantine: Option<Quarantine>,
+    /// When its memory is moved out without being asked for.
+    #[serde(default)]
+    pub swap_policy: SwapPolicy,
+    /// Where its memory is; null while it runs.
+    #[serde(default)]
+    pub swapped: Option<Swapped>,
     /// Process id of its VMM on the host, while there is one.
     pub pid: Option<u32>,
+    /// What of its jail is in force: where one VM is shown (`GET /v1/vms/{id}`), while it has a process; else null.
+    #[serde(default)]
+    pub jail: Option<super::VmJail>,
     /// The operation that works on it, or the last one that did.
     #[schema(value_type = Option<String>)]
     pub operation_id: Option<OperationId>,
     /// The last lines of its console: for failed VMs, where they tell why.
     #[serde(default)]
     pub last_console_lines: Vec<String>,
+}
+
+/// A VM that the agent leaves alone, as what it found of it contradicts itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Quarantine {
+    /// Since when.
+    #[schema(value_type = String, format = DateTime)]
+    pub since: Timestamp,
+    /// What was found.
+    pub report: String,
 }
 
 /// `GET /v1/vms`.
@@ -201,10 +226,12 @@ pub enum VmState {
     Paused,
     /// Being written into a bundle.
     Saving,
-    /// Being written out to free memory.
+    /// Stands still; its memory is being moved out.
     SwappingOut,
-    /// Written out; it has no process.
+    /// Stands still; its memory is out, see `swapped`.
     SwappedOut,
+    /// Its memory comes back.
+    Waking,
     /// Moving to another host.
     Sending,
     /// Another host owns it.
@@ -304,6 +331,9 @@ pub struct Stats {
     /// What passed its network interfaces; empty while there is no VMM.
     #[serde(default)]
     pub network: Vec<InterfaceStats>,
+    /// Its balloon; null while there is no VMM, and for a VM without one.
+    #[serde(default)]
+    pub balloon: Option<BalloonStats>,
     /// What the guest's own agent says; null while it does not answer.
     pub guest: Option<GuestStats>,
 }
@@ -323,6 +353,9 @@ pub struct VmmStats {
     pub console_bytes: u64,
     /// Resident memory of the process, guest memory included.
     pub resident_bytes: Option<u64>,
+    /// Memory of the process's own in the host's swap.
+    #[serde(default)]
+    pub swapped_bytes: Option<u64>,
     /// Processor time used so far, user and system.
     pub cpu_ms: Option<f64>,
 }

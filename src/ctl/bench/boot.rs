@@ -198,9 +198,7 @@ async fn idle(clock: &SystemClock, pid: u32, seconds: u32) -> Option<f64> {
 pub(super) fn table(report: &Report) -> String {
     let size = |value: f64| bytes(whole(value));
     let percent = |value: f64| format!("{value:.1} %");
-    let cells = |name: &str, summary: &Summary, print: &dyn Fn(f64) -> String| {
-        vec![name.to_owned(), print(summary.p50), print(summary.p99), print(summary.min), print(summary.max)]
-    };
+    let cells = |name: &str, summary: &Summary, print: &dyn Fn(f64) -> String| summary.row(name, print);
     let phases = PHASES.iter().filter_map(|phase| Some((*phase, report.phases_ms.get(phase)?)));
     let mut rows: Vec<_> = phases.map(|(phase, summary)| cells(phase, summary, &milliseconds)).collect();
     rows.extend(report.vmm_overhead_bytes.iter().map(|summary| cells("vmm overhead", summary, &size)));

@@ -5,26 +5,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use futures_util::future::join_all;
 use serde::Serialize;
 
 use super::BenchError;
 use super::firecracker::{self, Anchor};
+use super::launched::{Bench, from, launch_limit, with_bundle};
 use super::process;
-use super::summary::{Summary, float, milliseconds_since, whole};
-use crate::api::types::{
-    Bundle, BundleBuildRequest, Host, Operation, OperationState, Timings, Vm, VmLaunchRequest, Wait,
-};
+use super::summary::{Summary, float, whole};
+use crate::api::types::{Bundle, Host, Timings, Vm, VmLaunchRequest};
 use crate::cli::{BenchCloneArgs, BenchLaunchArgs, BenchSource};
-use crate::clock::{Clock, SystemClock};
-use crate::ctl::call::{Agent, PROMPT};
-use crate::ctl::output::note;
-use crate::ctl::progress::{follow, shown};
+use crate::ctl::call::Agent;
+use crate::ctl::progress::shown;
 use crate::ctl::table::{bytes, columns, milliseconds};
-use crate::ctl::vm;
-
-/// How long one launch may take, with a hundred others beside it.
-const LAUNCH_LIMIT: Duration = Duration::from_secs(300);
 
 /// The phases in order, as they are printed: each from the call on, but for the second and third.
 const PHASES: [&str; 7] = ["network", "spawn", "restore", "resumed", "answered", "registered", "running"];
@@ -57,52 +49,7 @@ pub(super) struct Report {
     firecracker: Option<Anchor>,
 }
 
-/// The bundle to launch from, and whether it was built for this.
-struct Source {
-    bundle: Bundle,
-    built: bool,
-}
-
-/// VMs and what else has to go in the end.
-struct Bench<'a> {
-    agent: &'a Agent,
-    clock: SystemClock,
-    session: Option<String>,
-    left: Vec<String>,
-    number: usize,
-}
-
 impl Bench<'_> {
-    /// Launches `count` VMs at once; they stay.
-    async fn launch(&mut self, count: usize, request: &VmLaunchRequest) -> Result<(Vec<Vm>, f64), BenchError> {
-        let begun = self.clock.monotonic();
-        let mut calls = Vec::with_capacity(count);
-        for _ in 0..count {
-            let name = format!("bench-{}-{}", std::process::id(), self.number);
-            self.number += 1;
-            self.left.push(name.clone());
-            let (agent, session) = (self.agent, self.session.clone());
-            let request = VmLaunchRequest { name: Some(name), session, wait: Wait::Running, ..request.clone() };
-            calls.push(async move { agent.post::<Vm>("/v1/vms", &request, LAUNCH_LIMIT).await });
-        }
-        let vms = join_all(calls).await.into_iter().collect::<Result<Vec<Vm>, _>>()?;
-        Ok((vms, milliseconds_since(&self.clock, begun)))
-    }
-
-    /// Removes what was launched, all at once.
-    async fn clear(&mut self) {
-        let (left, agent) = (std::mem::take(&mut self.left), self.agent);
-        let removals = left.iter().map(|name| async move { (name, vm::remove_one(agent, name, Some(0)).await) });
-        for (name, removed) in join_all(removals).await {
-            match removed {
-                Ok(()) => {}
-                // A launch that was cut short may have left no VM.
-                Err(error) if error.code() == Some("not_found") => {}
-                Err(error) => note(&format!("{name} could not be removed: {error}")),
-            }
-        }
-    }
-
     /// One after the other, each removed before the next.
     async fn one_by_one(
         &mut self,
@@ -117,7 +64,7 @@ impl Bench<'_> {
                 drop_caches()?;
             }
             let title = format!("{name}: launch {} of {count}", index + 1);
-            let (launched, took) = shown(&title, self.launch(1, request)).await?;
+            let (launched, took) = self.launch(&title, 1, request, launch_limit(1)).await?;
             vms.extend(launched);
             wall_ms += took;
             self.clear().await;
@@ -126,13 +73,19 @@ impl Bench<'_> {
     }
 
     /// All at once.
-    async fn at_once(&mut self, count: u32, request: &VmLaunchRequest) -> Result<Series, BenchError> {
+    async fn at_once(
+        &mut self,
+        count: u32,
+        request: &VmLaunchRequest,
+        limit: Option<Duration>,
+    ) -> Result<Series, BenchError> {
         let name = format!("{count} at once");
         let wanted = usize::try_from(count).unwrap_or(usize::MAX);
-        let (vms, wall_ms) = shown(&name, self.launch(wanted, request)).await?;
+        let limit = limit.unwrap_or_else(|| launch_limit(wanted));
+        let (vms, wall_ms) = self.launch(&name, wanted, request, limit).await?;
         let pss = vms.iter().filter_map(|vm| process::pss_bytes(vm.pid?)).map(float);
         let pss = Summary::of(pss);
-        self.clear().await;
+        shown(&format!("remove {count} VMs"), self.clear()).await;
         Ok(series(name, &vms, wall_ms, pss))
     }
 }
@@ -167,41 +120,19 @@ fn drop_caches() -> Result<(), BenchError> {
         .map_err(|source| BenchError::File { path, source })
 }
 
-async fn source(agent: &Agent, wanted: &BenchSource) -> Result<Source, BenchError> {
-    if let Some(bundle) = &wanted.bundle {
-        let bundle: Bundle = agent.get(&format!("/v1/bundles/{}", bundle.as_str())).await?;
-        return Ok(Source { bundle, built: false });
-    }
-    let request = BundleBuildRequest {
-        image: wanted.image.clone(),
-        vcpus: Some(wanted.vcpus),
-        memory_mib: Some(wanted.memory),
-        ..BundleBuildRequest::default()
-    };
-    let operation: Operation = agent.post("/v1/bundles", &request, PROMPT).await?;
-    let operation = follow(agent, "build a bundle", &operation.id).await?;
-    match operation.bundle_id.as_ref().filter(|_| operation.state == OperationState::Succeeded) {
-        Some(id) => Ok(Source { bundle: agent.get(&format!("/v1/bundles/{id}")).await?, built: true }),
-        None => {
-            let message = operation.error.map_or_else(|| "it was given up".to_owned(), |error| error.message);
-            Err(BenchError::Build { message })
-        }
-    }
-}
-
 /// Launches one by one: warm, cold, beside a boot and, when asked for, Firecracker.
 pub(super) async fn launches(agent: &Agent, args: &BenchLaunchArgs) -> Result<Report, BenchError> {
-    measure(agent, &args.source, async |bench, source| {
-        let request = from(source);
+    measure(agent, &args.source, async |bench, bundle| {
+        let request = from(bundle);
         let mut all = vec![bench.one_by_one("warm", args.count, &request, false).await?];
         if args.cold {
             all.push(bench.one_by_one("cold page cache", args.count.min(10), &request, true).await?);
         }
         if args.boot > 0 {
             let boot = VmLaunchRequest {
-                image: Some(source.bundle.image.clone()),
-                vcpus: Some(source.bundle.vcpus),
-                memory_mib: Some(source.bundle.memory_mib),
+                image: Some(bundle.image.clone()),
+                vcpus: Some(bundle.vcpus),
+                memory_mib: Some(bundle.memory_mib),
                 ..VmLaunchRequest::default()
             };
             all.push(bench.one_by_one("boot", args.boot, &boot, false).await?);
@@ -209,7 +140,7 @@ pub(super) async fn launches(agent: &Agent, args: &BenchLaunchArgs) -> Result<Re
         let anchor = match &args.firecracker {
             Some(binary) => {
                 let host: Host = agent.get("/v1/host").await?;
-                let guest = firecracker::Guest::of(&host, &source.bundle, args.images.as_deref())?;
+                let guest = firecracker::Guest::of(&host, bundle, args.images.as_deref())?;
                 Some(shown("firecracker", firecracker::measure(binary, &guest, args.count)).await?)
             }
             None => None,
@@ -221,43 +152,25 @@ pub(super) async fn launches(agent: &Agent, args: &BenchLaunchArgs) -> Result<Re
 
 /// Launches many at once.
 pub(super) async fn clones(agent: &Agent, args: &BenchCloneArgs) -> Result<Report, BenchError> {
-    measure(agent, &args.source, async |bench, source| {
+    measure(agent, &args.source, async |bench, bundle| {
         let mut all = Vec::new();
+        let limit = args.timeout.map(|ms| Duration::from_millis(ms.into()));
         for count in &args.at_once {
-            all.push(bench.at_once(*count, &from(source)).await?);
+            all.push(bench.at_once(*count, &from(bundle), limit).await?);
         }
         Ok((all, None))
     })
     .await
 }
 
-fn from(source: &Source) -> VmLaunchRequest {
-    VmLaunchRequest { bundle: Some(source.bundle.id.to_string()), ..VmLaunchRequest::default() }
-}
-
-/// Whatever happens, VMs and a bundle that was built for this are removed in the end.
+/// The report of what `work` measures.
 async fn measure(
     agent: &Agent,
     wanted: &BenchSource,
-    work: impl AsyncFnOnce(&mut Bench<'_>, &Source) -> Result<(Vec<Series>, Option<Anchor>), BenchError>,
+    work: impl AsyncFnOnce(&mut Bench<'_>, &Bundle) -> Result<(Vec<Series>, Option<Anchor>), BenchError>,
 ) -> Result<Report, BenchError> {
     let host: Host = agent.get("/v1/host").await?;
-    let source = source(agent, wanted).await?;
-    let session = wanted.session.as_ref().map(|session| session.as_str().to_owned());
-    let mut bench = Bench { agent, clock: SystemClock::new(), session, left: Vec::new(), number: 0 };
-    let outcome = tokio::select! {
-        outcome = work(&mut bench, &source) => outcome,
-        _ = tokio::signal::ctrl_c() => Err(BenchError::Interrupted),
-    };
-    bench.clear().await;
-    let bundle = &source.bundle;
-    if source.built {
-        let path = format!("/v1/bundles/{}", bundle.id);
-        if let Err(error) = agent.delete(&path, PROMPT).await {
-            note(&format!("{} could not be removed: {error}", bundle.id));
-        }
-    }
-    let (series, firecracker) = outcome?;
+    let (bundle, (series, firecracker)) = with_bundle(agent, wanted, work).await?;
     Ok(Report {
         host: host.name,
         bundle: bundle.name.clone().unwrap_or_else(|| bundle.id.to_string()),
@@ -271,9 +184,7 @@ async fn measure(
 
 /// The report for people.
 pub(super) fn table(report: &Report) -> String {
-    let row = |name: String, summary: &Summary, print: &dyn Fn(f64) -> String| {
-        vec![name, print(summary.p50), print(summary.p99), print(summary.min), print(summary.max)]
-    };
+    let row = |name: String, summary: &Summary, print: &dyn Fn(f64) -> String| summary.row(name, print);
     let mut rows = Vec::new();
     for series in &report.series {
         for phase in PHASES {

@@ -6,25 +6,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
 
+use hyper::Method;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use serde_json::json;
+use tokio::process::Command;
 
 use super::BenchError;
 use super::summary::{Summary, milliseconds_since};
 use crate::api::types::{Bundle, Host};
 use crate::clock::{Clock, SystemClock};
-use crate::ctl::call::Agent;
+use crate::ctl::table::plain;
+use process::{CALL_LIMIT, Process};
 
-/// How long a guest may take to boot, and how long anything else may.
-const BOOT_LIMIT: Duration = Duration::from_secs(180);
-const CALL_LIMIT: Duration = Duration::from_secs(30);
-
-/// Between two looks whether the socket is there: a launcher that wants it at once does the same.
-const SOCKET_POLL: Duration = Duration::from_micros(200);
+mod process;
 
 /// What it took.
 #[derive(Debug, Serialize)]
@@ -84,86 +79,32 @@ impl Guest {
     }
 }
 
-fn failed(what: &'static str) -> impl Fn(std::io::Error) -> BenchError {
-    move |source| BenchError::Firecracker { what, reason: source.to_string() }
-}
-
-/// A Firecracker process; killed when dropped.
-struct Process {
-    child: Child,
-    api: Agent,
-}
-
-impl Process {
-    /// Starts it and waits until its socket takes connections; gives also how long that took.
-    async fn start(binary: &Path, socket: &Path, clock: &SystemClock) -> Result<(Self, f64), BenchError> {
-        let _ = std::fs::remove_file(socket);
-        let begun = clock.monotonic();
-        let child = Command::new(binary)
-            .arg("--api-sock")
-            .arg(socket)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(failed("start it"))?;
-        let waiting = async {
-            while tokio::net::UnixStream::connect(socket).await.is_err() {
-                tokio::time::sleep(SOCKET_POLL).await;
-            }
-        };
-        tokio::time::timeout(CALL_LIMIT, waiting).await.map_err(|_| BenchError::Firecracker {
-            what: "wait for its socket",
-            reason: "it did not come".to_owned(),
-        })?;
-        Ok((Self { child, api: Agent::at(socket.to_owned()) }, milliseconds_since(clock, begun)))
-    }
-
-    async fn put(&self, path: &str, body: &Value) -> Result<(), BenchError> {
-        Ok(self.api.put(path, body, CALL_LIMIT).await?)
-    }
-
-    /// Waits until the guest's console says something: its init runs then, as the kernel is quiet.
-    async fn booted(&mut self) -> Result<(), BenchError> {
-        let Some(console) = self.child.stdout.take() else { return Ok(()) };
-        let mut lines = BufReader::new(console).lines();
-        let waiting = async {
-            while let Ok(Some(line)) = lines.next_line().await {
-                if line.contains("hearth-init") {
-                    break;
-                }
-            }
-            // Whatever it still prints has a reader.
-            tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        };
-        tokio::time::timeout(BOOT_LIMIT, waiting)
-            .await
-            .map_err(|_| BenchError::Firecracker { what: "boot a guest", reason: "its agent did not start".to_owned() })
-    }
+fn not_run(what: &'static str, binary: &Path) -> impl Fn(std::io::Error) -> BenchError {
+    move |source| BenchError::Firecracker { what, reason: format!("run {}: {source}", binary.display()) }
 }
 
 /// Boots a guest, takes a snapshot, and restores it `count` times.
 pub(super) async fn measure(binary: &Path, guest: &Guest, count: u32) -> Result<Anchor, BenchError> {
-    let directory = Scratch::make()?;
+    let scratch = Scratch::make()?;
     let clock = SystemClock::new();
-    let version = Command::new(binary).arg("--version").output().await.map_err(failed("ask its version"))?;
-    let version = String::from_utf8_lossy(&version.stdout).lines().next().unwrap_or_default().to_owned();
-    let (state, memory) = (directory.0.join("state"), directory.0.join("memory"));
-    take_snapshot(binary, guest, &directory.0.join("build.sock"), (&state, &memory), &clock).await?;
+    let version = version(binary).await?;
+    let (state, memory) = (scratch.0.join("state"), scratch.0.join("memory"));
+    take_snapshot(binary, guest, &scratch.0, (&state, &memory), &clock).await?;
     let (mut spawns, mut loads) = (Vec::new(), Vec::new());
     for index in 0..count {
-        let socket = directory.0.join(format!("{index}.sock"));
-        let (process, spawn_ms) = Process::start(binary, &socket, &clock).await?;
+        let (mut process, spawn_ms) =
+            Process::start(binary, &scratch.0, &format!("restore-{index}"), Stdio::null(), &clock).await?;
         let begun = clock.monotonic();
         let load = json!({
             "snapshot_path": state,
             "mem_backend": { "backend_type": "File", "backend_path": memory },
             "resume_vm": true,
         });
-        process.put("/snapshot/load", &load).await?;
+        process.call(Method::PUT, "/snapshot/load", &load).await?;
         loads.push(milliseconds_since(&clock, begun));
         spawns.push(spawn_ms);
+        // Its memory is given back before the next one is timed.
+        process.end().await;
     }
     let totals: Vec<f64> = spawns.iter().zip(&loads).map(|(spawn, load)| spawn + load).collect();
     let none = || BenchError::Firecracker { what: "restore", reason: "nothing was measured".to_owned() };
@@ -175,25 +116,46 @@ pub(super) async fn measure(binary: &Path, guest: &Guest, count: u32) -> Result<
     })
 }
 
+async fn version(binary: &Path) -> Result<String, BenchError> {
+    const WHAT: &str = "ask its version";
+    let mut command = Command::new(binary);
+    command.arg("--version").stdin(Stdio::null()).kill_on_drop(true);
+    let asked = match tokio::time::timeout(CALL_LIMIT, command.output()).await {
+        Ok(asked) => asked.map_err(not_run(WHAT, binary))?,
+        Err(_) => {
+            let reason = format!("it did not answer within {} s", CALL_LIMIT.as_secs());
+            return Err(BenchError::Firecracker { what: WHAT, reason });
+        }
+    };
+    if !asked.status.success() {
+        let said = plain(String::from_utf8_lossy(&asked.stderr).trim());
+        return Err(BenchError::Firecracker { what: WHAT, reason: format!("{}: {said}", asked.status) });
+    }
+    Ok(plain(String::from_utf8_lossy(&asked.stdout).lines().next().unwrap_or_default()))
+}
+
 async fn take_snapshot(
     binary: &Path,
     guest: &Guest,
-    socket: &Path,
+    scratch: &Path,
     (state, memory): (&Path, &Path),
     clock: &SystemClock,
 ) -> Result<(), BenchError> {
-    let (mut process, _) = Process::start(binary, socket, clock).await?;
+    let (mut process, _) = Process::start(binary, scratch, "build", Stdio::piped(), clock).await?;
     let mut boot = json!({ "kernel_image_path": guest.kernel, "boot_args": guest.command_line });
     if let Some(initrd) = &guest.initrd {
         boot["initrd_path"] = json!(initrd);
     }
-    process.put("/boot-source", &boot).await?;
-    process.put("/machine-config", &json!({ "vcpu_count": guest.vcpus, "mem_size_mib": guest.memory_mib })).await?;
-    process.put("/actions", &json!({ "action_type": "InstanceStart" })).await?;
+    process.call(Method::PUT, "/boot-source", &boot).await?;
+    let machine = json!({ "vcpu_count": guest.vcpus, "mem_size_mib": guest.memory_mib });
+    process.call(Method::PUT, "/machine-config", &machine).await?;
+    process.call(Method::PUT, "/actions", &json!({ "action_type": "InstanceStart" })).await?;
     process.booted().await?;
-    process.api.patch("/vm", &json!({ "state": "Paused" }), CALL_LIMIT).await?;
+    process.call(Method::PATCH, "/vm", &json!({ "state": "Paused" })).await?;
     let snapshot = json!({ "snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory });
-    process.put("/snapshot/create", &snapshot).await
+    process.call(Method::PUT, "/snapshot/create", &snapshot).await?;
+    process.end().await;
+    Ok(())
 }
 
 /// A directory that is removed when dropped.
@@ -202,6 +164,8 @@ struct Scratch(PathBuf);
 impl Scratch {
     fn make() -> Result<Self, BenchError> {
         let path = std::env::temp_dir().join(format!("hearth-bench-{}", std::process::id()));
+        // What lies there was left by a process that was killed and had this number.
+        let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir(&path).map_err(|source| BenchError::File { path: path.clone(), source })?;
         Ok(Self(path))
     }

@@ -27,6 +27,11 @@ impl Summary {
         let rank = |percent: usize| values.get((values.len() * percent).div_ceil(100).max(1) - 1).copied();
         Some(Self { count: values.len(), min: *values.first()?, p50: rank(50)?, p99: rank(99)?, max: *values.last()? })
     }
+
+    /// A row under the columns `P50`, `P99`, `MIN`, `MAX`, behind what it is of.
+    pub(super) fn row(&self, name: impl Into<String>, print: impl Fn(f64) -> String) -> Vec<String> {
+        vec![name.into(), print(self.p50), print(self.p99), print(self.min), print(self.max)]
+    }
 }
 
 /// Milliseconds since a moment, with fraction.

@@ -61,7 +61,7 @@ impl Harvester {
             consumers.vm.set_dirty_logging(true)?;
         }
         // What was written before belongs to the consumers of before.
-        if let Err(error) = consumers.harvest() {
+        if let Err(error) = consumers.harvest(Protect::Now) {
             consumers.switch_off_if_unused();
             return Err(error);
         }
@@ -88,10 +88,11 @@ fn lock(consumers: &Mutex<Consumers>) -> MutexGuard<'_, Consumers> {
 }
 
 impl Consumers {
-    /// Moves what both logs hold into every set and re-protects those pages.
-    fn harvest(&mut self) -> Result<(), CallError> {
+    /// Adds what both logs hold to every set. With manual re-protection KVM's log keeps its pages until somebody takes
+    /// them, or until all are re-protected here.
+    fn harvest(&mut self, protect: Protect) -> Result<(), CallError> {
         let Self { vm, regions, sets, log, .. } = self;
-        let manual = vm.capabilities().manual_dirty_log;
+        let all = vm.capabilities().manual_dirty_log && protect == Protect::Now;
         for (region, mapped) in regions.iter().zip(vm.ram().iter()) {
             vm.dirty_log(region.slot, log)?;
             mask_tail(log, region.pages);
@@ -99,9 +100,49 @@ impl Consumers {
             sets.iter_mut().for_each(|(_, set)| set.insert_words(region.first, log));
             let own = mapped.get_mmap().bitmap().get_and_reset();
             sets.iter_mut().for_each(|(_, set)| set.insert_words(region.first, &own));
-            if manual {
+            if all {
                 clear_used(vm, region.slot, log)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Takes a batch out of a set and re-protects its pages: what is written to them from here on is in the next
+    /// harvest, and what was written since the last one need not be, as they are yet to be read.
+    fn take_batch(&mut self, key: u64, limit: PageCount) -> Result<Vec<PageRun>, CallError> {
+        let batch = self.set(key).take_batch(limit);
+        if !self.vm.capabilities().manual_dirty_log {
+            return Ok(batch);
+        }
+        if self.sets.len() > 1 {
+            // The log forgets a page for everyone: the others get theirs first.
+            self.harvest(Protect::Now)?;
+            let set = self.set(key);
+            batch.iter().for_each(|run| set.remove(*run));
+            return Ok(batch);
+        }
+        if let Err(error) = self.protect(&batch) {
+            self.set(key).put_back(&batch);
+            return Err(error);
+        }
+        Ok(batch)
+    }
+
+    fn protect(&mut self, batch: &[PageRun]) -> Result<(), CallError> {
+        let Self { vm, regions, log, .. } = self;
+        for region in regions {
+            let end = region.first.0 + region.pages.0;
+            log.clear();
+            log.resize(vm.log_words(region.slot).unwrap_or(0), 0);
+            for run in batch.iter().filter(|run| (region.first.0..end).contains(&run.first.0)) {
+                let last = (run.first.0 + run.count.0).min(end);
+                for page in run.first.0 - region.first.0..last - region.first.0 {
+                    if let Some(word) = usize::try_from(page / PAGES_PER_WORD).ok().and_then(|at| log.get_mut(at)) {
+                        *word |= 1 << (page % PAGES_PER_WORD);
+                    }
+                }
+            }
+            clear_used(vm, region.slot, log)?;
         }
         Ok(())
     }
@@ -127,6 +168,15 @@ fn mask_tail(log: &mut [u64], pages: PageCount) {
     }
 }
 
+/// When pages of KVM's log are re-protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Protect {
+    /// At once: the sets are exact from here on.
+    Now,
+    /// Each as it is taken, so that what is written to it until then does not count as written after it.
+    WhenTaken,
+}
+
 /// Re-protects the logged pages, from the first word that has one to the last.
 fn clear_used(vm: &Vm, slot: usize, log: &[u64]) -> Result<(), CallError> {
     let Some(first) = log.iter().position(|word| *word != 0) else { return Ok(()) };
@@ -145,13 +195,13 @@ impl DirtyConsumer {
     /// Brings this and every other consumer's set up to date and returns how many pages this one holds.
     pub fn harvest(&self) -> Result<PageCount, CallError> {
         let mut consumers = lock(&self.consumers);
-        consumers.harvest()?;
+        consumers.harvest(Protect::WhenTaken)?;
         Ok(consumers.set(self.key).len())
     }
 
-    /// Takes up to `limit` pages out of the set.
-    pub fn take_batch(&self, limit: PageCount) -> Vec<PageRun> {
-        lock(&self.consumers).set(self.key).take_batch(limit)
+    /// Takes up to `limit` pages out of the set, to be read after this.
+    pub fn take_batch(&self, limit: PageCount) -> Result<Vec<PageRun>, CallError> {
+        lock(&self.consumers).take_batch(self.key, limit)
     }
 
     /// Puts pages of a batch back.

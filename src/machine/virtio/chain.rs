@@ -5,10 +5,11 @@
 //! volatile access and mark the dirty bitmap.
 
 use vm_memory::bitmap::{AtomicBitmap, BS};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::queue::RingError;
 use crate::machine::ram::GuestRam;
+use crate::units::{Bytes, GuestPhys};
 
 /// A piece of guest memory that marks the dirty bitmap when it is written.
 pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, AtomicBitmap>>;
@@ -51,6 +52,12 @@ impl Chain {
     /// Bytes the device may write.
     pub fn writable_bytes(&self) -> usize {
         total(&self.segments[self.readable..])
+    }
+
+    /// Where the writable buffers are, for a device that wants the memory and not what it holds.
+    pub fn writable_ranges(&self) -> impl Iterator<Item = (GuestPhys, Bytes)> {
+        let segments = self.segments[self.readable..].iter();
+        segments.map(|segment| (GuestPhys(segment.address.0), Bytes(segment.bytes.into())))
     }
 
     /// Copies from `offset` of the readable part; returns how many bytes were there.

@@ -19,6 +19,7 @@ use super::model::Turn;
 use super::slot::Shared;
 use crate::machine::layout::VIRTIO_SLOTS;
 use crate::saved::{SaveSectionError, Section};
+use crate::sys::thread::{self, ThreadClass};
 
 /// Most events of one round: every slot and the command event.
 const EVENTS_PER_ROUND: usize = VIRTIO_SLOTS as usize + 1;
@@ -55,7 +56,7 @@ impl DeviceLoop {
         let (commands, inbox) = channel();
         let shared = slots.iter().map(|slot| slot.shared.clone()).collect();
         let mut body = Loop { epoll, commanded: commanded.clone(), inbox, slots: shared, more: Vec::new() };
-        let thread = std::thread::Builder::new().name("devices".to_owned()).spawn(move || body.run())?;
+        let thread = thread::start(ThreadClass::Devices, "devices".to_owned(), move || body.run())?;
         Ok(Self { slots, commands, commanded, thread: Some(thread) })
     }
 

@@ -83,11 +83,15 @@ impl BusDevice for Registers {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device of ours has configuration fields that a driver writes.
-        let done = match <[u8; 4]>::try_from(data) {
-            Ok(data) if offset.is_multiple_of(4) && offset < register::CONFIG => {
-                self.write_register(offset, u32::from_le_bytes(data))
+        if let Some(at) = offset.checked_sub(register::CONFIG) {
+            let written = usize::try_from(at).is_ok_and(|at| self.shared.lock().model.write_config(at, data));
+            if !written {
+                Counters::count(&self.shared.counters.refused);
             }
+            return;
+        }
+        let done = match <[u8; 4]>::try_from(data) {
+            Ok(data) if offset.is_multiple_of(4) => self.write_register(offset, u32::from_le_bytes(data)),
             Ok(_) | Err(_) => None,
         };
         if done.is_none() {

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::balloon::Balloon;
 use super::net::traffic::Traffic;
 use super::queue::{Queue, RingError};
 use crate::machine::ram::GuestRam;
@@ -77,6 +78,24 @@ pub(crate) trait Model: Send + fmt::Debug {
     fn traffic(&self) -> Option<Arc<Traffic>> {
         None
     }
+    /// The driver writes this to the configuration space; false if there is nothing to write there.
+    fn write_config(&mut self, _at: usize, _data: &[u8]) -> bool {
+        false
+    }
+    /// The balloon, if it is one.
+    fn balloon(&mut self) -> Option<&mut Balloon> {
+        None
+    }
+    /// Takes the next packet that waits for the guest out of a paused network device.
+    fn take_packet(&mut self) -> io::Result<Option<Box<[u8]>>> {
+        Ok(None)
+    }
+    /// Gives a network device a packet that goes before those of its tap; false if it cannot have it.
+    fn add_packet(&mut self, _packet: &[u8]) -> bool {
+        false
+    }
+    /// Whether the tap of a network device has to wait for such packets.
+    fn expect_packets(&mut self, _more: bool) {}
     /// Gives a network device another tap; the driver goes on as it is.
     fn replace_tap(&mut self, _tap: File) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
+use self::forwarded::Forwarded;
 use self::pace::{Admission, Pace};
 use self::saved::NetV1;
 use self::traffic::Traffic;
@@ -31,6 +32,7 @@ use crate::sys::vectored;
 use crate::units::NetLimits;
 
 mod bucket;
+mod forwarded;
 mod pace;
 pub(crate) mod traffic;
 
@@ -107,6 +109,8 @@ pub(crate) struct Net {
     frame: Box<[u8]>,
     /// Its length, while the guest has no room for it or a limit holds it.
     held: Option<usize>,
+    /// Frames from the host the guest was on before, which go first.
+    forwarded: Forwarded,
     pace: Pace,
     traffic: Arc<Traffic>,
 }
@@ -151,6 +155,7 @@ impl Net {
             offloads: Offloads::default(),
             frame: vec![0; spec::HEADER_BYTES + FRAME_BYTES_MAX].into_boxed_slice(),
             held: None,
+            forwarded: Forwarded::default(),
             pace,
             traffic: Arc::default(),
         };
@@ -252,7 +257,8 @@ impl Net {
     /// Frames to the guest.
     fn receive(&mut self, io: &mut Io<'_>) -> Result<Turn, RingError> {
         for _ in 0..TURN_FRAMES_MAX {
-            if !self.readable && self.held.is_none() {
+            let tap = self.readable && !self.forwarded.goes_first();
+            if !tap && self.held.is_none() && !self.forwarded.has_some() {
                 return Ok(Turn::Idle);
             }
             let Some(first) = io.queues[RX].pop()? else {
@@ -298,6 +304,10 @@ impl Net {
     fn next_frame(&mut self, counters: &Counters) -> Option<usize> {
         if let Some(bytes) = self.held.take() {
             return Some(bytes);
+        }
+        if let Some(frame) = self.forwarded.pop() {
+            self.frame[..frame.len()].copy_from_slice(&frame);
+            return Some(frame.len());
         }
         match (&self.tap).read(&mut self.frame) {
             Ok(bytes) if bytes >= spec::HEADER_BYTES + FRAME_BYTES_MIN => Some(bytes),
@@ -441,6 +451,7 @@ impl Model for Net {
 
     fn reset(&mut self) {
         self.held = None;
+        self.forwarded.clear();
         self.pace.forget();
     }
 
@@ -455,6 +466,39 @@ impl Model for Net {
 
     fn traffic(&self) -> Option<Arc<Traffic>> {
         Some(Arc::clone(&self.traffic))
+    }
+
+    fn take_packet(&mut self) -> io::Result<Option<Box<[u8]>>> {
+        if let Some(bytes) = self.held.take() {
+            return Ok(Some(self.frame[..bytes].into()));
+        }
+        if let Some(frame) = self.forwarded.pop() {
+            return Ok(Some(frame));
+        }
+        loop {
+            match (&self.tap).read(&mut self.frame) {
+                Ok(bytes) if bytes >= spec::HEADER_BYTES + FRAME_BYTES_MIN => {
+                    return Ok(Some(self.frame[..bytes].into()));
+                }
+                Ok(_) => self.traffic.rx.dropped(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || tap::is_gone(&error) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn add_packet(&mut self, packet: &[u8]) -> bool {
+        let is_frame = (FRAME_BYTES_MIN + spec::HEADER_BYTES..=self.frame.len()).contains(&packet.len());
+        let added = is_frame && self.forwarded.push(packet.into());
+        if !added {
+            self.traffic.rx.dropped();
+        }
+        added
+    }
+
+    fn expect_packets(&mut self, more: bool) {
+        if more { self.forwarded.expect() } else { self.forwarded.end() }
     }
 
     fn replace_tap(&mut self, tap: File) -> io::Result<()> {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon::BalloonCounts;
 use super::interrupt::Interrupt;
 use super::mmio::RegisterFile;
 use super::model::{Counters, Io, Model, QUEUE_TOKENS, Turn};
@@ -22,6 +23,7 @@ use super::spec::feature;
 use crate::machine::layout::Slot;
 use crate::machine::ram::GuestRam;
 use crate::saved::{SaveSectionError, Section};
+use crate::units::PageCount;
 
 /// Most events taken from the kernel in one turn of one device. What is left is reported again.
 const EVENTS_PER_TURN: usize = 32;
@@ -200,6 +202,42 @@ impl Shared {
         self.lock().model.replace_tap(tap)?;
         self.poke();
         Ok(())
+    }
+
+    /// Takes the next packet that waits for the guest; only while paused.
+    pub(crate) fn take_packet(&self) -> io::Result<Option<Box<[u8]>>> {
+        let mut cell = self.lock();
+        assert!(cell.paused, "packets are taken from a paused device only");
+        cell.model.take_packet()
+    }
+
+    /// Gives a network device a packet that goes before those of its tap.
+    pub(crate) fn add_packet(&self, packet: &[u8]) -> bool {
+        let added = self.lock().model.add_packet(packet);
+        self.poke();
+        added
+    }
+
+    /// Whether the tap of a network device has to wait for such packets.
+    pub(crate) fn expect_packets(&self, more: bool) {
+        self.lock().model.expect_packets(more);
+        self.poke();
+    }
+
+    /// Sets the balloon's target, if there is one to set, and asks the guest for fresh statistics. `None`: it is no
+    /// balloon. A paused device does both when it goes on.
+    pub(crate) fn balloon(&self, target: Option<PageCount>) -> Option<BalloonCounts> {
+        let counts = {
+            let mut cell = self.lock();
+            let balloon = cell.model.balloon()?;
+            if let Some(target) = target {
+                balloon.set_target(target);
+            }
+            balloon.want_statistics();
+            balloon.counts()
+        };
+        self.poke();
+        Some(counts)
     }
 
     /// The slot's sections; only while paused.

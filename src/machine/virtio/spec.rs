@@ -108,6 +108,8 @@ pub mod device_id {
     pub const BLOCK: u32 = 2;
     /// Entropy device (5.4).
     pub const RNG: u32 = 4;
+    /// Memory balloon (5.5).
+    pub const BALLOON: u32 = 5;
     /// Socket device (5.10).
     pub const VSOCK: u32 = 19;
 }
@@ -198,6 +200,44 @@ pub mod block {
     pub const S_UNSUPP: u8 = 2;
     /// Range flag: the blocks may be deallocated.
     pub const RANGE_UNMAP: u32 = 1;
+}
+
+/// Memory balloon (5.5).
+pub mod balloon {
+    /// The device has a queue for the driver's statistics (5.5.3).
+    pub const F_STATS_VQ: u64 = 1 << 1;
+    /// The driver may take pages back when the guest runs out of memory.
+    pub const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+    /// The device has a queue for pages that are free.
+    pub const F_PAGE_REPORTING: u64 = 1 << 5;
+    /// Bytes of a page of the balloon, whatever the guest's pages are (5.5.6).
+    pub const PAGE_BYTES: u64 = 4096;
+    /// Bytes of a page's number in the inflate and deflate queues.
+    pub const PAGE_NUMBER_BYTES: usize = 4;
+    /// Where in the configuration space the number of pages stands that the device wants (5.5.4).
+    pub const CONFIG_NUM_PAGES: usize = 0;
+    /// Where in it the driver writes how many it has given.
+    pub const CONFIG_ACTUAL: usize = 4;
+    /// Bytes of it, as far as it is used here.
+    pub const CONFIG_BYTES: usize = 8;
+    /// Bytes of one entry of the statistics: tag and value, packed (5.5.6.3).
+    pub const STAT_BYTES: usize = 10;
+    /// Tags of the statistics (5.5.6.4): bytes swapped in.
+    pub const S_SWAP_IN: u16 = 0;
+    /// Bytes swapped out.
+    pub const S_SWAP_OUT: u16 = 1;
+    /// Major page faults.
+    pub const S_MAJFLT: u16 = 2;
+    /// Minor page faults.
+    pub const S_MINFLT: u16 = 3;
+    /// Bytes not used for anything.
+    pub const S_MEMFREE: u16 = 4;
+    /// Bytes in all.
+    pub const S_MEMTOT: u16 = 5;
+    /// Bytes that can be had without swapping.
+    pub const S_AVAIL: u16 = 6;
+    /// Bytes of files in memory that can be had.
+    pub const S_CACHES: u16 = 7;
 }
 
 /// Socket device (5.10).

@@ -211,6 +211,18 @@ pub(super) fn by_name(name: &str) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(message)
 }
 
+pub(super) fn with_statistics(name: &str) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetLink(message(LinkRef::Name(name)))
+}
+
+/// Packets the link was given to send and dropped (linux/if_link.h: `tx_dropped`, the eighth number of
+/// `struct rtnl_link_stats64`).
+pub(super) fn read_unsent(body: &[u8]) -> Option<u64> {
+    let (_, numbers) = attributes(body.get(HEADER_BYTES..)?).find(|(kind, _)| *kind == attribute::STATS64)?;
+    let number = numbers.get(7 * 8..8 * 8)?;
+    Some(u64::from_ne_bytes(number.try_into().ok()?))
+}
+
 /// Bytes of `struct ifinfomsg`.
 const HEADER_BYTES: usize = 16;
 
@@ -221,6 +233,7 @@ mod attribute {
     pub(super) const MTU: u16 = 4;
     pub(super) const LINK: u16 = 5;
     pub(super) const LINKINFO: u16 = 18;
+    pub(super) const STATS64: u16 = 23;
     pub(super) const AF_SPEC: u16 = 26;
     pub(super) const LINK_NETNSID: u16 = 37;
     pub(super) const INFO_KIND: u16 = 1;

@@ -67,13 +67,14 @@ type Input = (u8, Vec<(u8, u8, u16, u16, u8, u8)>, Vec<(u8, u8)>, Vec<(u16, Vec<
 fuzz_target!(|input: Input| {
     let (kind, descriptors, heads, raw) = input;
     let (directory, listener, disk) = host();
-    let (slot, backend) = match (kind % 4, tap()) {
+    let (slot, backend) = match (kind % 5, tap()) {
         (3, Some(tap)) => {
             let (tap, limits) = (tap.try_clone().unwrap(), limits(kind));
             (Slot::net(0).unwrap(), Backend::Net { tap, mac: [2; 6], mtu: Some(1400), limits })
         }
         (0, _) => (Slot::VSOCK, Backend::Vsock { listener: listener.try_clone().unwrap() }),
         (1, _) => (Slot::RNG, Backend::Rng),
+        (4, _) => (Slot::BALLOON, Backend::Balloon),
         _ => (Slot::block(0).unwrap(), Backend::Block { file: disk.try_clone().unwrap(), read_only: kind & 0x80 != 0 }),
     };
     let memory = GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
@@ -83,6 +84,8 @@ fuzz_target!(|input: Input| {
     let is_net = slot == Slot::net(0).unwrap();
     // With a network device also merged buffers, checksums and segments.
     let kinds_own = if is_net && kind & 0x10 != 0 { 1 << 15 | 0x1983 } else { 0 };
+    // With a balloon also free pages, whose queue is the third where there are no statistics.
+    let kinds_own = if slot == Slot::BALLOON { u32::from(kind & 0x10 != 0) << 1 | 1 << 5 } else { kinds_own };
     let features = u32::from(kind & 0x40 != 0) << 29 | kinds_own;
     for (register, value) in [(0x70, 1), (0x70, 3), (0x24, 1), (0x20, 1), (0x24, 0), (0x20, features), (0x70, 11)] {
         write(register, value);

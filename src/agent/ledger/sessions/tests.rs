@@ -4,6 +4,7 @@ use super::*;
 use crate::agent::egress::Egress;
 use crate::agent::record::{SCHEMA_VERSION, VmRecord};
 use crate::agent::session_record::{Addressing, NetworkRecord};
+use crate::clock::UnixNanos;
 
 fn record(number: u8, network_id: SessionNetworkId) -> SessionRecord {
     SessionRecord {
@@ -20,7 +21,7 @@ fn record(number: u8, network_id: SessionNetworkId) -> SessionRecord {
 }
 
 fn create(store: &mut Store, number: u8, choice: NumberChoice, now: u64) -> Result<u32, LedgerError> {
-    let (made, _) = store.create_session(choice, UnixNanos(now), |id| NewSession {
+    let (made, _) = store.create_session(choice, Steady(now), |id| NewSession {
         record: record(number, id),
         user_data: Some(format!("of {number}")),
         writes: Vec::new(),
@@ -46,17 +47,17 @@ fn network_ids_go_round_and_skip_what_rests() {
     let mut store = Store::in_memory().unwrap();
     assert_eq!(create(&mut store, 1, THREE, 0).unwrap(), 1);
     assert_eq!(create(&mut store, 2, THREE, 0).unwrap(), 2);
-    store.remove_session(&id(1), UnixNanos(10), &[]).unwrap();
+    store.remove_session(&id(1), Steady(10), &[]).unwrap();
     // Not the lowest, but the one that was not used for longest.
     assert_eq!(create(&mut store, 3, THREE, 0).unwrap(), 3);
     assert_eq!(refusal(create(&mut store, 4, THREE, 9)), SessionRefusal::NoNumber);
     let one = NumberChoice::Exactly(1.try_into().unwrap());
-    assert_eq!(refusal(create(&mut store, 4, one, 9)), SessionRefusal::Resting { until: UnixNanos(10) });
-    assert_eq!(store.resting_until(1.try_into().unwrap(), UnixNanos(9)).unwrap(), Some(UnixNanos(10)));
+    assert_eq!(refusal(create(&mut store, 4, one, 9)), SessionRefusal::Resting { until: Steady(10) });
+    assert_eq!(store.resting_until(1.try_into().unwrap(), Steady(9)).unwrap(), Some(Steady(10)));
     assert_eq!(create(&mut store, 4, THREE, 10).unwrap(), 1);
     assert_eq!(refusal(create(&mut store, 5, one, 10)), SessionRefusal::NumberTaken);
     assert_eq!(store.user_data(&id(4)).unwrap().as_deref(), Some("of 4"));
-    assert_eq!(refusal(store.remove_session(&id(1), UnixNanos(0), &[])), SessionRefusal::Unknown);
+    assert_eq!(refusal(store.remove_session(&id(1), Steady(0), &[])), SessionRefusal::Unknown);
 }
 
 #[test]
@@ -77,8 +78,8 @@ fn a_session_is_found_by_id_name_and_number() {
         NewSession { record, user_data: None, writes: Vec::new() }
     };
     let exactly = |number: u32| NumberChoice::Exactly(number.try_into().unwrap());
-    store.create_session(exactly(517), UnixNanos(0), |_| named(1, "etl", 517)).unwrap();
-    let twice = store.create_session(exactly(518), UnixNanos(0), |_| named(2, "etl", 518));
+    store.create_session(exactly(517), Steady(0), |_| named(1, "etl", 517)).unwrap();
+    let twice = store.create_session(exactly(518), Steady(0), |_| named(2, "etl", 518));
     assert_eq!(refusal(twice.map(drop)), SessionRefusal::NameTaken);
     for word in [id(1).as_str(), "etl", "517"] {
         assert_eq!(store.session(word).unwrap().unwrap().id, id(1), "{word}");
@@ -92,7 +93,7 @@ fn a_session_is_found_by_id_name_and_number() {
 fn join(store: &mut Store, vm: u8, session: u8, max: u32, now: u64) -> Result<(u16, u32), LedgerError> {
     let vm_id = VmId::from_random([vm; 10]);
     let session = Some((id(session), max));
-    let claim = Claim { vm: vm_id, session, jail: None, now: UnixNanos(now) };
+    let claim = Claim { vm: vm_id, session, jail: None, now: Steady(now) };
     let (got, _) = store.admit_vm(&claim, |grant| {
         let (session, local_id) = grant.member.unwrap();
         let network = NetworkRecord {
@@ -121,10 +122,10 @@ fn local_ids_are_the_lowest_free_and_never_wrap() {
     assert_eq!(refusal(join(&mut store, 3, 1, 2, 0)), SessionRefusal::NoLocal);
     assert_eq!(store.locals().unwrap().len(), 2, "a refusal takes nothing");
     let vm = VmId::from_random([1; 10]);
-    let release = Write::ReleaseLocal { vm: vm.clone(), quarantine_until: UnixNanos(10) };
+    let release = Write::ReleaseLocal { vm: vm.clone(), quarantine_until: Steady(10) };
     store.commit(&[release]).unwrap();
     // Releasing again, as after a crash, does not make it rest longer.
-    store.commit(&[Write::ReleaseLocal { vm: vm.clone(), quarantine_until: UnixNanos(99) }]).unwrap();
+    store.commit(&[Write::ReleaseLocal { vm: vm.clone(), quarantine_until: Steady(99) }]).unwrap();
     assert_eq!(refusal(join(&mut store, 3, 1, 2, 9)), SessionRefusal::NoLocal);
     store.commit(&[Write::NoVm(vm)]).unwrap();
     assert_eq!(join(&mut store, 3, 1, 2, 10).unwrap(), (0, 1), "the jail of a record that is gone is free as well");
@@ -135,19 +136,19 @@ fn a_session_with_vms_stays_and_one_that_ends_takes_none() {
     let mut store = Store::in_memory().unwrap();
     create(&mut store, 1, THREE, 0).unwrap();
     join(&mut store, 1, 1, 62, 0).unwrap();
-    assert_eq!(refusal(store.remove_session(&id(1), UnixNanos(5), &[])), SessionRefusal::InUse { members: 1 });
+    assert_eq!(refusal(store.remove_session(&id(1), Steady(5), &[])), SessionRefusal::InUse { members: 1 });
     let mut session = store.session("1").unwrap().unwrap();
     session.state = SessionState::Draining;
     store.commit(&[Write::Session(Box::new(session.clone()))]).unwrap();
     assert_eq!(refusal(join(&mut store, 2, 1, 62, 0)), SessionRefusal::Draining);
-    session = SessionRecord { state: SessionState::Active, expires_at: Some(UnixNanos(7)), ..session };
+    session = SessionRecord { state: SessionState::Active, expires_at: Some(Steady(7)), ..session };
     store.commit(&[Write::Session(Box::new(session))]).unwrap();
     assert_eq!(refusal(join(&mut store, 2, 1, 62, 7)), SessionRefusal::Expired);
     assert!(join(&mut store, 2, 1, 62, 6).is_ok());
     for vm in [1, 2] {
         store.commit(&[Write::NoVm(VmId::from_random([vm; 10]))]).unwrap();
     }
-    store.remove_session(&id(1), UnixNanos(5), &[]).unwrap();
+    store.remove_session(&id(1), Steady(5), &[]).unwrap();
     assert_eq!(refusal(join(&mut store, 3, 1, 62, 0)), SessionRefusal::Unknown);
     assert!(store.sessions().unwrap().is_empty());
 }
@@ -158,7 +159,7 @@ fn there_is_an_end_to_jails() {
     for jail in 0..JAILS_MAX {
         let [high, low] = jail.to_be_bytes();
         let vm = VmId::from_random([high, low, 0, 0, 0, 0, 0, 0, 0, 0]);
-        let claim = Claim { vm: vm.clone(), session: None, jail: None, now: UnixNanos(0) };
+        let claim = Claim { vm: vm.clone(), session: None, jail: None, now: Steady(0) };
         let made = |grant: Grant| {
             let record = crate::agent::ledger::tests::vm(1, "x");
             let record = VmRecord { id: vm, name: None, jail: grant.jail, ..record };
@@ -166,6 +167,6 @@ fn there_is_an_end_to_jails() {
         };
         assert_eq!(store.admit_vm(&claim, made).unwrap().0, jail);
     }
-    let claim = Claim { vm: VmId::from_random([255; 10]), session: None, jail: None, now: UnixNanos(0) };
+    let claim = Claim { vm: VmId::from_random([255; 10]), session: None, jail: None, now: Steady(0) };
     assert_eq!(refusal(store.admit_vm(&claim, |grant| (grant, Vec::new()))), SessionRefusal::NoJail);
 }

@@ -19,6 +19,7 @@ use crate::machine::ram::GuestRam;
 use crate::machine::virtio::chain::{Chain, GuestSlice};
 use crate::machine::virtio::queue::RingError;
 use crate::machine::virtio::spec::block::{HEADER_BYTES, ID_BYTES, S_IOERR, S_OK};
+use crate::sys::thread::{self, ThreadClass};
 use crate::sys::{extent, vectored};
 
 /// Bytes of zeroes written at a time where the file system cannot make a range zero.
@@ -80,7 +81,7 @@ impl Worker {
         let (state, work, idle) = (Mutex::new(State::default()), Condvar::new(), Condvar::new());
         let desk = Arc::new(Desk { state, work, idle, finished });
         let body = Body { file, ram, id: id.clone(), desk: desk.clone() };
-        let thread = std::thread::Builder::new().name(id).spawn(move || body.run())?;
+        let thread = thread::start(ThreadClass::Disk, id, move || body.run())?;
         Ok(Self { desk, thread: Some(thread) })
     }
 

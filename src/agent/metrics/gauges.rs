@@ -1,0 +1,121 @@
+//! What is set when somebody reads the metrics: how full each queue and bound is at that moment.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::agent::world::HostFacts;
+
+/// How things are at the moment.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Gauges {
+    /// VMs by state.
+    pub(crate) states: BTreeMap<String, u32>,
+    /// Number of the last event.
+    pub(crate) last_event: u64,
+    /// Events that are kept.
+    pub(crate) events_kept: u64,
+    /// Guest memory of VMs that live.
+    pub(crate) promised_bytes: u64,
+    /// Connections of clients: open, refused, left because the client did not read.
+    pub(crate) connections: (usize, u64, u64),
+    /// Jobs that wait for the ledger.
+    pub(crate) ledger_queue: usize,
+    /// Requests that wait for VMs' actors.
+    pub(crate) inboxes: usize,
+    /// Guests from bundles that might begin now.
+    pub(crate) turns_free: usize,
+    /// Whether no new work is taken.
+    pub(crate) is_draining: bool,
+    /// What the host has.
+    pub(crate) facts: HostFacts,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabels {
+    state: String,
+}
+
+/// The same, where Prometheus finds it.
+#[derive(Debug, Default)]
+pub(super) struct ShownGauges {
+    vms: Family<StateLabels, Gauge>,
+    events: Gauge,
+    events_kept: Gauge,
+    memory: Gauge<f64, AtomicU64>,
+    connections: Gauge,
+    connections_refused: Gauge,
+    connections_stalled: Gauge,
+    ledger_queue: Gauge,
+    inboxes: Gauge,
+    turns_free: Gauge,
+    draining: Gauge,
+    disk_free: Gauge<f64, AtomicU64>,
+    memory_available: Gauge<f64, AtomicU64>,
+    descriptors: Gauge,
+    descriptors_max: Gauge,
+}
+
+impl ShownGauges {
+    pub(super) fn new(registry: &mut Registry) -> Self {
+        let this = Self::default();
+        registry.register("vms", "VMs, by state", this.vms.clone());
+        for (name, help, gauge) in [
+            ("events", "Number of the last event", &this.events),
+            ("events_kept", "Events that are kept, up to limits.events_kept", &this.events_kept),
+            ("connections", "Connections of clients that are open, up to limits.connections_max", &this.connections),
+            ("connections_refused", "Connections beyond the bound since the agent's start", &this.connections_refused),
+            ("connections_stalled", "Connections left because their client did not read", &this.connections_stalled),
+            ("ledger_queue", "Jobs that wait for the ledger, up to 64", &this.ledger_queue),
+            ("vm_inboxes", "Requests that wait for VMs' actors, up to 32 for each VM", &this.inboxes),
+            ("launch_turns_free", "Guests from bundles that might begin at once now", &this.turns_free),
+            ("draining", "1 while no new work is taken because the agent will end", &this.draining),
+            ("descriptors", "Descriptors the agent has open", &this.descriptors),
+            ("descriptors_max", "Descriptors the agent may have open", &this.descriptors_max),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
+        for (name, help, gauge) in [
+            ("memory_promised", "Guest memory of VMs that live", &this.memory),
+            ("memory_available", "Memory of the host that is available without swapping", &this.memory_available),
+            ("disk_free", "Space that is free on the file system of the state directory", &this.disk_free),
+        ] {
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+        }
+        this
+    }
+
+    pub(super) fn show(&self, now: &Gauges) {
+        self.vms.clear();
+        for (state, count) in &now.states {
+            self.vms.get_or_create(&StateLabels { state: state.clone() }).set(i64::from(*count));
+        }
+        let (open, refused, stalled) = now.connections;
+        for (gauge, value) in [
+            (&self.events, now.last_event),
+            (&self.events_kept, now.events_kept),
+            (&self.connections, open as u64),
+            (&self.connections_refused, refused),
+            (&self.connections_stalled, stalled),
+            (&self.ledger_queue, now.ledger_queue as u64),
+            (&self.inboxes, now.inboxes as u64),
+            (&self.turns_free, now.turns_free as u64),
+            (&self.draining, now.is_draining.into()),
+            (&self.descriptors, now.facts.descriptors_open),
+            (&self.descriptors_max, now.facts.descriptors_max),
+        ] {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        }
+        for (gauge, bytes) in [
+            (&self.memory, now.promised_bytes),
+            (&self.memory_available, now.facts.memory_available_bytes),
+            (&self.disk_free, now.facts.disk_free_bytes),
+        ] {
+            gauge.set(f64::from(u32::try_from(bytes >> 20).unwrap_or(u32::MAX)) * 1_048_576.0);
+        }
+    }
+}

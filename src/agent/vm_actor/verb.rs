@@ -1,0 +1,123 @@
+//! What can be asked of a VM, and why it is not done.
+
+use std::time::Duration;
+
+use super::INBOX_MAX;
+use crate::agent::record::{BundleOrder, SwapPolicy, WakeCause};
+use crate::agent::vm_state::{Denied, SwapMode};
+use crate::report::Retry;
+
+/// How a VM's memory is to be moved out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SwapOrder {
+    /// Where to.
+    pub mode: SwapMode,
+    /// When it wakes by itself, from then on.
+    pub wake_after: Option<Duration>,
+    /// Who wants it, for people.
+    pub because: String,
+}
+
+/// What can be asked of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verb {
+    /// Make a bundle of it.
+    Snapshot(Box<BundleOrder>),
+    /// Move its memory out.
+    SwapOut(SwapOrder),
+    /// Bring it back.
+    Wake(WakeCause),
+    /// From now on, when its memory is moved out.
+    SetSwapPolicy(SwapPolicy),
+    /// Hold its vCPUs.
+    Pause,
+    /// Let its vCPUs run again and set its clock.
+    Resume,
+    /// Shut its guest down, then end it. Zero grace ends it at once.
+    Stop {
+        /// How long the guest may take to power off.
+        grace: Duration,
+    },
+    /// Stop it and forget it.
+    Remove {
+        /// How long the guest may take to power off.
+        grace: Duration,
+    },
+}
+
+/// Why a verb was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum VerbError {
+    /// Not in this state.
+    #[error("{verb} {vm}")]
+    Denied {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which VM.
+        vm: String,
+        /// In which state it is.
+        #[source]
+        source: Denied,
+    },
+    /// Too many requests wait for this VM.
+    #[error("{vm} has {INBOX_MAX} requests waiting")]
+    Busy {
+        /// The VM.
+        vm: String,
+    },
+    /// What was found of it contradicts itself.
+    #[error("{verb} {vm}: it is in quarantine: {report}")]
+    Quarantined {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which VM.
+        vm: String,
+        /// What was found.
+        report: String,
+    },
+    /// It was forgotten, or the agent is ending.
+    #[error("{vm} is gone")]
+    Gone {
+        /// The VM.
+        vm: String,
+    },
+    /// It was tried and failed.
+    #[error("{verb} {vm}: {message}")]
+    Failed {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which VM.
+        vm: String,
+        /// The cause's name.
+        code: String,
+        /// What happened.
+        message: String,
+    },
+}
+
+impl VerbError {
+    /// Whether the same request may succeed later.
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Denied { .. } | Self::Quarantined { .. } => Retry::WithChange,
+            Self::Busy { .. } | Self::Failed { .. } => Retry::Later,
+            Self::Gone { .. } => Retry::Never,
+        }
+    }
+}
+
+impl Verb {
+    /// The verb's name.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Snapshot(_) => "snapshot",
+            Self::SwapOut(_) => "swap-out",
+            Self::Wake(_) => "wake",
+            Self::SetSwapPolicy(_) => "set the swap policy of",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Stop { .. } => "stop",
+            Self::Remove { .. } => "remove",
+        }
+    }
+}

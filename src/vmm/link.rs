@@ -1,0 +1,388 @@
+//! One connection of a migration's stream: whole frames out, whole frames in, counted and checked (`wire/stream`).
+//!
+//! Used by one thread, which blocks as the socket does ([`BoundedSocket`]). Frames gather in a buffer until they are
+//! worth a system call.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use crate::clock::{Clock, Monotonic, SystemClock};
+use crate::wire::stream::{BODY_BYTES_MAX, HEADER_BYTES, Header, Hello, Kind, StreamError};
+
+/// Bytes that gather before they are written: one full frame of pages.
+const GATHERED_BYTES_MAX: usize = BODY_BYTES_MAX as usize;
+
+/// Why a link is of no further use.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    /// The connection failed, ended, or stood still for too long.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// What came is no frame that may come.
+    #[error("read the stream")]
+    Frame(#[from] StreamError),
+    /// A frame that has no place here.
+    #[error("a {found:?} frame where {wanted} was expected")]
+    Unexpected {
+        /// What came.
+        found: Kind,
+        /// What was expected.
+        wanted: &'static str,
+    },
+    /// It is another migration's connection.
+    #[error("the connection belongs to another migration: its {what} is not this one's")]
+    Foreign {
+        /// What differs.
+        what: &'static str,
+    },
+    /// The other end gave up.
+    #[error("the other end gave up: {reason}")]
+    GaveUp {
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// A connected stream socket on which nothing takes forever: a call waits as long as the other end may keep still, and
+/// all calls together until a deadline, if there is one.
+#[derive(Debug)]
+pub(super) struct BoundedSocket {
+    socket: TcpStream,
+    clock: SystemClock,
+    silence: Duration,
+    deadline: Option<Monotonic>,
+}
+
+impl BoundedSocket {
+    /// The standard library's calls for TCP are those of every stream socket, whatever its family.
+    pub(super) fn new(socket: OwnedFd, clock: SystemClock, silence: Duration) -> io::Result<Self> {
+        let socket = TcpStream::from(socket);
+        socket.set_nonblocking(false)?;
+        let mut this = Self { socket, clock, silence, deadline: None };
+        this.hurry(silence, None)?;
+        Ok(this)
+    }
+
+    /// From here on with these bounds.
+    pub(super) fn hurry(&mut self, silence: Duration, deadline: Option<Monotonic>) -> io::Result<()> {
+        (self.silence, self.deadline) = (silence, deadline);
+        self.socket.set_read_timeout(Some(silence))?;
+        self.socket.set_write_timeout(Some(silence))
+    }
+
+    /// How long the next call may wait, where that is not what the socket knows already.
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let Some(deadline) = self.deadline else { return Ok(None) };
+        let left = deadline.since(self.clock.monotonic());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left.min(self.silence))) }
+    }
+}
+
+impl Read for BoundedSocket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.socket.set_read_timeout(Some(left))?;
+        }
+        self.socket.read(bytes)
+    }
+}
+
+impl Write for BoundedSocket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.socket.set_write_timeout(Some(left))?;
+        }
+        self.socket.write(bytes)
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.socket.set_write_timeout(Some(left))?;
+        }
+        self.socket.write_vectored(parts)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A connection that carries frames.
+#[derive(Debug)]
+pub(super) struct Link<C> {
+    connection: C,
+    outgoing: Vec<u8>,
+    /// Frames in it.
+    gathered: u32,
+    sent: u32,
+    received: u32,
+    wire_bytes: u64,
+}
+
+impl<C: Read + Write> Link<C> {
+    /// Nothing was sent or received yet.
+    pub(super) const fn new(connection: C) -> Self {
+        Self { connection, outgoing: Vec::new(), gathered: 0, sent: 0, received: 0, wire_bytes: 0 }
+    }
+
+    /// The connection, for what only it can do.
+    pub(super) const fn connection_mut(&mut self) -> &mut C {
+        &mut self.connection
+    }
+
+    /// Frames sent so far.
+    pub(super) const fn sent(&self) -> u32 {
+        self.sent
+    }
+
+    /// Frames received so far.
+    pub(super) const fn received(&self) -> u32 {
+        self.received
+    }
+
+    /// Bytes sent so far.
+    pub(super) const fn wire_bytes(&self) -> u64 {
+        self.wire_bytes
+    }
+
+    /// Adds a frame to what will be sent. The body is what `fill` appends.
+    pub(super) fn push<E>(
+        &mut self,
+        kind: Kind,
+        fill: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), LinkError>
+    where
+        LinkError: From<E>,
+    {
+        let head = self.outgoing.len();
+        self.outgoing.resize(head + HEADER_BYTES, 0);
+        fill(&mut self.outgoing)?;
+        let (before, body) = self.outgoing.split_at_mut(head + HEADER_BYTES);
+        before[head..].copy_from_slice(&Header::for_body(kind, self.sent, &[body])?);
+        self.sent = self.sent.wrapping_add(1);
+        self.gathered += 1;
+        if self.outgoing.len() >= GATHERED_BYTES_MAX { self.flush() } else { Ok(()) }
+    }
+
+    /// Sends a frame with what was gathered before it.
+    pub(super) fn send(&mut self, kind: Kind, body: &[u8]) -> Result<(), LinkError> {
+        self.push(kind, |bytes| {
+            bytes.extend_from_slice(body);
+            Ok::<_, LinkError>(())
+        })?;
+        self.flush()
+    }
+
+    /// Sends what was gathered.
+    pub(super) fn flush(&mut self) -> Result<(), LinkError> {
+        let failed = |source: io::Error| LinkError::Io { what: what_failed("send", &source), source };
+        self.connection.write_all(&self.outgoing).map_err(failed)?;
+        self.connection.flush().map_err(failed)?;
+        self.wire_bytes += self.outgoing.len() as u64;
+        self.outgoing.clear();
+        self.gathered = 0;
+        Ok(())
+    }
+
+    /// Waits for a frame; `body` becomes what it holds.
+    pub(super) fn receive(&mut self, body: &mut Vec<u8>) -> Result<Kind, LinkError> {
+        let failed = |source: io::Error| LinkError::Io { what: what_failed("receive", &source), source };
+        let mut header = [0; HEADER_BYTES];
+        self.connection.read_exact(&mut header).map_err(failed)?;
+        let header = Header::read(&header, self.received)?;
+        // Bounded by the header's check.
+        body.resize(header.length as usize, 0);
+        self.connection.read_exact(body).map_err(failed)?;
+        header.check(&[body])?;
+        self.received = self.received.wrapping_add(1);
+        if header.kind == Kind::Abort {
+            return Err(LinkError::GaveUp { reason: printable(body) });
+        }
+        Ok(header.kind)
+    }
+
+    /// Waits for a frame that has to be of this kind.
+    pub(super) fn expect(&mut self, kind: Kind, wanted: &'static str, body: &mut Vec<u8>) -> Result<(), LinkError> {
+        let found = self.receive(body)?;
+        if found == kind { Ok(()) } else { Err(LinkError::Unexpected { found, wanted }) }
+    }
+
+    /// Says Hello first; the other end has to say the same.
+    pub(super) fn greet(&mut self, hello: Hello) -> Result<(), LinkError> {
+        self.send(Kind::Hello, &hello.to_bytes())?;
+        self.expect_hello(hello)
+    }
+
+    /// Waits for Hello and answers it; which of the connections it is, the other end says.
+    pub(super) fn answer_hello(&mut self, token: [u8; 32], connections: u8) -> Result<u8, LinkError> {
+        let hello = self.receive_hello()?;
+        let expected = Hello { token, connection: hello.connection, connections };
+        same(hello, expected)?;
+        self.send(Kind::Hello, &expected.to_bytes())?;
+        Ok(hello.connection)
+    }
+
+    fn expect_hello(&mut self, expected: Hello) -> Result<(), LinkError> {
+        let hello = self.receive_hello()?;
+        same(hello, expected)?;
+        match hello.connection == expected.connection {
+            true => Ok(()),
+            false => Err(LinkError::Foreign { what: "number" }),
+        }
+    }
+
+    fn receive_hello(&mut self) -> Result<Hello, LinkError> {
+        let mut body = Vec::new();
+        self.expect(Kind::Hello, "Hello", &mut body)?;
+        // Its length was checked with the header.
+        let bytes = body.as_array().copied().unwrap_or([0; _]);
+        Ok(Hello::from_bytes(bytes)?)
+    }
+
+    /// Tells the other end why this one gives up, if it can still be told.
+    pub(super) fn give_up(&mut self, reason: &str) {
+        // What was not sent yet never was.
+        self.outgoing.clear();
+        self.sent = self.sent.wrapping_sub(std::mem::take(&mut self.gathered));
+        let mut end = reason.len().min(1024);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        if end > 0 {
+            let _ = self.send(Kind::Abort, &reason.as_bytes()[..end]);
+        }
+    }
+}
+
+/// What went wrong, for the kinds that say too little by themselves.
+fn what_failed(what: &'static str, error: &io::Error) -> &'static str {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, TimedOut, UnexpectedEof, WouldBlock};
+    let is = |kinds: &[io::ErrorKind]| kinds.contains(&error.kind());
+    if is(&[WouldBlock, TimedOut]) {
+        "the other end kept still for too long"
+    } else if is(&[UnexpectedEof, BrokenPipe, ConnectionReset]) {
+        "the other end hung up"
+    } else {
+        what
+    }
+}
+
+fn same(found: Hello, expected: Hello) -> Result<(), LinkError> {
+    if found.token != expected.token {
+        return Err(LinkError::Foreign { what: "token" });
+    }
+    if found.connections != expected.connections {
+        return Err(LinkError::Foreign { what: "number of connections" });
+    }
+    Ok(())
+}
+
+/// What another host says goes to logs and answers: text, and no control characters.
+fn printable(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).chars().map(|one| if one.is_control() { ' ' } else { one }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const HELLO: Hello = Hello { token: [7; 32], connection: 1, connections: 2 };
+
+    fn bounded(socket: UnixStream, silence_ms: u64) -> Link<BoundedSocket> {
+        let silence = Duration::from_millis(silence_ms);
+        Link::new(BoundedSocket::new(socket.into(), SystemClock::new(), silence).unwrap())
+    }
+
+    /// Two ends that have greeted each other.
+    fn pair() -> (Link<BoundedSocket>, Link<BoundedSocket>) {
+        let (one, other) = UnixStream::pair().unwrap();
+        let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+        let answering = std::thread::spawn(move || {
+            assert_eq!(other.answer_hello([7; 32], 2).unwrap(), 1);
+            other
+        });
+        one.greet(HELLO).unwrap();
+        (one, answering.join().unwrap())
+    }
+
+    #[test]
+    fn frames_arrive_as_they_were_sent_and_are_gathered_meanwhile() {
+        let (mut one, mut other) = pair();
+        for byte in 0..10_u8 {
+            one.push(Kind::State, |bytes| {
+                bytes.extend_from_slice(&[byte; 100]);
+                Ok::<_, LinkError>(())
+            })
+            .unwrap();
+        }
+        let before = one.wire_bytes();
+        one.flush().unwrap();
+        assert_eq!(one.wire_bytes() - before, 10 * 124);
+        let mut body = Vec::new();
+        for byte in 0..10_u8 {
+            assert_eq!(other.receive(&mut body).unwrap(), Kind::State);
+            assert_eq!(body, [byte; 100]);
+        }
+        assert_eq!((one.sent(), other.received()), (11, 11));
+    }
+
+    #[test]
+    fn strangers_are_told_apart() {
+        for (token, connections) in [([8; 32], 2), ([7; 32], 3)] {
+            let (one, other) = UnixStream::pair().unwrap();
+            let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+            one.send(Kind::Hello, &HELLO.to_bytes()).unwrap();
+            let error = other.answer_hello(token, connections).unwrap_err();
+            assert!(matches!(error, LinkError::Foreign { .. }), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn who_gives_up_says_why_and_what_was_not_sent_never_was() {
+        let (mut one, mut other) = pair();
+        one.push(Kind::State, |bytes| {
+            bytes.push(1);
+            Ok::<_, LinkError>(())
+        })
+        .unwrap();
+        one.give_up(&format!("no more\n{}é", "x".repeat(1015)));
+        let error = other.receive(&mut Vec::new()).unwrap_err();
+        assert!(matches!(&error, LinkError::GaveUp { reason } if reason.starts_with("no more x")), "{error}");
+        drop(one);
+        let error = other.receive(&mut Vec::new()).unwrap_err();
+        assert_eq!(error.to_string(), "the other end hung up");
+    }
+
+    #[test]
+    fn nobody_waits_for_ever() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let mut link = bounded(one, 20);
+        let error = link.receive(&mut Vec::new()).unwrap_err();
+        assert_eq!(error.to_string(), "the other end kept still for too long");
+        // However often something comes: all calls together have a deadline.
+        let clock = SystemClock::new();
+        let deadline = clock.monotonic().after(Duration::from_millis(50));
+        link.connection_mut().hurry(Duration::from_secs(5), Some(deadline)).unwrap();
+        link.connection_mut().clock = clock;
+        let dripping = std::thread::spawn(move || {
+            let mut other = other;
+            while other.write_all(b"H").is_ok() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let error = link.receive(&mut Vec::new()).unwrap_err();
+        assert_eq!(error.to_string(), "the other end kept still for too long");
+        drop(link);
+        dripping.join().unwrap();
+    }
+}

@@ -1,0 +1,297 @@
+//! Takes a machine from another VMM: one thread for each connection puts pages where they belong and acknowledges them;
+//! the state goes to the first thread, which makes the machine of it.
+//!
+//! ```text
+//!  connection's thread                      first thread
+//!  Hello, pages ... Ack ...                 serves its agent
+//!  End: digest of the state fits ─ State ─▶ builds the machine
+//!  Ready ◀───────────────────────── Ready ─ answers the agent
+//!  packets that waited, to the guest        resumes when its agent says so
+//! ```
+//! Everything that comes is another host's word: lengths, page numbers and order are checked before they are used, and
+//! what is wrong ends the migration. The memory is nobody's until the machine is built.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::link::{BoundedSocket, Link, LinkError};
+use super::tls::{End, TlsError, Wire};
+use crate::clock::SystemClock;
+use crate::machine::pages::{ArrivingRam, ReachPagesError};
+use crate::machine::{GuestRam, PacketDoor, PageRun};
+use crate::sys::thread::{self, ThreadClass};
+use crate::wire::control::{ReceiveSpec, ReceivedMemory, StreamTls};
+use crate::wire::stream::{Kind, PAGES_HEAD_BYTES, Pages, STATE_BYTES_MAX, StreamError, state_digest};
+
+/// How long the other end may keep still. It is the one that hurries while its guest stands still; here nothing runs yet.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// How long the agents may take to decide, once the machine stands ready. After that packets are not waited for.
+const DECISION_MAX: Duration = Duration::from_secs(600);
+
+/// Frames and bytes that are acknowledged at once. The other end's window is many times as large.
+const ACK_FRAMES: u32 = 64;
+const ACK_BYTES: usize = 2 << 20;
+
+/// Why nothing came of it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReceiveMachineError {
+    /// A connection failed, or what came by it is wrong.
+    #[error("the migration's stream")]
+    Link(#[from] LinkError),
+    /// What was given for TLS is not usable.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Two connections have one number.
+    #[error("two connections are number {0}")]
+    Twice(u8),
+    /// Guest memory could not be written.
+    #[error("put pages into guest memory")]
+    Memory(#[from] ReachPagesError),
+    /// More state than a machine has.
+    #[error("more than {STATE_BYTES_MAX} bytes of state")]
+    TooMuchState,
+    /// The state is not the one that was sent.
+    #[error("the state's digest does not fit its bytes")]
+    OtherState,
+    /// The host refused something.
+    #[error("prepare a connection")]
+    Prepare(#[source] io::Error),
+}
+
+impl From<StreamError> for ReceiveMachineError {
+    fn from(error: StreamError) -> Self {
+        Self::Link(error.into())
+    }
+}
+
+/// What came.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    /// All pages are in memory, and this is the state.
+    State(Vec<u8>),
+    /// It will not come about.
+    Failed(ReceiveMachineError),
+}
+
+/// What the thread of connection 0 is told.
+#[derive(Debug)]
+enum Verdict {
+    /// The machine stands ready, and this is where packets for it go.
+    Ready(PacketDoor),
+    /// It could not be made.
+    No(String),
+}
+
+/// A machine on its way here. Dropping it does not end its threads: they end with their connections.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    arrivals: Receiver<Arrival>,
+    verdict: SyncSender<Verdict>,
+    bell: Arc<EventFd>,
+    ram: GuestRam,
+}
+
+/// What the threads share.
+struct Line {
+    ram: ArrivingRam,
+    token: [u8; 32],
+    memory: ReceivedMemory,
+    tls: Option<StreamTls>,
+    connections: u8,
+    clock: SystemClock,
+    /// Numbers of the connections that were greeted.
+    greeted: Mutex<Vec<u8>>,
+    arrivals: SyncSender<Arrival>,
+    verdict: Mutex<Option<Receiver<Verdict>>>,
+    bell: Arc<EventFd>,
+}
+
+/// Arrivals that may wait: one for each connection.
+const ARRIVALS_MAX: usize = 8;
+
+impl Receiving {
+    /// Starts a thread for each connection.
+    pub(super) fn start(
+        ram: GuestRam,
+        spec: &ReceiveSpec,
+        sockets: Vec<OwnedFd>,
+        clock: SystemClock,
+    ) -> io::Result<Self> {
+        let (teller, arrivals) = sync_channel(ARRIVALS_MAX);
+        let (verdict, inbox) = sync_channel(1);
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let line = Arc::new(Line {
+            ram: ArrivingRam::new(ram.clone(), spec.memory == ReceivedMemory::Image),
+            token: spec.token.0,
+            memory: spec.memory,
+            tls: spec.tls.clone(),
+            connections: u8::try_from(sockets.len()).unwrap_or(u8::MAX),
+            clock,
+            greeted: Mutex::default(),
+            arrivals: teller,
+            verdict: Mutex::new(Some(inbox)),
+            bell: Arc::clone(&bell),
+        });
+        for (at, socket) in sockets.into_iter().enumerate() {
+            let line = Arc::clone(&line);
+            // Nobody waits for it: it ends with its connection.
+            drop(thread::start(ThreadClass::Stream, format!("stream-{at}"), move || line.serve(socket))?);
+        }
+        Ok(Self { arrivals, verdict, bell, ram })
+    }
+
+    /// Readable when something came.
+    pub(super) fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+
+    /// What came, if anything.
+    pub(super) fn arrival(&self) -> Option<Arrival> {
+        let _ = self.bell.read();
+        self.arrivals.try_recv().ok()
+    }
+
+    /// The memory that the pages went to.
+    pub(super) fn ram(&self) -> GuestRam {
+        self.ram.clone()
+    }
+
+    /// Tells the other end that the machine stands ready, or why it does not.
+    pub(super) fn tell(&self, result: Result<PacketDoor, String>) {
+        let verdict = result.map_or_else(Verdict::No, Verdict::Ready);
+        let _ = self.verdict.try_send(verdict);
+    }
+}
+
+impl Line {
+    fn serve(&self, socket: OwnedFd) {
+        if let Err(error) = self.receive(socket) {
+            self.tell(Arrival::Failed(error));
+        }
+    }
+
+    fn tell(&self, arrival: Arrival) {
+        let _ = self.arrivals.try_send(arrival);
+        let _ = self.bell.write(1);
+    }
+
+    fn receive(&self, socket: OwnedFd) -> Result<(), ReceiveMachineError> {
+        let socket = BoundedSocket::new(socket, self.clock, SILENCE_MAX).map_err(ReceiveMachineError::Prepare)?;
+        let mut link = Link::new(Wire::new(socket, self.tls.as_ref(), End::Target)?);
+        let number = link.answer_hello(self.token, self.connections)?;
+        {
+            let mut greeted = self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
+            if greeted.contains(&number) {
+                return Err(ReceiveMachineError::Twice(number));
+            }
+            greeted.push(number);
+        }
+        let result = self.take_pages(&mut link, number);
+        let Ok(Some(state)) = result else {
+            if let Err(error) = &result {
+                link.give_up(&crate::report::chain(error));
+            }
+            return result.map(drop);
+        };
+        let digest = state_digest(&state);
+        let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.tell(Arrival::State(state));
+        match verdict.map(|verdict| verdict.recv()) {
+            Some(Ok(Verdict::Ready(door))) => {
+                let forwarded = link.send(Kind::Ready, &digest).and_then(|()| take_packets(&mut link, &door));
+                door.end();
+                if let Err(error) = forwarded {
+                    // The machine is here, whatever became of the packets; its agent counts what went over.
+                    eprintln!("packets from the host before: {}", crate::report::chain(&error));
+                }
+            }
+            Some(Ok(Verdict::No(reason))) => link.give_up(&reason),
+            // The first thread is gone.
+            Some(Err(_)) | None => {}
+        }
+        Ok(())
+    }
+
+    /// Takes pages until the state is here too, on connection 0; on the others, until the other end hangs up.
+    fn take_pages(&self, link: &mut Link<Wire>, number: u8) -> Result<Option<Vec<u8>>, ReceiveMachineError> {
+        let (mut body, mut state) = (Vec::new(), Vec::new());
+        let (mut frames, mut bytes) = (0, 0);
+        loop {
+            let kind = match link.receive(&mut body) {
+                Ok(kind) => kind,
+                // Between two frames: the other end is done with this connection, or connection 0 tells what happened.
+                Err(LinkError::Io { source, .. }) if number > 0 && source.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Ok(None);
+                }
+                Err(error) => return Err(error.into()),
+            };
+            match kind {
+                Kind::Pages | Kind::ZeroPages if self.memory != ReceivedMemory::Shared => self.put(kind, &body)?,
+                Kind::RoundEnd => {}
+                Kind::State if number == 0 => {
+                    if state.len() + body.len() > STATE_BYTES_MAX {
+                        return Err(ReceiveMachineError::TooMuchState);
+                    }
+                    state.extend_from_slice(&body);
+                    continue;
+                }
+                Kind::End if number == 0 => {
+                    return match state_digest(&state) == body[..] {
+                        true => Ok(Some(state)),
+                        false => Err(ReceiveMachineError::OtherState),
+                    };
+                }
+                found @ (Kind::Hello
+                | Kind::Pages
+                | Kind::ZeroPages
+                | Kind::State
+                | Kind::End
+                | Kind::Packet
+                | Kind::PacketsEnd
+                | Kind::Ack
+                | Kind::Ready
+                | Kind::Abort) => {
+                    return Err(LinkError::Unexpected { found, wanted: "guest memory" }.into());
+                }
+            }
+            (frames, bytes) = (frames + 1, bytes + body.len());
+            if frames >= ACK_FRAMES || bytes >= ACK_BYTES || kind == Kind::RoundEnd {
+                link.send(Kind::Ack, &link.received().to_le_bytes())?;
+                (frames, bytes) = (0, 0);
+            }
+        }
+    }
+
+    /// Puts pages into guest memory.
+    fn put(&self, kind: Kind, body: &[u8]) -> Result<(), ReceiveMachineError> {
+        // A frame of pages has at least these; its length was checked.
+        let Some((head, content)) = body.split_first_chunk::<{ PAGES_HEAD_BYTES as usize }>() else { return Ok(()) };
+        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+        let there = |first| self.ram.pages_from(first);
+        let (first, count) = Pages::from_bytes(*head).check(kind, length, there)?;
+        let run = PageRun { first, count };
+        let put = if kind == Kind::Pages { self.ram.put(run, content) } else { self.ram.put_zeroes(run) };
+        Ok(put?)
+    }
+}
+
+/// Takes the packets that waited for the guest where it was, until there are no more.
+fn take_packets(link: &mut Link<Wire>, door: &PacketDoor) -> Result<(), LinkError> {
+    let failed = |source| LinkError::Io { what: "prepare a connection", source };
+    link.connection_mut().hurry(DECISION_MAX, None).map_err(failed)?;
+    let mut body = Vec::new();
+    loop {
+        let found = link.receive(&mut body)?;
+        match (found, body.split_first()) {
+            (Kind::PacketsEnd, _) => return Ok(()),
+            (Kind::Packet, Some((index, packet))) => drop(door.add(*index, packet)),
+            (_, _) => return Err(LinkError::Unexpected { found, wanted: "a packet" }),
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! One connection of a send: what is under way on it, and how much may be.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+
+use super::{SILENCE_MAX, SILENCE_MAX_HELD, SendError};
+use crate::clock::SystemClock;
+use crate::machine::PacketDoor;
+use crate::vmm::link::{BoundedSocket, Link, LinkError};
+use crate::vmm::tls::{End, Wire};
+use crate::wire::control::SendSpec;
+use crate::wire::stream::{Hello, Kind, StreamError};
+
+/// Bytes of guest memory on one connection that wait for their acknowledgement at most.
+const WINDOW_BYTES: u64 = 16 << 20;
+
+/// Frames on one connection that wait for their acknowledgement at most: a page that lies alone is a frame of its own.
+const WINDOW_FRAMES: usize = 4096;
+
+/// One connection, and what is under way on it.
+pub(super) struct Lane {
+    pub(super) link: Link<Wire>,
+    number: usize,
+    /// Frames that are not acknowledged, by number, and how many bytes of guest memory each holds.
+    in_flight: VecDeque<(u32, u64)>,
+    pub(super) in_flight_bytes: u64,
+}
+
+impl Lane {
+    pub(super) fn open(socket: OwnedFd, clock: SystemClock, spec: &SendSpec, number: u8) -> Result<Self, SendError> {
+        let socket = BoundedSocket::new(socket, clock, SILENCE_MAX).map_err(SendError::Prepare)?;
+        let wire = Wire::new(socket, spec.tls.as_ref(), End::Source)?;
+        let mut lane =
+            Self { link: Link::new(wire), number: usize::from(number), in_flight: VecDeque::new(), in_flight_bytes: 0 };
+        let hello = Hello { token: spec.token.0, connection: number, connections: spec.connections };
+        lane.link.greet(hello).map_err(|source| lane.failed(source))?;
+        Ok(lane)
+    }
+
+    pub(super) fn failed(&self, source: LinkError) -> SendError {
+        SendError::Link { connection: self.number, source }
+    }
+
+    /// Sends a frame that will be acknowledged.
+    pub(super) fn push(&mut self, kind: Kind, head: &[u8], body: &[u8], memory: u64) -> Result<(), SendError> {
+        let number = self.link.sent();
+        let pushed = self.link.push(kind, |bytes| {
+            bytes.extend_from_slice(head);
+            bytes.extend_from_slice(body);
+            Ok::<_, StreamError>(())
+        });
+        pushed.map_err(|source| self.failed(source))?;
+        self.in_flight.push_back((number, memory));
+        self.in_flight_bytes += memory;
+        while self.in_flight_bytes > WINDOW_BYTES || self.in_flight.len() > WINDOW_FRAMES {
+            self.take_ack()?;
+        }
+        Ok(())
+    }
+
+    /// Sends the packets that wait, in order.
+    pub(super) fn forward(&mut self, door: &PacketDoor, last: bool, packets: &mut u64) -> Result<(), SendError> {
+        // The guest runs at the other end: nothing is waited for any longer than it has to be.
+        self.link.connection_mut().hurry(SILENCE_MAX_HELD, None).map_err(SendError::Prepare)?;
+        for index in door.interfaces() {
+            while let Some(packet) = door.take(index).map_err(SendError::Packets)? {
+                let pushed = self.link.push(Kind::Packet, |bytes| {
+                    bytes.push(index);
+                    bytes.extend_from_slice(&packet);
+                    Ok::<_, StreamError>(())
+                });
+                pushed.map_err(|source| self.failed(source))?;
+                *packets += 1;
+            }
+        }
+        let ended = match last {
+            true => self.link.send(Kind::PacketsEnd, &packets.to_le_bytes()),
+            false => self.link.flush(),
+        };
+        ended.map_err(|source| self.failed(source))
+    }
+
+    /// Waits until at least one more frame is acknowledged.
+    fn take_ack(&mut self) -> Result<(), SendError> {
+        self.link.flush().map_err(|source| self.failed(source))?;
+        let mut body = Vec::new();
+        let expected = self.link.expect(Kind::Ack, "an acknowledgement", &mut body);
+        expected.map_err(|source| self.failed(source))?;
+        // Its length was checked.
+        let frames = u32::from_le_bytes(body.as_array().copied().unwrap_or([0; 4]));
+        while let Some((number, memory)) = self.in_flight.front() {
+            // Numbers wrap around; what is under way is far less than half of them.
+            if frames.wrapping_sub(number.wrapping_add(1)) > u32::MAX / 2 {
+                break;
+            }
+            self.in_flight_bytes -= memory;
+            self.in_flight.pop_front();
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_all_acks(&mut self) -> Result<(), SendError> {
+        while !self.in_flight.is_empty() {
+            self.take_ack()?;
+        }
+        Ok(())
+    }
+}
