@@ -104,6 +104,15 @@ const FROM_VM: &str = "\
 	}
 ";
 
+/// What the jail's own kernel says to the VM. Whenever somebody opens the tap it tells the link which groups it listens
+/// to (RFC 3810): nobody asked, and it would wake a VM that waits for its first packet.
+const TO_VM: &str = "\
+	chain to_vm {
+		type filter hook output priority filter; policy accept;
+		oifname \"tap0\" icmpv6 type { mld-listener-report, mld-listener-done, mld2-listener-report } drop
+	}
+";
+
 const EGRESS: &str = "\
 		ct state established accept
 		ip6 daddr . meta l4proto . th dport @egress6 accept
@@ -165,6 +174,7 @@ pub fn jail(fabric: Option<&Fabric>) -> String {
     chain(&mut text, "leave", &[&admit("saddr", "daddr"), &deny("daddr"), EGRESS]);
     chain(&mut text, "enter", &[&admit("daddr", "saddr"), &deny("saddr"), INGRESS]);
     here(&mut text);
+    text += TO_VM;
     let base = "\t\ttype filter hook postrouting priority 300; policy accept;\n";
     let outer6 = "\t\toifname \"up0\" ip6 saddr set ip6 saddr map @outer6\n";
     let outer4 = "\t\toifname \"up0\" ip saddr set ip saddr map @outer4\n";

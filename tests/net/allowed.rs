@@ -314,3 +314,20 @@ fn a_guest_reaches_metadata_and_not_its_host() {
 fn a_guest_with_translated_addresses_reaches_metadata_and_not_its_host() {
     on_own_host(|| metadata_answers(Addressing::Invariant));
 }
+
+/// The kernel of a jail tells a link which groups it listens to, whenever that comes up, within a second (RFC 3810,
+/// section 9.11). A VM that sleeps until its first packet would be woken by whoever opens its tap.
+#[test]
+fn whoever_opens_a_tap_hears_nothing_of_the_jail_itself() {
+    /// More than a second.
+    const WITHIN_MS: u16 = 1_500;
+    on_own_host(|| {
+        let mut world = World::new();
+        let vm = world.vm(0, 517, Addressing::Guest);
+        for time in 0..3 {
+            let tap = TapEnd::attach(&world.jail(&vm), "tap0");
+            let heard = tap.wait_within(WITHIN_MS, |_| true);
+            assert_eq!(heard, None, "the {time}. time");
+        }
+    });
+}

@@ -62,7 +62,8 @@ impl TapEnd {
         self.wait_within(WAIT_MS, wanted)
     }
 
-    fn wait_within(&self, limit_ms: u16, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+    /// The next frame that is as wanted, if it comes within the limit.
+    pub(crate) fn wait_within(&self, limit_ms: u16, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         loop {
             while let Some(frame) = self.take() {
                 if wanted(&frame) {
