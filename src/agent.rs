@@ -38,6 +38,7 @@ mod health;
 mod held_taps;
 mod host_bundles;
 mod host_disk;
+mod host_move;
 mod host_network;
 mod host_probe;
 mod host_process;

@@ -19,7 +19,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use balloon::BalloonArgs;
-pub use bench::{BenchCloneArgs, BenchLaunchArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs};
+pub use bench::{BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
@@ -294,6 +294,9 @@ pub enum BenchCommand {
     /// Move a VM's memory out and back, and print how long that takes
     #[command(after_help = bench::SWAP_HELP)]
     Swap(BenchSwapArgs),
+    /// Hand VMs over to new VMM processes, and print how long their guests stand still
+    #[command(after_help = bench::HAND_OVER_HELP)]
+    HandOver(BenchHandOverArgs),
 }
 
 const BENCH_BOOT_HELP: &str = "\

@@ -9,6 +9,8 @@
 mod bundles;
 #[path = "sim/ends.rs"]
 mod ends;
+#[path = "sim/hand_over.rs"]
+mod hand_over;
 #[path = "sim/histories.rs"]
 mod histories;
 #[path = "sim/life.rs"]

@@ -1,5 +1,5 @@
 //! The VMs' control groups: one per VMM below a group that is the agent's, named as everything of this host is
-//! (`hth<host>-<VM's id>`). What a VM may use follows from its record ([`settings`], pure). What this host's kernel does
+//! (`hth<host>-<VM's id>`, and the second while a VM is handed over). What a VM may use follows from its record ([`settings`], pure). What this host's kernel does
 //! not offer is not pretended: [`HostCgroups::controllers`] says what holds and why the rest does not.
 
 use std::io;
@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use super::record::VmRecord;
 use crate::ids::VmId;
-use crate::sys::cgroup::{Group, Hierarchy};
+use crate::sys::cgroup::{self, Group, Hierarchy};
 use crate::sys::jail::THREADS_MAX;
 use crate::units::MIB;
+
+/// End of the name of the second of a VM's two groups.
+const OTHER_SUFFIX: &str = "-other";
 
 /// The controllers that limits are made with.
 pub(super) const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
@@ -128,17 +131,26 @@ impl HostCgroups {
         }
     }
 
-    /// A VM's group, whether it is there or not; `None` on a host without groups.
-    pub(super) fn group(&self, vm: &VmId) -> Option<Group> {
+    /// One of the two groups a VM's processes can be in, whether it is there or not; `None` on a host without groups. A
+    /// VM that is handed over has two processes, each with the limits of one.
+    fn group(&self, vm: &VmId, is_other: bool) -> Option<Group> {
+        let suffix = if is_other { OTHER_SUFFIX } else { "" };
         match &*self.base {
-            Base::Group(group) => Some(group.child(&format!("{}{}", self.prefix, vm.as_str()))),
+            Base::Group(group) => Some(group.child(&format!("{}{}{suffix}", self.prefix, vm.as_str()))),
             Base::None(_) => None,
         }
     }
 
-    /// Has a VM's group with all limits that this host's controllers can hold.
-    pub(super) fn make(&self, vm: &VmRecord) -> io::Result<Option<Group>> {
-        let Some(group) = self.group(&vm.id) else { return Ok(None) };
+    /// The group of a VM's process; where that cannot be told, the one that a VM's first process has.
+    pub(super) fn group_of(&self, vm: &VmId, pid: i32) -> Option<Group> {
+        self.group(vm, is_in_other(pid))
+    }
+
+    /// Has a group for a VM's process, with all limits that this host's controllers can hold: not the one that the
+    /// process `beside` is in, if it is given.
+    pub(super) fn make(&self, vm: &VmRecord, beside: Option<i32>) -> io::Result<Option<Group>> {
+        let is_other = beside.is_some_and(|pid| !is_in_other(pid));
+        let Some(group) = self.group(&vm.id, is_other) else { return Ok(None) };
         group.make()?;
         for setting in settings(vm.spec.vcpus.into(), vm.spec.memory_mib) {
             let held = self.controllers.iter().any(|one| one.name == setting.controller && one.absent.is_none());
@@ -180,6 +192,10 @@ impl HostCgroups {
         }
         Ok(removed)
     }
+}
+
+fn is_in_other(pid: i32) -> bool {
+    cgroup::of_process(pid).is_some_and(|path| path.ends_with(OTHER_SUFFIX))
 }
 
 fn cannot_remove(group: &Group, error: &io::Error) {

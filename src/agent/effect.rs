@@ -56,6 +56,15 @@ pub enum Effect {
     UnsealMachine,
     /// Have neither the file nor its key: from here on the process is the machine. Nothing undoes it.
     DiscardSealed,
+    /// Have another VMM process of this VM, without a machine yet. Inverse: [`Effect::EndOthers`].
+    StartSuccessor,
+    /// Have the machine in the other process, paused, and that process in the record: from here on it is the machine.
+    /// Nothing undoes it.
+    MoveMachine,
+    /// Have what waits at the process before go over, and the names by which it is reached. Nothing undoes it.
+    TakeOver,
+    /// Have no VMM process of this VM but the recorded one. Nothing undoes it.
+    EndOthers,
     /// Ask the guest to power off and wait for it, up to a bound. Nothing to undo: it leads to [`Effect::EndVmm`].
     ShutDownGuest,
     /// Have no VMM process. Nothing undoes it.
@@ -96,6 +105,10 @@ impl Effect {
             Self::KeepSealed => "keep_sealed",
             Self::UnsealMachine => "unseal_machine",
             Self::DiscardSealed => "discard_sealed",
+            Self::StartSuccessor => "start_successor",
+            Self::MoveMachine => "move_machine",
+            Self::TakeOver => "take_over",
+            Self::EndOthers => "end_others",
             Self::RunMachine => "run_machine",
             Self::HoldMachine => "hold_machine",
             Self::GreetGuest => "greet_guest",
@@ -116,6 +129,7 @@ impl Effect {
             Self::MakeDirectory => Some(Self::RemoveDirectory),
             Self::MakeNetwork | Self::OpenNetwork => Some(Self::RemoveNetwork),
             Self::StartVmm | Self::BuildMachine | Self::RestoreMachine | Self::UnsealMachine => Some(Self::EndVmm),
+            Self::StartSuccessor => Some(Self::EndOthers),
             Self::HoldTaps => Some(Self::ReleaseTaps),
             Self::SealMachine => Some(Self::DiscardSealed),
             Self::QuiesceGuest => Some(Self::ThawGuest),
@@ -124,6 +138,9 @@ impl Effect {
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest
             | Self::ReleaseTaps
+            | Self::MoveMachine
+            | Self::TakeOver
+            | Self::EndOthers
             | Self::PageOut
             | Self::KeepSealed
             | Self::DiscardSealed
@@ -148,6 +165,7 @@ impl Effect {
         matches!(
             self,
             Self::EndVmm
+                | Self::EndOthers
                 | Self::KeepRemains
                 | Self::RemoveNetwork
                 | Self::RemoveDirectory

@@ -55,6 +55,41 @@ impl VmDirs {
         file::create(&self.path(vm).join(name))
     }
 
+    /// A file in a VM's directory that several may write to, each at its end.
+    pub(super) fn append(&self, vm: &VmId, name: &str) -> io::Result<File> {
+        file::append(&self.path(vm).join(name))
+    }
+
+    /// A file in a VM's directory as it is, to read and write.
+    pub(super) fn open_to_change(&self, vm: &VmId, name: &str) -> io::Result<File> {
+        File::options().read(true).write(true).open(self.path(vm).join(name))
+    }
+
+    /// Has a file of a VM's directory under another name, in the place of what was called so. Done before is as good.
+    pub(super) fn rename(&self, vm: &VmId, from: &str, to: &str) -> io::Result<()> {
+        let dir = self.path(vm);
+        match std::fs::rename(dir.join(from), dir.join(to)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Whether there is a file of this name in a VM's directory.
+    pub(super) fn has(&self, vm: &VmId, name: &str) -> bool {
+        self.path(vm).join(name).exists()
+    }
+
+    /// Has none of these files in a VM's directory.
+    pub(super) fn remove_files(&self, vm: &VmId, names: &[String]) -> io::Result<()> {
+        for name in names {
+            match std::fs::remove_file(self.path(vm).join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
     fn make(&self, vm: &VmId) -> io::Result<()> {
         file::make_directories(&self.path(vm))
     }
@@ -80,13 +115,7 @@ impl VmDirs {
     }
 
     fn discard_sealed(&self, vm: &VmId) -> io::Result<()> {
-        for name in [names::SEALING, names::SEALED] {
-            match std::fs::remove_file(self.path(vm).join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                Ok(()) | Err(_) => {}
-            }
-        }
-        Ok(())
+        self.remove_files(vm, &[names::SEALING, names::SEALED].map(str::to_owned))
     }
 
     fn remove(&self, vm: &VmId) -> io::Result<()> {

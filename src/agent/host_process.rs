@@ -178,8 +178,14 @@ pub(super) fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -
     result.unwrap_or_else(|_| Err(io::Error::other("the agent is ending")))
 }
 
-/// The VMM whose arguments name this VM. Reads the arguments of every process: for recovery only.
+/// A VMM whose arguments name this VM. Reads the arguments of every process: for recovery only.
 pub(super) fn search(id: &VmId) -> io::Result<Option<(ProcessRecord, OwnedFd)>> {
+    Ok(search_all(id)?.into_iter().next())
+}
+
+/// All VMMs whose arguments name this VM: two, when it is being handed over.
+pub(super) fn search_all(id: &VmId) -> io::Result<Vec<(ProcessRecord, OwnedFd)>> {
+    let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let Ok(name) = entry?.file_name().into_string() else { continue };
         let Ok(pid) = name.parse::<i32>() else { continue };
@@ -190,10 +196,10 @@ pub(super) fn search(id: &VmId) -> io::Result<Option<(ProcessRecord, OwnedFd)>> 
         }
         let Ok(start_ticks) = process::start_ticks(pid) else { continue };
         if let Some(pidfd) = process::find(pid, start_ticks)? {
-            return Ok(Some((ProcessRecord { pid, start_ticks }, pidfd)));
+            found.push((ProcessRecord { pid, start_ticks }, pidfd));
         }
     }
-    Ok(None)
+    Ok(found)
 }
 
 #[cfg(test)]

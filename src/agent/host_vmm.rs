@@ -14,9 +14,10 @@ use super::cgroup::HostCgroups;
 use super::config::Waits;
 use super::held_taps::HeldTaps;
 use super::host_disk::VmDirs;
-use super::host_process::{HostProcess, Started, joined, search};
+use super::host_process::{HostProcess, Started, joined, search, search_all};
 use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
+use super::vm_state::VmState;
 use super::world::{
     Ask, AskError, LaunchPlan, OpenStreamError, RestorePlan, StartVmmError, UnsealPlan, VmmHost, VmmProcess,
 };
@@ -30,7 +31,8 @@ use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, StartMessage, UnsealSpec,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, SendPhases, StartMessage,
+    UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
@@ -46,10 +48,21 @@ pub(super) mod names {
     pub(in crate::agent) const PAGES: &str = "pages";
     pub(in crate::agent) const SEALED: &str = "sealed";
     pub(in crate::agent) const SEALING: &str = "sealing";
+
+    /// What a VMM has of its own that is named: the one that takes a VM over gets these names when it has.
+    pub(in crate::agent) const OWN: [&str; 4] = [CONTROL, VSOCK, CONSOLE, LAST_WORDS];
+
+    /// The name of one of these until then.
+    pub(in crate::agent) fn next(name: &str) -> String {
+        format!("{name}.next")
+    }
 }
 
 /// Longest line a VMM answers a stream's request with.
 const STREAM_LINE_BYTES_MAX: usize = 256;
+
+/// Longest wait for a process that was killed to be gone.
+const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// Longest wait for the VMM to take a console client.
 const CONSOLE_LIMIT: Duration = Duration::from_secs(5);
@@ -76,18 +89,39 @@ impl VmmHost for HostVmm {
     type Stream = tokio::net::UnixStream;
 
     async fn start(&self, vm: &VmRecord) -> Result<HostProcess, StartVmmError> {
+        self.start_as(vm, Part::Only).await
+    }
+
+    async fn start_successor(&self, vm: &VmRecord) -> Result<HostProcess, StartVmmError> {
+        self.start_as(vm, Part::Successor).await
+    }
+
+    async fn move_machine(&self, vm: &VmRecord, epoch: u64) -> Result<SendPhases, AskError> {
         let (host, vm) = (self.clone(), vm.clone());
-        let started = spawn_blocking(move || host.start_blocking(&vm)).await;
-        let started = started.map_err(|_| StartVmmError::Spawn {
-            step: "wait for it".to_owned(),
-            source: io::Error::other("the agent is ending"),
-        })?;
-        HostProcess::hold(started?, self.cgroups.clone())
-            .map_err(|source| StartVmmError::Spawn { step: "watch the process".to_owned(), source })
+        let moved = spawn_blocking(move || host.move_blocking(&vm, epoch)).await;
+        moved.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
+    }
+
+    async fn take_over(&self, vm: &VmRecord, epoch: u64) -> io::Result<()> {
+        let (host, vm) = (self.clone(), vm.clone());
+        joined(spawn_blocking(move || host.take_over_blocking(&vm, epoch)).await)
+    }
+
+    async fn end_others(&self, vm: &VmRecord) -> io::Result<()> {
+        let (id, own) = (vm.id.clone(), vm.process);
+        let found = joined(spawn_blocking(move || search_all(&id)).await)?;
+        for found in found.into_iter().filter(|(record, _)| Some(*record) != own) {
+            let other = self.adopt(&vm.id, found)?;
+            other.kill()?;
+            let gone = tokio::time::timeout(END_LIMIT, other.ended()).await;
+            gone.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "it is not gone after it was killed"))?;
+        }
+        let (host, id) = (self.clone(), vm.id.clone());
+        joined(spawn_blocking(move || host.dirs.remove_files(&id, &names::OWN.map(names::next))).await)
     }
 
     async fn find(&self, vm: &VmRecord) -> io::Result<Option<HostProcess>> {
-        let (known, id) = (vm.process, vm.id.clone());
+        let (known, id, state) = (vm.process, vm.id.clone(), vm.state.clone());
         let found = joined(
             spawn_blocking(move || {
                 if let Some(known) = known
@@ -95,7 +129,8 @@ impl VmmHost for HostVmm {
                 {
                     return Ok(Some((known, pidfd)));
                 }
-                search(&id)
+                // While it is handed over there may be another one.
+                if matches!(state, VmState::HandingOver { .. }) { Ok(None) } else { search(&id) }
             })
             .await,
         )?;
@@ -190,7 +225,37 @@ fn file_bytes_max(vm: &VmRecord) -> io::Result<u64> {
     Ok(most.saturating_add(FILE_BYTES_SPARE))
 }
 
+/// Which of a VM's processes one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    /// The one it has.
+    Only,
+    /// The one that is to take it over.
+    Successor,
+}
+
+impl Part {
+    /// The name in the VM's directory of what is called `name` for the only one.
+    pub(super) fn name(self, name: &str) -> String {
+        match self {
+            Self::Only => name.to_owned(),
+            Self::Successor => names::next(name),
+        }
+    }
+}
+
 impl HostVmm {
+    async fn start_as(&self, vm: &VmRecord, part: Part) -> Result<HostProcess, StartVmmError> {
+        let (host, vm) = (self.clone(), vm.clone());
+        let started = spawn_blocking(move || host.start_blocking(&vm, part)).await;
+        let started = started.map_err(|_| StartVmmError::Spawn {
+            step: "wait for it".to_owned(),
+            source: io::Error::other("the agent is ending"),
+        })?;
+        HostProcess::hold(started?, self.cgroups.clone())
+            .map_err(|source| StartVmmError::Spawn { step: "watch the process".to_owned(), source })
+    }
+
     /// Removes the control groups of VMMs that ended while there was no agent.
     pub(super) fn sweep_groups(&self) {
         match self.cgroups.sweep() {
@@ -201,13 +266,15 @@ impl HostVmm {
     }
 
     fn adopt(&self, vm: &VmId, (record, pidfd): (ProcessRecord, OwnedFd)) -> io::Result<HostProcess> {
-        HostProcess::hold(Started { record, pidfd, group: self.cgroups.group(vm) }, self.cgroups.clone())
+        let group = self.cgroups.group_of(vm, record.pid);
+        HostProcess::hold(Started { record, pidfd, group }, self.cgroups.clone())
     }
 
-    fn start_blocking(&self, vm: &VmRecord) -> Result<Started, StartVmmError> {
+    fn start_blocking(&self, vm: &VmRecord, part: Part) -> Result<Started, StartVmmError> {
         let failed = |what| move |source| StartVmmError::File { what, source };
-        let group = self.cgroups.make(vm).map_err(failed("the VM's control group"))?;
-        let started = self.spawn(vm, group.as_ref());
+        let beside = vm.process.filter(|_| part == Part::Successor).map(|process| process.pid);
+        let group = self.cgroups.make(vm, beside).map_err(failed("the VM's control group"))?;
+        let started = self.spawn(vm, part, group.as_ref());
         if let (Err(_), Some(group)) = (&started, &group) {
             self.cgroups.end(group);
         }
@@ -215,14 +282,21 @@ impl HostVmm {
         Ok(Started { record, pidfd, group })
     }
 
-    fn spawn(&self, vm: &VmRecord, group: Option<&Group>) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
+    fn spawn(
+        &self,
+        vm: &VmRecord,
+        part: Part,
+        group: Option<&Group>,
+    ) -> Result<(ProcessRecord, OwnedFd), StartVmmError> {
         let failed = |what| move |source| StartVmmError::File { what, source };
         let jail = netns::open_named(&jail_name(self.host_number, vm.jail));
         let jail = jail.map_err(failed("the VM's network namespace"))?;
         let dir = self.dirs.open(&vm.id).map_err(failed("the VM's directory"))?;
-        let control = bind_in_dir(&dir, names::CONTROL).map_err(failed(names::CONTROL))?;
-        let last_words = self.dirs.create(&vm.id, names::LAST_WORDS).map_err(failed(names::LAST_WORDS))?;
-        let log = self.dirs.create(&vm.id, names::LOG).map_err(failed(names::LOG))?;
+        let control = bind_in_dir(&dir, &part.name(names::CONTROL)).map_err(failed(names::CONTROL))?;
+        let last_words = self.dirs.create(&vm.id, &part.name(names::LAST_WORDS));
+        let last_words = last_words.map_err(failed(names::LAST_WORDS))?;
+        // Both write to the one log.
+        let log = self.dirs.append(&vm.id, names::LOG).map_err(failed(names::LOG))?;
         let file_bytes_max = file_bytes_max(vm).map_err(failed("the VM's disks"))?;
         let message =
             StartMessage { vm_id: vm.id.clone(), nonce: vm.nonce, uid: vm.uid, file_bytes_max, tls: false }.to_bytes();
@@ -337,7 +411,7 @@ impl HostVmm {
         let initrd = image.initrd.is_some();
         let mut files: Vec<OwnedFd> = vec![open_kvm()?, image.kernel.into()];
         files.extend(image.initrd.map(OwnedFd::from));
-        let devices = self.open_devices(vm, dir, (disks, *network_limits), &mut files)?;
+        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
         let (vcpus, memory_bytes, command_line) = (*vcpus, *memory_bytes, command_line.clone());
         Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
     }
@@ -352,7 +426,7 @@ impl HostVmm {
         let RestorePlan { bundle, memory_bytes, disks, network_limits } = plan;
         let bundle = self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?;
         let mut files: Vec<OwnedFd> = vec![open_kvm()?, bundle.state.into(), bundle.memory.into()];
-        let devices = self.open_devices(vm, dir, (disks, *network_limits), &mut files)?;
+        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
         Ok((RestoreSpec { memory_bytes: *memory_bytes, devices }, files))
     }
 
@@ -369,22 +443,28 @@ impl HostVmm {
         if let Some(bundle) = bundle {
             files.push(self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?.memory.into());
         }
-        let devices = self.open_devices(vm, dir, (disks, *network_limits), &mut files)?;
+        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
         Ok((UnsealSpec { memory_bytes: *memory_bytes, devices, key: *key, image: bundle.is_some() }, files))
     }
 
     /// Console and devices.
-    fn open_devices(
+    pub(super) fn open_devices(
         &self,
         vm: &VmRecord,
         dir: &File,
+        part: Part,
         (disks, limits): (&[DiskSpec], NetLimits),
         files: &mut Vec<OwnedFd>,
     ) -> Result<Vec<DeviceSpec>, AskError> {
-        let ring = self.dirs.create(&vm.id, names::CONSOLE_RING);
+        // Who takes a guest over goes on with its console.
+        let ring = match part {
+            Part::Only => self.dirs.create(&vm.id, names::CONSOLE_RING),
+            Part::Successor => self.dirs.open_to_change(&vm.id, names::CONSOLE_RING),
+        };
         files.push(ring.map_err(unopened(names::CONSOLE_RING))?.into());
-        files.push(bind_in_dir(dir, names::CONSOLE).map_err(unopened(names::CONSOLE))?.into());
-        files.push(bind_in_dir(dir, names::VSOCK).map_err(unopened(names::VSOCK))?.into());
+        for name in [names::CONSOLE, names::VSOCK] {
+            files.push(bind_in_dir(dir, &part.name(name)).map_err(unopened(name))?.into());
+        }
         let mut devices = vec![DeviceSpec::Vsock, DeviceSpec::Rng];
         if vm.spec.balloon {
             devices.push(DeviceSpec::Balloon);
@@ -424,17 +504,17 @@ impl HostVmm {
     }
 }
 
-fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {
+pub(super) fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {
     let pid = vm.process.map_or(0, |process| process.pid);
     Ok(File::open(format!("/proc/{pid}/pagemap")).map_err(unopened("the VMM's page map"))?.into())
 }
 
-fn unopened(what: &str) -> impl FnOnce(io::Error) -> AskError {
+pub(super) fn unopened(what: &str) -> impl FnOnce(io::Error) -> AskError {
     let what = what.to_owned();
     move |source| AskError::Open { what, source }
 }
 
-fn open_kvm() -> Result<OwnedFd, AskError> {
+pub(super) fn open_kvm() -> Result<OwnedFd, AskError> {
     let device = File::options().read(true).write(true).open("/dev/kvm");
     Ok(device.map_err(unopened("/dev/kvm"))?.into())
 }
@@ -451,7 +531,7 @@ pub(super) fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
     [0x02, a, b, c, d, e ^ index]
 }
 
-fn exchange(
+pub(super) fn exchange(
     socket: &mut UnixStream,
     vm: &VmRecord,
     request: &Request,

@@ -88,6 +88,7 @@ impl VmRecord {
             | VmState::Running
             | VmState::Paused
             | VmState::Saving { .. }
+            | VmState::HandingOver { .. }
             | VmState::Sending
             | VmState::HandedOver
             | VmState::Arriving
@@ -249,6 +250,21 @@ pub struct BundleOrder {
     pub quiesced: Option<bool>,
 }
 
+/// What moving a machine from one process to another took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MoveRecord {
+    /// How long no vCPU ran, in microseconds; `None` while none does, and for a machine that was paused.
+    pub pause_us: Option<u64>,
+    /// Of that: until the machine stood ready in the other process, in microseconds.
+    pub held_us: u64,
+    /// Rounds while the guest ran.
+    pub rounds: u32,
+    /// Pages of guest memory that were sent with their bytes.
+    pub pages: u64,
+    /// Bytes that went over.
+    pub bytes: u64,
+}
+
 const fn one() -> u8 {
     1
 }
@@ -368,6 +384,9 @@ pub struct OperationRecord {
     /// The bundle it makes, if it does.
     #[serde(default)]
     pub makes: Option<BundleOrder>,
+    /// What moving the machine to another process took, if it does.
+    #[serde(default)]
+    pub moved: Option<MoveRecord>,
     /// Why it failed.
     pub error: Option<OperationError>,
     /// When it began.

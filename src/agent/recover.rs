@@ -84,9 +84,20 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
             Plan::Quarantine(Doubt::ProcessBesideFile { pid: vm.process.map_or(0, |process| process.pid) })
         }
         // A pause or resume of a VM that is gone cannot go on.
-        (VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::Registering, operation) if !lives => {
-            Plan::Ended(operation)
+        (
+            VmState::Running
+            | VmState::Paused
+            | VmState::Saving { .. }
+            | VmState::HandingOver { .. }
+            | VmState::Registering,
+            operation,
+        ) if !lives => Plan::Ended(operation),
+        // The recorded process is the machine, and nobody has let the other one run: it is ended.
+        (VmState::HandingOver { .. }, Some(operation)) if !was_done(&operation, Effect::MoveMachine) => {
+            if operation.goal == Goal::Undo { Plan::Continue(begun_again(operation)) } else { Plan::Undo(operation) }
         }
+        // The machine is in the recorded process for good: forward only.
+        (VmState::HandingOver { .. }, Some(operation)) => Plan::Continue(operation),
         (
             VmState::SwappingOut { mode: SwapMode::Page }
             | VmState::SwappedOut { mode: SwapMode::Page }

@@ -232,7 +232,10 @@ impl<W: World> Door for Agent<W> {
                 // Its actor has ended: forgotten, or the agent is ending.
                 Err(_) => return Err(NotRunning { vm }),
             };
-            let runs = matches!(now.state, VmState::Running | VmState::Paused | VmState::Saving { .. });
+            let runs = matches!(
+                now.state,
+                VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::HandingOver { .. }
+            );
             if runs { Ok(now) } else { Err(NotRunning { vm: now }) }
         }
         .boxed()

@@ -159,7 +159,7 @@ impl<W: World> VmActor<W> {
         let hurries = match (&request.verb, &self.record.state) {
             (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering) => true,
             (Verb::Stop { grace } | Verb::Remove { grace }, _) => grace.is_zero(),
-            (Verb::Pause | Verb::Resume | Verb::Snapshot(_) | Verb::SwapOut(_) | Verb::Wake(_), _) => {
+            (Verb::Pause | Verb::Resume | Verb::Snapshot(_) | Verb::HandOver | Verb::SwapOut(_) | Verb::Wake(_), _) => {
                 // Refused now rather than after a launch of minutes.
                 let denied = Denied { state: self.record.state.clone() };
                 self.reply(&request.verb, request.reply, Err(denied));
@@ -194,6 +194,7 @@ impl<W: World> VmActor<W> {
         }
         let (event, goal, grace, then_remove) = match &verb {
             Verb::Snapshot(_) => (Event::SnapshotAsked, Goal::Snapshot, Duration::ZERO, false),
+            Verb::HandOver => (Event::HandOverAsked, Goal::HandOver, Duration::ZERO, false),
             Verb::SwapOut(order) => (Event::SwapOutAsked(order.mode), Goal::SwapOut, Duration::ZERO, false),
             // Handled above; the state stays.
             Verb::Wake(_) | Verb::SetSwapPolicy(_) => (Event::WakeAsked, Goal::Wake, Duration::ZERO, false),
@@ -225,7 +226,12 @@ impl<W: World> VmActor<W> {
             Verb::Snapshot(order) => operation.makes = Some((**order).clone()),
             Verb::SwapOut(order) => self.record.swap = Some(self.swap_record(order)),
             Verb::Wake(cause) => writes.push(self.waking_event(*cause, &operation)),
-            Verb::Pause | Verb::Resume | Verb::Stop { .. } | Verb::Remove { .. } | Verb::SetSwapPolicy(_) => {}
+            Verb::HandOver
+            | Verb::Pause
+            | Verb::Resume
+            | Verb::Stop { .. }
+            | Verb::Remove { .. }
+            | Verb::SetSwapPolicy(_) => {}
         }
         self.asker = Some((verb, reply));
         self.turn(next, writes, Some(&operation)).await?;
@@ -299,6 +305,7 @@ impl<W: World> VmActor<W> {
             grace,
             asked_at,
             held_at: None,
+            successor: None,
             turn: None,
             writes: Vec::new(),
         };
@@ -484,6 +491,7 @@ pub(crate) fn operation_for(
         state: OperationState::Running,
         steps: next.effects.iter().map(pending).collect(),
         makes: None,
+        moved: None,
         error: None,
         created_at: now,
         ended_at: None,
@@ -494,7 +502,7 @@ pub(crate) fn operation_for(
 const fn goal_of(state: &VmState) -> Goal {
     match state {
         VmState::Registering => Goal::Register,
-        VmState::Saving { .. } | VmState::SwappingOut { .. } => Goal::Undo,
+        VmState::Saving { .. } | VmState::HandingOver { .. } | VmState::SwappingOut { .. } => Goal::Undo,
         // A wake that went back.
         VmState::SwappedOut { .. } => Goal::SwapOut,
         VmState::Waking { .. } => Goal::Wake,

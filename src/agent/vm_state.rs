@@ -9,8 +9,10 @@
 //! launching ─in a cluster─▶ registering ─▶ running        running, paused ─snapshot─▶ saving ─▶ as before
 //!
 //! running ─swap out─▶ swapping_out ─▶ swapped_out ─wake─▶ waking ─▶ running
+//!
+//! running, paused ─hand over─▶ handing_over ─▶ as before, in another process
 //! ```
-//! What is asked of a VM that is `saving`, `swapping_out` or `waking` waits until that is over.
+//! What is asked of a VM that is `saving`, `handing_over`, `swapping_out` or `waking` waits until that is over.
 //! A VM that a bundle is built from is launched, warmed up, saved and stopped by one list of effects; it is forgotten
 //! afterwards.
 //!
@@ -19,6 +21,9 @@
 //!
 //! Of a hibernated VM exactly one of two is the truth: its process, until [`Effect::KeepSealed`] is done, or its sealed
 //! file, until [`Effect::DiscardSealed`] is. A guest that may have run since is never taken back to its file.
+//!
+//! Of a VM that is handed over, its process is the machine until [`Effect::MoveMachine`] is done, and the other one from
+//! then on: the process that its record names, at any time. The other of the two is ended, whichever way it goes.
 //!
 //! The states of later work (migration) are listed so that records and clients know their names; nothing leads
 //! to them yet.
@@ -44,6 +49,11 @@ pub enum VmState {
     Paused,
     /// Its state is being written to a bundle.
     Saving {
+        /// Whether it ran before, and is to run again.
+        then_running: bool,
+    },
+    /// Another process takes the machine over from its process.
+    HandingOver {
         /// Whether it ran before, and is to run again.
         then_running: bool,
     },
@@ -112,6 +122,7 @@ impl VmState {
             Self::Running => "running",
             Self::Paused => "paused",
             Self::Saving { .. } => "saving",
+            Self::HandingOver { .. } => "handing_over",
             Self::SwappingOut { .. } => "swapping_out",
             Self::SwappedOut { .. } => "swapped_out",
             Self::Waking { .. } => "waking",
@@ -143,6 +154,8 @@ pub(super) enum Event {
     LaunchAsked(Origin),
     /// Somebody wants a bundle of it.
     SnapshotAsked,
+    /// Somebody wants it in another process.
+    HandOverAsked,
     /// Somebody, or the host's need of memory, wants its memory moved out.
     SwapOutAsked(SwapMode),
     /// Somebody, or a packet for it, wants it back.
@@ -164,8 +177,8 @@ pub(super) enum Event {
         /// Why.
         cause: FailureCause,
     },
-    /// So did one that nothing is left to take back for: on the way back from a failed snapshot or swap-out, or behind
-    /// the point from which a wake does not go back.
+    /// So did one that nothing is left to take back for: on the way back from a failed snapshot, swap-out or
+    /// hand-over, or behind the point from which a wake or hand-over does not go back.
     UndoFailed {
         /// Why.
         cause: FailureCause,
@@ -208,7 +221,7 @@ pub enum Goal {
     Build,
     /// There is a bundle of it, and it goes on as before.
     Snapshot,
-    /// It goes on as before a snapshot or swap-out that failed.
+    /// It goes on as before a snapshot, swap-out or hand-over that failed.
     Undo,
     /// Its memory is out.
     SwapOut,
@@ -218,6 +231,8 @@ pub enum Goal {
     Enlist,
     /// The guest has registered.
     Register,
+    /// It goes on as before, in another process.
+    HandOver,
 }
 
 /// The event asks for something that is not possible in this state.
@@ -284,6 +299,35 @@ const SNAPSHOT: [Effect; 6] = [
 ];
 const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
 const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
+/// The taps are held for the process that takes over: a tap has one opener, whose descriptors can be copied.
+const HAND_OVER: [Effect; 7] = [
+    Effect::HoldTaps,
+    Effect::StartSuccessor,
+    Effect::MoveMachine,
+    Effect::TakeOver,
+    Effect::RunMachine,
+    Effect::ReleaseTaps,
+    Effect::EndOthers,
+];
+const HAND_OVER_PAUSED: [Effect; 6] = [
+    Effect::HoldTaps,
+    Effect::StartSuccessor,
+    Effect::MoveMachine,
+    Effect::TakeOver,
+    Effect::ReleaseTaps,
+    Effect::EndOthers,
+];
+/// The other process goes first: from then on none but the recorded one can run the machine.
+const UNDO_HAND_OVER: [Effect; 3] = [Effect::EndOthers, Effect::RunMachine, Effect::ReleaseTaps];
+const UNDO_HAND_OVER_PAUSED: [Effect; 2] = [Effect::EndOthers, Effect::ReleaseTaps];
+const CLEAN_BOTH: [Effect; 6] = [
+    Effect::EndOthers,
+    Effect::EndVmm,
+    Effect::KeepRemains,
+    Effect::RemoveNetwork,
+    Effect::RemoveDirectory,
+    Effect::ReleaseUid,
+];
 /// Its taps are held first, so that a packet that comes from then on waits and wakes it.
 const PAGE_OUT: [Effect; 3] = [Effect::HoldMachine, Effect::HoldTaps, Effect::PageOut];
 const HIBERNATE: [Effect; 5] =
@@ -369,6 +413,11 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Paused => step_to(S::Saving { then_running: false }, &SNAPSHOT_PAUSED),
             _ => denied(),
         },
+        Event::HandOverAsked => match state {
+            S::Running => step_to(S::HandingOver { then_running: true }, &HAND_OVER),
+            S::Paused => step_to(S::HandingOver { then_running: false }, &HAND_OVER_PAUSED),
+            _ => denied(),
+        },
         Event::SwapOutAsked(mode) => match state {
             S::SwappedOut { mode: is } if is == mode => stay(),
             S::Running => swap_out(*mode),
@@ -411,6 +460,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::SwappedOut { .. }
             | S::Waking { .. }
             | S::Stopping => step_to(S::Stopping, &CLEAN),
+            S::HandingOver { .. } => step_to(S::Stopping, &CLEAN_BOTH),
             S::Stopped | S::Failed { .. } => stay(),
             _ => denied(),
         },
@@ -425,7 +475,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             (S::Launching, Goal::Build) => step_to(S::Stopped, &CLEAN),
             (S::Launching, Goal::Enlist) => step_to(S::Registering, &[Effect::Register]),
             (S::Registering, Goal::Register) => step_to(S::Running, &[]),
-            (S::Saving { then_running }, Goal::Snapshot | Goal::Undo) => {
+            (S::Saving { then_running }, Goal::Snapshot | Goal::Undo)
+            | (S::HandingOver { then_running }, Goal::HandOver | Goal::Undo) => {
                 step_to(if *then_running { S::Running } else { S::Paused }, &[])
             }
             (S::SwappingOut { mode }, Goal::SwapOut) => step_to(S::SwappedOut { mode: *mode }, &[]),
@@ -440,6 +491,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Launching | S::Registering => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::Saving { then_running: true } => step_to(state.clone(), &UNDO_SNAPSHOT),
             S::Saving { then_running: false } => step_to(state.clone(), &UNDO_SNAPSHOT[..1]),
+            S::HandingOver { then_running: true } => step_to(state.clone(), &UNDO_HAND_OVER),
+            S::HandingOver { then_running: false } => step_to(state.clone(), &UNDO_HAND_OVER_PAUSED),
             S::SwappingOut { mode: SwapMode::Page } => step_to(state.clone(), &UNDO_PAGE_OUT),
             S::SwappingOut { mode: SwapMode::Hibernate } => step_to(state.clone(), &UNDO_HIBERNATE),
             S::Waking { mode: SwapMode::Page } => step_to(S::SwappedOut { mode: SwapMode::Page }, &PAGE_OUT[..2]),
@@ -454,6 +507,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Saving { .. } | S::SwappingOut { .. } | S::Waking { .. } => {
                 step_to(S::Failed { cause: cause.clone() }, &CLEAN)
             }
+            S::HandingOver { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN_BOTH),
             _ => denied(),
         },
         Event::VmmStopped => match state {
@@ -465,6 +519,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::SwappingOut { .. }
             | S::SwappedOut { .. }
             | S::Waking { .. } => step_to(S::Stopped, &CLEAN),
+            S::HandingOver { .. } => step_to(S::Stopped, &CLEAN_BOTH),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
@@ -477,6 +532,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::SwappingOut { .. }
             | S::SwappedOut { .. }
             | S::Waking { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::HandingOver { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN_BOTH),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },

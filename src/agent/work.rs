@@ -27,6 +27,7 @@ use crate::wire::frame;
 use crate::wire::refusal::Refusal;
 
 mod greeting;
+mod handing_over;
 mod registering;
 mod saving;
 mod swapping;
@@ -53,6 +54,8 @@ pub(super) struct Work<W: World> {
     pub(super) asked_at: Option<Monotonic>,
     /// Since when no vCPU runs, for a save.
     pub(super) held_at: Option<Monotonic>,
+    /// The process that is to take the machine over.
+    pub(super) successor: Option<Process<W>>,
     /// Its guest's turn, until it has its identity.
     pub(super) turn: Option<OwnedSemaphorePermit>,
     /// What is written together with the present step.
@@ -96,7 +99,7 @@ impl<W: World> Work<W> {
             }
             let effect = self.operation.steps[index].effect;
             let begun = self.now();
-            let (before, made_before) = (self.record.clone(), self.operation.makes.clone());
+            let before = (self.record.clone(), self.operation.makes.clone(), self.operation.moved);
             let performed = self.perform(effect).await;
             let took = self.now().since(begun);
             let (state, note) = match &performed {
@@ -112,13 +115,15 @@ impl<W: World> Work<W> {
             let step = StepRecord { effect, state, took_us, note };
             tracing::debug!(vm = %self.record.id, step = effect.name(), ?took, done = performed.is_ok(), "step");
             self.operation.steps[index] = step.clone();
-            let mut writes = if self.operation.makes == made_before {
+            let (record_before, makes_before, moved_before) = before;
+            let mut writes = if self.operation.makes == makes_before && self.operation.moved == moved_before {
                 vec![Write::Step { operation: self.operation.id.clone(), index, step }]
             } else {
-                // What is known of the bundle is recorded with the step that found it out: it is not done again.
+                // What is known of the bundle or the move is recorded with the step that found it out: it is not done
+                // again.
                 vec![Write::Operation(Box::new(self.operation.clone()))]
             };
-            if self.record != before {
+            if self.record != record_before {
                 self.record.revision += 1;
                 writes.push(Write::Vm(Box::new(self.record.clone())));
             }
@@ -195,6 +200,10 @@ impl<W: World> Work<W> {
                 self.release_taps();
                 Ok(())
             }
+            Effect::StartSuccessor => self.start_successor().await,
+            Effect::MoveMachine => self.move_machine().await,
+            Effect::TakeOver => self.take_over().await,
+            Effect::EndOthers => self.end_others().await,
             Effect::PageOut => self.page_out().await,
             Effect::SealMachine => self.seal_machine().await,
             Effect::KeepSealed => self.keep_sealed().await,

@@ -20,7 +20,7 @@ use crate::bundle::{Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
-use crate::wire::control::{Answer, Nonce, SavedPages, SealingKey};
+use crate::wire::control::{Answer, Nonce, SavedPages, SealingKey, SendPhases};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -73,7 +73,8 @@ pub trait VmmHost: Send + Sync + 'static {
     fn start(&self, vm: &VmRecord) -> impl Future<Output = Result<Self::Process, StartVmmError>> + Send;
 
     /// The VMM of this record, if it lives: by its recorded process or, when the agent ended between the start and
-    /// the record, by the VM's id among its arguments.
+    /// the record, by the VM's id among its arguments. While a VM is handed over only by the recorded process: there
+    /// may be another one.
     fn find(&self, vm: &VmRecord) -> impl Future<Output = io::Result<Option<Self::Process>>> + Send;
 
     /// The VMM of a VM that no record knows, if it lives.
@@ -97,6 +98,21 @@ pub trait VmmHost: Send + Sync + 'static {
 
     /// Holds the VM's taps no longer.
     fn release_taps(&self, vm: &VmId);
+
+    /// Starts another VMM for this record beside the one it has, in the VM's directory, reachable by other names.
+    fn start_successor(&self, vm: &VmRecord) -> impl Future<Output = Result<Self::Process, StartVmmError>> + Send;
+
+    /// Has the machine of the record's process in that other one. Then both stand still, and the one that is recorded
+    /// may be told to run; an error says nothing of the other one, and the record's process is as it was or stands
+    /// still.
+    fn move_machine(&self, vm: &VmRecord, epoch: u64) -> impl Future<Output = Result<SendPhases, AskError>> + Send;
+
+    /// Has the record's process, which took the machine over, reached by the names of the one before, and the packets
+    /// that one has taken from the taps. Again after it was done, it does nothing.
+    fn take_over(&self, vm: &VmRecord, epoch: u64) -> impl Future<Output = io::Result<()>> + Send;
+
+    /// Has no VMM process of this VM but the record's, and no names for another.
+    fn end_others(&self, vm: &VmRecord) -> impl Future<Output = io::Result<()>> + Send;
 }
 
 /// What to ask a VMM.

@@ -7,6 +7,8 @@ mod isolation;
 mod session;
 mod swap;
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 
 use axum::http::StatusCode;
@@ -14,8 +16,8 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::types::{
     Cause, Disk, Drain, ErrorDetail, Event, FlowLimits, FlowStats, Host, HostFailure, HostLedger, HostPressure,
-    HostRoom, HostVms, HostWarning, Image, InterfaceStats, NetworkLimits, Operation, OperationState, Quarantine, Stats,
-    Step, StepState, Timings, Vm, VmState, VmmStats,
+    HostRoom, HostVms, HostWarning, Image, InterfaceStats, Moved, NetworkLimits, Operation, OperationState, Quarantine,
+    Stats, Step, StepState, Timings, Vm, VmState, VmmStats,
 };
 use crate::agent;
 use crate::clock::UnixNanos;
@@ -35,7 +37,7 @@ pub(super) fn timestamp(at: UnixNanos) -> Timestamp {
 }
 
 fn ms(us: Option<u64>) -> Option<f64> {
-    us.map(|us| std::time::Duration::from_micros(us).as_secs_f64() * 1000.0)
+    us.map(|us| Duration::from_micros(us).as_secs_f64() * 1000.0)
 }
 
 /// Why a VM ended; nothing for one that did not.
@@ -130,6 +132,7 @@ fn state(state: &agent::VmState) -> VmState {
         agent::VmState::Running => VmState::Running,
         agent::VmState::Paused => VmState::Paused,
         agent::VmState::Saving { .. } => VmState::Saving,
+        agent::VmState::HandingOver { .. } => VmState::HandingOver,
         agent::VmState::SwappingOut { .. } => VmState::SwappingOut,
         agent::VmState::SwappedOut { .. } => VmState::SwappedOut,
         agent::VmState::Waking { .. } => VmState::Waking,
@@ -158,6 +161,7 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         agent::Goal::Register => "vm_register",
         agent::Goal::SwapOut => "vm_swap_out",
         agent::Goal::Wake => "vm_wake",
+        agent::Goal::HandOver => "vm_hand_over",
     };
     let state = match operation.state {
         agent::OperationState::Running => OperationState::Running,
@@ -176,6 +180,8 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         };
         Step { name: step.effect.name().to_owned(), state, took_ms: ms(step.took_us) }
     };
+    let saved = operation.makes.as_ref().and_then(|makes| makes.pause_us);
+    let pause_us = saved.or(operation.moved.and_then(|moved| moved.pause_us));
     Operation {
         id: operation.id.clone(),
         kind: kind.to_owned(),
@@ -183,7 +189,13 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         state,
         steps: operation.steps.iter().map(&mut step).collect(),
         bundle_id: operation.makes.as_ref().and_then(|makes| makes.bundle.clone()),
-        pause_ms: ms(operation.makes.as_ref().and_then(|makes| makes.pause_us)),
+        pause_ms: ms(pause_us),
+        moved: operation.moved.map(|moved| Moved {
+            held_ms: Duration::from_micros(moved.held_us).as_secs_f64() * 1000.0,
+            rounds: moved.rounds,
+            pages: moved.pages,
+            bytes: moved.bytes,
+        }),
         memory_bytes: operation.makes.as_ref().and_then(|makes| makes.memory_bytes),
         quiesced: operation.makes.as_ref().and_then(|makes| makes.quiesced),
         error: operation.error.as_ref().map(|error| ErrorDetail {
@@ -235,7 +247,7 @@ pub(super) fn stats(vm: &agent::VmRecord, stats: &agent::VmStats) -> Stats {
         cpu_ms: usage.cpu.map(|cpu| cpu.as_secs_f64() * 1000.0),
     });
     let guest = stats.guest.map(|guest| super::types::GuestStats {
-        uptime_ms: std::time::Duration::from_nanos(guest.uptime_ns).as_secs_f64() * 1000.0,
+        uptime_ms: Duration::from_nanos(guest.uptime_ns).as_secs_f64() * 1000.0,
         wall_clock: timestamp(UnixNanos(guest.wall_ns)),
         memory_total_bytes: guest.memory_total_bytes,
         memory_available_bytes: guest.memory_available_bytes,
@@ -331,6 +343,7 @@ pub(super) fn host(
             | VmState::Launching
             | VmState::Registering
             | VmState::Saving
+            | VmState::HandingOver
             | VmState::SwappingOut
             | VmState::Waking
             | VmState::Sending

@@ -499,6 +499,7 @@ impl From<NotRunning> for ApiError {
             | VmState::Running
             | VmState::Paused
             | VmState::Saving { .. }
+            | VmState::HandingOver { .. }
             | VmState::SwappingOut { .. }
             | VmState::SwappedOut { .. }
             | VmState::Waking { .. }

@@ -40,7 +40,7 @@ pub use host::{
 pub use image::{Image, ImageImportRequest, ImageList};
 pub use isolation::{CgroupController, HostIsolation, VmJail, VmJailLimit, VmJailThread};
 pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
-pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
+pub use operation::{Event, EventsQuery, Moved, Operation, OperationList, OperationState, Step, StepState};
 pub use session::{
     Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,
     SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,

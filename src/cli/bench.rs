@@ -1,4 +1,4 @@
-//! `hearth bench launch`, `clone`, `snapshot` and `swap`.
+//! `hearth bench launch`, `clone`, `snapshot`, `swap` and `hand-over`.
 
 use std::path::PathBuf;
 
@@ -108,6 +108,25 @@ pub struct BenchSwapArgs {
     pub mode: Option<SwapModeWord>,
     /// How many times each
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+}
+
+pub(super) const HAND_OVER_HELP: &str = "\
+One VM of a bundle, whose pages of its own are copied, and one that boots its image, whose memory is mapped by both
+processes. Pause is the time in which no vCPU runs.
+
+Examples:
+  hearth bench hand-over --count 50
+  hearth bench hand-over --bundle web --json";
+
+/// `hearth bench hand-over`.
+#[derive(Debug, Clone, Args)]
+pub struct BenchHandOverArgs {
+    /// What to launch from
+    #[command(flatten)]
+    pub source: BenchSource,
+    /// How many times each
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub count: u32,
 }
 

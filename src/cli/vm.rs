@@ -20,6 +20,16 @@ Examples:
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
 
+const HAND_OVER_HELP: &str = "\
+After an upgrade of Hearth the agent is the new one and VMs still have the VMM processes they were started with. This
+gives a VM a new one: memory is mapped and not copied, the guest stands still for milliseconds, and its network
+connections go on. Programs run by `vm exec` and consoles are cut off. When it does not work out, the VM goes on in the
+process it has.
+
+Examples:
+  hearth vm hand-over web
+  for vm in $(hearth --json vm ls | jq -r '.vms[].id'); do hearth vm hand-over $vm; done";
+
 const EXEC_HELP: &str = "\
 Standard input, output and error are the command's own, and so is the exit code: 128+N when signal N ended it, 124 when
 it ran past --timeout. Exit code 1 with a message that starts with `error:` means that Hearth could not run it.
@@ -64,6 +74,12 @@ pub enum VmCommand {
     },
     /// Let a paused VM go on
     Resume {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
+    /// Have another VMM process, of the agent's version, take a VM over while its guest goes on
+    #[command(after_help = HAND_OVER_HELP)]
+    HandOver {
         /// Id of the VM, a unique prefix of it, or its name
         vm: ReferenceWord,
     },

@@ -4,6 +4,7 @@
 mod boot;
 mod clone;
 mod firecracker;
+mod hand_over;
 mod launched;
 mod process;
 mod snapshot;
@@ -121,6 +122,11 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BenchCommand) -> Re
         BenchCommand::Swap(args) => {
             let report = swap::measure(agent, &args).await?;
             out.value(&report, swap::table)?;
+            Ok(())
+        }
+        BenchCommand::HandOver(args) => {
+            let report = hand_over::measure(agent, &args).await?;
+            out.value(&report, hand_over::table)?;
             Ok(())
         }
         BenchCommand::Snapshot(args) => {

@@ -12,8 +12,8 @@ use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
 use crate::api::types::{
-    Disk, FlowLimits, InterfaceStats, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped, Timings,
-    Vm, VmList,
+    Disk, FlowLimits, InterfaceStats, Operation, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped,
+    Timings, Vm, VmList,
 };
 use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
 
@@ -180,6 +180,20 @@ pub(super) async fn pause(agent: &Agent, out: Output, vm: &ReferenceWord) -> Res
 pub(super) async fn resume(agent: &Agent, out: Output, vm: &ReferenceWord) -> Result<(), Error> {
     let vm: Vm = agent.post(&format!("{}/resume", path(vm)), &Nothing {}, PROMPT).await?;
     Ok(done(out, &vm)?)
+}
+
+pub(super) async fn hand_over(agent: &Agent, out: Output, vm: &ReferenceWord) -> Result<(), Error> {
+    let to = format!("{}/hand-over", path(vm));
+    let call = agent.post(&to, &Nothing {}, PROMPT);
+    let vm: Vm = shown(&format!("hand over {}", vm.as_str()), call).await?;
+    let stood_still = match &vm.operation_id {
+        Some(id) => agent.get::<Operation>(&format!("/v1/operations/{id}")).await.ok().and_then(|done| done.pause_ms),
+        None => None,
+    };
+    let stood_still = stood_still.map(|pause| format!("; it stood still for {}", milliseconds(pause)));
+    let process = vm.pid.map(|pid| format!(" in process {pid}")).unwrap_or_default();
+    out.value(&vm, |vm| format!("{} is {}{process}{}", called(vm), state(vm), stood_still.unwrap_or_default()))?;
+    Ok(())
 }
 
 pub(super) fn done(out: Output, vm: &Vm) -> Result<(), OutputError> {

@@ -65,7 +65,10 @@ impl Registrar {
         let mut executors = BTreeSet::new();
         for vm in &vms {
             let Some(member) = &vm.spec.cluster else { continue };
-            let runs = matches!(vm.state, VmState::Running | VmState::Paused | VmState::Saving { .. });
+            let runs = matches!(
+                vm.state,
+                VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::HandingOver { .. }
+            );
             if runs && (vm.registration.is_none() || !self.heard.contains(&vm.id)) {
                 wrong.push(format!("{} is {} and does not know that it is registered", vm.id, vm.state.name()));
             }

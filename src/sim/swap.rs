@@ -80,6 +80,11 @@ impl State {
         self.swap.kept.remove(vm);
     }
 
+    /// Whether a guest had this in memory when it last began to run.
+    pub(super) fn ran_last(&self, vm: &VmId, memory: u64) -> bool {
+        self.swap.ran.get(vm) == Some(&memory)
+    }
+
     /// A guest's vCPUs begin to run, with this in its memory; packets that waited are its.
     pub(super) fn note_run(&mut self, vm: &VmId, memory: u64) {
         self.swap.ran.insert(vm.clone(), memory);

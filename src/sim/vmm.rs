@@ -12,16 +12,28 @@ use super::{SimHost, State};
 use crate::agent::world::{
     Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
 };
-use crate::agent::{ProcessRecord, VmJail, VmRecord};
+use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, Status,
+    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhases,
+    Status,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
 
 /// How long a VMM writes its machine.
 const SAVE_NS: u64 = 5_000_000;
+
+/// Which of the names in a VM's directory lead to a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Names {
+    /// Those of the one a VM has.
+    Own,
+    /// Those of the one that is to take it over.
+    Next,
+    /// None any more.
+    None,
+}
 
 /// A VMM process, alive or ended.
 pub(super) struct Vmm {
@@ -48,6 +60,8 @@ pub(super) struct Vmm {
     /// Whether an agent ended it.
     pub(super) ended_by_agent: bool,
     pub(super) words: Option<LastWords>,
+    /// Which of the names in its directory lead to it.
+    names: Names,
     /// The agent's life it was started in: only that one can learn how it ended.
     pub(super) life: u64,
 }
@@ -77,16 +91,30 @@ impl State {
 
     pub(super) fn living(&mut self, vm: &VmId) -> Option<&mut Vmm> {
         self.settle();
-        self.vmms.values_mut().find(|vmm| vmm.vm == *vm && vmm.end.is_none())
+        self.vmms.values_mut().find(|vmm| vmm.vm == *vm && vmm.end.is_none() && vmm.names == Names::Own)
     }
 
-    fn start(&mut self, record: &VmRecord) -> i32 {
+    /// The process of a record, or one of its VM's if the record's is gone.
+    fn found(&mut self, record: &VmRecord) -> Option<i32> {
         self.settle();
+        let alive = |vmm: &&Vmm| vmm.vm == record.id && vmm.end.is_none();
+        let known = record.process.map(|process| process.pid);
+        let recorded = self.vmms.values().filter(alive).find(|vmm| Some(vmm.pid) == known);
+        let any = matches!(record.state, VmState::HandingOver { .. }).then_some(()).is_none();
+        recorded.or_else(|| self.vmms.values().filter(alive).find(|_| any)).map(|vmm| vmm.pid)
+    }
+
+    fn start(&mut self, record: &VmRecord, names: Names) -> i32 {
+        self.settle();
+        for vmm in self.vmms.values_mut().filter(|vmm| vmm.vm == record.id && vmm.names == names) {
+            // Its names are the new one's.
+            vmm.names = Names::None;
+        }
         for vmm in self.vmms.values().filter(|vmm| vmm.end.is_none()) {
-            if vmm.vm == record.id {
-                self.violations.push(format!("{} has two VMMs", record.id));
+            if vmm.vm == record.id && (names == Names::Own || Some(vmm.pid) != record.process.map(|own| own.pid)) {
+                self.violations.push(format!("{} has one VMM too many", record.id));
             }
-            if vmm.uid == record.uid {
+            if vmm.uid == record.uid && vmm.vm != record.id {
                 self.violations.push(format!("{} and {} have the same uid", record.id, vmm.vm));
             }
         }
@@ -114,10 +142,63 @@ impl State {
             end: None,
             ended_by_agent: false,
             words: None,
+            names,
             life: self.life,
         };
         self.vmms.insert(pid, vmm);
         pid
+    }
+
+    /// Notes a guest that runs twice, or that goes on from before it last ran.
+    fn may_run(&mut self, vm: &VmId, pid: i32, memory: u64) {
+        let twin =
+            |vmm: &&Vmm| vmm.vm == *vm && vmm.pid != pid && vmm.end.is_none() && vmm.machine == MachineState::Running;
+        if self.vmms.values().any(|vmm| twin(&vmm)) {
+            self.violations.push(format!("{vm} runs twice"));
+        }
+        if memory != 0 && !self.ran_last(vm, memory) {
+            self.violations.push(format!("{vm} goes on from before it last ran"));
+        }
+    }
+
+    /// What one process has goes to the other: both stand still then.
+    fn move_machine(&mut self, record: &VmRecord, epoch: u64) -> Result<SendPhases, AskError> {
+        let gone = || AskError::Socket(io::ErrorKind::ConnectionRefused.into());
+        let next = |vmm: &&mut Vmm| vmm.vm == record.id && vmm.end.is_none() && vmm.names == Names::Next;
+        let source = self.living(&record.id).ok_or_else(gone)?;
+        if source.nonce != record.nonce {
+            return Err(AskError::Refused(Refusal::WrongNonce));
+        }
+        source.epoch = epoch;
+        if source.machine == MachineState::Empty {
+            return Err(AskError::Refused(Refusal::State { state: MachineState::Empty }));
+        }
+        let (pid, own) = (source.pid, record.process.map(|process| process.pid));
+        if Some(pid) != own {
+            self.violations.push(format!("{} is moved from a process that is not its own", record.id));
+        }
+        let target = self.vmms.values_mut().find(next).ok_or_else(gone)?.pid;
+        let Some(source) = self.vmms.get_mut(&pid) else { return Err(gone()) };
+        source.machine = MachineState::Paused;
+        let guest = (source.fate, source.restored, source.memory, source.balloon);
+        let times = (source.answers_at_ns, source.ends_at_ns.clone());
+        let Some(target) = self.vmms.get_mut(&target) else { return Err(gone()) };
+        target.epoch = epoch;
+        target.machine = MachineState::Paused;
+        (target.fate, target.restored, target.memory, target.balloon) = guest;
+        (target.answers_at_ns, target.ends_at_ns) = times;
+        Ok(SendPhases { held_ns: 1_000_000, pages: 10, wire_bytes: 50_000, ..SendPhases::default() })
+    }
+
+    /// The names go over to the record's process.
+    fn take_over(&mut self, record: &VmRecord) {
+        let own = record.process.map(|process| process.pid);
+        if !self.vmms.values().any(|vmm| Some(vmm.pid) == own && vmm.names == Names::Next) {
+            return;
+        }
+        for vmm in self.vmms.values_mut().filter(|vmm| vmm.vm == record.id) {
+            vmm.names = if Some(vmm.pid) == own { Names::Own } else { Names::None };
+        }
     }
 
     /// How long a VMM still answers nobody.
@@ -199,6 +280,9 @@ impl State {
                 Ok(Answer::Saved(SavePhases { memory_bytes: 1 << 20, ..SavePhases::default() }))
             }
             (Ask::Resume, MachineState::Paused) => {
+                let (pid, before) = (vmm.pid, vmm.memory);
+                self.may_run(&record.id, pid, before);
+                let vmm = self.living(&record.id).ok_or_else(gone)?;
                 vmm.machine = MachineState::Running;
                 vmm.memory = memory;
                 let boot = if vmm.restored { Duration::ZERO } else { boot };
@@ -317,13 +401,15 @@ impl VmmHost for SimHost {
     async fn start(&self, vm: &VmRecord) -> Result<SimProcess, StartVmmError> {
         let failed = |source| StartVmmError::Spawn { step: "simulate".to_owned(), source };
         self.point(true).await.map_err(failed)?;
-        let pid = self.state().start(vm);
+        let pid = self.state().start(vm, Names::Own);
         self.point(false).await.map_err(failed)?;
         Ok(self.process(pid))
     }
 
     async fn find(&self, vm: &VmRecord) -> io::Result<Option<SimProcess>> {
-        self.find_stray(&vm.id).await
+        self.point(true).await?;
+        let found = self.state().found(vm);
+        Ok(found.map(|pid| self.process(pid)))
     }
 
     async fn find_stray(&self, vm: &VmId) -> io::Result<Option<SimProcess>> {
@@ -378,6 +464,44 @@ impl VmmHost for SimHost {
 
     async fn packet_waits(&self, vm: &VmId) {
         self.packet(vm).await;
+    }
+
+    async fn start_successor(&self, vm: &VmRecord) -> Result<SimProcess, StartVmmError> {
+        let failed = |source| StartVmmError::Spawn { step: "simulate".to_owned(), source };
+        self.point(true).await.map_err(failed)?;
+        let pid = self.state().start(vm, Names::Next);
+        self.point(false).await.map_err(failed)?;
+        Ok(self.process(pid))
+    }
+
+    async fn move_machine(&self, vm: &VmRecord, epoch: u64) -> Result<SendPhases, AskError> {
+        self.point(true).await.map_err(AskError::Socket)?;
+        self.while_busy(&vm.id).await;
+        let moved = self.state().move_machine(vm, epoch);
+        self.changed.notify_waiters();
+        // The answer of one of the two may get lost.
+        self.point(true).await.map_err(AskError::Socket)?;
+        moved
+    }
+
+    async fn take_over(&self, vm: &VmRecord, _epoch: u64) -> io::Result<()> {
+        self.point(true).await?;
+        self.state().take_over(vm);
+        self.point(false).await
+    }
+
+    async fn end_others(&self, vm: &VmRecord) -> io::Result<()> {
+        self.point(true).await?;
+        let others: Vec<i32> = {
+            let state = self.state();
+            let own = vm.process.map(|process| process.pid);
+            let other = |vmm: &&Vmm| vmm.vm == vm.id && vmm.end.is_none() && Some(vmm.pid) != own;
+            state.vmms.values().filter(other).map(|vmm| vmm.pid).collect()
+        };
+        for pid in others {
+            self.process(pid).kill()?;
+        }
+        self.point(false).await
     }
 
     fn release_taps(&self, vm: &VmId) {

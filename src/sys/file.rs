@@ -57,6 +57,11 @@ pub fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(FILE_MODE).open(path)
 }
 
+/// A file to write at the end of, made if it is not there.
+pub fn append(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path)
+}
+
 /// Opens a regular file for reading, not what a link leads to; `None` when something else has this name.
 pub fn open_regular(path: &Path) -> io::Result<Option<File>> {
     // Without O_NONBLOCK a pipe of this name would keep the caller waiting (open(2)).

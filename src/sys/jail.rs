@@ -14,9 +14,12 @@ use super::landlock;
 /// Most open descriptors of a VMM: control, console and vsock streams (1024 at most), queues and eventfds.
 pub const DESCRIPTORS_MAX: u64 = 2048;
 
-/// Most threads of a VMM, counted by its user id (RLIMIT_NPROC): the first, one for devices, 32 vCPUs, 6 disks, and
-/// room for those that are just ending when a machine that could not be built is built again.
+/// Most threads of a VMM: the first, one for devices, one to send, 32 vCPUs, 6 disks, and room for those that are just
+/// ending when a machine that could not be built is built again.
 pub const THREADS_MAX: u64 = 48;
+
+/// Most threads of a VM's user id (RLIMIT_NPROC): a VM that is handed over has two VMMs.
+pub const USER_THREADS_MAX: u64 = 2 * THREADS_MAX;
 
 /// Bytes that a VMM may write beyond its largest disk or its guest's memory, in any one file (RLIMIT_FSIZE): saved state
 /// is below 16 MiB, the log and the console file far below.
@@ -69,7 +72,7 @@ fn limits(file_bytes_max: u64) -> Result<(), EnterJailError> {
     let limits = [
         ("forbid core dumps, which would hold guest memory", Resource::RLIMIT_CORE, 0),
         ("limit open descriptors", Resource::RLIMIT_NOFILE, DESCRIPTORS_MAX),
-        ("limit threads", Resource::RLIMIT_NPROC, THREADS_MAX),
+        ("limit threads", Resource::RLIMIT_NPROC, USER_THREADS_MAX),
         ("limit the size of files", Resource::RLIMIT_FSIZE, file_bytes_max),
         ("forbid locked memory, of which it needs none", Resource::RLIMIT_MEMLOCK, 0),
         ("forbid message queues, of which it needs none", Resource::RLIMIT_MSGQUEUE, 0),

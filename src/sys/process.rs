@@ -270,6 +270,26 @@ pub fn wait_at_most(child: &mut Child, limit: Duration) -> io::Result<Option<Exi
     ended.map(|_| None).map_err(io::Error::from)
 }
 
+/// Name of a memory file that is guest memory, in `/proc/PID/maps` and `/proc/PID/fd`: so that its pages can be told from
+/// the VMM's own, and the file be found.
+pub const GUEST_MEMORY_NAME: &CStr = c"hearth-guest-ram";
+
+/// A descriptor of ours for the process's guest memory, if that is a memory file of its own. Needs the right to trace the
+/// process.
+pub fn copy_guest_memory(pid: i32, pidfd: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+    let wanted = format!("/memfd:{}", GUEST_MEMORY_NAME.to_string_lossy());
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // Closed meanwhile is as good as another kind of file.
+        let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+        if target.to_string_lossy().trim_end_matches(" (deleted)") == wanted {
+            return copy_descriptor(pidfd, number).map(Some);
+        }
+    }
+    Ok(None)
+}
+
 /// A descriptor of ours for what the process has open under this number (pidfd_getfd(2)): both share the open file.
 /// Needs the right to trace the process.
 pub fn copy_descriptor(pidfd: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {

@@ -5,7 +5,6 @@
 //! are). Nothing here is unsafe: `vm-memory` owns the mappings.
 #![forbid(unsafe_code)]
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 
@@ -14,14 +13,12 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
+use super::process::GUEST_MEMORY_NAME;
 use crate::units::{Bytes, GuestPhys};
 
 /// Guest memory. Every write the VMM makes through it marks the page in the region's bitmap: KVM's dirty log sees
 /// only what the guest writes. Cloning shares the mapping.
 pub type GuestRam = GuestMemoryMmap<AtomicBitmap>;
-
-/// Name of guest memory in `/proc/<pid>/maps`, so that its pages can be told from the VMM's own.
-pub const MEMFD_NAME: &CStr = c"hearth-guest-ram";
 
 /// Who sees what is written to mapped memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +78,7 @@ pub enum MapRamError {
 
 /// A new memory file of this size, all zero, whose size can never change.
 pub fn memfd(bytes: Bytes) -> io::Result<File> {
-    let file = File::from(memfd_create(MEMFD_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+    let file = File::from(memfd_create(GUEST_MEMORY_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(bytes.0)?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::wire::console_ring::{HEADER_BYTES, RING_BYTES, header, offset};
+use crate::wire::console_ring::{HEADER_BYTES, RING_BYTES, header, offset, written};
 
 /// Most clients attached to one console.
 pub(super) const CLIENTS_MAX: usize = 8;
@@ -42,6 +42,20 @@ impl Ring {
         }
         // A full disk costs the history after a crash, not the guest's console: attached clients still see it.
         let _ = self.file.write_all_at(&header(self.written), 0);
+    }
+
+    /// Goes on from what is in the file, if that is a console's: of the same guest, in another process. Its bytes are the
+    /// guest's, and so are these.
+    fn go_on(&mut self) {
+        let mut found = [0; HEADER_BYTES];
+        if self.file.read_exact_at(&mut found, 0).is_err() {
+            return;
+        }
+        // More than any console is ever written.
+        let Some(written) = written(&found).filter(|written| *written < u64::MAX / 2) else { return };
+        if self.file.read_exact_at(&mut self.bytes, HEADER_BYTES as u64).is_ok() {
+            self.written = written;
+        }
     }
 
     fn put(&mut self, start: usize, part: &[u8]) {
@@ -144,16 +158,22 @@ pub(super) enum Interest {
 }
 
 impl Console {
-    /// A console that keeps `file` current and serves clients of `listener`.
+    /// A console that keeps `file` current, goes on from what is in it, and serves clients of `listener`.
     pub(super) fn new(file: File, listener: UnixListener) -> io::Result<(Self, Output)> {
         file.set_len((HEADER_BYTES + RING_BYTES) as u64)?;
         listener.set_nonblocking(true)?;
         let mut ring = Ring { bytes: vec![0; RING_BYTES].into_boxed_slice(), written: 0, file };
+        ring.go_on();
         ring.push(&[]);
         let ring = Arc::new(Mutex::new(ring));
         let news = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let output = Output { ring: Arc::clone(&ring), news: news.try_clone()? };
         Ok((Self { ring, news, listener, clients: BTreeMap::new() }, output))
+    }
+
+    /// Goes on from what is in the file now: another process wrote to it until its guest stood still.
+    pub(super) fn go_on(&self) {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).go_on();
     }
 
     /// Readable when a client wants in.
@@ -258,6 +278,24 @@ mod tests {
         let flood: Vec<u8> = (0..=250_u8).cycle().take(RING_BYTES * 2 + 77).collect();
         output.write_all(&flood).unwrap();
         assert_eq!(content(&file), flood[flood.len() - RING_BYTES..]);
+    }
+
+    #[test]
+    fn another_process_goes_on_where_one_stopped() {
+        let (_console, mut output, file, dir) = console();
+        let listener = UnixListener::bind(dir.path().join("next")).unwrap();
+        let (next, mut next_output) = Console::new(file.try_clone().unwrap(), listener).unwrap();
+        let flood: Vec<u8> = (0..=250_u8).cycle().take(RING_BYTES + 77).collect();
+        output.write_all(&flood).unwrap();
+        next.go_on();
+        assert_eq!(next.written(), flood.len() as u64);
+        next_output.write_all(b"and on").unwrap();
+        let whole = [flood.as_slice(), b"and on"].concat();
+        assert_eq!(content(&file), whole[whole.len() - RING_BYTES..]);
+        // What is no console's is not gone on from.
+        file.write_all_at(b"something", 0).unwrap();
+        next.go_on();
+        assert_eq!(next.written(), whole.len() as u64);
     }
 
     #[test]

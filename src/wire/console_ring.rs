@@ -22,6 +22,13 @@ pub fn header(written: u64) -> [u8; HEADER_BYTES] {
     bytes
 }
 
+/// How many bytes a console has been written, by its header; `None` if it is not one. The bytes are untrusted.
+pub fn written(header: &[u8; HEADER_BYTES]) -> Option<u64> {
+    let (magic, written) = header.split_first_chunk::<8>()?;
+    let written = written.first_chunk::<8>()?;
+    (*magic == MAGIC).then(|| u64::from_le_bytes(*written))
+}
+
 /// Where in the ring byte number `position` of the console lies.
 pub fn offset(position: u64) -> usize {
     // The remainder is below RING_BYTES, which fits.

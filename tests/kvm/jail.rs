@@ -34,7 +34,7 @@ pub(crate) fn holds_nothing_but_what_it_was_handed(agent: &Agent) {
         assert_eq!((value("NoNewPrivs:"), value("CapEff:")), ("1".into(), "0000000000000000".into()), "{status}");
     }
     let limits = std::fs::read_to_string(process.join("limits")).expect("its limits");
-    for (name, most) in [("Max core file size", "0"), ("Max processes", "48"), ("Max locked memory", "0")] {
+    for (name, most) in [("Max core file size", "0"), ("Max processes", "96"), ("Max locked memory", "0")] {
         let line = limits.lines().find_map(|line| line.strip_prefix(name)).expect("the limit");
         let words: Vec<&str> = line.split_whitespace().take(2).collect();
         assert_eq!(words, [most, most], "{name}");

@@ -24,7 +24,7 @@ async fn one_request(host: SimHost, door: Arc<dyn Door>) {
     let grace = Duration::from_secs(host.pick(3) * 5);
     let sessions = ["red", "green"];
     let session_name = sessions[usize::try_from(host.pick(2)).expect("a small number")];
-    match host.pick(26) {
+    match host.pick(27) {
         0..=3 => {
             let wanted = Some(name.to_owned());
             let wanted = if host.pick(4) == 0 { request(wanted) } else { in_session(wanted, session_name) };
@@ -52,6 +52,7 @@ async fn one_request(host: SimHost, door: Arc<dyn Door>) {
         13 => drop(door.remove_session(session_name, false, grace).await),
         14..=20 => of_bundles(&host, &door, name).await,
         21..=24 => of_swapping(&host, &door, name).await,
+        26 => drop(door.ask(name, Verb::HandOver).await),
         25 if host.pick(2) == 0 => host.move_wall_clock([-86_400, 86_400][usize::from(host.pick(2) == 0)]),
         _ => host.kill_some_vmm(),
     }

@@ -21,6 +21,7 @@ fn operation(number: u8, state: OperationState) -> OperationRecord {
         state,
         steps: vec![step(Effect::MakeDirectory), step(Effect::StartVmm)],
         makes: None,
+        moved: None,
         error: None,
         created_at: UnixNanos(1),
         ended_at: None,

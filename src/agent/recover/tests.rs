@@ -24,6 +24,7 @@ fn operation(goal: Goal, effects: &[Effect], done: usize) -> OperationRecord {
         state: OperationState::Running,
         steps: effects.iter().enumerate().map(step).collect(),
         makes: None,
+        moved: None,
         error: None,
         created_at: UnixNanos(1),
         ended_at: None,

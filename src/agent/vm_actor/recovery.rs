@@ -99,7 +99,11 @@ impl<W: World> VmActor<W> {
         let is_swapped = swap == Some(SwapMode::Hibernate) || swap.is_some() && lives;
         let is_up = matches!(
             self.record.state,
-            VmState::Registering | VmState::Running | VmState::Paused | VmState::Saving { .. }
+            VmState::Registering
+                | VmState::Running
+                | VmState::Paused
+                | VmState::Saving { .. }
+                | VmState::HandingOver { .. }
         );
         let doubt = if (is_up || is_swapped) && lives { self.greet_vmm().await } else { None };
         // It is this agent's from here on. What is around it is seen to next, and takes longer.

@@ -23,6 +23,8 @@ pub struct SwapOrder {
 pub enum Verb {
     /// Make a bundle of it.
     Snapshot(Box<BundleOrder>),
+    /// Have another VMM process, of this agent's version, take it over.
+    HandOver,
     /// Move its memory out.
     SwapOut(SwapOrder),
     /// Bring it back.
@@ -111,6 +113,7 @@ impl Verb {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Snapshot(_) => "snapshot",
+            Self::HandOver => "hand-over",
             Self::SwapOut(_) => "swap-out",
             Self::Wake(_) => "wake",
             Self::SetSwapPolicy(_) => "set the swap policy of",

@@ -32,6 +32,7 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         Goal::Undo => true,
         Goal::Wake => done(Effect::DiscardSealed) || matches!(cause, FailureCause::SwapStateCorrupt { .. }),
         Goal::SwapOut => done(Effect::KeepSealed),
+        Goal::HandOver => done(Effect::MoveMachine),
         Goal::Launch
         | Goal::Pause
         | Goal::Resume

@@ -14,6 +14,8 @@ fn states() -> Vec<VmState> {
         S::Paused,
         S::Saving { then_running: true },
         S::Saving { then_running: false },
+        S::HandingOver { then_running: true },
+        S::HandingOver { then_running: false },
         S::SwappingOut { mode: SwapMode::Page },
         S::SwappingOut { mode: SwapMode::Hibernate },
         S::SwappedOut { mode: SwapMode::Page },
@@ -37,6 +39,7 @@ fn events() -> Vec<Event> {
         Event::LaunchAsked(Origin::Bundle),
         Event::LaunchAsked(Origin::Build),
         Event::SnapshotAsked,
+        Event::HandOverAsked,
         Event::SwapOutAsked(SwapMode::Page),
         Event::SwapOutAsked(SwapMode::Hibernate),
         Event::WakeAsked,
@@ -50,7 +53,7 @@ fn events() -> Vec<Event> {
     events.extend(goals.map(Event::Done));
     let goals = [Goal::Build, Goal::Snapshot, Goal::Undo, Goal::Enlist, Goal::Register];
     events.extend(goals.map(Event::Done));
-    events.extend([Goal::SwapOut, Goal::Wake].map(Event::Done));
+    events.extend([Goal::SwapOut, Goal::Wake, Goal::HandOver].map(Event::Done));
     events.extend([Event::WorkFailed { cause: cause.clone() }, Event::UndoFailed { cause: cause.clone() }]);
     events.extend([Event::VmmStopped, Event::VmmFailed { cause }]);
     events
@@ -62,6 +65,9 @@ fn shown_state(state: &VmState) -> String {
     }
     if *state == (VmState::Saving { then_running: false }) {
         return "saving paused".to_owned();
+    }
+    if *state == (VmState::HandingOver { then_running: false }) {
+        return "handing_over paused".to_owned();
     }
     state.name().to_owned()
 }

@@ -194,8 +194,12 @@ impl<W: World> Work<W> {
     /// The guest runs again.
     pub(super) fn note_run(&mut self) {
         let now = self.now();
-        if let (Some(held), Some(order)) = (self.held_at.take(), self.operation.makes.as_mut()) {
-            order.pause_us = Some(micros(now.since(held)));
+        let pause_us = self.held_at.take().map(|held| micros(now.since(held)));
+        if let Some(order) = self.operation.makes.as_mut() {
+            order.pause_us = pause_us.or(order.pause_us);
+        }
+        if let Some(moved) = self.operation.moved.as_mut() {
+            moved.pause_us = pause_us.or(moved.pause_us);
         }
     }
 }

@@ -197,6 +197,21 @@ pub(in crate::api) async fn resume_vm(
     ask(&served, &id, Verb::Resume).await
 }
 
+/// Have another VMM process, of the agent's version, take a VM over. Its guest stands still for milliseconds; programs
+/// that were run in it and consoles are cut off.
+#[utoipa::path(
+    post, path = "/v1/vms/{id}/hand-over", tag = "vms",
+    params(("id" = String, Path, description = "Id, unique start of an id, or name")),
+    responses((status = 200, body = Vm), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody))
+)]
+pub(in crate::api) async fn hand_over_vm(
+    State(served): State<Served>,
+    Path(id): Path<String>,
+    OptionalBody(Nothing {}): OptionalBody<Nothing>,
+) -> Result<Json<Vm>, ApiError> {
+    ask(&served, &id, Verb::HandOver).await
+}
+
 /// What a VM uses and says of itself.
 #[utoipa::path(
     get, path = "/v1/vms/{id}/stats", tag = "vms",

@@ -25,7 +25,7 @@ pub struct Operation {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub bundle_id: Option<BundleId>,
-    /// How long no vCPU ran for a snapshot.
+    /// How long no vCPU ran for a snapshot or hand-over.
     #[serde(default)]
     pub pause_ms: Option<f64>,
     /// Bytes of guest memory that were written for a build or snapshot.
@@ -34,6 +34,9 @@ pub struct Operation {
     /// Whether the guest's file systems were at rest when it was saved.
     #[serde(default)]
     pub quiesced: Option<bool>,
+    /// What moving the machine to another process took; null for other operations.
+    #[serde(default)]
+    pub moved: Option<Moved>,
     /// Why it failed; null in other states.
     pub error: Option<ErrorDetail>,
     /// When it was asked for.
@@ -42,6 +45,19 @@ pub struct Operation {
     /// When it ended; null before.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub finished_at: Option<Timestamp>,
+}
+
+/// What moving a machine from one process to another took.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Moved {
+    /// How long it stood still until it was whole in the other process; `pause_ms` counts until it ran there.
+    pub held_ms: f64,
+    /// Rounds in which memory was copied while it ran.
+    pub rounds: u32,
+    /// Pages of guest memory that were copied.
+    pub pages: u64,
+    /// Bytes that went over.
+    pub bytes: u64,
 }
 
 /// `GET /v1/operations`.

@@ -226,6 +226,8 @@ pub enum VmState {
     Paused,
     /// Being written into a bundle.
     Saving,
+    /// Another VMM process takes it over.
+    HandingOver,
     /// Stands still; its memory is being moved out.
     SwappingOut,
     /// Stands still; its memory is out, see `swapped`.

@@ -1,0 +1,146 @@
+//! A machine's move between two VMM processes of this host: one is told to send, the other to receive, over a pair of
+//! connected sockets. Memory that is a file of the process's own is mapped by the other as well, and none of it is sent;
+//! of memory that is a bundle's image, which both map, only what differs is.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use super::host_vmm::{HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
+use super::record::VmRecord;
+use super::world::AskError;
+use crate::sys::fd::connect_in_dir;
+use crate::sys::process;
+use crate::units::MIB;
+use crate::wire::control::{
+    Answer, ReceiveSpec, ReceivedMemory, Request, SendPhases, SendSpec, SentPages, StreamToken,
+};
+use crate::wire::frame;
+
+/// Longest pause that is aimed at while pages are sent, in milliseconds.
+const PAUSE_MS_MAX: u32 = 5;
+
+/// Rounds after which the guest is held all the same: here memory is copied faster than any guest writes it for long.
+const ROUNDS_MAX: u32 = 10;
+
+/// Time after which it is, in milliseconds.
+const DEADLINE_MS: u64 = 30_000;
+
+/// What the two ends of one move know. They are joined by descriptors, so it keeps nobody out.
+const TOKEN: StreamToken = StreamToken([0x68; 32]);
+
+impl HostVmm {
+    pub(super) fn move_blocking(&self, vm: &VmRecord, epoch: u64) -> Result<SendPhases, AskError> {
+        // Asked of both ends first: a process that cannot send is told of before anything is begun.
+        let mut source = self.conversation(vm, epoch, Part::Only)?;
+        // The other one is of this agent's version, whatever the record's is.
+        let next = VmRecord { wire_version: frame::VERSION, ..vm.clone() };
+        let mut target = self.conversation(&next, epoch, Part::Successor)?;
+        let (sending, receiving) = UnixStream::pair().map_err(AskError::Socket)?;
+        let limit = self.move_limit();
+        let (send, send_files) = self.to_send(vm, sending.into())?;
+        let (receive, receive_files) = self.to_receive(vm, receiving.into())?;
+        thread::scope(|scope| {
+            let receiving = scope.spawn(move || {
+                let answer = exchange(&mut target, &next, &receive, &receive_files, limit);
+                // What is held of the connection would keep the other end waiting.
+                drop(receive_files);
+                answer
+            });
+            let sent = exchange(&mut source, vm, &send, &send_files, limit);
+            drop(send_files);
+            let received = receiving.join().unwrap_or(Err(AskError::Unexpected));
+            match (sent, received) {
+                (Ok(Answer::Sent(phases)), Ok(Answer::Launched(_))) => Ok(phases),
+                // What the end that has the machine says is the better reason, unless it only heard of the other's.
+                (Err(error), Ok(_)) | (Ok(_), Err(error)) => Err(error),
+                (Err(sent), Err(AskError::Refused(_) | AskError::Socket(_))) => Err(sent),
+                (Err(_), Err(received)) => Err(received),
+                (Ok(_), Ok(_)) => Err(AskError::Unexpected),
+            }
+        })
+    }
+
+    pub(super) fn take_over_blocking(&self, vm: &VmRecord, epoch: u64) -> std::io::Result<()> {
+        let is_done = !self.dirs.has(&vm.id, &names::next(names::CONTROL));
+        if !is_done {
+            // Of the process before, if it lives: the packets it took before it stood still. The new one does not wait
+            // for them longer than a moment.
+            let before = VmRecord { process: None, ..vm.clone() };
+            let asked = self.conversation(&before, epoch, Part::Only);
+            let forward = Request::ForwardPackets { last: true };
+            let limit = Duration::from_secs(self.waits.vmm_answer_s.into());
+            let forwarded = asked.and_then(|mut socket| exchange(&mut socket, &before, &forward, &[], limit));
+            if let Err(error) = forwarded {
+                tracing::warn!(vm = %vm.id, error = %crate::report::chain(&error), "packets that had just come may be lost");
+            }
+        }
+        // The name by which it is told that all is done goes last.
+        for name in names::OWN.iter().rev() {
+            self.dirs.rename(&vm.id, &names::next(name), name)?;
+        }
+        Ok(())
+    }
+
+    fn move_limit(&self) -> Duration {
+        Duration::from_secs(self.waits.vmm_launch_s.into())
+    }
+
+    /// A greeted conversation with one of the VM's processes.
+    fn conversation(&self, vm: &VmRecord, epoch: u64, part: Part) -> Result<UnixStream, AskError> {
+        let limit = self.move_limit();
+        let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
+        let mut socket = connect_in_dir(&dir, &part.name(names::CONTROL)).map_err(AskError::Socket)?;
+        socket.set_read_timeout(Some(limit)).map_err(AskError::Socket)?;
+        socket.set_write_timeout(Some(limit)).map_err(AskError::Socket)?;
+        let hello = Request::Hello { nonce: vm.nonce, epoch };
+        let Answer::Welcome(_) = exchange(&mut socket, vm, &hello, &[], limit)? else {
+            return Err(AskError::Unexpected);
+        };
+        Ok(socket)
+    }
+
+    fn to_send(&self, vm: &VmRecord, connection: OwnedFd) -> Result<(Request, Vec<OwnedFd>), AskError> {
+        let pages = if vm.spec.bundle.is_some() { SentPages::Changed } else { SentPages::None };
+        let spec = SendSpec {
+            token: TOKEN,
+            connections: 1,
+            pages,
+            pause_ms_max: PAUSE_MS_MAX,
+            rounds_max: ROUNDS_MAX,
+            deadline_ms: DEADLINE_MS,
+            force: true,
+            throttle: true,
+            rate_bytes_max: None,
+            tls: None,
+        };
+        Ok((Request::Send(spec), vec![open_pagemap(vm)?, connection]))
+    }
+
+    fn to_receive(&self, vm: &VmRecord, connection: OwnedFd) -> Result<(Request, Vec<OwnedFd>), AskError> {
+        let (memory, file) = match &vm.spec.bundle {
+            Some(bundle) => {
+                let image = self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?.memory;
+                (ReceivedMemory::Image, OwnedFd::from(image))
+            }
+            None => (ReceivedMemory::Shared, guest_memory(vm).map_err(unopened("the VM's memory"))?),
+        };
+        let mut files = vec![open_kvm()?, file];
+        let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
+        let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits);
+        let devices = self.open_devices(vm, &dir, Part::Successor, devices, &mut files)?;
+        files.push(connection);
+        let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
+        let spec = ReceiveSpec { token: TOKEN, connections: 1, memory, memory_bytes, devices, tls: None };
+        Ok((Request::Receive(spec), files))
+    }
+}
+
+/// The memory file of the VM's process.
+fn guest_memory(vm: &VmRecord) -> std::io::Result<OwnedFd> {
+    let gone = || std::io::Error::new(std::io::ErrorKind::NotFound, "its process has none");
+    let process = vm.process.ok_or_else(gone)?;
+    let pidfd = process::find(process.pid, process.start_ticks)?.ok_or_else(gone)?;
+    process::copy_guest_memory(process.pid, &pidfd)?.ok_or_else(gone)
+}

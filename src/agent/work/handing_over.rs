@@ -1,0 +1,61 @@
+//! Effects of handing a machine over to another VMM process on this host, which is of the agent's own version: no memory
+//! is copied that both can map, and the guest stands still for milliseconds.
+//!
+//! The record's process is the machine, at any time. It changes in the transaction that records [`Effect::MoveMachine`]
+//! as done, while neither of the two runs; only the recorded one is ever told to run afterwards.
+//!
+//! [`Effect::MoveMachine`]: crate::agent::effect::Effect::MoveMachine
+
+use std::time::Duration;
+
+use super::{Outcome, Work, ask_failed, host, start_failed};
+use crate::agent::record::MoveRecord;
+use crate::agent::world::{VmmHost, VmmProcess, World};
+use crate::report::chain;
+use crate::wire::frame;
+
+impl<W: World> Work<W> {
+    pub(super) async fn start_successor(&mut self) -> Result<(), Outcome> {
+        let started = self.shared.world.vmm().start_successor(&self.record).await;
+        self.successor = Some(started.map_err(start_failed)?);
+        Ok(())
+    }
+
+    pub(super) async fn move_machine(&mut self) -> Result<(), Outcome> {
+        // Both are this work's own: an agent that was killed between two steps begins none of this again.
+        let (Some(process), Some(successor)) = (self.process.clone(), self.successor.take()) else {
+            return Err(host("there are no two processes to move the machine between".to_owned()));
+        };
+        let moving = self.shared.world.vmm().move_machine(&self.record, self.shared.epoch);
+        let phases = tokio::select! {
+            biased;
+            // First what was asked: a move that came before an end counts.
+            moved = moving => moved.map_err(ask_failed)?,
+            end = process.ended() => return Err(Outcome::VmmEnded(end)),
+            end = successor.ended() => return Err(host(format!("the process to take the VM over ended: {end}"))),
+        };
+        let held = Duration::from_nanos(phases.held_ns);
+        self.held_at = Some(self.now().before(held));
+        self.operation.moved = Some(MoveRecord {
+            pause_us: None,
+            held_us: phases.held_ns / 1000,
+            rounds: phases.rounds,
+            pages: phases.pages,
+            bytes: phases.wire_bytes,
+        });
+        self.record.process = Some(successor.record());
+        self.record.wire_version = frame::VERSION;
+        self.process = Some(successor);
+        Ok(())
+    }
+
+    pub(super) async fn take_over(&self) -> Result<(), Outcome> {
+        let taken = self.shared.world.vmm().take_over(&self.record, self.shared.epoch).await;
+        taken.map_err(|error| host(format!("reach the process that took the VM over: {}", chain(&error))))
+    }
+
+    pub(super) async fn end_others(&self) -> Result<(), Outcome> {
+        let ended = self.shared.world.vmm().end_others(&self.record).await;
+        ended.map_err(|error| host(format!("end the other process of the VM: {error}")))
+    }
+}
