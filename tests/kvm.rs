@@ -22,6 +22,7 @@ mod kvm {
     pub(crate) mod fabric;
     pub(crate) mod fixture;
     pub(crate) mod forbidden;
+    pub(crate) mod hand_over;
     pub(crate) mod host_harm;
     pub(crate) mod jail;
     pub(crate) mod lab;
@@ -103,6 +104,8 @@ const TESTS: &[Test] = &[
     ("swap_out_and_back_loses_nothing", kvm::swap::out_and_back_loses_nothing),
     ("swap_takes_idle_vms_and_leaves_busy_ones", kvm::swap_harm::takes_idle_vms_and_leaves_busy_ones),
     ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),
+    ("hand_over_to_another_process_loses_nothing", kvm::hand_over::to_another_process_loses_nothing),
+    ("hand_over_with_harm_costs_no_vm", kvm::hand_over::with_harm_costs_no_vm),
     ("host_wall_clock_that_is_set_changes_no_vm", kvm::host_harm::a_wall_clock_that_is_set_changes_no_vm),
     ("host_drain_stops_the_vms_and_says_so", kvm::host_harm::a_drain_stops_the_vms_and_says_so),
     ("host_ledger_put_back_finds_the_vms_it_knows", kvm::host_harm::a_ledger_put_back_finds_the_vms_it_knows),

@@ -147,8 +147,14 @@ impl Request {
             | Self::ReplaceTap { .. }
             | Self::Restore(_)
             | Self::Save { .. } => 1,
-            Self::Seal { .. } | Self::Unseal(_) | Self::Balloon { .. } => 2,
-            Self::Send(_) | Self::SendProgress | Self::CancelSend | Self::ForwardPackets { .. } | Self::Receive(_) => 3,
+            Self::Seal { .. }
+            | Self::Unseal(_)
+            | Self::Balloon { .. }
+            | Self::Send(_)
+            | Self::SendProgress
+            | Self::CancelSend
+            | Self::ForwardPackets { .. }
+            | Self::Receive(_) => 2,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::fixture::{Agent, need};
+use super::fixture::{Agent, need, text};
 use super::lab::Lab;
 
 pub(crate) fn next_agent_serves_running_vms(agent: &Agent) {
@@ -41,10 +41,13 @@ pub(crate) fn a_vmm_of_the_version_before_is_adopted(_shared: &Agent) {
     agent.ok(&["vm", "resume", "old"]);
     agent.ok(&["vm", "snapshot", "old", "--bundle-name", "of-old"]);
     assert_eq!((agent.sh("old", "cat /tmp/kept"), agent.vmm_pid("old")), ("kept".to_owned(), pid));
-    // A VMM of today wakes what one of the version before sealed, and runs what it saved.
-    agent.ok(&["vm", "swap-out", "old", "--mode", "hibernate"]);
-    assert_eq!(agent.sh("old", "cat /tmp/kept"), "kept");
-    assert_ne!(agent.vmm_pid("old"), pid);
+    // What the version before does not have is refused, and costs it nothing.
+    for words in [&["vm", "swap-out", "old", "--mode", "hibernate"][..], &["vm", "hand-over", "old"]] {
+        let refused = text(&agent.run(words).stderr);
+        assert!(refused.contains("of an earlier version"), "{words:?}: {refused}");
+        assert_eq!((agent.sh("old", "cat /tmp/kept"), agent.vmm_pid("old")), ("kept".to_owned(), pid));
+    }
+    // A VMM of today runs what one of the version before saved.
     agent.ok(&["vm", "launch", "--bundle", "of-old", "--name", "new", "--wait", "running"]);
     assert_eq!(agent.sh("new", "cat /tmp/kept"), "kept");
     agent.ok(&["vm", "swap-out", "new", "--mode", "hibernate"]);

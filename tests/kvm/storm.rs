@@ -109,6 +109,14 @@ fn set_up(lab: &Lab) {
     for name in ["steady", "sleepy", "talker", "echo"] {
         lab.clone_of("base", name);
     }
+    begin_talk(agent);
+    for name in ["steady", "sleepy"] {
+        agent.sh(name, &format!("echo {name} > /tmp/kept"));
+    }
+}
+
+/// Has `talker` talk to `echo`, on one connection, for a long time.
+pub(super) fn begin_talk(agent: &Agent) {
     for name in ["talker", "echo"] {
         probe::install(agent, name);
     }
@@ -117,13 +125,10 @@ fn set_up(lab: &Lab) {
     agent.sh("echo", "setsid /tmp/probe serve --seconds 3600 > /tmp/served 2>&1 < /dev/null & sleep 1");
     let talk = format!("ask stream {to} 7777 --count 3000 --every-ms 1000 --wait-ms 25000");
     agent.sh("talker", &format!("setsid sh -c '/tmp/probe {talk} > /tmp/talked 2>&1; echo over >> /tmp/talked' < /dev/null > /dev/null 2>&1 & sleep 1"));
-    for name in ["steady", "sleepy"] {
-        agent.sh(name, &format!("echo {name} > /tmp/kept"));
-    }
 }
 
 /// The connection is there, and bytes have gone both ways on it just now.
-fn still_talks(agent: &Agent) {
+pub(super) fn still_talks(agent: &Agent) {
     assert_eq!(agent.sh("talker", "cat /tmp/talked"), "", "the connection was cut");
     let received = || agent.sh("talker", "cat /proc/net/snmp | grep '^Tcp: [0-9]' | cut -d' ' -f11");
     let before = received();
