@@ -104,9 +104,6 @@ fn serve(control: UnixListener) -> Result<LastWords, VmmError> {
     input.read_to_end(&mut message).map_err(VmmError::StartMessage)?;
     let start = StartMessage::parse(&message).map_err(|error| VmmError::StartMessage(error.into()))?;
     jail::enter(start.uid, start.file_bytes_max).map_err(VmmError::Jail)?;
-    if start.tls {
-        tls::prepare();
-    }
     // Before the first byte of an agent is read: what comes from here on is decoded under the filter.
     seccomp::begin().map_err(VmmError::Filter)?;
     event_loop::EventLoop::new(control, start.nonce)?.run()

@@ -47,13 +47,7 @@ impl Vmm {
         let last_words = file::create(&directory.path().join("last-words")).unwrap();
         let log = file::create(&directory.path().join("vmm.log")).unwrap();
         let exe = File::open(program()).unwrap();
-        let start = StartMessage {
-            vm_id: VmId::from_random([1; 10]),
-            nonce: NONCE,
-            uid: UID,
-            file_bytes_max: 1 << 40,
-            tls: true,
-        };
+        let start = StartMessage { vm_id: VmId::from_random([1; 10]), nonce: NONCE, uid: UID, file_bytes_max: 1 << 40 };
         let spawned = process::spawn_vmm(&SpawnVmm {
             exe: exe.as_fd(),
             arguments: &["vmm", start.vm_id.as_str()],

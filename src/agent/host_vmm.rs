@@ -298,8 +298,7 @@ impl HostVmm {
         // Both write to the one log.
         let log = self.dirs.append(&vm.id, names::LOG).map_err(failed(names::LOG))?;
         let file_bytes_max = file_bytes_max(vm).map_err(failed("the VM's disks"))?;
-        let message =
-            StartMessage { vm_id: vm.id.clone(), nonce: vm.nonce, uid: vm.uid, file_bytes_max, tls: false }.to_bytes();
+        let message = StartMessage { vm_id: vm.id.clone(), nonce: vm.nonce, uid: vm.uid, file_bytes_max }.to_bytes();
         let exe = File::open("/proc/self/exe").map_err(failed("this program's own file"))?;
         let group = group.map(Group::open).transpose().map_err(failed("the VM's control group"))?;
         let spawned = process::spawn_vmm(&SpawnVmm {

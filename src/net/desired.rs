@@ -190,11 +190,7 @@ impl Host {
             all.insert(Object::Address { place: Place::Host, link: own.clone(), address });
         }
         for peer in &self.peers {
-            let (via, link) = match self.underlay {
-                // The kernel finds the link by the address.
-                Underlay::Routed => (peer.address, String::new()),
-                Underlay::Vxlan { .. } => (vxlan_address(peer.number), own.clone()),
-            };
+            let (via, link) = self.way_to(peer);
             if let Underlay::Vxlan { .. } = self.underlay {
                 let (link, mac) = (own.clone(), vxlan_mac(peer.number.into()));
                 all.insert(Object::Forwarding { link: link.clone(), mac, to: peer.address });
@@ -209,6 +205,31 @@ impl Host {
             }
         }
         Ok(all)
+    }
+
+    /// What a host has for a VM of its own subnets that is on another host now: routes to there. Packets of all hosts come
+    /// here first, as the subnet is this host's. `None` if that host is no peer.
+    pub fn elsewhere(&self, addresses: &[IpAddr], at: HostNumber) -> Option<BTreeSet<Object>> {
+        let peer = self.peers.iter().find(|peer| peer.number == at)?;
+        let (via, link) = self.way_to(peer);
+        // IPv6 has no IPv4 next hops.
+        let reached = addresses.iter().filter(|address| !(address.is_ipv6() && via.is_ipv4()));
+        let route = |address: &IpAddr| Object::Route {
+            place: Place::Host,
+            to: Prefix::one(*address),
+            via: Some(via),
+            link: Some(link.clone()),
+        };
+        Some(reached.map(route).collect())
+    }
+
+    /// Next hop and link to a peer.
+    fn way_to(&self, peer: &Peer) -> (IpAddr, String) {
+        match self.underlay {
+            // The kernel finds the link by the address.
+            Underlay::Routed => (peer.address, String::new()),
+            Underlay::Vxlan { .. } => (vxlan_address(peer.number), vxlan_name(self.number.into())),
+        }
     }
 
     /// What a host has for a member: elements of its own rules.

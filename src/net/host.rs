@@ -6,13 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::address::{AddressError, Fabric};
+use super::address::{AddressError, Fabric, HostNumber};
 use super::desired::{Host, Jail, TAPS_MAX, jail_name, tap, vxlan_name};
 use super::ground::{Failure, Ground, Site};
 use super::member::Member;
@@ -308,6 +309,25 @@ impl HostNetwork {
         steps.extend(settled.steps);
         failures.extend(settled.failures);
         Settled { steps, failures }
+    }
+
+    /// Has no jail of this number, and what leads to its VM's addresses lead to another host, where the VM is now. Until
+    /// there is a jail of this number again, or it is removed.
+    pub fn lead_elsewhere(&self, number: u16, addresses: &[IpAddr], at: HostNumber) -> Settled {
+        let routes = self.spec.host.as_ref().and_then(|host| host.elsewhere(addresses, at));
+        let Some(routes) = routes else {
+            let what =
+                format!("lead the jail {number}'s addresses to host {}: it is no peer of this one", u16::from(at));
+            return Settled { steps: Vec::new(), failures: vec![Failure { what }] };
+        };
+        let mut settled = self.remove_jail(number);
+        let mut host = lock(&self.host);
+        host.desired.insert(Owner::Jail(number), routes);
+        host.known.insert(Owner::Jail(number), BTreeSet::new());
+        let led = host.settle_one(Owner::Jail(number));
+        settled.steps.extend(led.steps);
+        settled.failures.extend(led.failures);
+        settled
     }
 
     /// Has no jail of this number, and nothing on the host that leads to it. Fine if there is none.

@@ -3,14 +3,17 @@
 //! There is no authority and no name: each end was told by its agent exactly which certificate the other one has, and
 //! takes no other. The agents exchanged them on their own channel; a host's own key never enters a VMM. The handshake's
 //! signature proves that the other end has the key.
+//!
+//! The library needs nothing that a thread may not do once its system calls are filtered: randomness is getrandom(2)'s,
+//! and what the processor has is asked of the processor.
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ClientConfig, ClientConnection, Resumption};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ServerConfig, ServerConnection};
@@ -53,7 +56,7 @@ impl Wire {
     pub(super) fn new(socket: BoundedSocket, tls: Option<&StreamTls>, end: End) -> Result<Self, TlsError> {
         let Some(tls) = tls else { return Ok(Self::Plain(socket)) };
         let socket = Buffered::new(socket);
-        let provider = Arc::new(aws_lc_rs::default_provider());
+        let provider = Arc::new(ring::default_provider());
         let pinned = Pinned { certificate: CertificateDer::from(tls.peer.clone()), provider: Arc::clone(&provider) };
         let own = vec![CertificateDer::from(tls.certificate.clone())];
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(tls.key.0.clone()));
@@ -89,22 +92,6 @@ impl Wire {
             Self::Server(stream) => stream.sock.socket.hurry(silence, deadline),
         }
     }
-}
-
-static PREPARED: OnceLock<()> = OnceLock::new();
-
-/// Whether this process made ready for it: one that did not would be ended for what the library looks at.
-pub(super) fn is_prepared() -> bool {
-    PREPARED.get().is_some()
-}
-
-/// Has the library's generator seeded and its tables made: it looks at the host for that, which no thread may once its
-/// system calls are filtered.
-pub(super) fn prepare() {
-    let _ = PREPARED.set(());
-    let mut byte = [0];
-    // A generator that fails now fails when it is used, and says so.
-    let _ = aws_lc_rs::default_provider().secure_random.fill(&mut byte);
 }
 
 impl Read for Wire {

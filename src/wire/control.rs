@@ -38,9 +38,6 @@ pub struct StartMessage {
     pub uid: u32,
     /// Most bytes it may make of any one file: its largest disk or its guest's memory, and some to spare.
     pub file_bytes_max: u64,
-    /// Whether it is to be able to encrypt a migration's stream: making ready for that takes some 50 ms.
-    #[serde(default)]
-    pub tls: bool,
 }
 
 impl StartMessage {

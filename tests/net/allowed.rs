@@ -15,10 +15,10 @@ use hearth_guest_probe::frames::{
 use nix::net::if_::if_nametoindex;
 
 use crate::guest::{Guest, succeeds};
-use crate::host::on_own_host;
+use crate::host::{on_own_host, run};
 use crate::sniff::has;
 use crate::tap_end::TapEnd;
-use crate::world::{Vm, World};
+use crate::world::{Vm, World, assert_done};
 
 const X: u32 = 517;
 
@@ -123,6 +123,68 @@ fn a_session_talks_whatever_its_members_call_themselves() {
 #[test]
 fn a_session_talks_over_vxlan() {
     on_own_host(|| session_passes(true, [Addressing::Guest, Addressing::Guest, Addressing::Invariant]));
+}
+
+/// On another host with the addresses it has: all who reached it reach it, and it reaches them; and so they do when it is
+/// back.
+fn who_moves_is_reached(vxlan: bool, mode: Addressing) {
+    let mut world = World::over(vxlan);
+    let mut vm = |host, mode| {
+        let vm = world.vm(host, X, mode);
+        let tap = world.tap(&vm);
+        (vm, tap)
+    };
+    let (mover, near, far) = (vm(0, mode), vm(0, Addressing::Guest), vm(1, Addressing::Guest));
+    assert_passes(&near, &mover, 3);
+    let (home, tap) = mover;
+    drop(tap);
+    for round in 0..2 {
+        let there = world.move_to(1, &home);
+        let moved = (there.clone(), world.tap(&there));
+        for (from, to, hops) in [(&near, &moved, 4), (&moved, &near, 4), (&far, &moved, 3), (&moved, &far, 3)] {
+            assert_passes(from, to, hops);
+        }
+        assert_eq!(world.drops(&moved.0), [0; 3], "round {round}");
+        // What others do to the host's routes is put right, as everything of ours is.
+        run(&format!("ip -n host3 -6 route del {}/128", home.outer().v6));
+        let healed = world.hosts[0].network.settle_host();
+        assert_done(&healed);
+        assert_passes(&near, &moved, 4);
+        drop(moved);
+        world.back_to(&home, &there);
+        let back = (home.clone(), world.tap(&home));
+        for (from, to, hops) in [(&near, &back, 3), (&back, &near, 3), (&far, &back, 4), (&back, &far, 4)] {
+            assert_passes(from, to, hops);
+        }
+    }
+    // Forgotten while it is away: nothing leads anywhere.
+    let there = world.move_to(1, &home);
+    assert_done(&world.hosts[0].network.remove_jail(home.jail));
+    assert_eq!(run(&format!("ip -n host3 -6 route show {}/128", home.outer().v6)), "");
+    assert_done(&world.hosts[1].network.remove_jail(there.jail));
+}
+
+#[test]
+fn who_moves_to_another_host_is_reached_there() {
+    on_own_host(|| who_moves_is_reached(false, Addressing::Guest));
+}
+
+#[test]
+fn who_moves_to_another_host_is_reached_there_over_vxlan() {
+    on_own_host(|| who_moves_is_reached(true, Addressing::Invariant));
+}
+
+#[test]
+fn a_vm_is_led_to_no_stranger() {
+    on_own_host(|| {
+        let mut world = World::new();
+        let vm = world.vm(0, X, Addressing::Guest);
+        let stranger = 99_u16.try_into().unwrap();
+        let settled = world.hosts[0].network.lead_elsewhere(vm.jail, &[vm.outer().v6.into()], stranger);
+        assert!(settled.failures[0].what.contains("no peer"), "{settled:?}");
+        // It is where it was.
+        assert!(world.hosts[0].network.jails().unwrap().contains(&vm.jail));
+    });
 }
 
 #[test]

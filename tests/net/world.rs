@@ -1,7 +1,7 @@
 //! Two hosts of a fabric, a wire between them and somebody outside, for one test: the hosts' namespaces are this
 //! crate's to fill, the test's own is the outside, with the bridge that is the wire.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -186,6 +186,24 @@ impl World {
         on.jails += 1;
         assert_done(&on.network.settle_jail(jail, 1, Some(member.clone())).unwrap());
         Vm { host, jail, member }
+    }
+
+    /// Has a VM on another host from now on, with the addresses it has.
+    pub(crate) fn move_to(&mut self, host: usize, vm: &Vm) -> Vm {
+        let member = vm.member.clone();
+        let session = member.session.as_ref().expect("a member of a session");
+        let addresses: Vec<IpAddr> = std::iter::once(session.v6.into()).chain(session.v4.map(IpAddr::V4)).collect();
+        let moved = self.vm_of(host, member.clone());
+        let at = self.hosts[host].number.try_into().unwrap();
+        assert_done(&self.hosts[vm.host].network.lead_elsewhere(vm.jail, &addresses, at));
+        moved
+    }
+
+    /// Has a VM back where its addresses are from.
+    pub(crate) fn back_to(&mut self, vm: &Vm, moved: &Vm) {
+        assert_done(&self.hosts[moved.host].network.remove_jail(moved.jail));
+        let network = &self.hosts[vm.host].network;
+        assert_done(&network.settle_jail(vm.jail, 1, Some(vm.member.clone())).unwrap());
     }
 
     /// The VM's end of its tap.

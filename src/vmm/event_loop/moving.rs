@@ -23,7 +23,6 @@ use crate::vmm::launch::Arrival as ArrivalFiles;
 use crate::vmm::receive::{Arrival, Receiving};
 use crate::vmm::save;
 use crate::vmm::send::{Job, News, Outgoing, SendError};
-use crate::vmm::tls;
 use crate::wire::control::{Answer, LaunchPhases, MachineState, ReceiveSpec, SendPhases, SendSpec};
 use crate::wire::refusal::Refusal;
 
@@ -68,14 +67,6 @@ pub(super) struct Arriving {
     memory: Bytes,
 }
 
-fn can_encrypt(wanted: bool) -> Result<(), Refusal> {
-    if wanted && !tls::is_prepared() {
-        let reason = "this VMM was started without TLS".to_owned();
-        return Err(Refusal::BadRequest { reason });
-    }
-    Ok(())
-}
-
 impl EventLoop {
     /// Refuses what must not happen to a machine that is being sent.
     pub(super) fn not_sending(&self) -> Result<(), Refusal> {
@@ -87,7 +78,6 @@ impl EventLoop {
         self.not_sending()?;
         let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
         Outgoing::check(&spec, descriptors.len()).map_err(|reason| Refusal::BadRequest { reason })?;
-        can_encrypt(spec.tls.is_some())?;
         let mut sockets = descriptors;
         let pagemap = File::from(sockets.remove(0));
         let ran = guest.state == MachineState::Running;
@@ -239,7 +229,6 @@ impl EventLoop {
     /// Begins to take a machine; the answer comes later.
     pub(super) fn receive(&mut self, spec: &ReceiveSpec, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
         self.must_be_empty()?;
-        can_encrypt(spec.tls.is_some())?;
         let files = ArrivalFiles::new(spec, descriptors).map_err(|error| bad_request(&error))?;
         let memory = Bytes(spec.memory_bytes);
         let ram = ram::make(files.memory, memory).map_err(|error| host(&error))?;
