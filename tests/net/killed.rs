@@ -15,6 +15,9 @@ const JAIL: u16 = 5;
 /// More steps than there are.
 const STEPS_MAX: u32 = 1000;
 
+/// By how many steps one time may differ from another: polls that find something at once.
+const WAITS_MORE_OR_LESS: u32 = 4;
+
 fn vm() -> Member {
     member(NUMBERS[0], 517, 1, Addressing::Invariant)
 }
@@ -59,7 +62,9 @@ fn killed_everywhere(part: &str, before: impl Fn(), then: impl Fn(u32)) {
         let ended = killed_before(part, step);
         if !ended.is_killed() {
             assert!(ended.status.success(), "{part}: {ended:?}");
-            assert!(ended.steps > 20 && ended.steps == step - 1, "{part}: {ended:?} where step {step} was to come");
+            // How often it waits for others depends on how fast they are.
+            let all = (step - 1).saturating_sub(WAITS_MORE_OR_LESS)..step;
+            assert!(ended.steps > 20 && all.contains(&ended.steps), "{part}: {ended:?} where step {step} was to come");
             println!("{part}: killed before each of {} steps", ended.steps);
             take_down(&network());
             return;
