@@ -8,6 +8,8 @@
 
 mod admit;
 mod adoption;
+mod arrivals;
+mod arrive;
 mod backups;
 mod balloon;
 mod bundle_door;
@@ -81,6 +83,8 @@ pub mod world;
 use std::sync::Arc;
 
 pub use crate::sys::host::raise_descriptors;
+pub use arrivals::Decision;
+pub use arrive::{ArriveError, MigrateError};
 pub use backups::{BackUpError, BackedUp};
 pub use balloon::BalloonError;
 pub use bundle_door::{BuildRequest, BundleDoor, BundleWork, SnapshotRequest};
@@ -127,7 +131,7 @@ pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use support::{SupportError, SupportRequest, support_bundle};
 pub use swap::{HostLoad, Need, SwapDecision, Verdict, Weighed};
-pub use vm_actor::{SwapOrder, Verb, VerbError};
+pub use vm_actor::{Arrival, SwapOrder, Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
 
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};

@@ -254,6 +254,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Stop(args)) => vm::stop(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Pause { vm }) => vm::pause(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Resume { vm }) => vm::resume(agent, out, &vm).await?,
+        ClientCommand::Vm(VmCommand::Migrate(args)) => vm::migrate(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::HandOver { vm }) => vm::hand_over(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Balloon(args)) => balloon::set(agent, out, args).await?,
         ClientCommand::Vm(VmCommand::SwapOut(args)) => swap::out(agent, out, args).await?,

@@ -156,6 +156,10 @@ id!(
     CalculationId, "calc-", from_random: ID_RANDOM_BYTES
 );
 id!(
+    /// A machine's way from one host to another; the same on both.
+    MigrationId, "m-", from_random: ID_RANDOM_BYTES
+);
+id!(
     /// A bundle: a guest frozen once. The bytes are the first of its manifest's blake3 digest.
     BundleId, "b-", from_digest: ID_DIGEST_BYTES
 );

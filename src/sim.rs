@@ -11,6 +11,7 @@ mod manifest;
 mod networks;
 mod records;
 mod registrar;
+mod road;
 mod swap;
 mod vmm;
 
@@ -57,6 +58,8 @@ pub struct SimHost {
     changed: Arc<Notify>,
     /// The agent has to die now.
     crash: Arc<Notify>,
+    /// The way to other hosts.
+    road: road::Road,
 }
 
 impl std::fmt::Debug for SimHost {
@@ -158,7 +161,19 @@ impl SimHost {
             bundles: bundles::Bundles::default(),
             swap: swap::Swap::default(),
         };
-        Self { state: Arc::new(Mutex::new(state)), changed: Arc::default(), crash: Arc::default() }
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            changed: Arc::default(),
+            crash: Arc::default(),
+            road: road::Road::default(),
+        }
+    }
+
+    /// The same host, on the road of another one: machines go from one to the other.
+    #[must_use]
+    pub fn beside(mut self, other: &Self) -> Self {
+        self.road = other.road.clone();
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
+use super::arrive::MigrateError;
 use super::backups::{BackUpError, BackedUp};
 use super::balloon::BalloonError;
 use super::bundle_door::BundleDoor;
@@ -87,6 +88,9 @@ pub enum VmError {
         /// Which VM.
         vm: String,
     },
+    /// It cannot be moved there.
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
     /// Its balloon did not get its target.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -121,6 +125,7 @@ impl VmError {
             Self::Bundle(error) => error.retry(),
             Self::Ledger(error) => error.retry(),
             Self::Balloon(error) => error.retry(),
+            Self::Migrate(error) => error.retry(),
             Self::NoParent { .. } => Retry::WithChange,
             Self::Guest(_) | Self::Console { .. } | Self::History { .. } => Retry::Later,
         }
@@ -239,6 +244,8 @@ pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor {
     fn vm(&self, word: &str) -> Result<Arc<VmRecord>, FindError>;
     /// Asks something of a VM and waits for its answer.
     fn ask<'a>(&'a self, word: &'a str, verb: Verb) -> BoxFuture<'a, Result<Arc<VmRecord>, VmError>>;
+    /// Moves a VM to the peer of this name; answers when it runs there.
+    fn migrate<'a>(&'a self, word: &'a str, to: &'a str) -> BoxFuture<'a, Result<Arc<VmRecord>, VmError>>;
     /// Starts a program in a guest.
     fn exec<'a>(&'a self, word: &'a str, spec: ExecSpec) -> BoxFuture<'a, Result<ExecSession, VmError>>;
     /// A stream to a guest's console, from the last `history_bytes` of what it wrote before on.

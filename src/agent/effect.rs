@@ -63,6 +63,24 @@ pub enum Effect {
     MoveMachine,
     /// Have what waits at the process before go over, and the names by which it is reached. Nothing undoes it.
     TakeOver,
+    /// Have another host wait for the machine. Inverse: [`Effect::CancelArrival`].
+    ArrangeArrival,
+    /// Have the machine stand ready at the other host, paused here. Inverse: [`Effect::RunMachine`].
+    SendMachine,
+    /// Have the other host wait no longer.
+    CancelArrival,
+    /// Have the other host know that the machine is its, and let it run. Tried until it answers. Nothing undoes it.
+    ConfirmArrival,
+    /// Have what is sent to the VM's addresses led to the other host. Inverse: [`Effect::OpenNetwork`].
+    LeadElsewhere,
+    /// Have the packets that waited here follow. Nothing undoes it.
+    ForwardPackets,
+    /// Have no jail, but the way to the other host. Inverse: [`Effect::MakeNetwork`].
+    LeaveNetwork,
+    /// Have the machine as another host sends it, paused. Inverse: [`Effect::EndVmm`].
+    ReceiveMachine,
+    /// Know that the machine is this host's: the other one says so, or is asked. Nothing undoes it.
+    AwaitDecision,
     /// Have no VMM process of this VM but the recorded one. Nothing undoes it.
     EndOthers,
     /// Ask the guest to power off and wait for it, up to a bound. Nothing to undo: it leads to [`Effect::EndVmm`].
@@ -109,6 +127,15 @@ impl Effect {
             Self::MoveMachine => "move_machine",
             Self::TakeOver => "take_over",
             Self::EndOthers => "end_others",
+            Self::ArrangeArrival => "arrange_arrival",
+            Self::SendMachine => "send_machine",
+            Self::CancelArrival => "cancel_arrival",
+            Self::ConfirmArrival => "confirm_arrival",
+            Self::LeadElsewhere => "lead_elsewhere",
+            Self::ForwardPackets => "forward_packets",
+            Self::LeaveNetwork => "leave_network",
+            Self::ReceiveMachine => "receive_machine",
+            Self::AwaitDecision => "await_decision",
             Self::RunMachine => "run_machine",
             Self::HoldMachine => "hold_machine",
             Self::GreetGuest => "greet_guest",
@@ -130,6 +157,11 @@ impl Effect {
             Self::MakeNetwork | Self::OpenNetwork => Some(Self::RemoveNetwork),
             Self::StartVmm | Self::BuildMachine | Self::RestoreMachine | Self::UnsealMachine => Some(Self::EndVmm),
             Self::StartSuccessor => Some(Self::EndOthers),
+            Self::ArrangeArrival => Some(Self::CancelArrival),
+            Self::SendMachine => Some(Self::RunMachine),
+            Self::LeadElsewhere => Some(Self::OpenNetwork),
+            Self::LeaveNetwork => Some(Self::MakeNetwork),
+            Self::ReceiveMachine => Some(Self::EndVmm),
             Self::HoldTaps => Some(Self::ReleaseTaps),
             Self::SealMachine => Some(Self::DiscardSealed),
             Self::QuiesceGuest => Some(Self::ThawGuest),
@@ -138,6 +170,10 @@ impl Effect {
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest
             | Self::ReleaseTaps
+            | Self::CancelArrival
+            | Self::ConfirmArrival
+            | Self::ForwardPackets
+            | Self::AwaitDecision
             | Self::MoveMachine
             | Self::TakeOver
             | Self::EndOthers
@@ -179,6 +215,8 @@ impl Effect {
         matches!(
             self,
             Self::SetGuestClock
+                | Self::CancelArrival
+                | Self::ForwardPackets
                 | Self::ThawGuest
                 | Self::DiscardSaved
                 | Self::ReleaseTaps

@@ -55,6 +55,11 @@ pub enum FailureCause {
         /// What it said.
         detail: String,
     },
+    /// It is not on the host that it was handed over to.
+    LostOnTheWay {
+        /// What that host says.
+        detail: String,
+    },
     /// What was kept of a hibernated VM is gone or damaged.
     SwapStateCorrupt {
         /// What is wrong.
@@ -84,6 +89,7 @@ impl FailureCause {
             Self::Host { .. } => "host",
             Self::Bundle { .. } => "bundle",
             Self::WarmUp { .. } => "warm_up",
+            Self::LostOnTheWay { .. } => "lost_on_the_way",
             Self::SwapStateCorrupt { .. } => "swap_state_corrupt",
             Self::NotRegistered { .. } => "not_registered",
             Self::Interrupted => "interrupted",
@@ -105,6 +111,7 @@ impl FailureCause {
             | Self::Host { detail }
             | Self::Bundle { detail }
             | Self::WarmUp { detail }
+            | Self::LostOnTheWay { detail }
             | Self::SwapStateCorrupt { detail }
             | Self::NotRegistered { detail } => Some(detail.clone()),
         }

@@ -1,7 +1,9 @@
-//! A machine's move between two VMM processes of this host: one is told to send, the other to receive, over a pair of
+//! A machine's move from one VMM process to another. Within this host: one is told to send, the other to receive, over a pair of
 //! connected sockets. Memory that is a file of the process's own is mapped by the other as well, and none of it is sent;
-//! of memory that is a bundle's image, which both map, only what differs is.
+//! of memory that is a bundle's image, which both map, only what differs is. Between hosts: this one's end of it.
 
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use super::host_vmm::{HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
 use super::record::VmRecord;
-use super::world::AskError;
+use super::world::{AskError, StreamTerms};
 use crate::sys::fd::connect_in_dir;
 use crate::sys::process;
 use crate::units::MIB;
@@ -27,7 +29,14 @@ const ROUNDS_MAX: u32 = 10;
 /// Time after which it is, in milliseconds.
 const DEADLINE_MS: u64 = 30_000;
 
-/// What the two ends of one move know. They are joined by descriptors, so it keeps nobody out.
+/// The same between hosts, where the network is slower than some guests write.
+const ROUNDS_MAX_AWAY: u32 = 30;
+const DEADLINE_MS_AWAY: u64 = 10 * 60_000;
+
+/// Longest wait for the connection between two hosts.
+const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+
+/// What the two ends of one move within a host know. They are joined by descriptors, so it keeps nobody out.
 const TOKEN: StreamToken = StreamToken([0x68; 32]);
 
 impl HostVmm {
@@ -62,7 +71,7 @@ impl HostVmm {
         })
     }
 
-    pub(super) fn take_over_blocking(&self, vm: &VmRecord, epoch: u64) -> std::io::Result<()> {
+    pub(super) fn take_over_blocking(&self, vm: &VmRecord, epoch: u64) -> io::Result<()> {
         let is_done = !self.dirs.has(&vm.id, &names::next(names::CONTROL));
         if !is_done {
             // Of the process before, if it lives: the packets it took before it stood still. The new one does not wait
@@ -137,9 +146,119 @@ impl HostVmm {
     }
 }
 
+impl HostVmm {
+    pub(super) fn send_blocking(
+        &self,
+        vm: &VmRecord,
+        epoch: u64,
+        stream: TcpStream,
+        terms: StreamTerms,
+    ) -> Result<SendPhases, AskError> {
+        let mut source = self.conversation(vm, epoch, Part::Only)?;
+        let spec = SendSpec {
+            token: terms.token,
+            connections: 1,
+            pages: SentPages::All,
+            pause_ms_max: PAUSE_MS_MAX,
+            rounds_max: ROUNDS_MAX_AWAY,
+            deadline_ms: DEADLINE_MS_AWAY,
+            force: true,
+            throttle: true,
+            rate_bytes_max: None,
+            tls: Some(terms.tls),
+        };
+        let files = vec![open_pagemap(vm)?, OwnedFd::from(stream)];
+        let limit = Duration::from_millis(DEADLINE_MS_AWAY) + self.move_limit();
+        patient(&source, limit)?;
+        match exchange(&mut source, vm, &Request::Send(spec), &files, limit)? {
+            Answer::Sent(phases) => Ok(phases),
+            Answer::Welcome(_)
+            | Answer::Launched(_)
+            | Answer::Done
+            | Answer::Status(_)
+            | Answer::Refused(_)
+            | Answer::Network(_)
+            | Answer::Saved(_)
+            | Answer::Balloon(_)
+            | Answer::Sending(_)
+            | Answer::Forwarded { .. } => Err(AskError::Unexpected),
+        }
+    }
+
+    pub(super) fn receive_blocking(
+        &self,
+        vm: &VmRecord,
+        epoch: u64,
+        stream: TcpStream,
+        terms: StreamTerms,
+    ) -> Result<Answer, AskError> {
+        let mut target = self.conversation(vm, epoch, Part::Only)?;
+        let mut files = vec![open_kvm()?];
+        let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
+        let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits);
+        let devices = self.open_devices(vm, &dir, Part::Only, devices, &mut files)?;
+        files.push(stream.into());
+        let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
+        let (token, tls) = (terms.token, Some(terms.tls));
+        let spec = ReceiveSpec { token, connections: 1, memory: ReceivedMemory::New, memory_bytes, devices, tls };
+        let limit = Duration::from_millis(DEADLINE_MS_AWAY) + self.move_limit();
+        patient(&target, limit)?;
+        exchange(&mut target, vm, &Request::Receive(spec), &files, limit)
+    }
+
+    pub(super) fn forward_blocking(&self, vm: &VmRecord, epoch: u64) -> Result<u64, AskError> {
+        let mut source = self.conversation(vm, epoch, Part::Only)?;
+        let forward = Request::ForwardPackets { last: true };
+        match exchange(&mut source, vm, &forward, &[], self.move_limit())? {
+            Answer::Forwarded { packets } => Ok(packets),
+            Answer::Welcome(_)
+            | Answer::Launched(_)
+            | Answer::Done
+            | Answer::Status(_)
+            | Answer::Refused(_)
+            | Answer::Network(_)
+            | Answer::Saved(_)
+            | Answer::Balloon(_)
+            | Answer::Sent(_)
+            | Answer::Sending(_) => Err(AskError::Unexpected),
+        }
+    }
+}
+
+/// Waits so long for the next answer.
+fn patient(socket: &UnixStream, limit: Duration) -> Result<(), AskError> {
+    socket.set_read_timeout(Some(limit)).map_err(AskError::Socket)
+}
+
+/// A connection to where a machine is waited for.
+pub(super) async fn connect_to(to: SocketAddr) -> io::Result<TcpStream> {
+    let connecting = tokio::time::timeout(CONNECT_LIMIT, tokio::net::TcpStream::connect(to)).await;
+    blocking(connecting.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??)
+}
+
+/// The connection from this host; those of others are closed.
+pub(super) async fn accept_from(listener: &tokio::net::TcpListener, from: IpAddr) -> io::Result<TcpStream> {
+    let accepting = async {
+        loop {
+            let (stream, peer) = listener.accept().await?;
+            if peer.ip().to_canonical() == from.to_canonical() {
+                return blocking(stream);
+            }
+        }
+    };
+    tokio::time::timeout(CONNECT_LIMIT, accepting).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+fn blocking(stream: tokio::net::TcpStream) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 /// The memory file of the VM's process.
-fn guest_memory(vm: &VmRecord) -> std::io::Result<OwnedFd> {
-    let gone = || std::io::Error::new(std::io::ErrorKind::NotFound, "its process has none");
+fn guest_memory(vm: &VmRecord) -> io::Result<OwnedFd> {
+    let gone = || io::Error::new(io::ErrorKind::NotFound, "its process has none");
     let process = vm.process.ok_or_else(gone)?;
     let pidfd = process::find(process.pid, process.start_ticks)?.ok_or_else(gone)?;
     process::copy_guest_memory(process.pid, &pidfd)?.ok_or_else(gone)

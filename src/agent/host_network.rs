@@ -14,7 +14,7 @@ use super::member::member;
 use super::record::VmRecord;
 use super::session_record::JAILS_MAX;
 use super::world::{Drops, NetworkChange, NetworkError, VmNetworks};
-use crate::net::address::Fabric;
+use crate::net::address::{Fabric, HostNumber};
 use crate::net::desired::{TAPS_MAX, tap};
 use crate::net::host::{HostNetwork, NetworkSpec, OpenNetworkError, QUEUE_FULL, Settled};
 use crate::net::member::{METADATA_PORT, METADATA_V4, METADATA_V6, Member};
@@ -182,6 +182,18 @@ impl VmNetworks for HostNetworks {
         result(settled)?;
         lock(&self.0.numbers).taken.remove(&number);
         Ok(())
+    }
+
+    async fn lead_elsewhere(&self, vm: &VmRecord, host: u16) -> Result<(), NetworkError> {
+        let (number, taps, addresses) = (vm.jail, vm.spec.interfaces.clamp(1, TAPS_MAX), vm.addresses());
+        let at = HostNumber::try_from(host).map_err(|error| failed(&error))?;
+        lock(&self.0.numbers).taken.insert(number);
+        result(self.blocking(move |network| network.lead_elsewhere(number, taps, &addresses, at)).await?)
+    }
+
+    async fn leave(&self, vm: &VmRecord) -> Result<(), NetworkError> {
+        let number = vm.jail;
+        result(self.blocking(move |network| network.leave_jail(number)).await?)
     }
 
     async fn start(&self) -> Result<(), NetworkError> {

@@ -16,6 +16,7 @@ use super::isolation::{self, VmJail};
 use super::record::ProcessRecord;
 use super::world::{ProcessEnd, ProcessUsage, VmmProcess};
 use crate::ids::VmId;
+use crate::net::rules::host_tag;
 use crate::sys::cgroup::Group;
 use crate::sys::pageout::{self, Advice};
 use crate::sys::process;
@@ -179,12 +180,12 @@ pub(super) fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -
 }
 
 /// A VMM whose arguments name this VM. Reads the arguments of every process: for recovery only.
-pub(super) fn search(id: &VmId) -> io::Result<Option<(ProcessRecord, OwnedFd)>> {
-    Ok(search_all(id)?.into_iter().next())
+pub(super) fn search(id: &VmId, host: u16) -> io::Result<Option<(ProcessRecord, OwnedFd)>> {
+    Ok(search_all(id, host)?.into_iter().next())
 }
 
 /// All VMMs whose arguments name this VM: two, when it is being handed over.
-pub(super) fn search_all(id: &VmId) -> io::Result<Vec<(ProcessRecord, OwnedFd)>> {
+pub(super) fn search_all(id: &VmId, host: u16) -> io::Result<Vec<(ProcessRecord, OwnedFd)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let Ok(name) = entry?.file_name().into_string() else { continue };
@@ -192,6 +193,11 @@ pub(super) fn search_all(id: &VmId) -> io::Result<Vec<(ProcessRecord, OwnedFd)>>
         let Ok(words) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
         let mut words = words.split(|byte| *byte == 0).skip(1);
         if words.next() != Some(b"vmm") || words.next() != Some(id.as_str().as_bytes()) {
+            continue;
+        }
+        // Agents before this one did not say.
+        let tag = host_tag(host);
+        if words.next().is_some_and(|word| !word.is_empty() && word != tag.as_bytes()) {
             continue;
         }
         let Ok(start_ticks) = process::start_ticks(pid) else { continue };

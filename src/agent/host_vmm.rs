@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -14,16 +15,19 @@ use super::cgroup::HostCgroups;
 use super::config::Waits;
 use super::held_taps::HeldTaps;
 use super::host_disk::VmDirs;
+use super::host_move::{accept_from, connect_to};
 use super::host_process::{HostProcess, Started, joined, search, search_all};
 use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
 use super::world::{
-    Ask, AskError, LaunchPlan, OpenStreamError, RestorePlan, StartVmmError, UnsealPlan, VmmHost, VmmProcess,
+    Ask, AskError, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder, StartVmmError, StreamIdentity,
+    UnsealPlan, VmmHost, VmmProcess,
 };
 use crate::bundle::Store;
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
+use crate::net::rules::host_tag;
 use crate::sys::cgroup::Group;
 use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
 use crate::sys::jail::FILE_BYTES_SPARE;
@@ -31,7 +35,7 @@ use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, SendPhases, StartMessage,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, SendPhases, StartMessage, StreamKey,
     UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
@@ -78,6 +82,8 @@ pub struct HostVmm {
     pub(super) host_number: u16,
     /// Bytes per packet that guests are told.
     pub(super) mtu: u16,
+    /// Where this host listens for machines of others.
+    pub(super) listens_at: Option<IpAddr>,
     /// Taps of VMs whose memory is out.
     pub(super) held: HeldTaps,
     /// The VMs' control groups.
@@ -87,6 +93,7 @@ pub struct HostVmm {
 impl VmmHost for HostVmm {
     type Process = HostProcess;
     type Stream = tokio::net::UnixStream;
+    type Listener = tokio::net::TcpListener;
 
     async fn start(&self, vm: &VmRecord) -> Result<HostProcess, StartVmmError> {
         self.start_as(vm, Part::Only).await
@@ -102,14 +109,55 @@ impl VmmHost for HostVmm {
         moved.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
     }
 
+    fn certificate(&self) -> io::Result<StreamIdentity> {
+        // Nobody looks at the name: the certificate itself is known to the other end.
+        let made = rcgen::generate_simple_self_signed(vec!["hearth".to_owned()]).map_err(io::Error::other)?;
+        let key = StreamKey(made.signing_key.serialize_der());
+        Ok(StreamIdentity { certificate: made.cert.der().to_vec(), key })
+    }
+
+    async fn listen(&self) -> io::Result<(tokio::net::TcpListener, u16)> {
+        let none = || io::Error::new(io::ErrorKind::Unsupported, "fabric.listen says no address of this host");
+        let address = self.listens_at.ok_or_else(none)?;
+        let listener = tokio::net::TcpListener::bind(std::net::SocketAddr::new(address, 0)).await?;
+        let port = listener.local_addr()?.port();
+        Ok((listener, port))
+    }
+
+    async fn receive_machine(
+        &self,
+        vm: &VmRecord,
+        epoch: u64,
+        listener: tokio::net::TcpListener,
+        order: ReceiveOrder,
+    ) -> Result<Answer, AskError> {
+        let stream = accept_from(&listener, order.from).await.map_err(AskError::Socket)?;
+        let (host, vm) = (self.clone(), vm.clone());
+        let received = spawn_blocking(move || host.receive_blocking(&vm, epoch, stream, order.terms)).await;
+        received.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
+    }
+
+    async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SendPhases, AskError> {
+        let stream = connect_to(order.to).await.map_err(AskError::Socket)?;
+        let (host, vm) = (self.clone(), vm.clone());
+        let sent = spawn_blocking(move || host.send_blocking(&vm, epoch, stream, order.terms)).await;
+        sent.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
+    }
+
+    async fn forward_packets(&self, vm: &VmRecord, epoch: u64) -> Result<u64, AskError> {
+        let (host, vm) = (self.clone(), vm.clone());
+        let forwarded = spawn_blocking(move || host.forward_blocking(&vm, epoch)).await;
+        forwarded.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
+    }
+
     async fn take_over(&self, vm: &VmRecord, epoch: u64) -> io::Result<()> {
         let (host, vm) = (self.clone(), vm.clone());
         joined(spawn_blocking(move || host.take_over_blocking(&vm, epoch)).await)
     }
 
     async fn end_others(&self, vm: &VmRecord) -> io::Result<()> {
-        let (id, own) = (vm.id.clone(), vm.process);
-        let found = joined(spawn_blocking(move || search_all(&id)).await)?;
+        let (id, own, number) = (vm.id.clone(), vm.process, self.host_number);
+        let found = joined(spawn_blocking(move || search_all(&id, number)).await)?;
         for found in found.into_iter().filter(|(record, _)| Some(*record) != own) {
             let other = self.adopt(&vm.id, found)?;
             other.kill()?;
@@ -121,7 +169,7 @@ impl VmmHost for HostVmm {
     }
 
     async fn find(&self, vm: &VmRecord) -> io::Result<Option<HostProcess>> {
-        let (known, id, state) = (vm.process, vm.id.clone(), vm.state.clone());
+        let (known, id, state, number) = (vm.process, vm.id.clone(), vm.state.clone(), self.host_number);
         let found = joined(
             spawn_blocking(move || {
                 if let Some(known) = known
@@ -130,7 +178,7 @@ impl VmmHost for HostVmm {
                     return Ok(Some((known, pidfd)));
                 }
                 // While it is handed over there may be another one.
-                if matches!(state, VmState::HandingOver { .. }) { Ok(None) } else { search(&id) }
+                if matches!(state, VmState::HandingOver { .. }) { Ok(None) } else { search(&id, number) }
             })
             .await,
         )?;
@@ -138,8 +186,8 @@ impl VmmHost for HostVmm {
     }
 
     async fn find_stray(&self, vm: &VmId) -> io::Result<Option<HostProcess>> {
-        let id = vm.clone();
-        let found = joined(spawn_blocking(move || search(&id)).await)?;
+        let (id, number) = (vm.clone(), self.host_number);
+        let found = joined(spawn_blocking(move || search(&id, number)).await)?;
         found.map(|found| self.adopt(vm, found)).transpose()
     }
 
@@ -303,7 +351,8 @@ impl HostVmm {
         let group = group.map(Group::open).transpose().map_err(failed("the VM's control group"))?;
         let spawned = process::spawn_vmm(&SpawnVmm {
             exe: exe.as_fd(),
-            arguments: &["vmm", vm.id.as_str()],
+            // The last tells it from a VMM of another host on this machine that has or had the same VM.
+            arguments: &["vmm", vm.id.as_str(), &host_tag(self.host_number)],
             start_message: &message,
             control: control.as_fd(),
             last_words: last_words.as_fd(),

@@ -205,6 +205,7 @@ impl HostWorld {
             waits: config.waits,
             host_number: config.network_number(),
             mtu: config.mtu(),
+            listens_at: config.fabric.as_ref().and_then(|fabric| fabric.listen).map(|at| at.ip()),
             held: HeldTaps::default(),
             cgroups: cgroups.clone(),
         };

@@ -12,6 +12,7 @@ mod book;
 mod calls;
 mod hello;
 mod members;
+mod moving;
 
 use std::io;
 use std::net::SocketAddr;
@@ -28,6 +29,7 @@ pub use auth::{CLOCK_DIFFERENCE_MS, KEY_BYTES_MIN, PeerKey, PeerKeyError, Reques
 pub use bodies::{Conflict, Hello, LaunchedBody, MemberBody, MemberOrder, MembersBody, PeerLaunch};
 pub use book::PeerState;
 pub use calls::PeerError;
+pub use moving::{ArrivalOrder, ArrivalReady, ArrivingSession, DecisionBody};
 
 use auth::Nonces;
 use book::Book;
@@ -41,6 +43,12 @@ pub const HELLO_PATH: &str = "/peer/v1/hello";
 
 /// The path of [`PeerLaunch`].
 pub const LAUNCH_PATH: &str = "/peer/v1/vms";
+
+/// The path of [`ArrivalOrder`], and what those of machines on their way start with.
+pub const ARRIVALS_PATH: &str = "/peer/v1/arrivals";
+
+/// What the paths of migrations from a host start with.
+pub const MIGRATIONS_PATH: &str = "/peer/v1/migrations/";
 
 /// What the paths of sessions start with.
 pub const SESSIONS_PATH: &str = "/peer/v1/sessions/";

@@ -11,7 +11,7 @@ use super::effect::Effect;
 use super::session_record::NetworkRecord;
 use super::vm_state::{Goal, SwapMode, VmState};
 use crate::clock::UnixNanos;
-use crate::ids::{BundleId, ClusterId, OperationId, ParseIdError, SessionId, VmId};
+use crate::ids::{BundleId, ClusterId, MigrationId, OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
 use crate::units::NetLimits;
 use crate::wire::control::Nonce;
@@ -61,6 +61,9 @@ pub struct VmRecord {
     /// Why and until when its memory is out, while it is.
     #[serde(default)]
     pub swap: Option<SwapRecord>,
+    /// Its last way to or from another host; the one it is on, while it is on one.
+    #[serde(default)]
+    pub migration: Option<MigrationRecord>,
     /// The version of the protocol its guest agent speaks, once it answered.
     #[serde(default)]
     pub guest_protocol: Option<u16>,
@@ -91,7 +94,7 @@ impl VmRecord {
             | VmState::HandingOver { .. }
             | VmState::Sending
             | VmState::HandedOver
-            | VmState::Arriving
+            | VmState::Arriving { .. }
             | VmState::Stopping
             | VmState::Stopped
             | VmState::Failed { .. }
@@ -104,6 +107,11 @@ impl VmRecord {
         matches!(self.state, VmState::SwappedOut { mode: SwapMode::Page })
     }
 
+    /// Whether its addresses are of this host's subnet: it has some, and did not bring them from elsewhere.
+    pub fn is_at_home(&self) -> bool {
+        self.network.as_ref().is_some_and(|network| network.home.is_none())
+    }
+
     /// Its addresses, IPv6 first. One that ended has none: they rest, and are somebody else's then.
     pub fn addresses(&self) -> Vec<IpAddr> {
         let Some(network) = self.network.as_ref().filter(|_| self.state.holds_resources()) else { return Vec::new() };
@@ -114,6 +122,17 @@ impl VmRecord {
 /// VMMs of agents that did not write this down.
 const fn first_wire_version() -> u16 {
     1
+}
+
+/// A machine's way to or from another host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationRecord {
+    /// Its id, on both hosts.
+    pub id: MigrationId,
+    /// The other host's name, as it is called here.
+    pub peer: String,
+    /// The other host's number in the fabric.
+    pub host: u16,
 }
 
 /// A VM that is left alone, as what was found of it contradicts itself. It can be stopped and removed.

@@ -92,6 +92,22 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
             | VmState::Registering,
             operation,
         ) if !lives => Plan::Ended(operation),
+        // It was not handed over, so it is not: only the ledger's word hands it over.
+        (VmState::Sending, operation) if !lives => Plan::Ended(operation),
+        (VmState::Sending, Some(operation)) => {
+            if operation.goal == Goal::Undo { Plan::Continue(begun_again(operation)) } else { Plan::Undo(operation) }
+        }
+        // It was: forward only.
+        (VmState::HandedOver, Some(operation)) => Plan::Continue(begun_again(operation)),
+        (VmState::HandedOver, None) => Plan::Rest,
+        // A machine that is whole may be this host's by now: the other one knows.
+        (VmState::Arriving { .. }, Some(operation)) if lives && was_done(&operation, Effect::ReceiveMachine) => {
+            Plan::Continue(operation)
+        }
+        (VmState::Arriving { .. }, Some(operation)) if was_done(&operation, Effect::AwaitDecision) => {
+            Plan::Ended(Some(operation))
+        }
+        (VmState::Arriving { .. }, Some(operation)) => Plan::Undo(operation),
         // The recorded process is the machine, and nobody has let the other one run: it is ended.
         (VmState::HandingOver { .. }, Some(operation)) if !was_done(&operation, Effect::MoveMachine) => {
             if operation.goal == Goal::Undo { Plan::Continue(begun_again(operation)) } else { Plan::Undo(operation) }
@@ -204,7 +220,9 @@ pub(super) async fn end_orphans<W: World>(
 /// Whether a VM that lives has other addresses than this fabric gives it: host number or prefix were changed under it.
 pub(super) fn moved_fabric(config: &Config, vms: &[VmRecord]) -> Option<String> {
     let living = vms.iter().filter(|vm| vm.state.holds_resources());
-    for (vm, network) in living.filter_map(|vm| Some((vm, vm.network.as_ref()?))) {
+    // Addresses of one that came from another host are that host's.
+    let own = living.filter_map(|vm| Some((vm, vm.network.as_ref().filter(|network| network.home.is_none())?)));
+    for (vm, network) in own {
         let (id, has) = (&vm.id, network.ipv6);
         let Some(fabric) = &config.fabric else {
             return Some(format!("{id} has the address {has}, but the configuration has no [fabric] any more"));

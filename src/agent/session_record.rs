@@ -73,8 +73,11 @@ pub struct NetworkRecord {
     pub session: SessionId,
     /// The session's number in the fabric.
     pub session_network_id: SessionNetworkId,
-    /// The VM's number among those of its session on this host.
+    /// The VM's number among those of its session on the host whose subnet its addresses are of.
     pub local_id: LocalId,
+    /// That host's number, if it is another one: the VM came from there.
+    #[serde(default)]
+    pub home: Option<u16>,
     /// Its IPv6 address.
     pub ipv6: Ipv6Addr,
     /// Its IPv4 address, if the session has IPv4.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use super::adoption::Adoption;
+use super::arrivals::Arrivals;
 use super::bundle_names::BundleNames;
 use super::calculations::Calculations;
 use super::cluster_record::ClusterRecord;
@@ -25,7 +26,7 @@ use super::traffic::Traffic;
 use super::vm_actor::Request;
 use super::world::{Records, World};
 use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
-use crate::ids::VmId;
+use crate::ids::{SessionId, VmId};
 
 /// One agent's shared parts.
 pub(crate) struct Shared<W: World> {
@@ -68,6 +69,8 @@ pub(crate) struct Shared<W: World> {
     pub(super) adoption: Adoption,
     /// Streams into guests.
     pub(crate) streams: Streams,
+    /// Machines on their way here.
+    pub(super) arrivals: Arrivals,
     /// Names of bundles that are being committed.
     pub(super) bundle_names: BundleNames,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
@@ -138,6 +141,7 @@ impl<W: World> Shared<W> {
             turns: Arc::new(Semaphore::new(TURNS_PER_CPU * cpus())),
             adoption: Adoption::default(),
             streams: Streams::default(),
+            arrivals: Arrivals::default(),
             bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
@@ -163,6 +167,11 @@ impl<W: World> Shared<W> {
     /// A VM's record is another than before, or gone.
     pub(crate) fn note_vm_change(&self) {
         self.vms_changed.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// A session of this host.
+    pub(super) async fn session_of(&self, id: SessionId) -> Result<Option<SessionRecord>, LedgerError> {
+        self.world.records().with(move |store| store.session(id.as_str())).await
     }
 
     /// Writes all or nothing and wakes the readers of events.

@@ -29,7 +29,7 @@ mod recovery;
 mod verb;
 mod waking;
 
-pub use verb::{SwapOrder, Verb, VerbError};
+pub use verb::{Arrival, SwapOrder, Verb, VerbError};
 use waking::has_no_way_back;
 
 /// Requests that may wait for one VM. More are refused at once: somebody calls in a loop.
@@ -159,7 +159,17 @@ impl<W: World> VmActor<W> {
         let hurries = match (&request.verb, &self.record.state) {
             (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering) => true,
             (Verb::Stop { grace } | Verb::Remove { grace }, _) => grace.is_zero(),
-            (Verb::Pause | Verb::Resume | Verb::Snapshot(_) | Verb::HandOver | Verb::SwapOut(_) | Verb::Wake(_), _) => {
+            (
+                Verb::Pause
+                | Verb::Resume
+                | Verb::Snapshot(_)
+                | Verb::HandOver
+                | Verb::Migrate(_)
+                | Verb::Arrive(_)
+                | Verb::SwapOut(_)
+                | Verb::Wake(_),
+                _,
+            ) => {
                 // Refused now rather than after a launch of minutes.
                 let denied = Denied { state: self.record.state.clone() };
                 self.reply(&request.verb, request.reply, Err(denied));
@@ -194,6 +204,8 @@ impl<W: World> VmActor<W> {
         }
         let (event, goal, grace, then_remove) = match &verb {
             Verb::Snapshot(_) => (Event::SnapshotAsked, Goal::Snapshot, Duration::ZERO, false),
+            Verb::Migrate(_) => (Event::MigrateAsked, Goal::Migrate, Duration::ZERO, false),
+            Verb::Arrive(_) => (Event::ArriveAsked, Goal::Arrive, Duration::ZERO, false),
             Verb::HandOver => (Event::HandOverAsked, Goal::HandOver, Duration::ZERO, false),
             Verb::SwapOut(order) => (Event::SwapOutAsked(order.mode), Goal::SwapOut, Duration::ZERO, false),
             // Handled above; the state stays.
@@ -226,6 +238,12 @@ impl<W: World> VmActor<W> {
             Verb::Snapshot(order) => operation.makes = Some((**order).clone()),
             Verb::SwapOut(order) => self.record.swap = Some(self.swap_record(order)),
             Verb::Wake(cause) => writes.push(self.waking_event(*cause, &operation)),
+            Verb::Migrate(way) => self.record.migration = Some(way.clone()),
+            Verb::Arrive(arrival) => {
+                self.record.migration = Some(arrival.way.clone());
+                self.record.spec = arrival.spec.clone();
+                self.record.guest_protocol = arrival.guest_protocol;
+            }
             Verb::HandOver
             | Verb::Pause
             | Verb::Resume
@@ -306,6 +324,7 @@ impl<W: World> VmActor<W> {
             asked_at,
             held_at: None,
             successor: None,
+            way: None,
             turn: None,
             writes: Vec::new(),
         };
@@ -375,6 +394,10 @@ impl<W: World> VmActor<W> {
         if operation.then_remove && stopped {
             return self.remove().await;
         }
+        // Its addresses are another host's as well: nothing here is needed any more.
+        if self.record.state == VmState::HandedOver && !self.record.is_at_home() {
+            return self.forget_left().await;
+        }
         self.answer_asker(operation.error.as_ref().or(failed.as_ref()));
         while self.work.is_none()
             && let Some(request) = self.waiting.pop_front()
@@ -390,6 +413,14 @@ impl<W: World> VmActor<W> {
 
     async fn remove(&mut self) -> Result<(), LedgerError> {
         let Ok(next) = step(&self.record.state, &Event::RemoveAsked) else { return Ok(()) };
+        let operation = self.new_operation(Goal::Remove, true, &next);
+        self.turn(next, Vec::new(), Some(&operation)).await?;
+        self.perform(operation, Duration::ZERO, None);
+        Ok(())
+    }
+
+    async fn forget_left(&mut self) -> Result<(), LedgerError> {
+        let Ok(next) = step(&self.record.state, &Event::ForgetLeft) else { return Ok(()) };
         let operation = self.new_operation(Goal::Remove, true, &next);
         self.turn(next, Vec::new(), Some(&operation)).await?;
         self.perform(operation, Duration::ZERO, None);
@@ -442,7 +473,13 @@ impl<W: World> VmActor<W> {
         let (mut remains, words) = self.shared.world.disk().remains(&self.record.id).await;
         remains.at = Some(self.shared.world.clock().wall());
         remains.exit = Some(end.to_string());
-        let event = end_event(words, end);
+        let event = match (&operation, end_event(words, end)) {
+            // Of a machine on its way here: what it was, it still is on the other host, until that was decided.
+            (Some(operation), Event::VmmFailed { cause }) if operation.goal == Goal::Arrive => {
+                if has_no_way_back(operation, &cause) { Event::UndoFailed { cause } } else { Event::WorkFailed { cause } }
+            }
+            (_, event) => event,
+        };
         self.record.remains = Some(remains);
         self.process = None;
         self.record.process = None;
@@ -453,7 +490,9 @@ impl<W: World> VmActor<W> {
                 self.conclude(operation, Some(event)).await
             }
             Some(mut operation) => {
-                let error = if let Event::VmmFailed { cause } = &event {
+                let error = if let Event::VmmFailed { cause } | Event::WorkFailed { cause } | Event::UndoFailed { cause } =
+                    &event
+                {
                     error_of(cause)
                 } else {
                     let (code, message) = ("guest_ended".to_owned(), "the guest ended".to_owned());
@@ -502,7 +541,10 @@ pub(crate) fn operation_for(
 const fn goal_of(state: &VmState) -> Goal {
     match state {
         VmState::Registering => Goal::Register,
-        VmState::Saving { .. } | VmState::HandingOver { .. } | VmState::SwappingOut { .. } => Goal::Undo,
+        VmState::Saving { .. } | VmState::HandingOver { .. } | VmState::SwappingOut { .. } | VmState::Sending => Goal::Undo,
+        VmState::HandedOver => Goal::Leave,
+        VmState::Arriving { .. } => Goal::Arrive,
+        VmState::Gone => Goal::Remove,
         // A wake that went back.
         VmState::SwappedOut { .. } => Goal::SwapOut,
         VmState::Waking { .. } => Goal::Wake,
@@ -510,13 +552,9 @@ const fn goal_of(state: &VmState) -> Goal {
         | VmState::Launching
         | VmState::Running
         | VmState::Paused
-        | VmState::Sending
-        | VmState::HandedOver
-        | VmState::Arriving
         | VmState::Stopping
         | VmState::Stopped
-        | VmState::Failed { .. }
-        | VmState::Gone => Goal::Stop,
+        | VmState::Failed { .. } => Goal::Stop,
     }
 }
 
@@ -555,7 +593,7 @@ fn error_of(cause: &FailureCause) -> OperationError {
         | FailureCause::Bundle { .. }
         | FailureCause::NotRegistered { .. }
         | FailureCause::Interrupted => Retry::Later,
-        FailureCause::SwapStateCorrupt { .. } => Retry::Never,
+        FailureCause::SwapStateCorrupt { .. } | FailureCause::LostOnTheWay { .. } => Retry::Never,
     };
     OperationError { code: cause.name().to_owned(), message, retry }
 }

@@ -11,6 +11,8 @@
 //! running ─swap out─▶ swapping_out ─▶ swapped_out ─wake─▶ waking ─▶ running
 //!
 //! running, paused ─hand over─▶ handing_over ─▶ as before, in another process
+//!
+//! running ─migrate─▶ sending ─▶ handed_over        at the other host:  arriving ─▶ running
 //! ```
 //! What is asked of a VM that is `saving`, `handing_over`, `swapping_out` or `waking` waits until that is over.
 //! A VM that a bundle is built from is launched, warmed up, saved and stopped by one list of effects; it is forgotten
@@ -25,8 +27,9 @@
 //! Of a VM that is handed over, its process is the machine until [`Effect::MoveMachine`] is done, and the other one from
 //! then on: the process that its record names, at any time. The other of the two is ended, whichever way it goes.
 //!
-//! The states of later work (migration) are listed so that records and clients know their names; nothing leads
-//! to them yet.
+//! A VM that is migrated is the source's until its record there says [`VmState::HandedOver`], in the transaction that ends
+//! its operation; from then on it is the target's, whose copy has not run before. The source's ledger is what decides, and
+//! what the target asks when it does not know.
 
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +80,10 @@ pub enum VmState {
     /// Another host owns it.
     HandedOver,
     /// Its state is coming from another host.
-    Arriving,
+    Arriving {
+        /// Whether its addresses are of this host's subnet: it is coming back.
+        returning: bool,
+    },
     /// It is being shut down or cleaned up.
     Stopping,
     /// It ended as asked, or its guest powered off. Only the record is left.
@@ -128,7 +134,7 @@ impl VmState {
             Self::Waking { .. } => "waking",
             Self::Sending => "sending",
             Self::HandedOver => "handed_over",
-            Self::Arriving => "arriving",
+            Self::Arriving { .. } => "arriving",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Failed { .. } => "failed",
@@ -156,6 +162,12 @@ pub(super) enum Event {
     SnapshotAsked,
     /// Somebody wants it in another process.
     HandOverAsked,
+    /// Somebody wants it on another host.
+    MigrateAsked,
+    /// Another host wants to hand it over.
+    ArriveAsked,
+    /// What is here of one that was handed over is of no use.
+    ForgetLeft,
     /// Somebody, or the host's need of memory, wants its memory moved out.
     SwapOutAsked(SwapMode),
     /// Somebody, or a packet for it, wants it back.
@@ -233,6 +245,12 @@ pub enum Goal {
     Register,
     /// It goes on as before, in another process.
     HandOver,
+    /// It stands ready on another host, and still here.
+    Migrate,
+    /// It goes on on the other host, and nothing but its record and a way to there is left.
+    Leave,
+    /// It goes on here.
+    Arrive,
 }
 
 /// The event asks for something that is not possible in this state.
@@ -317,6 +335,35 @@ const HAND_OVER_PAUSED: [Effect; 6] = [
     Effect::ReleaseTaps,
     Effect::EndOthers,
 ];
+const SEND: [Effect; 2] = [Effect::ArrangeArrival, Effect::SendMachine];
+const UNDO_SEND: [Effect; 3] = [Effect::CancelArrival, Effect::RunMachine, Effect::SetGuestClock];
+/// Packets are led there before the last that waited here follow: none comes here any more then.
+const LEAVE: [Effect; 6] = [
+    Effect::ConfirmArrival,
+    Effect::LeadElsewhere,
+    Effect::ForwardPackets,
+    Effect::EndVmm,
+    Effect::LeaveNetwork,
+    Effect::RemoveDirectory,
+];
+const CLEAN_SENDING: [Effect; 6] = [
+    Effect::CancelArrival,
+    Effect::EndVmm,
+    Effect::KeepRemains,
+    Effect::RemoveNetwork,
+    Effect::RemoveDirectory,
+    Effect::ReleaseUid,
+];
+const ARRIVE: [Effect; 7] = [
+    Effect::MakeDirectory,
+    Effect::MakeNetwork,
+    Effect::StartVmm,
+    Effect::ReceiveMachine,
+    Effect::AwaitDecision,
+    Effect::OpenNetwork,
+    Effect::RunMachine,
+];
+const LEAVE_AGAIN: [Effect; 3] = [Effect::EndVmm, Effect::LeaveNetwork, Effect::RemoveDirectory];
 /// The other process goes first: from then on none but the recorded one can run the machine.
 const UNDO_HAND_OVER: [Effect; 3] = [Effect::EndOthers, Effect::RunMachine, Effect::ReleaseTaps];
 const UNDO_HAND_OVER_PAUSED: [Effect; 2] = [Effect::EndOthers, Effect::ReleaseTaps];
@@ -418,6 +465,19 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Paused => step_to(S::HandingOver { then_running: false }, &HAND_OVER_PAUSED),
             _ => denied(),
         },
+        Event::MigrateAsked => match state {
+            S::Running => step_to(S::Sending, &SEND),
+            _ => denied(),
+        },
+        Event::ArriveAsked => match state {
+            S::Reserved => step_to(S::Arriving { returning: false }, &ARRIVE),
+            S::HandedOver => step_to(S::Arriving { returning: true }, &ARRIVE),
+            _ => denied(),
+        },
+        Event::ForgetLeft => match state {
+            S::HandedOver => step_to(S::Gone, &FORGET),
+            _ => denied(),
+        },
         Event::SwapOutAsked(mode) => match state {
             S::SwappedOut { mode: is } if is == mode => stay(),
             S::Running => swap_out(*mode),
@@ -461,6 +521,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::Waking { .. }
             | S::Stopping => step_to(S::Stopping, &CLEAN),
             S::HandingOver { .. } => step_to(S::Stopping, &CLEAN_BOTH),
+            S::Sending => step_to(S::Stopping, &CLEAN_SENDING),
             S::Stopped | S::Failed { .. } => stay(),
             _ => denied(),
         },
@@ -479,6 +540,9 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | (S::HandingOver { then_running }, Goal::HandOver | Goal::Undo) => {
                 step_to(if *then_running { S::Running } else { S::Paused }, &[])
             }
+            (S::Sending, Goal::Migrate) => step_to(S::HandedOver, &LEAVE),
+            (S::HandedOver, Goal::Leave) => stay(),
+            (S::Sending, Goal::Undo) | (S::Arriving { .. }, Goal::Arrive) => step_to(S::Running, &[]),
             (S::SwappingOut { mode }, Goal::SwapOut) => step_to(S::SwappedOut { mode: *mode }, &[]),
             // A wake that went back ended what it had begun.
             (S::SwappedOut { .. }, Goal::SwapOut) => stay(),
@@ -491,6 +555,12 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Launching | S::Registering => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::Saving { then_running: true } => step_to(state.clone(), &UNDO_SNAPSHOT),
             S::Saving { then_running: false } => step_to(state.clone(), &UNDO_SNAPSHOT[..1]),
+            S::Sending => step_to(S::Sending, &UNDO_SEND),
+            // Before it was decided: there is nothing of it here that is needed.
+            S::Arriving { returning: false } => step_to(S::Gone, &FORGET),
+            S::Arriving { returning: true } => step_to(S::HandedOver, &LEAVE_AGAIN),
+            // It is the other host's, whatever is left here.
+            S::HandedOver => stay(),
             S::HandingOver { then_running: true } => step_to(state.clone(), &UNDO_HAND_OVER),
             S::HandingOver { then_running: false } => step_to(state.clone(), &UNDO_HAND_OVER_PAUSED),
             S::SwappingOut { mode: SwapMode::Page } => step_to(state.clone(), &UNDO_PAGE_OUT),
@@ -508,6 +578,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
                 step_to(S::Failed { cause: cause.clone() }, &CLEAN)
             }
             S::HandingOver { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN_BOTH),
+            S::Sending => step_to(S::Failed { cause: cause.clone() }, &CLEAN_SENDING),
+            S::HandedOver | S::Arriving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             _ => denied(),
         },
         Event::VmmStopped => match state {
@@ -520,6 +592,9 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::SwappedOut { .. }
             | S::Waking { .. } => step_to(S::Stopped, &CLEAN),
             S::HandingOver { .. } => step_to(S::Stopped, &CLEAN_BOTH),
+            S::Sending => step_to(S::Stopped, &CLEAN_SENDING),
+            // What ends here then is not the machine any more.
+            S::HandedOver => stay(),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },
@@ -533,6 +608,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::SwappedOut { .. }
             | S::Waking { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::HandingOver { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN_BOTH),
+            S::Sending => step_to(S::Failed { cause: cause.clone() }, &CLEAN_SENDING),
+            S::HandedOver => stay(),
             S::Stopping | S::Stopped | S::Failed { .. } | S::Gone => stay(),
             _ => denied(),
         },

@@ -16,8 +16,8 @@ use super::session_end::quarantine;
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, StartVmmError, VmDisk, VmNetworks, VmmHost,
-    VmmProcess, World,
+    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder, StartVmmError, VmDisk, VmNetworks,
+    VmmHost, VmmProcess, World,
 };
 use crate::clock::{Clock, Monotonic};
 use crate::report::chain;
@@ -27,9 +27,11 @@ use crate::wire::frame;
 use crate::wire::refusal::Refusal;
 
 mod greeting;
+mod arriving;
 mod handing_over;
 mod registering;
 mod saving;
+mod sending;
 mod swapping;
 
 /// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
@@ -56,6 +58,8 @@ pub(super) struct Work<W: World> {
     pub(super) held_at: Option<Monotonic>,
     /// The process that is to take the machine over.
     pub(super) successor: Option<Process<W>>,
+    /// Where the machine is sent, and how it is encrypted.
+    pub(super) way: Option<SendOrder>,
     /// Its guest's turn, until it has its identity.
     pub(super) turn: Option<OwnedSemaphorePermit>,
     /// What is written together with the present step.
@@ -200,6 +204,15 @@ impl<W: World> Work<W> {
                 self.release_taps();
                 Ok(())
             }
+            Effect::ArrangeArrival => self.arrange_arrival().await,
+            Effect::SendMachine => self.send_machine().await,
+            Effect::CancelArrival => self.cancel_arrival().await,
+            Effect::ConfirmArrival => self.confirm_arrival().await,
+            Effect::LeadElsewhere => self.lead_elsewhere().await,
+            Effect::ForwardPackets => self.forward_packets().await,
+            Effect::LeaveNetwork => self.leave_network().await,
+            Effect::ReceiveMachine => self.receive_machine().await,
+            Effect::AwaitDecision => self.await_decision().await,
             Effect::StartSuccessor => self.start_successor().await,
             Effect::MoveMachine => self.move_machine().await,
             Effect::TakeOver => self.take_over().await,

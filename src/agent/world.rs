@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,9 @@ use crate::bundle::{Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
-use crate::wire::control::{Answer, Nonce, SavedPages, SealingKey, SendPhases};
+use crate::wire::control::{
+    Answer, Nonce, SavedPages, SealingKey, SendPhases, StreamKey, StreamTls, StreamToken,
+};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -68,6 +71,8 @@ pub trait VmmHost: Send + Sync + 'static {
     type Process: VmmProcess;
     /// A stream through a VMM.
     type Stream: ByteStream;
+    /// A place where another host can send a machine to.
+    type Listener: Send + 'static;
 
     /// Starts a VMM for this record, in the VM's directory.
     fn start(&self, vm: &VmRecord) -> impl Future<Output = Result<Self::Process, StartVmmError>> + Send;
@@ -99,6 +104,32 @@ pub trait VmmHost: Send + Sync + 'static {
     /// Holds the VM's taps no longer.
     fn release_taps(&self, vm: &VmId);
 
+    /// A certificate for one end of one migration's stream, and its key.
+    fn certificate(&self) -> io::Result<StreamIdentity>;
+
+    /// A place where another host can send a machine to, and its TCP port.
+    fn listen(&self) -> impl Future<Output = io::Result<(Self::Listener, u16)>> + Send;
+
+    /// Has the machine that comes to this place in the record's VMM, paused.
+    fn receive_machine(
+        &self,
+        vm: &VmRecord,
+        epoch: u64,
+        listener: Self::Listener,
+        order: ReceiveOrder,
+    ) -> impl Future<Output = Result<Answer, AskError>> + Send;
+
+    /// Has the machine of the record's process stand ready at the other end, and paused here.
+    fn send_machine(
+        &self,
+        vm: &VmRecord,
+        epoch: u64,
+        order: SendOrder,
+    ) -> impl Future<Output = Result<SendPhases, AskError>> + Send;
+
+    /// Has the packets that wait for a machine that was sent follow it; their number.
+    fn forward_packets(&self, vm: &VmRecord, epoch: u64) -> impl Future<Output = Result<u64, AskError>> + Send;
+
     /// Starts another VMM for this record beside the one it has, in the VM's directory, reachable by other names.
     fn start_successor(&self, vm: &VmRecord) -> impl Future<Output = Result<Self::Process, StartVmmError>> + Send;
 
@@ -113,6 +144,42 @@ pub trait VmmHost: Send + Sync + 'static {
 
     /// Has no VMM process of this VM but the record's, and no names for another.
     fn end_others(&self, vm: &VmRecord) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+/// Who one end of a migration's stream is.
+#[derive(Debug, Clone)]
+pub struct StreamIdentity {
+    /// Its certificate, DER.
+    pub certificate: Vec<u8>,
+    /// The certificate's key.
+    pub key: StreamKey,
+}
+
+/// What both ends of a migration's stream know.
+#[derive(Debug, Clone)]
+pub struct StreamTerms {
+    /// What it begins with.
+    pub token: StreamToken,
+    /// How it is encrypted.
+    pub tls: StreamTls,
+}
+
+/// Where to send a machine.
+#[derive(Debug, Clone)]
+pub struct SendOrder {
+    /// Where it is waited for.
+    pub to: SocketAddr,
+    /// What both ends know.
+    pub terms: StreamTerms,
+}
+
+/// From where to receive a machine.
+#[derive(Debug, Clone)]
+pub struct ReceiveOrder {
+    /// The other host's address.
+    pub from: IpAddr,
+    /// What both ends know.
+    pub terms: StreamTerms,
 }
 
 /// What to ask a VMM.
@@ -459,6 +526,10 @@ pub trait VmNetworks: Send + Sync + 'static {
     fn open(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
     /// Has no jail of this VM, and nothing on the host that led to it.
     fn remove(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has what is sent to this VM's addresses led to another host, where it is now; its jail is closed.
+    fn lead_elsewhere(&self, vm: &VmRecord, host: u16) -> impl Future<Output = Result<(), NetworkError>> + Send;
+    /// Has no jail of this VM; what leads to another host stays.
+    fn leave(&self, vm: &VmRecord) -> impl Future<Output = Result<(), NetworkError>> + Send;
     /// Has the host's own part: routes to peers and such. Before the first VM.
     fn start(&self) -> impl Future<Output = Result<(), NetworkError>> + Send;
     /// What others have that speaks against this host's addresses: routes there.

@@ -138,7 +138,7 @@ fn state(state: &agent::VmState) -> VmState {
         agent::VmState::Waking { .. } => VmState::Waking,
         agent::VmState::Sending => VmState::Sending,
         agent::VmState::HandedOver => VmState::HandedOver,
-        agent::VmState::Arriving => VmState::Arriving,
+        agent::VmState::Arriving { .. } => VmState::Arriving,
         agent::VmState::Stopping => VmState::Stopping,
         agent::VmState::Stopped => VmState::Stopped,
         agent::VmState::Failed { .. } => VmState::Failed,
@@ -162,6 +162,9 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         agent::Goal::SwapOut => "vm_swap_out",
         agent::Goal::Wake => "vm_wake",
         agent::Goal::HandOver => "vm_hand_over",
+        agent::Goal::Migrate => "vm_migrate",
+        agent::Goal::Leave => "vm_leave",
+        agent::Goal::Arrive => "vm_arrive",
     };
     let state = match operation.state {
         agent::OperationState::Running => OperationState::Running,

@@ -10,8 +10,8 @@ use axum::{Extension, Json};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::agent::{
-    BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError, FindError,
-    GuestError, ImageError, LaunchError, LedgerError, NoRoom, NotRunning, OpenBundleError, OwnError, ReadBundleError,
+    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError, FindError,
+    GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError, OwnError, ReadBundleError,
     RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
@@ -183,10 +183,41 @@ impl From<VmError> for ApiError {
                 };
                 Self::new(status, code, message, error.retry())
             }
+            VmError::Migrate(error) => {
+                let (status, code) = match &error {
+                    MigrateError::NoFabric => (StatusCode::CONFLICT, "no_fabric"),
+                    MigrateError::UnknownPeer { .. } => (StatusCode::NOT_FOUND, "unknown_peer"),
+                    MigrateError::SameHost { .. } => (StatusCode::CONFLICT, "same_host"),
+                    MigrateError::Tied { .. } => (StatusCode::CONFLICT, "vm_tied"),
+                    MigrateError::NotHome { .. } => (StatusCode::CONFLICT, "not_home"),
+                };
+                Self::new(status, code, message, error.retry())
+            }
             VmError::NoParent { .. } => Self::new(StatusCode::CONFLICT, "no_parent", message, Retry::WithChange),
             VmError::Console { .. } => Self::new(StatusCode::BAD_GATEWAY, "no_console", message, Retry::Later),
             VmError::History { .. } => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "host_failure", message, Retry::Later)
+            }
+        }
+    }
+}
+
+impl From<ArriveError> for ApiError {
+    fn from(error: ArriveError) -> Self {
+        let message = chain(&error);
+        match error {
+            ArriveError::Launch(error) => error.into(),
+            ArriveError::Session(error) => error.into(),
+            ArriveError::Ledger(error) => error.into(),
+            ArriveError::Ending => Self::new(StatusCode::SERVICE_UNAVAILABLE, "ending", message, Retry::Later),
+            ArriveError::Malformed { .. } => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "bad_arrival", message, Retry::Never)
+            }
+            ArriveError::Here { .. } => Self::new(StatusCode::CONFLICT, "vm_here", message, Retry::WithChange),
+            ArriveError::NotReady { .. } => Self::new(StatusCode::BAD_GATEWAY, "not_ready", message, Retry::Later),
+            ArriveError::Unknown { .. } => Self::new(StatusCode::NOT_FOUND, "unknown_migration", message, Retry::Never),
+            ArriveError::NotYet { .. } => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_running_yet", message, Retry::Later)
             }
         }
     }
@@ -485,6 +516,7 @@ impl From<NotRunning> for ApiError {
                     | FailureCause::VmmExited { .. }
                     | FailureCause::VmmGone
                     | FailureCause::Interrupted
+                    | FailureCause::LostOnTheWay { .. }
                     | FailureCause::SwapStateCorrupt { .. }
                     | FailureCause::Host { .. } => (StatusCode::INTERNAL_SERVER_ERROR, Retry::Later),
                 };
@@ -505,7 +537,7 @@ impl From<NotRunning> for ApiError {
             | VmState::Waking { .. }
             | VmState::Sending
             | VmState::HandedOver
-            | VmState::Arriving
+            | VmState::Arriving { .. }
             | VmState::Gone => Self::new(StatusCode::CONFLICT, "vm_gone", message, Retry::WithChange),
         }
     }

@@ -23,11 +23,12 @@ use tokio::task::{Id, JoinSet};
 use super::body::{parse, read_within};
 use super::error::ApiError;
 use super::handlers::vms::to_json;
-use crate::agent::Door;
+use crate::agent::{Decision, Door};
 use crate::agent::peers::{
-    HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX,
-    RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed,
+    ARRIVALS_PATH, ArrivalOrder, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH, MemberBody,
+    MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed,
 };
+use crate::ids::MigrationId;
 use crate::report::Retry;
 
 /// Most connections at once.
@@ -146,6 +147,15 @@ fn response(door: &dyn Door, head: Option<&RequestHead>, status: StatusCode, bod
     response
 }
 
+/// What another host says of a machine that stands ready here.
+fn decision(word: &str) -> Option<Decision> {
+    match word {
+        "commit" => Some(Decision::HandedOver),
+        "cancel" => Some(Decision::Kept),
+        _ => None,
+    }
+}
+
 /// An admitted request.
 struct Asked<'a> {
     door: &'a dyn Door,
@@ -168,6 +178,24 @@ impl Asked<'_> {
             let vms = self.door.launch_for_peer(launch).await?;
             let vms = vms.iter().map(|vm| MemberBody::of(vm, self.host)).collect();
             return Ok((StatusCode::ACCEPTED, to_json(&LaunchedBody { vms })));
+        }
+        if method == Method::POST && path == ARRIVALS_PATH {
+            let order: ArrivalOrder = parse(body)?;
+            tracing::info!(from = %self.from, vm = %order.vm, migration = %order.migration, "another host hands a VM over");
+            let ready = self.door.arrive(self.from, order).await?;
+            return Ok((StatusCode::OK, to_json(&ready)));
+        }
+        let arrival = path.strip_prefix(ARRIVALS_PATH).and_then(|rest| rest.strip_prefix('/')?.split_once('/'));
+        if let Some((id, word)) = arrival.filter(|_| method == Method::POST)
+            && let Ok(id) = id.parse::<MigrationId>()
+            && let Some(decision) = decision(word)
+        {
+            let body = self.door.decided(id, decision).await?;
+            return Ok((StatusCode::OK, to_json(&body)));
+        }
+        let migration = path.strip_prefix(MIGRATIONS_PATH).and_then(|id| id.parse::<MigrationId>().ok());
+        if let Some(id) = migration.filter(|_| method == Method::GET) {
+            return Ok((StatusCode::OK, to_json(&self.door.decision(&id))));
         }
         let session = path.strip_prefix(SESSIONS_PATH).and_then(|rest| rest.strip_suffix("/members"));
         if let Some(session) = session.and_then(|session| session.parse().ok()).filter(|_| method == Method::GET) {

@@ -61,6 +61,7 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(vms::pause_vm))
         .routes(routes!(vms::resume_vm))
         .routes(routes!(vms::hand_over_vm))
+        .routes(routes!(vms::migrate_vm))
         .routes(routes!(vms::vm_stats))
         .routes(routes!(balloon::set_balloon))
         .routes(routes!(swap::swap_out_vm))

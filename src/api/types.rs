@@ -50,7 +50,7 @@ pub use swap::{
     SwapWeighed, Swapped, WakeCause,
 };
 pub use vm::{
-    Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
+    Cause, ConsoleQuery, Disk, GuestStats, MigrateRequest, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
     Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 

@@ -20,6 +20,27 @@ Examples:
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
 
+const MIGRATE_HELP: &str = "\
+Memory is copied while the guest runs, encrypted; then it stands still for milliseconds and goes on at the other host, with
+its addresses and its network connections. Until that host has it whole, every failure leaves it running here. Programs run
+by `vm exec`, and consoles, are cut off. What ties a VM to its host is refused: disks, published ports, a cluster.
+
+Example:
+  hearth vm migrate web --to host-b";
+
+/// `hearth vm migrate`.
+#[derive(Debug, Clone, Args)]
+pub struct MigrateArgs {
+    /// Id of the VM, a unique prefix of it, or its name
+    pub vm: ReferenceWord,
+    /// Name of the host, as [[peers]] in the agent's configuration has it
+    #[arg(long, value_name = "PEER")]
+    pub to: ReferenceWord,
+    /// Wait until it runs there, which is what is done in any case
+    #[arg(long)]
+    pub wait: bool,
+}
+
 const HAND_OVER_HELP: &str = "\
 After an upgrade of Hearth the agent is the new one and VMs still have the VMM processes they were started with. This
 gives a VM a new one: memory is mapped and not copied, the guest stands still for milliseconds, and its network
@@ -83,6 +104,9 @@ pub enum VmCommand {
         /// Id of the VM, a unique prefix of it, or its name
         vm: ReferenceWord,
     },
+    /// Move a VM to another host while its guest goes on
+    #[command(after_help = MIGRATE_HELP)]
+    Migrate(MigrateArgs),
     /// Move an idle VM's memory out, until something wakes it
     #[command(after_help = SWAP_OUT_HELP)]
     SwapOut(SwapOutArgs),

@@ -12,10 +12,10 @@ use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
 use crate::api::types::{
-    Disk, FlowLimits, InterfaceStats, Operation, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped,
+    Disk, FlowLimits, InterfaceStats, MigrateRequest, Operation, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped,
     Timings, Vm, VmList,
 };
-use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
+use crate::cli::{MigrateArgs, ReferenceWord, RemoveArgs, StopArgs};
 
 /// What the agent allows a guest for powering itself off when nothing else is asked for.
 const STOP_TIMEOUT_DEFAULT_MS: u32 = 10_000;
@@ -193,6 +193,18 @@ pub(super) async fn hand_over(agent: &Agent, out: Output, vm: &ReferenceWord) ->
     let stood_still = stood_still.map(|pause| format!("; it stood still for {}", milliseconds(pause)));
     let process = vm.pid.map(|pid| format!(" in process {pid}")).unwrap_or_default();
     out.value(&vm, |vm| format!("{} is {}{process}{}", called(vm), state(vm), stood_still.unwrap_or_default()))?;
+    Ok(())
+}
+
+/// Longest wait for a VM to be on another host: what the agents allow for its memory, and some more.
+const MIGRATE_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+pub(super) async fn migrate(agent: &Agent, out: Output, args: &MigrateArgs) -> Result<(), Error> {
+    let to = format!("{}/migrate", path(&args.vm));
+    let request = MigrateRequest { to: args.to.as_str().to_owned() };
+    let title = format!("migrate {} to {}", args.vm.as_str(), args.to.as_str());
+    let vm: Vm = shown(&title, agent.post(&to, &request, MIGRATE_LIMIT)).await?;
+    out.value(&vm, |vm| format!("{} is on {}", called(vm), args.to.as_str()))?;
     Ok(())
 }
 

@@ -128,6 +128,8 @@ pub struct HostNetwork {
     spec: NetworkSpec,
     host: Mutex<HostSide>,
     jails: Mutex<BTreeMap<u16, Arc<Mutex<JailSide>>>>,
+    /// Ways to VMs that are on other hosts, by the jails they had.
+    away: Mutex<BTreeMap<u16, BTreeSet<Object>>>,
     /// Waits on all watches; a watch leaves it by being closed.
     epoll: Epoll,
     waker: EventFd,
@@ -170,7 +172,7 @@ impl HostNetwork {
         };
         let (epoll, waker) = epolling().map_err(|error| opening("make an epoll")(error.into()))?;
         let host = HostSide { ground, desired, known: BTreeMap::new(), watches };
-        let network = Self { spec, host: Mutex::new(host), jails: Mutex::new(BTreeMap::new()), epoll, waker };
+        let network = Self { spec, host: Mutex::new(host), jails: Mutex::new(BTreeMap::new()), away: Mutex::default(), epoll, waker };
         network.watch(None, &lock(&network.host).watches).map_err(opening("watch this host's network"))?;
         Ok(network)
     }
@@ -282,6 +284,11 @@ impl HostNetwork {
         let (jail, mut outside): (BTreeSet<_>, BTreeSet<_>) =
             desired.into_iter().partition(|object| object.place() == Place::Jail);
         outside.extend(side.member.iter().flat_map(Host::for_member));
+        match &side.member {
+            // It is here.
+            Some(_) => drop(lock(&self.away).remove(&number)),
+            None => outside.extend(lock(&self.away).get(&number).into_iter().flatten().cloned()),
+        }
         let observed = match side.known.take() {
             Some(known) => known,
             None => match side.ground.observe() {
@@ -311,20 +318,40 @@ impl HostNetwork {
         Settled { steps, failures }
     }
 
-    /// Has no jail of this number, and what leads to its VM's addresses lead to another host, where the VM is now. Until
-    /// there is a jail of this number again, or it is removed.
-    pub fn lead_elsewhere(&self, number: u16, addresses: &[IpAddr], at: HostNumber) -> Settled {
+    /// Has what is sent to these addresses, which are those of the VM of this jail, led to another host, where it is now:
+    /// until the VM is in the jail again, or that is removed. The jail, if it is there, is closed; what waits in its taps
+    /// stays.
+    pub fn lead_elsewhere(&self, number: u16, taps: u8, addresses: &[IpAddr], at: HostNumber) -> Settled {
         let routes = self.spec.host.as_ref().and_then(|host| host.elsewhere(addresses, at));
         let Some(routes) = routes else {
-            let what =
-                format!("lead the jail {number}'s addresses to host {}: it is no peer of this one", u16::from(at));
+            let at = u16::from(at);
+            let what = format!("lead the addresses of the jail {number} to host {at}: it is no peer of this one");
             return Settled { steps: Vec::new(), failures: vec![Failure { what }] };
         };
-        let mut settled = self.remove_jail(number);
+        lock(&self.away).insert(number, routes.clone());
+        if lock(&self.jails).contains_key(&number) {
+            return self.settle_jail(number, taps, None).unwrap_or_else(|error| {
+                let what = crate::report::chain(&error);
+                Settled { steps: Vec::new(), failures: vec![Failure { what }] }
+            });
+        }
+        self.settle_way(number, routes)
+    }
+
+    fn settle_way(&self, number: u16, routes: BTreeSet<Object>) -> Settled {
         let mut host = lock(&self.host);
         host.desired.insert(Owner::Jail(number), routes);
-        host.known.insert(Owner::Jail(number), BTreeSet::new());
-        let led = host.settle_one(Owner::Jail(number));
+        host.known.entry(Owner::Jail(number)).or_default();
+        host.settle_one(Owner::Jail(number))
+    }
+
+    /// Has no jail of this number; what leads its VM's addresses to another host stays.
+    pub fn leave_jail(&self, number: u16) -> Settled {
+        let away = lock(&self.away).get(&number).cloned();
+        let mut settled = self.remove_jail(number);
+        let Some(routes) = away else { return settled };
+        lock(&self.away).insert(number, routes.clone());
+        let led = self.settle_way(number, routes);
         settled.steps.extend(led.steps);
         settled.failures.extend(led.failures);
         settled
@@ -333,6 +360,7 @@ impl HostNetwork {
     /// Has no jail of this number, and nothing on the host that leads to it. Fine if there is none.
     pub fn remove_jail(&self, number: u16) -> Settled {
         let name = jail_name(self.spec.number, number);
+        lock(&self.away).remove(&number);
         let jail = lock(&self.jails).remove(&number);
         if let Some(jail) = &jail {
             lock(jail).ended = true;

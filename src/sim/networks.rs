@@ -63,6 +63,18 @@ impl VmNetworks for SimHost {
         self.point(false).await.map_err(|error| failed(&error))
     }
 
+    async fn lead_elsewhere(&self, vm: &VmRecord, _host: u16) -> Result<(), NetworkError> {
+        self.point(true).await.map_err(|error| failed(&error))?;
+        if let Some(jail) = self.state().jails.get_mut(&vm.jail) {
+            jail.open = false;
+        }
+        self.point(false).await.map_err(|error| failed(&error))
+    }
+
+    async fn leave(&self, vm: &VmRecord) -> Result<(), NetworkError> {
+        self.remove(vm).await
+    }
+
     async fn sweep(&self, known: BTreeSet<u16>) -> Result<Vec<u16>, NetworkError> {
         self.point(true).await.map_err(|error| failed(&error))?;
         let mut state = self.state();

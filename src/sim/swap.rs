@@ -80,6 +80,11 @@ impl State {
         self.swap.kept.remove(vm);
     }
 
+    /// A guest has come from another host, with this in memory.
+    pub(super) fn note_arrival(&mut self, vm: &VmId, memory: u64) {
+        self.swap.ran.insert(vm.clone(), memory);
+    }
+
     /// Whether a guest had this in memory when it last began to run.
     pub(super) fn ran_last(&self, vm: &VmId, memory: u64) -> bool {
         self.swap.ran.get(vm) == Some(&memory)

@@ -8,14 +8,16 @@ use tokio::io::DuplexStream;
 use tokio::time::sleep;
 
 use super::guest::{self, Fate};
+use super::road::Guest;
 use super::{SimHost, State};
 use crate::agent::world::{
-    Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, StartVmmError, VmmHost, VmmProcess,
+    Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, ReceiveOrder, SendOrder, StartVmmError, StreamIdentity,
+    VmmHost, VmmProcess,
 };
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhases,
+    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhases, StreamKey,
     Status,
 };
 use crate::wire::last_words::LastWords;
@@ -188,6 +190,51 @@ impl State {
         (target.fate, target.restored, target.memory, target.balloon) = guest;
         (target.answers_at_ns, target.ends_at_ns) = times;
         Ok(SendPhases { held_ns: 1_000_000, pages: 10, wire_bytes: 50_000, ..SendPhases::default() })
+    }
+
+    /// What a machine is on its way to another host: it stands still here from now on.
+    fn give_guest(&mut self, record: &VmRecord, epoch: u64) -> Result<Guest, AskError> {
+        let gone = || AskError::Socket(io::ErrorKind::ConnectionRefused.into());
+        let vmm = self.living(&record.id).ok_or_else(gone)?;
+        if vmm.machine == MachineState::Empty {
+            return Err(AskError::Refused(Refusal::State { state: vmm.machine }));
+        }
+        vmm.epoch = epoch;
+        vmm.machine = MachineState::Paused;
+        Ok(Guest {
+            fate: vmm.fate,
+            memory: vmm.memory,
+            ran: true,
+            answers: vmm.answers_at_ns.is_some(),
+        })
+    }
+
+    /// The machine of another host.
+    fn take_guest(&mut self, record: &VmRecord, epoch: u64, guest: Guest) -> Result<(), AskError> {
+        let gone = || AskError::Socket(io::ErrorKind::ConnectionRefused.into());
+        let now = self.now_ns();
+        let vmm = self.living(&record.id).ok_or_else(gone)?;
+        if vmm.machine != MachineState::Empty {
+            return Err(AskError::Refused(Refusal::State { state: vmm.machine }));
+        }
+        vmm.epoch = epoch;
+        vmm.machine = MachineState::Paused;
+        vmm.restored = true;
+        (vmm.fate, vmm.memory) = (guest.fate, guest.memory);
+        vmm.answers_at_ns = guest.answers.then_some(now);
+        self.note_arrival(&record.id, guest.memory);
+        Ok(())
+    }
+
+    /// A machine that was to be sent, and was not.
+    fn goes_on(&mut self, vm: &VmId) {
+        let memory = self.next_random();
+        let Some(vmm) = self.living(vm).filter(|vmm| vmm.machine == MachineState::Paused) else { return };
+        let (pid, before) = (vmm.pid, vmm.memory);
+        vmm.machine = MachineState::Running;
+        vmm.memory = memory;
+        self.may_run(vm, pid, before);
+        self.note_run(vm, memory);
     }
 
     /// The names go over to the record's process.
@@ -397,6 +444,7 @@ impl SimHost {
 impl VmmHost for SimHost {
     type Process = SimProcess;
     type Stream = DuplexStream;
+    type Listener = u16;
 
     async fn start(&self, vm: &VmRecord) -> Result<SimProcess, StartVmmError> {
         let failed = |source| StartVmmError::Spawn { step: "simulate".to_owned(), source };
@@ -482,6 +530,56 @@ impl VmmHost for SimHost {
         // The answer of one of the two may get lost.
         self.point(true).await.map_err(AskError::Socket)?;
         moved
+    }
+
+    fn certificate(&self) -> io::Result<StreamIdentity> {
+        Ok(StreamIdentity { certificate: vec![1], key: StreamKey(vec![2]) })
+    }
+
+    async fn listen(&self) -> io::Result<(u16, u16)> {
+        self.point(true).await?;
+        let port = self.road.open();
+        Ok((port, port))
+    }
+
+    async fn receive_machine(
+        &self,
+        vm: &VmRecord,
+        epoch: u64,
+        listener: u16,
+        _order: ReceiveOrder,
+    ) -> Result<Answer, AskError> {
+        self.point(true).await.map_err(AskError::Socket)?;
+        let lost = || AskError::Socket(io::ErrorKind::ConnectionReset.into());
+        let (guest, answer) = self.road.wait(listener).await.ok_or_else(lost)?;
+        let taken = self.state().take_guest(vm, epoch, guest);
+        let is_taken = taken.is_ok();
+        // Who sent it hears of it, or not.
+        let _ = answer.send(is_taken);
+        self.changed.notify_waiters();
+        self.point(true).await.map_err(AskError::Socket)?;
+        taken.map(|()| Answer::Launched(LaunchPhases::default()))
+    }
+
+    async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SendPhases, AskError> {
+        self.point(true).await.map_err(AskError::Socket)?;
+        self.while_busy(&vm.id).await;
+        let guest = self.state().give_guest(vm, epoch)?;
+        self.changed.notify_waiters();
+        let sent = self.road.send(order.to.port(), guest).await;
+        if sent != Some(true) {
+            // It goes on by itself, as a machine does that could not be sent.
+            self.state().goes_on(&vm.id);
+            self.changed.notify_waiters();
+            return Err(AskError::Refused(Refusal::Stream { reason: "the other end hung up".to_owned() }));
+        }
+        self.point(true).await.map_err(AskError::Socket)?;
+        Ok(SendPhases { held_ns: 1_000_000, pages: 10, wire_bytes: 50_000, ..SendPhases::default() })
+    }
+
+    async fn forward_packets(&self, _vm: &VmRecord, _epoch: u64) -> Result<u64, AskError> {
+        self.point(true).await.map_err(AskError::Socket)?;
+        Ok(0)
     }
 
     async fn take_over(&self, vm: &VmRecord, _epoch: u64) -> io::Result<()> {

@@ -180,7 +180,7 @@ fn a_vm_is_led_to_no_stranger() {
         let mut world = World::new();
         let vm = world.vm(0, X, Addressing::Guest);
         let stranger = 99_u16.try_into().unwrap();
-        let settled = world.hosts[0].network.lead_elsewhere(vm.jail, &[vm.outer().v6.into()], stranger);
+        let settled = world.hosts[0].network.lead_elsewhere(vm.jail, 1, &[vm.outer().v6.into()], stranger);
         assert!(settled.failures[0].what.contains("no peer"), "{settled:?}");
         // It is where it was.
         assert!(world.hosts[0].network.jails().unwrap().contains(&vm.jail));

@@ -195,7 +195,9 @@ impl World {
         let addresses: Vec<IpAddr> = std::iter::once(session.v6.into()).chain(session.v4.map(IpAddr::V4)).collect();
         let moved = self.vm_of(host, member.clone());
         let at = self.hosts[host].number.try_into().unwrap();
-        assert_done(&self.hosts[vm.host].network.lead_elsewhere(vm.jail, &addresses, at));
+        let network = &self.hosts[vm.host].network;
+        assert_done(&network.lead_elsewhere(vm.jail, 1, &addresses, at));
+        assert_done(&network.leave_jail(vm.jail));
         moved
     }
 

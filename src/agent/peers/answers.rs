@@ -10,7 +10,10 @@ use super::auth::{ReplayError, RequestHead, Signed};
 use super::bodies::{Hello, PeerLaunch, hello};
 use super::book::CallerChange;
 use super::hello::{greet, let_fade};
+use super::moving::{ArrivalOrder, ArrivalReady, DecisionBody};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
+use crate::agent::arrivals::Decision;
+use crate::agent::arrive::ArriveError;
 use crate::agent::Agent;
 use crate::agent::launch_error::LaunchError;
 use crate::agent::ledger::LedgerError;
@@ -20,6 +23,7 @@ use crate::agent::session_error::SessionError;
 use crate::agent::session_record::SessionRecord;
 use crate::agent::world::{Records, World, random_array};
 use crate::clock::Clock;
+use crate::ids::MigrationId;
 
 /// Why another agent is not answered what it asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +90,15 @@ pub trait PeerDoor: Send + Sync + 'static {
 
     /// Launches VMs for another host, all or none.
     fn launch_for_peer(&self, launch: PeerLaunch) -> BoxFuture<'_, Result<Vec<Arc<VmRecord>>, LaunchError>>;
+
+    /// Waits for a machine that another host, at this address, wants to hand over; gives the place to send it to.
+    fn arrive(&self, from: IpAddr, order: ArrivalOrder) -> BoxFuture<'_, Result<ArrivalReady, ArriveError>>;
+
+    /// The other host has decided whose a machine is that is on its way here: waits until it runs, or is gone.
+    fn decided(&self, id: MigrationId, decision: Decision) -> BoxFuture<'_, Result<DecisionBody, ArriveError>>;
+
+    /// Whose a machine is that is on its way from here.
+    fn decision(&self, id: &MigrationId) -> DecisionBody;
 
     /// This host's members of a session; none when there is no such session.
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>>;
@@ -164,21 +177,17 @@ impl<W: World> Agent<W> {
     }
 
     /// The session a peer launches into, made if it is not there.
-    async fn session_for_peer(&self, launch: &PeerLaunch) -> Result<SessionRecord, SessionError> {
-        let word = launch.session_network_id.to_string();
+    pub(in crate::agent) async fn session_for_peer(
+        &self,
+        number: u32,
+        request: SessionRequest,
+    ) -> Result<SessionRecord, SessionError> {
+        let word = number.to_string();
         match self.find_session(&word).await {
             Err(SessionError::Unknown { .. }) => {}
             found => return found,
         }
-        let request = SessionRequest {
-            session_network_id: Some(launch.session_network_id),
-            ipv4: Some(launch.ipv4),
-            egress: launch.egress.clone(),
-            ttl_s: launch.ttl_s,
-            user_data: launch.user_data.clone(),
-            ..SessionRequest::default()
-        };
-        match self.make_session(request).await {
+        match self.make_session(SessionRequest { session_network_id: Some(number), ..request }).await {
             Ok(SessionCreated::Session(view)) => Ok(view.record),
             // Another launch was faster.
             Ok(SessionCreated::Answered(_)) | Err(SessionError::NumberTaken { .. }) => self.find_session(&word).await,
@@ -211,12 +220,37 @@ impl<W: World> PeerDoor for Agent<W> {
         async move {
             let launching = tokio::spawn(async move {
                 launch.order.check()?;
-                let session = agent.session_for_peer(&launch).await?;
+                let request = SessionRequest {
+                    ipv4: Some(launch.ipv4),
+                    egress: launch.egress.clone(),
+                    ttl_s: launch.ttl_s,
+                    user_data: launch.user_data.clone(),
+                    ..SessionRequest::default()
+                };
+                let session = agent.session_for_peer(launch.session_network_id, request).await?;
                 agent.launch_members(&session.id, &launch.order).await
             });
             launching.await.unwrap_or(Err(LaunchError::Ending))
         }
         .boxed()
+    }
+
+    fn arrive(&self, from: IpAddr, order: ArrivalOrder) -> BoxFuture<'_, Result<ArrivalReady, ArriveError>> {
+        // On a task of its own: what was recorded is begun, whoever hangs up.
+        let agent = self.clone();
+        async move {
+            let arriving = tokio::spawn(async move { agent.take_machine(from, order).await });
+            arriving.await.unwrap_or(Err(ArriveError::Ending))
+        }
+        .boxed()
+    }
+
+    fn decided(&self, id: MigrationId, decision: Decision) -> BoxFuture<'_, Result<DecisionBody, ArriveError>> {
+        self.note_decision(id, decision).boxed()
+    }
+
+    fn decision(&self, id: &MigrationId) -> DecisionBody {
+        DecisionBody { decision: self.decision_on(id) }
     }
 
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>> {

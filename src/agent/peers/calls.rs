@@ -204,7 +204,7 @@ impl<W: World> Shared<W> {
     }
 
     /// [`Self::ask_peer`] for what is only done with a key.
-    async fn ask_peer_signed<T: DeserializeOwned>(
+    pub(super) async fn ask_peer_signed<T: DeserializeOwned>(
         &self,
         fabric: &FabricConfig,
         peer: &Peer,

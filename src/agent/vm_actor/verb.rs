@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::INBOX_MAX;
-use crate::agent::record::{BundleOrder, SwapPolicy, WakeCause};
+use crate::agent::record::{BundleOrder, MigrationRecord, SwapPolicy, VmSpec, WakeCause};
 use crate::agent::vm_state::{Denied, SwapMode};
 use crate::report::Retry;
 
@@ -18,6 +18,17 @@ pub struct SwapOrder {
     pub because: String,
 }
 
+/// What another host says of a VM that it hands over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// From where, by which migration.
+    pub way: MigrationRecord,
+    /// What it is.
+    pub spec: VmSpec,
+    /// The protocol its guest's agent speaks.
+    pub guest_protocol: Option<u16>,
+}
+
 /// What can be asked of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verb {
@@ -25,6 +36,10 @@ pub enum Verb {
     Snapshot(Box<BundleOrder>),
     /// Have another VMM process, of this agent's version, take it over.
     HandOver,
+    /// Move it to another host.
+    Migrate(MigrationRecord),
+    /// Take it from another host, to which it was moved.
+    Arrive(Box<Arrival>),
     /// Move its memory out.
     SwapOut(SwapOrder),
     /// Bring it back.
@@ -114,6 +129,8 @@ impl Verb {
         match self {
             Self::Snapshot(_) => "snapshot",
             Self::HandOver => "hand-over",
+            Self::Migrate(_) => "migrate",
+            Self::Arrive(_) => "take back",
             Self::SwapOut(_) => "swap-out",
             Self::Wake(_) => "wake",
             Self::SetSwapPolicy(_) => "set the swap policy of",

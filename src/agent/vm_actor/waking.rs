@@ -33,6 +33,9 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         Goal::Wake => done(Effect::DiscardSealed) || matches!(cause, FailureCause::SwapStateCorrupt { .. }),
         Goal::SwapOut => done(Effect::KeepSealed),
         Goal::HandOver => done(Effect::MoveMachine),
+        Goal::Arrive => done(Effect::AwaitDecision),
+        // The other host has it, or nobody.
+        Goal::Leave => operation.steps.iter().any(|step| step.effect == Effect::ConfirmArrival) && !done(Effect::ConfirmArrival),
         Goal::Launch
         | Goal::Pause
         | Goal::Resume
@@ -40,6 +43,7 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         | Goal::Remove
         | Goal::Build
         | Goal::Snapshot
+        | Goal::Migrate
         | Goal::Enlist
         | Goal::Register => false,
     }

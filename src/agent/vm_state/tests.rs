@@ -24,7 +24,8 @@ fn states() -> Vec<VmState> {
         S::Waking { mode: SwapMode::Hibernate },
         S::Sending,
         S::HandedOver,
-        S::Arriving,
+        S::Arriving { returning: false },
+        S::Arriving { returning: true },
         S::Stopping,
         S::Stopped,
         failed,
@@ -40,6 +41,9 @@ fn events() -> Vec<Event> {
         Event::LaunchAsked(Origin::Build),
         Event::SnapshotAsked,
         Event::HandOverAsked,
+        Event::MigrateAsked,
+        Event::ArriveAsked,
+        Event::ForgetLeft,
         Event::SwapOutAsked(SwapMode::Page),
         Event::SwapOutAsked(SwapMode::Hibernate),
         Event::WakeAsked,
@@ -54,6 +58,7 @@ fn events() -> Vec<Event> {
     let goals = [Goal::Build, Goal::Snapshot, Goal::Undo, Goal::Enlist, Goal::Register];
     events.extend(goals.map(Event::Done));
     events.extend([Goal::SwapOut, Goal::Wake, Goal::HandOver].map(Event::Done));
+    events.extend([Goal::Migrate, Goal::Leave, Goal::Arrive].map(Event::Done));
     events.extend([Event::WorkFailed { cause: cause.clone() }, Event::UndoFailed { cause: cause.clone() }]);
     events.extend([Event::VmmStopped, Event::VmmFailed { cause }]);
     events
@@ -65,6 +70,9 @@ fn shown_state(state: &VmState) -> String {
     }
     if *state == (VmState::Saving { then_running: false }) {
         return "saving paused".to_owned();
+    }
+    if *state == (VmState::Arriving { returning: true }) {
+        return "arriving back".to_owned();
     }
     if *state == (VmState::HandingOver { then_running: false }) {
         return "handing_over paused".to_owned();

@@ -292,6 +292,14 @@ pub struct Timings {
     pub total_ms: Option<f64>,
 }
 
+/// `POST /v1/vms/{id}/migrate`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    /// Name of the peer it moves to, as `[[peers]]` of the agent's configuration has it.
+    pub to: String,
+}
+
 /// `POST /v1/vms/{id}/stop`: answered with the [`Vm`] once it is stopped. The body may be left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -1,0 +1,80 @@
+//! Machines on their way here, as far as they are in this agent's memory: who waits for what, and what was decided. What
+//! has to outlive the agent is in the VMs' records.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+
+use super::peers::ArrivalReady;
+use crate::ids::MigrationId;
+use crate::wire::control::StreamToken;
+
+/// Whose a machine is that stands ready on two hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decision {
+    /// The target's.
+    HandedOver,
+    /// The source's.
+    Kept,
+}
+
+/// A machine that is to be received.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    /// Where it comes from.
+    pub(super) from: IpAddr,
+    /// What the source's stream begins with.
+    pub(super) token: StreamToken,
+    /// The source's certificate.
+    pub(super) peer: Vec<u8>,
+    /// Who waits for the place to send it to.
+    pub(super) ready: oneshot::Sender<ArrivalReady>,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(super) struct Arrivals {
+    waiting: Mutex<BTreeMap<MigrationId, Waiting>>,
+    decisions: Mutex<BTreeMap<MigrationId, Arc<watch::Sender<Option<Decision>>>>>,
+}
+
+/// Decisions that are kept: those of machines that are here by now are not asked for.
+const DECISIONS_MAX: usize = 1024;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Arrivals {
+    /// A machine is to come.
+    pub(super) fn expect(&self, id: MigrationId, waiting: Waiting) {
+        lock(&self.waiting).insert(id, waiting);
+    }
+
+    /// What is to be received by this migration, once.
+    pub(super) fn take(&self, id: &MigrationId) -> Option<Waiting> {
+        lock(&self.waiting).remove(id)
+    }
+
+    fn channel(&self, id: &MigrationId) -> Arc<watch::Sender<Option<Decision>>> {
+        let mut decisions = lock(&self.decisions);
+        if decisions.len() >= DECISIONS_MAX {
+            decisions.retain(|_, decision| decision.receiver_count() > 0);
+        }
+        Arc::clone(decisions.entry(id.clone()).or_insert_with(|| Arc::new(watch::Sender::new(None))))
+    }
+
+    /// What was decided, when it was.
+    pub(super) fn decision(&self, id: &MigrationId) -> watch::Receiver<Option<Decision>> {
+        self.channel(id).subscribe()
+    }
+
+    /// The source has decided.
+    pub(super) fn decide(&self, id: &MigrationId, decision: Decision) {
+        self.channel(id).send_replace(Some(decision));
+    }
+}

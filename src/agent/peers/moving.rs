@@ -1,0 +1,219 @@
+//! What agents tell each other of machines that go from one host to another, as JSON, and how they ask.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::calls::PeerError;
+use super::{ARRIVALS_PATH, MIGRATIONS_PATH, PeerCall};
+use crate::agent::arrivals::Decision;
+use crate::agent::config::{FabricConfig, Peer};
+use crate::agent::egress::Egress;
+use crate::agent::record::{MigrationRecord, VmRecord, VmSpec};
+use crate::agent::session_record::{NetworkRecord, SessionRecord};
+use crate::agent::shared::Shared;
+use crate::agent::world::World;
+use crate::clock::UnixNanos;
+use crate::ids::{MigrationId, VmId};
+
+/// Longest wait for a host to have a place for a machine.
+const ARRANGE_LIMIT: Duration = Duration::from_secs(25);
+
+/// Longest wait for a host to let a machine run that stands ready there.
+const CONFIRM_LIMIT: Duration = Duration::from_secs(25);
+
+/// Longest wait for a word.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+
+/// `POST /peer/v1/arrivals`: a machine that is to come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrivalOrder {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The sender's number.
+    pub host: u16,
+    /// The VM.
+    pub vm: VmId,
+    /// Its name, if it has one.
+    pub name: Option<String>,
+    /// What it is.
+    pub spec: VmSpec,
+    /// Its generation id.
+    pub generation: String,
+    /// The protocol its guest's agent speaks.
+    pub guest_protocol: Option<u16>,
+    /// When it was first launched.
+    pub created_at: UnixNanos,
+    /// Its place in its session, if it is in one.
+    pub network: Option<NetworkRecord>,
+    /// Its session.
+    pub session: Option<ArrivingSession>,
+    /// The certificate of the sending end of the stream, DER in hexadecimal digits.
+    pub certificate: String,
+    /// What the stream begins with, in hexadecimal digits. It keeps nobody out who has not the certificate's key.
+    pub token: String,
+}
+
+/// The session of a machine that is to come; made when it is not there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrivingSession {
+    /// Whether its members have IPv4 addresses.
+    pub ipv4: bool,
+    /// What its members may reach outside the fabric.
+    pub egress: Egress,
+}
+
+/// Answer to [`ArrivalOrder`]: where the stream goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrivalReady {
+    /// TCP port, at the answering host's address.
+    pub port: u16,
+    certificate: String,
+}
+
+/// Answer to the word of a decision, and to the question for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecisionBody {
+    /// What was decided; absent: nothing yet.
+    pub decision: Option<Decision>,
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn bytes(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes();
+    if !digits.len().is_multiple_of(2) {
+        return None;
+    }
+    let digit = |digit: u8| char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    digits.chunks_exact(2).map(|pair| Some(digit(pair[0])? * 16 + digit(pair[1])?)).collect()
+}
+
+impl ArrivalOrder {
+    /// What another host has to know of a VM to take it.
+    pub(in crate::agent) fn of(
+        vm: &VmRecord,
+        way: &MigrationRecord,
+        session: Option<&SessionRecord>,
+        host: u16,
+        certificate: &[u8],
+        token: [u8; 32],
+    ) -> Self {
+        let home = |network: &NetworkRecord| NetworkRecord { home: network.home.or(Some(host)), ..network.clone() };
+        Self {
+            migration: way.id.clone(),
+            host,
+            vm: vm.id.clone(),
+            name: vm.name.clone(),
+            spec: vm.spec.clone(),
+            generation: vm.generation.clone(),
+            guest_protocol: vm.guest_protocol,
+            created_at: vm.created_at,
+            network: vm.network.as_ref().map(home),
+            session: session.map(|session| ArrivingSession { ipv4: session.ipv4, egress: session.egress.clone() }),
+            certificate: hexadecimal(certificate),
+            token: hexadecimal(&token),
+        }
+    }
+
+    /// The sender's certificate and the stream's token, if they are such.
+    pub(in crate::agent) fn keys(&self) -> Option<(Vec<u8>, [u8; 32])> {
+        Some((bytes(&self.certificate)?, bytes(&self.token)?.try_into().ok()?))
+    }
+
+    /// Its addresses.
+    pub(in crate::agent) fn addresses(&self) -> Option<(Ipv6Addr, Option<IpAddr>)> {
+        self.network.as_ref().map(|network| (network.ipv6, network.ipv4.map(IpAddr::V4)))
+    }
+}
+
+impl ArrivalReady {
+    /// A place to send a machine to.
+    pub(in crate::agent) fn new(port: u16, certificate: &[u8]) -> Self {
+        Self { port, certificate: hexadecimal(certificate) }
+    }
+
+    /// The certificate of the receiving end, if it is one.
+    pub(in crate::agent) fn certificate(&self) -> Option<Vec<u8>> {
+        bytes(&self.certificate)
+    }
+}
+
+impl<W: World> Shared<W> {
+    /// Has a peer wait for a machine.
+    pub(in crate::agent) async fn arrange_at_peer(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        order: &ArrivalOrder,
+    ) -> Result<ArrivalReady, PeerError> {
+        let body = serde_json::to_vec(order);
+        let body = body.map_err(|source| PeerError::Malformed { peer: peer.name.clone(), source })?;
+        let call = PeerCall { method: "POST", path: ARRIVALS_PATH.to_owned(), body, head: None };
+        self.ask_peer_signed(fabric, peer, call, ARRANGE_LIMIT).await
+    }
+
+    /// Tells a peer that the machine is its, and waits until it runs there.
+    pub(in crate::agent) async fn confirm_at_peer(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        id: &MigrationId,
+    ) -> Result<(), PeerError> {
+        let _: DecisionBody = self.tell_peer(fabric, peer, id, "commit", CONFIRM_LIMIT).await?;
+        Ok(())
+    }
+
+    /// Tells a peer that the machine stays here.
+    pub(in crate::agent) async fn cancel_at_peer(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        id: &MigrationId,
+    ) -> Result<(), PeerError> {
+        let _: DecisionBody = self.tell_peer(fabric, peer, id, "cancel", ASK_LIMIT).await?;
+        Ok(())
+    }
+
+    async fn tell_peer(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        id: &MigrationId,
+        what: &str,
+        limit: Duration,
+    ) -> Result<DecisionBody, PeerError> {
+        let path = format!("{ARRIVALS_PATH}/{id}/{what}");
+        let call = PeerCall { method: "POST", path, body: Vec::new(), head: None };
+        self.ask_peer_signed(fabric, peer, call, limit).await
+    }
+
+    /// Asks the host a machine came from whose it is.
+    pub(in crate::agent) async fn ask_decision(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        id: &MigrationId,
+    ) -> Result<Option<Decision>, PeerError> {
+        let path = format!("{MIGRATIONS_PATH}{id}");
+        let call = PeerCall { method: "GET", path, body: Vec::new(), head: None };
+        let DecisionBody { decision } = self.ask_peer_signed(fabric, peer, call, ASK_LIMIT).await?;
+        Ok(decision)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_digits_and_back() {
+        assert_eq!(bytes(&hexadecimal(&[0, 0xff, 7])), Some(vec![0, 0xff, 7]));
+        for wrong in ["0", "0g", "é0"] {
+            assert_eq!(bytes(wrong), None, "{wrong}");
+        }
+    }
+}
