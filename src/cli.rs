@@ -27,7 +27,9 @@ pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
-pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, MigrateArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
+pub use vm::{
+    AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, MigrateArgs, RemoveArgs, StopArgs, VmCommand, WaitWord,
+};
 
 /// Where the agent's API answers when nothing else is said.
 pub const SOCKET_DEFAULT: &str = "/run/hearth/api.sock";

@@ -60,6 +60,8 @@ pub struct SimHost {
     crash: Arc<Notify>,
     /// The way to other hosts.
     road: road::Road,
+    /// Whose hands it is in: those of this life's agent, or of a test (0).
+    life: u64,
 }
 
 impl std::fmt::Debug for SimHost {
@@ -166,6 +168,7 @@ impl SimHost {
             changed: Arc::default(),
             crash: Arc::default(),
             road: road::Road::default(),
+            life: 0,
         }
     }
 
@@ -173,6 +176,7 @@ impl SimHost {
     #[must_use]
     pub fn beside(mut self, other: &Self) -> Self {
         self.road = other.road.clone();
+        self.state().swap.share_witness(&other.state().swap);
         self
     }
 
@@ -190,7 +194,7 @@ impl SimHost {
         state.crashed = false;
         state.life += 1;
         state.swap.forget_held();
-        SimWorld { host: self.clone() }
+        SimWorld { host: Self { life: state.life, ..self.clone() } }
     }
 
     /// Ends the life of an agent: call before its runtime is dropped.
@@ -209,6 +213,27 @@ impl SimHost {
             }
             crash.await;
         }
+    }
+
+    /// Which agent's life it is, from 1.
+    pub fn life(&self) -> u64 {
+        self.state().life
+    }
+
+    /// The agent dies so many points from now.
+    pub fn crash_in(&self, points: u64) {
+        let mut state = self.state();
+        state.faults.crash_at_point = Some(state.points + points);
+    }
+
+    /// The agent dies no more by [`Self::crash_in`].
+    pub fn crash_never(&self) {
+        self.state().faults.crash_at_point = None;
+    }
+
+    /// Whether the agent of this life is dead.
+    pub fn has_crashed(&self) -> bool {
+        self.state().crashed
     }
 
     /// Points passed in this life.
@@ -289,6 +314,10 @@ impl SimHost {
 
     /// A point where a fault may strike: the effect is about to happen, or has just happened.
     async fn point(&self, may_fail: bool) -> io::Result<()> {
+        if self.life != 0 && self.life != self.life() {
+            // What is left of an agent that died does nothing more.
+            return std::future::pending().await;
+        }
         let (crash, fail) = {
             let mut state = self.state();
             state.points += 1;

@@ -212,8 +212,11 @@ impl<W: World> Agent<W> {
         }
         let session = match (&order.network, &order.session) {
             (Some(network), Some(session)) => {
-                let request =
-                    SessionRequest { ipv4: Some(session.ipv4), egress: session.egress.clone(), ..SessionRequest::default() };
+                let request = SessionRequest {
+                    ipv4: Some(session.ipv4),
+                    egress: session.egress.clone(),
+                    ..SessionRequest::default()
+                };
                 Some(self.session_for_peer(network.session_network_id.into(), request).await?)
             }
             (_, _) => None,
@@ -297,7 +300,9 @@ impl<W: World> Agent<W> {
         let id = OperationId::from_random(random_array(world).map_err(random)?);
         let claim = Claim { vm: record.id.clone(), session: None, jail, now };
         let wall = world.clock().wall();
-        let admitted = world.records().with(move |store: &mut Store| store.admit_vm(&claim, |grant| arriving(record, grant, id, wall)));
+        let admitted = world
+            .records()
+            .with(move |store: &mut Store| store.admit_vm(&claim, |grant| arriving(record, grant, id, wall)));
         let ((record, operation), last) = match admitted.await {
             Ok(admitted) => admitted,
             Err(error) => {

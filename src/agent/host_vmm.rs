@@ -35,8 +35,8 @@ use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, SendPhases, StartMessage, StreamKey,
-    UnsealSpec,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, SendPhases, StartMessage,
+    StreamKey, UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;

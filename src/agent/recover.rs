@@ -95,15 +95,17 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
         // It was not handed over, so it is not: only the ledger's word hands it over.
         (VmState::Sending, operation) if !lives => Plan::Ended(operation),
         (VmState::Sending, Some(operation)) => {
-            if operation.goal == Goal::Undo { Plan::Continue(begun_again(operation)) } else { Plan::Undo(operation) }
+            if operation.goal == Goal::Undo {
+                Plan::Continue(begun_again(operation))
+            } else {
+                Plan::Undo(operation)
+            }
         }
         // It was: forward only.
         (VmState::HandedOver, Some(operation)) => Plan::Continue(begun_again(operation)),
         (VmState::HandedOver, None) => Plan::Rest,
-        // A machine that is whole may be this host's by now: the other one knows.
-        (VmState::Arriving { .. }, Some(operation)) if lives && was_done(&operation, Effect::ReceiveMachine) => {
-            Plan::Continue(operation)
-        }
+        // A machine that is whole may be this host's by now: the other one knows. Whether it is whole, its VMM knows.
+        (VmState::Arriving { .. }, Some(operation)) if lives => Plan::Continue(operation),
         (VmState::Arriving { .. }, Some(operation)) if was_done(&operation, Effect::AwaitDecision) => {
             Plan::Ended(Some(operation))
         }

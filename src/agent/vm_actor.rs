@@ -419,6 +419,7 @@ impl<W: World> VmActor<W> {
         Ok(())
     }
 
+    /// Forgets a VM that is another host's, with its addresses.
     async fn forget_left(&mut self) -> Result<(), LedgerError> {
         let Ok(next) = step(&self.record.state, &Event::ForgetLeft) else { return Ok(()) };
         let operation = self.new_operation(Goal::Remove, true, &next);
@@ -476,7 +477,11 @@ impl<W: World> VmActor<W> {
         let event = match (&operation, end_event(words, end)) {
             // Of a machine on its way here: what it was, it still is on the other host, until that was decided.
             (Some(operation), Event::VmmFailed { cause }) if operation.goal == Goal::Arrive => {
-                if has_no_way_back(operation, &cause) { Event::UndoFailed { cause } } else { Event::WorkFailed { cause } }
+                if has_no_way_back(operation, &cause) {
+                    Event::UndoFailed { cause }
+                } else {
+                    Event::WorkFailed { cause }
+                }
             }
             (_, event) => event,
         };
@@ -490,8 +495,9 @@ impl<W: World> VmActor<W> {
                 self.conclude(operation, Some(event)).await
             }
             Some(mut operation) => {
-                let error = if let Event::VmmFailed { cause } | Event::WorkFailed { cause } | Event::UndoFailed { cause } =
-                    &event
+                let error = if let Event::VmmFailed { cause }
+                | Event::WorkFailed { cause }
+                | Event::UndoFailed { cause } = &event
                 {
                     error_of(cause)
                 } else {
@@ -541,7 +547,9 @@ pub(crate) fn operation_for(
 const fn goal_of(state: &VmState) -> Goal {
     match state {
         VmState::Registering => Goal::Register,
-        VmState::Saving { .. } | VmState::HandingOver { .. } | VmState::SwappingOut { .. } | VmState::Sending => Goal::Undo,
+        VmState::Saving { .. } | VmState::HandingOver { .. } | VmState::SwappingOut { .. } | VmState::Sending => {
+            Goal::Undo
+        }
         VmState::HandedOver => Goal::Leave,
         VmState::Arriving { .. } => Goal::Arrive,
         VmState::Gone => Goal::Remove,

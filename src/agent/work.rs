@@ -26,8 +26,8 @@ use crate::wire::control::{Answer, MachineState, Status};
 use crate::wire::frame;
 use crate::wire::refusal::Refusal;
 
-mod greeting;
 mod arriving;
+mod greeting;
 mod handing_over;
 mod registering;
 mod saving;

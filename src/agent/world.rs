@@ -21,9 +21,7 @@ use crate::bundle::{Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
-use crate::wire::control::{
-    Answer, Nonce, SavedPages, SealingKey, SendPhases, StreamKey, StreamTls, StreamToken,
-};
+use crate::wire::control::{Answer, Nonce, SavedPages, SealingKey, SendPhases, StreamKey, StreamTls, StreamToken};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;

@@ -10,9 +10,9 @@ use axum::{Extension, Json};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal};
 use crate::agent::{
-    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError, FindError,
-    GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError, OwnError, ReadBundleError,
-    RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
+    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError,
+    FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError,
+    OwnError, ReadBundleError, RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 

@@ -117,7 +117,7 @@ impl Wire {
     pub(super) async fn plug(&self, host: &Host, address: &str, key: Option<&[u8]>) {
         let address: IpAddr = address.parse().unwrap();
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner).insert(address, host.clone());
-        let link = Arc::new(End { wire: self.clone(), from: address });
+        let link = Arc::new(End { wire: self.clone(), from: address, sim: host.sim.clone(), life: host.sim.life() });
         let setup = PeerSetup { key: key.map(PeerKey::new), link, host: host.name.clone() };
         host.door.start_peers(setup).await.unwrap();
     }
@@ -130,7 +130,7 @@ impl Wire {
     /// Hands a request to the host at `to`.
     pub(super) async fn deliver(&self, from: IpAddr, to: IpAddr, call: PeerCall) -> io::Result<PeerAnswer> {
         let host = self.hosts.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
-        let host = host.filter(|_| !self.is_cut.load(Ordering::Relaxed));
+        let host = host.filter(|host| !self.is_cut.load(Ordering::Relaxed) && !host.sim.has_crashed());
         let host = host.ok_or(io::Error::from(io::ErrorKind::HostUnreachable))?;
         let PeerCall { method, path, body, head } = call;
         let mut request = Request::builder().method(method).uri(path);
@@ -149,11 +149,17 @@ impl Wire {
 struct End {
     wire: Wire,
     from: IpAddr,
+    sim: SimHost,
+    life: u64,
 }
 
 impl PeerLink for End {
     fn call(&self, to: SocketAddr, call: PeerCall) -> BoxFuture<'_, io::Result<PeerAnswer>> {
         async move {
+            if self.sim.life() != self.life || self.sim.has_crashed() {
+                // A dead agent's.
+                return std::future::pending().await;
+            }
             self.wire.sent.lock().unwrap_or_else(PoisonError::into_inner).push(call.clone());
             self.wire.deliver(self.from, to.ip(), call).await
         }

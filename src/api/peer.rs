@@ -23,11 +23,11 @@ use tokio::task::{Id, JoinSet};
 use super::body::{parse, read_within};
 use super::error::ApiError;
 use super::handlers::vms::to_json;
-use crate::agent::{Decision, Door};
 use crate::agent::peers::{
-    ARRIVALS_PATH, ArrivalOrder, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH, MemberBody,
-    MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed,
+    ARRIVALS_PATH, ArrivalOrder, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH,
+    MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed,
 };
+use crate::agent::{Decision, Door};
 use crate::ids::MigrationId;
 use crate::report::Retry;
 

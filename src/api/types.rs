@@ -50,8 +50,8 @@ pub use swap::{
     SwapWeighed, Swapped, WakeCause,
 };
 pub use vm::{
-    Cause, ConsoleQuery, Disk, GuestStats, MigrateRequest, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
-    Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
+    Cause, ConsoleQuery, Disk, GuestStats, MigrateRequest, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats,
+    StopRequest, Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

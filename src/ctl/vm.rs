@@ -12,8 +12,8 @@ use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
 use crate::api::types::{
-    Disk, FlowLimits, InterfaceStats, MigrateRequest, Operation, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped,
-    Timings, Vm, VmList,
+    Disk, FlowLimits, InterfaceStats, MigrateRequest, Operation, PortProtocol, PublishedPort, Stats, StopRequest,
+    SwapChoice, Swapped, Timings, Vm, VmList,
 };
 use crate::cli::{MigrateArgs, ReferenceWord, RemoveArgs, StopArgs};
 

@@ -172,7 +172,14 @@ impl HostNetwork {
         };
         let (epoll, waker) = epolling().map_err(|error| opening("make an epoll")(error.into()))?;
         let host = HostSide { ground, desired, known: BTreeMap::new(), watches };
-        let network = Self { spec, host: Mutex::new(host), jails: Mutex::new(BTreeMap::new()), away: Mutex::default(), epoll, waker };
+        let network = Self {
+            spec,
+            host: Mutex::new(host),
+            jails: Mutex::new(BTreeMap::new()),
+            away: Mutex::default(),
+            epoll,
+            waker,
+        };
         network.watch(None, &lock(&network.host).watches).map_err(opening("watch this host's network"))?;
         Ok(network)
     }

@@ -1,5 +1,4 @@
-//! The way machines take from one simulated host to another, and the witness of who runs where: hosts that share a road
-//! notice a guest that runs on two of them.
+//! The way machines take from one simulated host to another.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +17,6 @@ const PATIENCE: Duration = Duration::from_secs(15);
 pub(super) struct Guest {
     pub(super) fate: Fate,
     pub(super) memory: u64,
-    pub(super) ran: bool,
     pub(super) answers: bool,
 }
 

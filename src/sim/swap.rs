@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::guest::Fate;
 use super::{SimHost, State};
@@ -29,8 +30,8 @@ pub(super) struct Swap {
     /// Being written, or written and not kept yet.
     sealing: BTreeMap<VmId, Sealed>,
     kept: BTreeMap<VmId, Sealed>,
-    /// What each guest had in memory when it last began to run.
-    ran: BTreeMap<VmId, u64>,
+    /// What each guest had in memory when it last began to run, on whatever host: a witness that hosts share.
+    ran: Arc<Mutex<BTreeMap<VmId, u64>>>,
     /// VMs whose taps this agent holds.
     held: BTreeSet<VmId>,
     /// Packets that wait for a guest.
@@ -40,6 +41,15 @@ pub(super) struct Swap {
 }
 
 impl Swap {
+    fn ran(&self) -> MutexGuard<'_, BTreeMap<VmId, u64>> {
+        self.ran.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From here on with the witness of another host.
+    pub(super) fn share_witness(&mut self, other: &Self) {
+        self.ran = Arc::clone(&other.ran);
+    }
+
     /// The agent that held them is dead.
     pub(super) fn forget_held(&mut self) {
         self.held.clear();
@@ -58,7 +68,7 @@ impl State {
         if sealed.key != key || sealed.damaged {
             return Err(AskError::Refused(Refusal::BadState { reason: "chunk 0 was changed".to_owned() }));
         }
-        if self.swap.ran.get(vm) != Some(&sealed.memory) {
+        if !self.ran_last(vm, sealed.memory) {
             self.violations.push(format!("{vm} was taken back to before it last ran"));
         }
         Ok((sealed.memory, sealed.fate))
@@ -80,19 +90,14 @@ impl State {
         self.swap.kept.remove(vm);
     }
 
-    /// A guest has come from another host, with this in memory.
-    pub(super) fn note_arrival(&mut self, vm: &VmId, memory: u64) {
-        self.swap.ran.insert(vm.clone(), memory);
-    }
-
     /// Whether a guest had this in memory when it last began to run.
     pub(super) fn ran_last(&self, vm: &VmId, memory: u64) -> bool {
-        self.swap.ran.get(vm) == Some(&memory)
+        self.swap.ran().get(vm) == Some(&memory)
     }
 
     /// A guest's vCPUs begin to run, with this in its memory; packets that waited are its.
     pub(super) fn note_run(&mut self, vm: &VmId, memory: u64) {
-        self.swap.ran.insert(vm.clone(), memory);
+        self.swap.ran().insert(vm.clone(), memory);
         if let Some(count) = self.swap.waiting.remove(vm) {
             *self.swap.delivered.entry(vm.clone()).or_default() += count;
         }

@@ -17,8 +17,8 @@ use crate::agent::world::{
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhases, StreamKey,
-    Status,
+    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhases,
+    Status, StreamKey,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -201,12 +201,7 @@ impl State {
         }
         vmm.epoch = epoch;
         vmm.machine = MachineState::Paused;
-        Ok(Guest {
-            fate: vmm.fate,
-            memory: vmm.memory,
-            ran: true,
-            answers: vmm.answers_at_ns.is_some(),
-        })
+        Ok(Guest { fate: vmm.fate, memory: vmm.memory, answers: vmm.answers_at_ns.is_some() })
     }
 
     /// The machine of another host.
@@ -222,7 +217,6 @@ impl State {
         vmm.restored = true;
         (vmm.fate, vmm.memory) = (guest.fate, guest.memory);
         vmm.answers_at_ns = guest.answers.then_some(now);
-        self.note_arrival(&record.id, guest.memory);
         Ok(())
     }
 

@@ -1,6 +1,5 @@
 //! What agents tell each other of machines that go from one host to another, as JSON, and how they ask.
 
-use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -122,11 +121,6 @@ impl ArrivalOrder {
     /// The sender's certificate and the stream's token, if they are such.
     pub(in crate::agent) fn keys(&self) -> Option<(Vec<u8>, [u8; 32])> {
         Some((bytes(&self.certificate)?, bytes(&self.token)?.try_into().ok()?))
-    }
-
-    /// Its addresses.
-    pub(in crate::agent) fn addresses(&self) -> Option<(Ipv6Addr, Option<IpAddr>)> {
-        self.network.as_ref().map(|network| (network.ipv6, network.ipv4.map(IpAddr::V4)))
     }
 }
 

@@ -65,6 +65,15 @@ impl<W: World> VmActor<W> {
         self.shared.serve_metadata(&self.record);
     }
 
+    /// Leads to a VM that is on another host, as the agent before did.
+    async fn lead_elsewhere(&mut self) {
+        let Some(way) = self.record.migration.as_ref().filter(|_| self.record.is_at_home()) else { return };
+        if let Err(error) = self.shared.world.networks().lead_elsewhere(&self.record, way.host).await {
+            let error = crate::report::chain(&error);
+            tracing::warn!(vm = %self.record.id, host = way.peer, error, "nothing leads to a VM that is on another host");
+        }
+    }
+
     /// Holds the taps of a VM whose memory is out, as the agent before did: what came since that one ended was dropped
     /// if the VM has no process, and counted.
     async fn hold_taps(&mut self) {
@@ -115,12 +124,19 @@ impl<W: World> VmActor<W> {
         if is_clear && is_swapped {
             self.hold_taps().await;
         }
+        if matches!(self.record.state, VmState::HandedOver | VmState::Arriving { returning: true }) {
+            self.lead_elsewhere().await;
+        }
         if self.record.quarantine.is_some() && is_clear {
             // What was found once need not be there any more.
             self.record.quarantine = None;
             self.turn(self.stay(), Vec::new(), None).await?;
         }
         match recover::plan(&self.record, recovered.operation.clone(), lives, doubt) {
+            // Its addresses are another host's, and so is it: the agent before was about to forget it.
+            recover::Plan::Rest if self.record.state == VmState::HandedOver && !self.record.is_at_home() => {
+                self.forget_left().await
+            }
             recover::Plan::Rest => Ok(()),
             recover::Plan::Continue(operation) => {
                 self.perform(operation, Duration::ZERO, None);

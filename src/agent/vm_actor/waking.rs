@@ -35,7 +35,9 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         Goal::HandOver => done(Effect::MoveMachine),
         Goal::Arrive => done(Effect::AwaitDecision),
         // The other host has it, or nobody.
-        Goal::Leave => operation.steps.iter().any(|step| step.effect == Effect::ConfirmArrival) && !done(Effect::ConfirmArrival),
+        Goal::Leave => {
+            operation.steps.iter().any(|step| step.effect == Effect::ConfirmArrival) && !done(Effect::ConfirmArrival)
+        }
         Goal::Launch
         | Goal::Pause
         | Goal::Resume

@@ -11,20 +11,24 @@ use crate::agent::peers::ArrivalReady;
 use crate::agent::vm_state::FailureCause;
 use crate::agent::world::{ReceiveOrder, StreamTerms, VmmHost, VmmProcess, World};
 use crate::report::chain;
-use crate::wire::control::StreamTls;
+use crate::wire::control::{MachineState, StreamTls};
 
 /// Time after which the source is asked what it decided, and asked again.
 const ASK_AFTER: Duration = Duration::from_secs(3);
 
 impl<W: World> Work<W> {
     pub(super) async fn receive_machine(&mut self) -> Result<(), Outcome> {
-        // Of this agent's own memory: one that was killed meanwhile begins none of this again.
+        // The agent before saw the beginning: it may have come since. One that did not will not: who waited for it is gone.
+        if self.status().await?.state != MachineState::Empty {
+            return Ok(());
+        }
         let id = self.record.migration.as_ref().map(|way| way.id.clone());
         let waiting = id.and_then(|id| self.shared.arrivals.take(&id));
         let Some(Waiting { from, token, peer, ready }) = waiting else {
             return Err(host("nobody sends the machine any more".to_owned()));
         };
-        let own = self.shared.world.vmm().certificate().map_err(|error| host(format!("make a certificate: {error}")))?;
+        let own =
+            self.shared.world.vmm().certificate().map_err(|error| host(format!("make a certificate: {error}")))?;
         let listening = self.shared.world.vmm().listen().await;
         let (listener, port) = listening.map_err(|error| host(format!("listen for the machine: {error}")))?;
         // The source gave up, if it does not wait for this any more: nobody connects then.

@@ -40,7 +40,8 @@ impl<W: World> Work<W> {
         };
         let (way, fabric, peer) = self.migration()?;
         let order = ArrivalOrder::of(&self.record, &way, session.as_ref(), fabric.host.into(), &own.certificate, token);
-        let ready: ArrivalReady = self.shared.arrange_at_peer(fabric, peer, &order).await.map_err(|error| refused(&error))?;
+        let ready: ArrivalReady =
+            self.shared.arrange_at_peer(fabric, peer, &order).await.map_err(|error| refused(&error))?;
         let to = SocketAddr::new(peer.address, ready.port);
         let peers = ready.certificate().ok_or_else(|| host("the other host's certificate is not one".to_owned()))?;
         let tls = StreamTls { certificate: own.certificate, key: own.key, peer: peers };

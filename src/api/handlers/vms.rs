@@ -13,7 +13,9 @@ use crate::api::body::{JsonBody, OptionalBody, Params};
 use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
-use crate::api::types::{ErrorBody, IMAGE_DEFAULT, MigrateRequest, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait};
+use crate::api::types::{
+    ErrorBody, IMAGE_DEFAULT, MigrateRequest, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait,
+};
 use crate::units::NetLimits;
 
 /// How long a guest may take to power off when the request does not say.

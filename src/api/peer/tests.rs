@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+mod moving;
+
 use super::*;
 use crate::agent::peers::{PeerAnswer, PeerCall, PeerKey, PeerSetup};
 use crate::agent::{OwnError, OwnLaunch, OwnLaunched, SessionError, SessionRequest};

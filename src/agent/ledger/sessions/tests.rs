@@ -97,6 +97,7 @@ fn join(store: &mut Store, vm: u8, session: u8, max: u32, now: u64) -> Result<(u
     let (got, _) = store.admit_vm(&claim, |grant| {
         let (session, local_id) = grant.member.unwrap();
         let network = NetworkRecord {
+            home: None,
             session: session.id,
             session_network_id: session.session_network_id,
             local_id,

@@ -1,0 +1,253 @@
+//! VMs that go from host to host, with agents that die, and a link that is cut, at each point. The hosts share a witness:
+//! it notices a guest that goes on from before it last ran, which is what a second copy does.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::agent::{ExecOutput, ExecSpec, FailureCause, MigrateError, Verb, VmError, VmRecord, VmState};
+use crate::sim::SimHost;
+
+const NAME: &str = "mover";
+
+/// Two hosts that machines can go between.
+async fn two_with_a_road() -> (Wire, Host, Host) {
+    let wire = Wire::default();
+    let (sim_a, sim_b) = (SimHost::new(1), SimHost::new(2));
+    let sim_b = sim_b.beside(&sim_a);
+    let a = Host::start_on(sim_a, "a", config_a()).await;
+    let b = Host::start_on(sim_b, "b", config_b()).await;
+    wire.plug(&a, A, Some(KEY)).await;
+    wire.plug(&b, B, Some(KEY)).await;
+    (wire, a, b)
+}
+
+fn config_a() -> crate::agent::config::Config {
+    config(1, "", &[("b", B, 2)])
+}
+
+fn config_b() -> crate::agent::config::Config {
+    config(2, "", &[("a", A, 1)])
+}
+
+/// The next agent of a host.
+async fn next(wire: &Wire, host: &Host) -> Host {
+    let (address, config) = if host.name == "a" { (A, config_a()) } else { (B, config_b()) };
+    let next = Host::start_on(host.sim.clone(), &host.name, config).await;
+    wire.plug(&next, address, Some(KEY)).await;
+    next
+}
+
+fn vm(host: &Host) -> Option<Arc<VmRecord>> {
+    host.door.vm(NAME).ok()
+}
+
+fn state(host: &Host) -> Option<VmState> {
+    vm(host).map(|vm| vm.state.clone())
+}
+
+async fn answers(host: &Host) {
+    let spec = ExecSpec { argv: vec!["true".to_owned()], ..ExecSpec::default() };
+    let mut session = host.door.exec(NAME, spec).await.expect("a program");
+    assert!(matches!(session.output.next().await, Ok(ExecOutput::Exited(_))));
+}
+
+fn nothing_was_seen(hosts: [&Host; 2]) {
+    for host in hosts {
+        assert_eq!(host.sim.violations(), Vec::<String>::new(), "{}", host.name);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_of_a_session_goes_there_and_back_with_its_addresses() {
+    let (_wire, a, b) = two_with_a_road().await;
+    a.session(517).await;
+    let first = a.vm(NAME, Some(517)).await;
+    let same = |vm: &VmRecord| (vm.id.clone(), vm.name.clone(), vm.addresses(), vm.generation.clone(), vm.created_at);
+    for _ in 0..3 {
+        let told = a.door.migrate(NAME, "b").await.expect("it goes there");
+        assert_eq!((&told.state, state(&b)), (&VmState::HandedOver, Some(VmState::Running)));
+        let there = vm(&b).expect("it is there");
+        assert_eq!(same(&there), same(&first));
+        assert_eq!(there.network.as_ref().and_then(|network| network.home), Some(1));
+        answers(&b).await;
+        assert_eq!((a.sim.living(), b.sim.living()), (vec![], vec![first.id.clone()]));
+        // What is left here is a way, and stays as long as the VM is away.
+        let refused = a.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await;
+        assert!(matches!(refused, Err(VmError::Verb(_))), "{refused:?}");
+        // It can be paused, and then not be moved.
+        b.door.ask(NAME, Verb::Pause).await.expect("paused");
+        let refused = b.door.migrate(NAME, "a").await;
+        assert!(matches!(refused, Err(VmError::Verb(_))), "{refused:?}");
+        b.door.ask(NAME, Verb::Resume).await.expect("resumed");
+        b.door.migrate(NAME, "a").await.expect("it goes back");
+        assert_eq!((state(&a), vm(&b)), (Some(VmState::Running), None));
+        assert_eq!(same(&vm(&a).expect("it is back")), same(&first));
+        answers(&a).await;
+        assert_eq!((a.sim.living(), b.sim.living()), (vec![first.id.clone()], vec![]));
+        assert_eq!((b.sim.directories(), b.sim.jailed()), (vec![], vec![]));
+    }
+    a.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
+    nothing_was_seen([&a, &b]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_without_addresses_leaves_nothing_behind() {
+    let (_wire, a, b) = two_with_a_road().await;
+    let first = a.vm(NAME, None).await;
+    a.door.migrate(NAME, "b").await.expect("it goes there");
+    assert_eq!((vm(&a), state(&b)), (None, Some(VmState::Running)));
+    assert_eq!((a.sim.living(), a.sim.directories(), a.sim.jailed()), (vec![], vec![], vec![]));
+    assert_eq!(vm(&b).map(|vm| vm.id.clone()), Some(first.id.clone()));
+    nothing_was_seen([&a, &b]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_moved_is_refused_and_goes_on() {
+    let (wire, a, b) = two_with_a_road().await;
+    a.session(517).await;
+    a.vm(NAME, Some(517)).await;
+    for (to, wanted) in [("c", "there is no peer"), ("", "there is no peer")] {
+        let refused = a.door.migrate(NAME, to).await;
+        let Err(VmError::Migrate(MigrateError::UnknownPeer { .. })) = refused else { panic!("{refused:?}") };
+        assert!(refused.is_err_and(|error| error.to_string().contains(wanted)));
+    }
+    assert!(matches!(a.door.migrate("nobody", "b").await, Err(VmError::Find(_))));
+    // A name that is taken there.
+    b.vm(NAME, None).await;
+    let refused = a.door.migrate(NAME, "b").await.expect_err("its name is taken there").to_string();
+    assert!(refused.contains("name"), "{refused}");
+    assert_eq!(state(&a), Some(VmState::Running));
+    b.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
+    // Nobody answers there.
+    wire.is_cut.store(true, Ordering::Relaxed);
+    let refused = a.door.migrate(NAME, "b").await.expect_err("nobody answers").to_string();
+    assert!(refused.contains("reach host b"), "{refused}");
+    assert_eq!((state(&a), vm(&b)), (Some(VmState::Running), None));
+    wire.is_cut.store(false, Ordering::Relaxed);
+    a.door.migrate(NAME, "b").await.expect("it goes there");
+    nothing_was_seen([&a, &b]);
+}
+
+/// The VM runs on exactly one of the two hosts, and can go on from there.
+async fn is_in_one_place(wire: &Wire, a: &Host, b: &Host, when: &str) {
+    let states = (state(a), state(b));
+    let living = (a.sim.living().len(), b.sim.living().len());
+    match &states {
+        (Some(VmState::Running), None) => assert_eq!(living, (1, 0), "{when}: {states:?}"),
+        (Some(VmState::HandedOver), Some(VmState::Running)) => assert_eq!(living, (0, 1), "{when}: {states:?}"),
+        _ => panic!("{when}: {states:?}, {living:?}"),
+    }
+    nothing_was_seen([a, b]);
+    let (from, to) = if states.1.is_none() { (a, "b") } else { (b, "a") };
+    answers(from).await;
+    from.door.migrate(NAME, to).await.unwrap_or_else(|error| panic!("{when}: it goes on: {error}"));
+    nothing_was_seen([a, b]);
+    let _ = wire;
+}
+
+/// Virtual time in which everything comes to rest.
+const REST: Duration = Duration::from_secs(40);
+
+/// One of the agents dies so many points after a migration began; the next one comes a while later. Whether it died.
+async fn with_a_death(of: &str, point: u64, back: bool) -> bool {
+    let (wire, mut a, mut b) = two_with_a_road().await;
+    a.session(517).await;
+    a.vm(NAME, Some(517)).await;
+    let (mut from, mut to) = (a.clone(), "b");
+    if back {
+        a.door.migrate(NAME, "b").await.expect("it goes there");
+        (from, to) = (b.clone(), "a");
+    }
+    let victim = if of == "a" { a.sim.clone() } else { b.sim.clone() };
+    victim.crash_in(point);
+    let asked = tokio::spawn(async move { from.door.migrate(NAME, to).await.map(drop) });
+    // With the other agent dead, the one that was asked may try for long.
+    while !asked.is_finished() && !victim.has_crashed() {
+        tokio::time::sleep(Duration::from_micros(100)).await;
+    }
+    let died = victim.has_crashed();
+    victim.crash_never();
+    // The other one sees that nobody answers, and the next agent comes a while later.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    asked.abort();
+    if died {
+        let next = next(&wire, if of == "a" { &a } else { &b }).await;
+        if of == "a" { a = next } else { b = next }
+    }
+    tokio::time::sleep(REST).await;
+    let when = format!("agent {of} died at point {point}, back: {back}");
+    is_in_one_place(&wire, &a, &b, &when).await;
+    died
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_that_dies_at_any_point_leaves_it_in_one_place() {
+    for back in [false, true] {
+        for of in ["a", "b"] {
+            let mut points = 0;
+            while with_a_death(of, points + 1, back).await {
+                points += 1;
+            }
+            println!("{points} points of agent {of}, back: {back}");
+            assert!(points > 15, "{points} points of agent {of}");
+        }
+    }
+}
+
+/// The link is cut a while after a migration began, and mended later.
+#[tokio::test(start_paused = true)]
+async fn a_link_that_is_cut_at_any_moment_leaves_it_in_one_place() {
+    let mut moved = 0;
+    for moment in 0..60 {
+        let (wire, a, b) = two_with_a_road().await;
+        a.session(517).await;
+        a.vm(NAME, Some(517)).await;
+        let from = a.clone();
+        let asked = tokio::spawn(async move { from.door.migrate(NAME, "b").await.map(drop) });
+        tokio::time::sleep(Duration::from_micros(150 * moment)).await;
+        wire.is_cut.store(true, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        // While nobody can be asked, it runs nowhere, or where it was.
+        nothing_was_seen([&a, &b]);
+        wire.is_cut.store(false, Ordering::Relaxed);
+        tokio::time::sleep(REST).await;
+        let _ = asked.await;
+        moved += u32::from(vm(&b).is_some());
+        is_in_one_place(&wire, &a, &b, &format!("cut after {} us", 150 * moment)).await;
+    }
+    println!("{moved} of 60 were on the other host");
+    assert!((1..60).contains(&moved), "{moved}");
+}
+
+/// Handed over, with the word of it on its way, when its VMM there is killed: nobody has it any more, and both say so.
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_dies_where_it_was_handed_to_is_told_as_lost() {
+    for moment in 0..200 {
+        let (wire, a, b) = two_with_a_road().await;
+        a.session(517).await;
+        a.vm(NAME, Some(517)).await;
+        let from = a.clone();
+        let asked = tokio::spawn(async move { from.door.migrate(NAME, "b").await.map(drop) });
+        tokio::time::sleep(Duration::from_micros(50 * moment)).await;
+        wire.is_cut.store(true, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let undecided = state(&b) == Some(VmState::Arriving { returning: false });
+        if state(&a) != Some(VmState::HandedOver) || !undecided {
+            continue;
+        }
+        // It stands still there as long as nobody can be asked.
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(state(&b), Some(VmState::Arriving { returning: false }));
+        b.sim.kill_some_vmm();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        wire.is_cut.store(false, Ordering::Relaxed);
+        let told = asked.await.expect("no panic").expect_err("it is lost").to_string();
+        assert!(told.contains("host b"), "{told}");
+        let lost = |state: &VmState| matches!(state, VmState::Failed { cause: FailureCause::LostOnTheWay { .. } });
+        assert!(state(&a).as_ref().is_some_and(lost), "{:?}", state(&a));
+        assert_eq!((vm(&b), a.sim.living(), b.sim.living()), (None, vec![], vec![]));
+        nothing_was_seen([&a, &b]);
+        return;
+    }
+    panic!("it is never handed over without the other host's knowing");
+}
