@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument;
 
 use super::ledger::{LedgerError, Write};
-use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
+use super::record::{MoveRecord, OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
 use super::work::{Outcome, Report, Work, ended};
@@ -78,6 +78,8 @@ struct VmActor<W: World> {
     failed: Option<OperationError>,
     /// When its launch was asked for, if that was asked of this agent.
     launch_asked_at: Option<Monotonic>,
+    /// Since when it stands still for another host, and what moving it took so far.
+    sent: Option<(Option<Monotonic>, Option<MoveRecord>)>,
     /// When it could not be woken.
     wake_failed_at: Option<Monotonic>,
     over: bool,
@@ -101,6 +103,7 @@ pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: 
         asker: None,
         failed: None,
         launch_asked_at: None,
+        sent: None,
         wake_failed_at: None,
         over: false,
     };
@@ -312,7 +315,10 @@ impl<W: World> VmActor<W> {
         Ok(())
     }
 
-    fn perform(&mut self, operation: OperationRecord, grace: Duration, asked_at: Option<Monotonic>) {
+    fn perform(&mut self, mut operation: OperationRecord, grace: Duration, asked_at: Option<Monotonic>) {
+        let sent = self.sent.take().filter(|_| operation.goal == Goal::Leave);
+        let (held_at, moved) = sent.unwrap_or_default();
+        operation.moved = moved.or(operation.moved);
         self.hurry.send_replace(false);
         let work = Work {
             shared: Arc::clone(&self.shared),
@@ -322,7 +328,7 @@ impl<W: World> VmActor<W> {
             hurry: self.hurry.subscribe(),
             grace,
             asked_at,
-            held_at: None,
+            held_at,
             successor: None,
             way: None,
             turn: None,
@@ -335,7 +341,8 @@ impl<W: World> VmActor<W> {
 
     /// Takes in what work did, decides, and goes on with what follows from it.
     async fn finish(&mut self, report: Report<W>) -> Result<(), LedgerError> {
-        let Report { record, mut operation, process, outcome } = report;
+        let Report { record, mut operation, process, held_at, outcome } = report;
+        self.sent = (operation.goal == Goal::Migrate).then_some((held_at, operation.moved));
         self.work = None;
         self.record = record;
         self.process = process;

@@ -85,6 +85,8 @@ pub(super) struct Report<W: World> {
     pub(super) record: VmRecord,
     pub(super) operation: OperationRecord,
     pub(super) process: Option<Process<W>>,
+    /// Since when no vCPU runs, if some effect held them.
+    pub(super) held_at: Option<Monotonic>,
     pub(super) outcome: Outcome,
 }
 
@@ -92,7 +94,8 @@ impl<W: World> Work<W> {
     /// Performs the operation's steps that are not done.
     pub(super) async fn run(mut self) -> Report<W> {
         let outcome = self.perform_all().await;
-        Report { record: self.record, operation: self.operation, process: self.process, outcome }
+        let Self { record, operation, process, held_at, .. } = self;
+        Report { record, operation, process, held_at, outcome }
     }
 
     async fn perform_all(&mut self) -> Outcome {
@@ -405,7 +408,11 @@ impl<W: World> Work<W> {
     }
 
     async fn end_vmm(&mut self) -> Result<(), Outcome> {
-        let Some(process) = self.find().await? else { return Ok(()) };
+        let Some(process) = self.find().await? else {
+            // The agent before ended it, and did not get to say so.
+            self.record.process = None::<ProcessRecord>;
+            return Ok(());
+        };
         process.kill().map_err(|error| host(format!("end the VMM: {error}")))?;
         match timeout(END_LIMIT, process.ended()).await {
             Ok(_) => {

@@ -186,14 +186,18 @@ pub(super) async fn hand_over(agent: &Agent, out: Output, vm: &ReferenceWord) ->
     let to = format!("{}/hand-over", path(vm));
     let call = agent.post(&to, &Nothing {}, PROMPT);
     let vm: Vm = shown(&format!("hand over {}", vm.as_str()), call).await?;
-    let stood_still = match &vm.operation_id {
-        Some(id) => agent.get::<Operation>(&format!("/v1/operations/{id}")).await.ok().and_then(|done| done.pause_ms),
-        None => None,
-    };
-    let stood_still = stood_still.map(|pause| format!("; it stood still for {}", milliseconds(pause)));
+    let done = stood_still(agent, &vm).await;
     let process = vm.pid.map(|pid| format!(" in process {pid}")).unwrap_or_default();
-    out.value(&vm, |vm| format!("{} is {}{process}{}", called(vm), state(vm), stood_still.unwrap_or_default()))?;
+    out.value(&vm, |vm| format!("{} is {}{process}{done}", called(vm), state(vm)))?;
     Ok(())
+}
+
+/// How long no vCPU ran for a VM's last operation, if that is known.
+async fn stood_still(agent: &Agent, vm: &Vm) -> String {
+    let Some(id) = &vm.operation_id else { return String::new() };
+    let done = agent.get::<Operation>(&format!("/v1/operations/{id}")).await;
+    let pause = done.ok().and_then(|done| done.pause_ms);
+    pause.map(|pause| format!("; it stood still for {}", milliseconds(pause))).unwrap_or_default()
 }
 
 /// Longest wait for a VM to be on another host: what the agents allow for its memory, and some more.
@@ -204,7 +208,8 @@ pub(super) async fn migrate(agent: &Agent, out: Output, args: &MigrateArgs) -> R
     let request = MigrateRequest { to: args.to.as_str().to_owned() };
     let title = format!("migrate {} to {}", args.vm.as_str(), args.to.as_str());
     let vm: Vm = shown(&title, agent.post(&to, &request, MIGRATE_LIMIT)).await?;
-    out.value(&vm, |vm| format!("{} is on {}", called(vm), args.to.as_str()))?;
+    let done = stood_still(agent, &vm).await;
+    out.value(&vm, |vm| format!("{} is on {}{done}", called(vm), args.to.as_str()))?;
     Ok(())
 }
 

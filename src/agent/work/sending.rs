@@ -60,6 +60,7 @@ impl<W: World> Work<W> {
             sent = sending => sent.map_err(ask_failed)?,
             end = process.ended() => return Err(Outcome::VmmEnded(end)),
         };
+        self.held_at = Some(self.now().before(Duration::from_nanos(phases.held_ns)));
         self.operation.moved = Some(MoveRecord {
             pause_us: None,
             held_us: phases.held_ns / 1000,
@@ -81,7 +82,10 @@ impl<W: World> Work<W> {
         let (mut wait, longest) = CONFIRM_AGAIN;
         loop {
             match self.shared.confirm_at_peer(fabric, peer, &way.id).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.note_run();
+                    return Ok(());
+                }
                 // It knows of no such machine, or could not let it run.
                 Err(PeerError::Refused { status: 404 | 410, message, .. }) => {
                     let detail = format!("host {}: {message}", way.peer);
