@@ -141,9 +141,11 @@ impl HostCgroups {
         }
     }
 
-    /// The group of a VM's process; where that cannot be told, the one that a VM's first process has.
+    /// The group of a VM's process; `None` when that cannot be told: nothing is done to a group that is not known.
     pub(super) fn group_of(&self, vm: &VmId, pid: i32) -> Option<Group> {
-        self.group(vm, is_in_other(pid))
+        let own = [false, true].into_iter().filter_map(|is_other| self.group(vm, is_other));
+        let path = cgroup::of_process(pid)?;
+        own.into_iter().find(|group| group.path().ends_with(path.trim_start_matches('/')))
     }
 
     /// Has a group for a VM's process, with all limits that this host's controllers can hold: not the one that the

@@ -36,6 +36,9 @@ const DEADLINE_MS_AWAY: u64 = 10 * 60_000;
 /// Longest wait for the connection between two hosts.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 
+/// Longest wait for packets to go over while the guest stands still for them.
+const FORWARD_LIMIT: Duration = Duration::from_secs(1);
+
 /// What the two ends of one move within a host know. They are joined by descriptors, so it keeps nobody out.
 const TOKEN: StreamToken = StreamToken([0x68; 32]);
 
@@ -51,12 +54,14 @@ impl HostVmm {
         let (send, send_files) = self.to_send(vm, sending.into())?;
         let (receive, receive_files) = self.to_receive(vm, receiving.into())?;
         thread::scope(|scope| {
-            let receiving = scope.spawn(move || {
+            let receive = move || {
                 let answer = exchange(&mut target, &next, &receive, &receive_files, limit);
                 // What is held of the connection would keep the other end waiting.
                 drop(receive_files);
                 answer
-            });
+            };
+            let receiving = thread::Builder::new().name("receive".to_owned()).spawn_scoped(scope, receive);
+            let receiving = receiving.map_err(AskError::Socket)?;
             let sent = exchange(&mut source, vm, &send, &send_files, limit);
             drop(send_files);
             let received = receiving.join().unwrap_or(Err(AskError::Unexpected));
@@ -78,8 +83,9 @@ impl HostVmm {
             // for them longer than a moment.
             let before = VmRecord { process: None, ..vm.clone() };
             let asked = self.conversation(&before, epoch, Part::Only);
+            let asked = asked.and_then(|socket| patient(&socket, FORWARD_LIMIT).map(|()| socket));
             let forward = Request::ForwardPackets { last: true };
-            let limit = Duration::from_secs(self.waits.vmm_answer_s.into());
+            let limit = FORWARD_LIMIT;
             let forwarded = asked.and_then(|mut socket| exchange(&mut socket, &before, &forward, &[], limit));
             if let Err(error) = forwarded {
                 tracing::warn!(vm = %vm.id, error = %crate::report::chain(&error), "packets that had just come may be lost");

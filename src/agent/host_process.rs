@@ -179,6 +179,9 @@ pub(super) fn joined<T>(result: Result<io::Result<T>, tokio::task::JoinError>) -
     result.unwrap_or_else(|_| Err(io::Error::other("the agent is ending")))
 }
 
+/// No such process (errno-base.h).
+const ESRCH: i32 = 3;
+
 /// A VMM whose arguments name this VM. Reads the arguments of every process: for recovery only.
 pub(super) fn search(id: &VmId, host: u16) -> io::Result<Option<(ProcessRecord, OwnedFd)>> {
     Ok(search_all(id, host)?.into_iter().next())
@@ -190,7 +193,12 @@ pub(super) fn search_all(id: &VmId, host: u16) -> io::Result<Vec<(ProcessRecord,
     for entry in std::fs::read_dir("/proc")? {
         let Ok(name) = entry?.file_name().into_string() else { continue };
         let Ok(pid) = name.parse::<i32>() else { continue };
-        let Ok(words) = std::fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let words = match std::fs::read(format!("/proc/{pid}/cmdline")) {
+            Ok(words) => words,
+            // It has ended since it was listed (ESRCH while it is read).
+            Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH) => continue,
+            Err(error) => return Err(error),
+        };
         let mut words = words.split(|byte| *byte == 0).skip(1);
         if words.next() != Some(b"vmm") || words.next() != Some(id.as_str().as_bytes()) {
             continue;

@@ -378,6 +378,8 @@ impl HostVmm {
                     self.waits.vmm_launch_s
                 }
                 Ask::Status
+                | Ask::CancelSend
+                | Ask::SendProgress
                 | Ask::Pause
                 | Ask::Resume
                 | Ask::Network
@@ -409,6 +411,8 @@ impl HostVmm {
         };
         match ask {
             Ask::Status => Ok(Answer::Status(welcome)),
+            Ask::CancelSend => exchange(&Request::CancelSend, &[]),
+            Ask::SendProgress => exchange(&Request::SendProgress, &[]),
             Ask::Pause => exchange(&Request::Pause, &[]),
             Ask::Resume => exchange(&Request::Resume, &[]),
             Ask::Network => exchange(&Request::Network, &[]),

@@ -330,6 +330,7 @@ impl<W: World> VmActor<W> {
             asked_at,
             held_at,
             successor: None,
+            others: Vec::new(),
             way: None,
             turn: None,
             writes: Vec::new(),

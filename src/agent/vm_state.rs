@@ -318,7 +318,7 @@ const SNAPSHOT: [Effect; 6] = [
 const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
 const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
 /// The taps are held for the process that takes over: a tap has one opener, whose descriptors can be copied.
-const HAND_OVER: [Effect; 7] = [
+const HAND_OVER: [Effect; 8] = [
     Effect::HoldTaps,
     Effect::StartSuccessor,
     Effect::MoveMachine,
@@ -326,6 +326,7 @@ const HAND_OVER: [Effect; 7] = [
     Effect::RunMachine,
     Effect::ReleaseTaps,
     Effect::EndOthers,
+    Effect::SetGuestClock,
 ];
 const HAND_OVER_PAUSED: [Effect; 6] = [
     Effect::HoldTaps,
@@ -365,11 +366,11 @@ const ARRIVE: [Effect; 7] = [
 ];
 const LEAVE_AGAIN: [Effect; 3] = [Effect::EndVmm, Effect::LeaveNetwork, Effect::RemoveDirectory];
 /// The other process goes first: from then on none but the recorded one can run the machine.
-const UNDO_HAND_OVER: [Effect; 3] = [Effect::EndOthers, Effect::RunMachine, Effect::ReleaseTaps];
-const UNDO_HAND_OVER_PAUSED: [Effect; 2] = [Effect::EndOthers, Effect::ReleaseTaps];
+const UNDO_HAND_OVER: [Effect; 4] = [Effect::EndOthers, Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
+const UNDO_HAND_OVER_PAUSED: [Effect; 3] = [Effect::EndOthers, Effect::HoldMachine, Effect::ReleaseTaps];
 const CLEAN_BOTH: [Effect; 6] = [
-    Effect::EndOthers,
     Effect::EndVmm,
+    Effect::EndOthers,
     Effect::KeepRemains,
     Effect::RemoveNetwork,
     Effect::RemoveDirectory,

@@ -22,7 +22,7 @@ use super::world::{
 use crate::clock::{Clock, Monotonic};
 use crate::report::chain;
 use crate::units::MIB;
-use crate::wire::control::{Answer, MachineState, Status};
+use crate::wire::control::{Answer, MachineState, Request, SendPhase, Status};
 use crate::wire::frame;
 use crate::wire::refusal::Refusal;
 
@@ -39,6 +39,10 @@ const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a VMM may take to end after a guest that failed: its end, with last words, says more than the failure.
 const LAST_WORDS_WAIT: Duration = Duration::from_millis(500);
+
+/// How often and how long it is waited for a send to be given up: 10 s, more than its own waits while a guest is held.
+const GIVE_UP_TRIES: u32 = 500;
+const GIVE_UP_AGAIN: Duration = Duration::from_millis(20);
 
 type Process<W> = <<W as World>::Vmm as VmmHost>::Process;
 
@@ -58,6 +62,8 @@ pub(super) struct Work<W: World> {
     pub(super) held_at: Option<Monotonic>,
     /// The process that is to take the machine over.
     pub(super) successor: Option<Process<W>>,
+    /// Processes that are to end with this work: held, so that their ends are seen.
+    pub(super) others: Vec<Process<W>>,
     /// Where the machine is sent, and how it is encrypted.
     pub(super) way: Option<SendOrder>,
     /// Its guest's turn, until it has its identity.
@@ -148,6 +154,11 @@ impl<W: World> Work<W> {
             match performed {
                 Ok(()) => {}
                 Err(Outcome::Failed(_)) if effect.is_best_effort() => {}
+                // The VM is in the process it is to be in. What the other one is, only says that it stands still: it is
+                // ended with the VM at the latest.
+                Err(Outcome::Failed(cause)) if effect == Effect::EndOthers && self.operation.goal == Goal::HandOver => {
+                    tracing::error!(vm = %self.record.id, ?cause, "the process that had the VM before is not ended");
+                }
                 // On the way to an end, an end that comes by itself is as good; what is left of it is cleaned up next.
                 Err(Outcome::Failed(_) | Outcome::VmmEnded(_)) if self.is_ending() && !effect.is_cleaning() => {}
                 Err(outcome) => return self.explain(outcome).await,
@@ -357,6 +368,9 @@ impl<W: World> Work<W> {
 
     async fn run_machine(&mut self) -> Result<(), Outcome> {
         self.wait_for_turn().await?;
+        if self.operation.goal == Goal::Undo {
+            self.give_up_send().await?;
+        }
         match self.status().await?.state {
             MachineState::Running => {}
             MachineState::Paused | MachineState::Empty => drop(self.ask(Ask::Resume).await?),
@@ -372,7 +386,30 @@ impl<W: World> Work<W> {
         matches!(self.operation.goal, Goal::Launch | Goal::Enlist | Goal::Build)
     }
 
+    /// Has the machine sent to nobody any more: whether it was about to be, or stands ready elsewhere and is not to go on
+    /// there. It needs a moment to give up what it was doing.
+    async fn give_up_send(&mut self) -> Result<(), Outcome> {
+        // One of the version before cannot have begun.
+        if self.record.wire_version < Request::CancelSend.since_version() {
+            return Ok(());
+        }
+        for _ in 0..GIVE_UP_TRIES {
+            self.ask(Ask::CancelSend).await?;
+            let Answer::Sending(progress) = self.ask(Ask::SendProgress).await? else {
+                return Err(ask_failed(AskError::Unexpected));
+            };
+            if progress.phase == SendPhase::None {
+                return Ok(());
+            }
+            sleep(GIVE_UP_AGAIN).await;
+        }
+        Err(host("the VMM does not give up sending the machine".to_owned()))
+    }
+
     async fn hold_machine(&mut self) -> Result<(), Outcome> {
+        if self.operation.goal == Goal::Undo {
+            self.give_up_send().await?;
+        }
         self.note_hold();
         match self.status().await?.state {
             MachineState::Paused => Ok(()),

@@ -203,6 +203,10 @@ pub enum Ask {
     },
     /// Build the machine from such a file.
     Unseal(UnsealPlan),
+    /// Give up sending the machine.
+    CancelSend,
+    /// How far sending it is.
+    SendProgress,
     /// Hold the vCPUs.
     Pause,
     /// Let the vCPUs run.

@@ -43,9 +43,9 @@ pub struct MigrateArgs {
 
 const HAND_OVER_HELP: &str = "\
 After an upgrade of Hearth the agent is the new one and VMs still have the VMM processes they were started with. This
-gives a VM a new one: memory is mapped and not copied, the guest stands still for milliseconds, and its network
-connections go on. Programs run by `vm exec` and consoles are cut off. When it does not work out, the VM goes on in the
-process it has.
+gives a VM a new one: memory is mapped by both and not copied, but for the pages a VM of a bundle has written; the guest
+stands still for milliseconds, and its network connections go on. Programs run by `vm exec`, a cluster's calculations
+among them, and consoles are cut off. When it does not work out, the VM goes on in the process it has.
 
 Examples:
   hearth vm hand-over web

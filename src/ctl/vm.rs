@@ -184,7 +184,7 @@ pub(super) async fn resume(agent: &Agent, out: Output, vm: &ReferenceWord) -> Re
 
 pub(super) async fn hand_over(agent: &Agent, out: Output, vm: &ReferenceWord) -> Result<(), Error> {
     let to = format!("{}/hand-over", path(vm));
-    let call = agent.post(&to, &Nothing {}, PROMPT);
+    let call = agent.post(&to, &Nothing {}, HAND_OVER_LIMIT);
     let vm: Vm = shown(&format!("hand over {}", vm.as_str()), call).await?;
     let done = stood_still(agent, &vm).await;
     let process = vm.pid.map(|pid| format!(" in process {pid}")).unwrap_or_default();
@@ -199,6 +199,9 @@ async fn stood_still(agent: &Agent, vm: &Vm) -> String {
     let pause = done.ok().and_then(|done| done.pause_ms);
     pause.map(|pause| format!("; it stood still for {}", milliseconds(pause))).unwrap_or_default()
 }
+
+/// Longest wait for a VM to be in another process: pages of its own are copied, and its bundle is looked at.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(180);
 
 /// Longest wait for a VM to be on another host: what the agents allow for its memory, and some more.
 const MIGRATE_LIMIT: Duration = Duration::from_secs(15 * 60);

@@ -17,8 +17,8 @@ use crate::agent::world::{
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhases,
-    Status, StreamKey,
+    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhase,
+    SendPhases, SendProgress, Status, StreamKey,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -62,6 +62,8 @@ pub(super) struct Vmm {
     /// Whether an agent ended it.
     pub(super) ended_by_agent: bool,
     pub(super) words: Option<LastWords>,
+    /// Whether its machine stands ready elsewhere.
+    is_sent: bool,
     /// Which of the names in its directory lead to it.
     names: Names,
     /// The agent's life it was started in: only that one can learn how it ended.
@@ -144,6 +146,7 @@ impl State {
             end: None,
             ended_by_agent: false,
             words: None,
+            is_sent: false,
             names,
             life: self.life,
         };
@@ -181,7 +184,11 @@ impl State {
         }
         let target = self.vmms.values_mut().find(next).ok_or_else(gone)?.pid;
         let Some(source) = self.vmms.get_mut(&pid) else { return Err(gone()) };
+        if source.is_sent {
+            return Err(AskError::Refused(Refusal::Sending));
+        }
         source.machine = MachineState::Paused;
+        source.is_sent = true;
         let guest = (source.fate, source.restored, source.memory, source.balloon);
         let times = (source.answers_at_ns, source.ends_at_ns.clone());
         let Some(target) = self.vmms.get_mut(&target) else { return Err(gone()) };
@@ -201,6 +208,7 @@ impl State {
         }
         vmm.epoch = epoch;
         vmm.machine = MachineState::Paused;
+        vmm.is_sent = true;
         Ok(Guest { fate: vmm.fate, memory: vmm.memory, answers: vmm.answers_at_ns.is_some() })
     }
 
@@ -226,6 +234,7 @@ impl State {
         let Some(vmm) = self.living(vm).filter(|vmm| vmm.machine == MachineState::Paused) else { return };
         let (pid, before) = (vmm.pid, vmm.memory);
         vmm.machine = MachineState::Running;
+        vmm.is_sent = false;
         vmm.memory = memory;
         self.may_run(vm, pid, before);
         self.note_run(vm, memory);
@@ -287,6 +296,18 @@ impl State {
                 let (target_bytes, actual_bytes) = (vmm.balloon, vmm.balloon);
                 Ok(Answer::Balloon(BalloonStatus { target_bytes, actual_bytes, ..BalloonStatus::default() }))
             }
+            (Ask::CancelSend, _) => {
+                vmm.is_sent = false;
+                Ok(Answer::Done)
+            }
+            (Ask::SendProgress, _) => {
+                let phase = if vmm.is_sent { SendPhase::Ready } else { SendPhase::None };
+                Ok(Answer::Sending(SendProgress { phase, ..SendProgress::default() }))
+            }
+            // Until that is given up, or it goes on.
+            (Ask::Save { .. } | Ask::Seal { .. } | Ask::Pause, _) if vmm.is_sent => {
+                Err(AskError::Refused(Refusal::Sending))
+            }
             (Ask::ReplaceTap { .. }, MachineState::Paused | MachineState::Running) => Ok(Answer::Done),
             (Ask::Launch(_), MachineState::Empty) => {
                 vmm.machine = MachineState::Paused;
@@ -325,6 +346,7 @@ impl State {
                 self.may_run(&record.id, pid, before);
                 let vmm = self.living(&record.id).ok_or_else(gone)?;
                 vmm.machine = MachineState::Running;
+                vmm.is_sent = false;
                 vmm.memory = memory;
                 let boot = if vmm.restored { Duration::ZERO } else { boot };
                 vmm.fate.begin(now, boot, &mut vmm.answers_at_ns, &mut vmm.ends_at_ns);

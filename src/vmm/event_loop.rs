@@ -29,7 +29,7 @@ use crate::report;
 use crate::units::Bytes;
 use crate::wire::control::{
     Answer, FlowStatus, InterfaceStatus, LaunchPhases, LaunchSpec, MachineState, Nonce, Request, SavePhases,
-    SavedPages, SendProgress, Status,
+    SavedPages, Status,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -274,9 +274,7 @@ impl EventLoop {
             Request::Send(spec) => return self.send(spec, descriptors).map(|()| None),
             Request::Receive(spec) => return self.receive(&spec, descriptors).map(|()| None),
             Request::ForwardPackets { last } => return self.forward_packets(last).map(|()| None),
-            Request::SendProgress => Ok(Answer::Sending(
-                self.guest.as_ref().map_or_else(SendProgress::default, |guest| guest.sender.progress()),
-            )),
+            Request::SendProgress => Ok(Answer::Sending(self.send_progress())),
             Request::CancelSend => {
                 self.cancel_send();
                 Ok(Answer::Done)

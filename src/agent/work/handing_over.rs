@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use super::{Outcome, Work, ask_failed, host, start_failed};
+use super::{END_LIMIT, Outcome, Work, ask_failed, host, start_failed};
 use crate::agent::record::MoveRecord;
 use crate::agent::world::{VmmHost, VmmProcess, World};
 use crate::report::chain;
@@ -26,14 +26,29 @@ impl<W: World> Work<W> {
         let (Some(process), Some(successor)) = (self.process.clone(), self.successor.take()) else {
             return Err(host("there are no two processes to move the machine between".to_owned()));
         };
-        let moving = self.shared.world.vmm().move_machine(&self.record, self.shared.epoch);
-        let phases = tokio::select! {
+        // Until it is known which of the two goes on, the new one is the one to end.
+        self.others.push(successor.clone());
+        let shared = std::sync::Arc::clone(&self.shared);
+        let record = self.record.clone();
+        let moving = shared.world.vmm().move_machine(&record, shared.epoch);
+        let mut moving = std::pin::pin!(moving);
+        let ended = tokio::select! {
             biased;
             // First what was asked: a move that came before an end counts.
-            moved = moving => moved.map_err(ask_failed)?,
-            end = process.ended() => return Err(Outcome::VmmEnded(end)),
-            end = successor.ended() => return Err(host(format!("the process to take the VM over ended: {end}"))),
+            moved = moving.as_mut() => Ok(moved.map_err(ask_failed)?),
+            end = process.ended() => Err(Outcome::VmmEnded(end)),
+            end = successor.ended() => Err(host(format!("the process to take the VM over ended: {end}"))),
         };
+        let phases = match ended {
+            Ok(phases) => phases,
+            Err(outcome) => {
+                // What is under way binds names and asks both: it is over before anything is taken back.
+                let _ = successor.kill();
+                drop(moving.await);
+                return Err(outcome);
+            }
+        };
+        self.others = vec![process];
         let held = Duration::from_nanos(phases.held_ns);
         self.held_at = Some(self.now().before(held));
         self.operation.moved = Some(MoveRecord {
@@ -54,7 +69,13 @@ impl<W: World> Work<W> {
         taken.map_err(|error| host(format!("reach the process that took the VM over: {}", chain(&error))))
     }
 
-    pub(super) async fn end_others(&self) -> Result<(), Outcome> {
+    pub(super) async fn end_others(&mut self) -> Result<(), Outcome> {
+        // Those that are held first: their ends are seen, also of those that have ended.
+        for other in std::mem::take(&mut self.others) {
+            other.kill().map_err(|error| host(format!("end the other process of the VM: {error}")))?;
+            let ended = tokio::time::timeout(END_LIMIT, other.ended()).await;
+            ended.map_err(|_| host("the other process of the VM is not gone after it was killed".to_owned()))?;
+        }
         let ended = self.shared.world.vmm().end_others(&self.record).await;
         ended.map_err(|error| host(format!("end the other process of the VM: {error}")))
     }

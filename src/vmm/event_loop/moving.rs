@@ -23,7 +23,9 @@ use crate::vmm::launch::Arrival as ArrivalFiles;
 use crate::vmm::receive::{Arrival, Receiving};
 use crate::vmm::save;
 use crate::vmm::send::{Job, News, Outgoing, SendError};
-use crate::wire::control::{Answer, LaunchPhases, MachineState, ReceiveSpec, SendPhases, SendSpec};
+use crate::wire::control::{
+    Answer, LaunchPhases, MachineState, ReceiveSpec, SendPhase, SendPhases, SendProgress, SendSpec,
+};
 use crate::wire::refusal::Refusal;
 
 /// One turn of vCPUs that are slowed down: they rest for a part of each.
@@ -88,11 +90,24 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Gives up a send that was not answered yet.
+    /// Gives up a send. One that was answered is forgotten: the machine stays here, as it is.
     pub(super) fn cancel_send(&mut self) {
-        if let (Some(guest), Some(Sending { answered: false, .. })) = (&self.guest, &self.sending) {
-            guest.sender.tell(Job::Cancel);
+        match (&self.guest, &self.sending) {
+            (Some(guest), Some(Sending { answered: false, .. })) => guest.sender.tell(Job::Cancel),
+            (Some(guest), Some(Sending { answered: true, .. })) => {
+                guest.sender.tell(Job::Forget);
+                self.sending = None;
+            }
+            (_, _) => {}
         }
+    }
+
+    /// How far a send is. It is one as long as this thread knows of it, also when the other one has given it up already.
+    pub(super) fn send_progress(&self) -> SendProgress {
+        let (Some(guest), Some(_)) = (&self.guest, &self.sending) else { return SendProgress::default() };
+        let progress = guest.sender.progress();
+        let phase = if progress.phase == SendPhase::None { SendPhase::Critical } else { progress.phase };
+        SendProgress { phase, ..progress }
     }
 
     /// Whether the agent may let the machine go on here: always, but not while it is being sent.

@@ -11,6 +11,9 @@ use crate::vmm::tls::{End, Wire};
 use crate::wire::control::SendSpec;
 use crate::wire::stream::{Hello, Kind, StreamError};
 
+/// Most packets of one interface that are sent at once: more than a tap holds, which is a thousand by default.
+const PACKETS_MAX: usize = 4096;
+
 /// Bytes of guest memory on one connection that wait for their acknowledgement at most.
 const WINDOW_BYTES: u64 = 16 << 20;
 
@@ -63,7 +66,9 @@ impl Lane {
         // The guest runs at the other end: nothing is waited for any longer than it has to be.
         self.link.connection_mut().hurry(SILENCE_MAX_HELD, None).map_err(SendError::Prepare)?;
         for index in door.interfaces() {
-            while let Some(packet) = door.take(index).map_err(SendError::Packets)? {
+            // No more than a tap holds: what comes as fast as it is sent would never end.
+            for _ in 0..PACKETS_MAX {
+                let Some(packet) = door.take(index).map_err(SendError::Packets)? else { break };
                 let pushed = self.link.push(Kind::Packet, |bytes| {
                     bytes.push(index);
                     bytes.extend_from_slice(&packet);
