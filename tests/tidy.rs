@@ -103,6 +103,7 @@ const FLOORS: &[Floor] = &[
             "sim",
         ],
         outside: &[
+            "rcgen",
             "tokio",
             "tokio_util",
             "rusqlite",
