@@ -10,6 +10,7 @@ mod admit;
 mod adoption;
 mod arrivals;
 mod arrive;
+mod away;
 mod backups;
 mod balloon;
 mod bundle_door;
@@ -203,6 +204,7 @@ impl<W: World> Agent<W> {
         tokio::spawn(agent.clone().look_after_clusters());
         tokio::spawn(agent.clone().give_out_calculations());
         tokio::spawn(agent.clone().watch_idle_vms());
+        tokio::spawn(agent.clone().look_after_those_away());
         Ok(agent)
     }
 

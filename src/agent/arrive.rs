@@ -17,7 +17,7 @@ use super::launch::LaunchRequest;
 use super::launch_error::LaunchError;
 use super::ledger::{Claim, Grant, LedgerError, Write};
 use super::peers::{ArrivalOrder, ArrivalReady, DecisionBody};
-use super::record::{MigrationRecord, OperationRecord, SCHEMA_VERSION, Timings, VmRecord};
+use super::record::{MigrationRecord, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::room::{NewWork, check};
 use super::session::SessionRequest;
 use super::session_error::SessionError;
@@ -243,11 +243,17 @@ impl<W: World> Agent<W> {
 
     /// One that is known here was handed over from here.
     fn begin_return(&self, handle: &VmHandle, way: MigrationRecord, order: ArrivalOrder) -> Result<(), ArriveError> {
-        let state = handle.record.borrow().state.clone();
-        if state != VmState::HandedOver {
-            return Err(ArriveError::Here { vm: order.vm.to_string(), state: state.name() });
+        let known = handle.record.borrow().clone();
+        let gone_to = known.migration.as_ref().map(|gone| gone.host);
+        if known.state != VmState::HandedOver || gone_to != Some(way.host) {
+            return Err(ArriveError::Here { vm: order.vm.to_string(), state: known.state.name() });
         }
-        let arrival = Arrival { way, spec: order.spec, guest_protocol: order.guest_protocol };
+        if self.shared.is_draining() {
+            return Err(ArriveError::Ending);
+        }
+        // All of its memory comes over the wire: it shares nothing with an image any more.
+        let spec = VmSpec { bundle: None, ..order.spec };
+        let arrival = Arrival { way, spec, guest_protocol: order.guest_protocol };
         let (agent, handle) = (self.clone(), handle.clone());
         // Its end is told by the decision.
         tokio::spawn(async move { drop(agent.ask_actor(&handle, Verb::Arrive(Box::new(arrival))).await) });

@@ -40,11 +40,12 @@ pub struct Draining {
     pub is_over: bool,
 }
 
-/// Whether a VM has to be stopped. What is hibernated is a file, which would be lost by that, and keeps nobody from
+/// Whether a VM has to be stopped. One that was handed over runs on another host. What is hibernated is a file, which would be lost by that, and keeps nobody from
 /// anything.
 fn runs_here(vm: &VmHandle) -> bool {
     let state = &vm.record.borrow().state;
-    state.holds_resources() && *state != VmState::SwappedOut { mode: SwapMode::Hibernate }
+    let is_elsewhere = matches!(state, VmState::SwappedOut { mode: SwapMode::Hibernate } | VmState::HandedOver);
+    state.holds_resources() && !is_elsewhere
 }
 
 impl<W: World> Agent<W> {

@@ -29,7 +29,7 @@ pub use auth::{CLOCK_DIFFERENCE_MS, KEY_BYTES_MIN, PeerKey, PeerKeyError, Reques
 pub use bodies::{Conflict, Hello, LaunchedBody, MemberBody, MemberOrder, MembersBody, PeerLaunch};
 pub use book::PeerState;
 pub use calls::PeerError;
-pub use moving::{ArrivalOrder, ArrivalReady, ArrivingSession, DecisionBody};
+pub use moving::{ArrivalOrder, ArrivalReady, ArrivingSession, DecisionBody, PresenceBody};
 
 use auth::Nonces;
 use book::Book;

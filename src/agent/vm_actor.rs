@@ -169,6 +169,7 @@ impl<W: World> VmActor<W> {
                 | Verb::HandOver
                 | Verb::Migrate(_)
                 | Verb::Arrive(_)
+                | Verb::ForgetAway(_)
                 | Verb::SwapOut(_)
                 | Verb::Wake(_),
                 _,
@@ -197,6 +198,13 @@ impl<W: World> VmActor<W> {
             let _ = reply.send(Ok(Arc::new(self.record.clone())));
             return Ok(());
         }
+        if let Verb::ForgetAway(id) = &verb
+            && self.record.migration.as_ref().is_none_or(|way| way.id != *id)
+        {
+            // It has gone another way since.
+            let _ = reply.send(Ok(Arc::new(self.record.clone())));
+            return Ok(());
+        }
         if let Some(found) = &self.record.quarantine
             && !matches!(verb, Verb::Stop { .. } | Verb::Remove { .. })
         {
@@ -209,6 +217,7 @@ impl<W: World> VmActor<W> {
             Verb::Snapshot(_) => (Event::SnapshotAsked, Goal::Snapshot, Duration::ZERO, false),
             Verb::Migrate(_) => (Event::MigrateAsked, Goal::Migrate, Duration::ZERO, false),
             Verb::Arrive(_) => (Event::ArriveAsked, Goal::Arrive, Duration::ZERO, false),
+            Verb::ForgetAway(_) => (Event::ForgetLeft, Goal::Remove, Duration::ZERO, true),
             Verb::HandOver => (Event::HandOverAsked, Goal::HandOver, Duration::ZERO, false),
             Verb::SwapOut(order) => (Event::SwapOutAsked(order.mode), Goal::SwapOut, Duration::ZERO, false),
             // Handled above; the state stays.
@@ -248,6 +257,7 @@ impl<W: World> VmActor<W> {
                 self.record.guest_protocol = arrival.guest_protocol;
             }
             Verb::HandOver
+            | Verb::ForgetAway(_)
             | Verb::Pause
             | Verb::Resume
             | Verb::Stop { .. }

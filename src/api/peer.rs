@@ -28,7 +28,7 @@ use crate::agent::peers::{
     MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed,
 };
 use crate::agent::{Decision, Door};
-use crate::ids::MigrationId;
+use crate::ids::{MigrationId, VmId};
 use crate::report::Retry;
 
 /// Most connections at once.
@@ -196,6 +196,10 @@ impl Asked<'_> {
         let migration = path.strip_prefix(MIGRATIONS_PATH).and_then(|id| id.parse::<MigrationId>().ok());
         if let Some(id) = migration.filter(|_| method == Method::GET) {
             return Ok((StatusCode::OK, to_json(&self.door.decision(&id))));
+        }
+        let vm = path.strip_prefix(LAUNCH_PATH).and_then(|rest| rest.strip_prefix('/')?.parse::<VmId>().ok());
+        if let Some(id) = vm.filter(|_| method == Method::GET) {
+            return Ok((StatusCode::OK, to_json(&self.door.presence(&id))));
         }
         let session = path.strip_prefix(SESSIONS_PATH).and_then(|rest| rest.strip_suffix("/members"));
         if let Some(session) = session.and_then(|session| session.parse().ok()).filter(|_| method == Method::GET) {

@@ -10,7 +10,7 @@ use super::auth::{ReplayError, RequestHead, Signed};
 use super::bodies::{Hello, PeerLaunch, hello};
 use super::book::CallerChange;
 use super::hello::{greet, let_fade};
-use super::moving::{ArrivalOrder, ArrivalReady, DecisionBody};
+use super::moving::{ArrivalOrder, ArrivalReady, DecisionBody, PresenceBody};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
 use crate::agent::Agent;
 use crate::agent::arrivals::Decision;
@@ -23,7 +23,7 @@ use crate::agent::session_error::SessionError;
 use crate::agent::session_record::SessionRecord;
 use crate::agent::world::{Records, World, random_array};
 use crate::clock::Clock;
-use crate::ids::MigrationId;
+use crate::ids::{MigrationId, VmId};
 
 /// Why another agent is not answered what it asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +99,9 @@ pub trait PeerDoor: Send + Sync + 'static {
 
     /// Whose a machine is that is on its way from here.
     fn decision(&self, id: &MigrationId) -> DecisionBody;
+
+    /// What a VM does here, if there is one of this id.
+    fn presence(&self, vm: &VmId) -> PresenceBody;
 
     /// This host's members of a session; none when there is no such session.
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>>;
@@ -251,6 +254,11 @@ impl<W: World> PeerDoor for Agent<W> {
 
     fn decision(&self, id: &MigrationId) -> DecisionBody {
         DecisionBody { decision: self.decision_on(id) }
+    }
+
+    fn presence(&self, vm: &VmId) -> PresenceBody {
+        let here = self.shared.vms().get(vm).map(|vm| vm.record.borrow().state.name().to_owned());
+        PresenceBody { state: here }
     }
 
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::calls::PeerError;
-use super::{ARRIVALS_PATH, MIGRATIONS_PATH, PeerCall};
+use super::{ARRIVALS_PATH, LAUNCH_PATH, MIGRATIONS_PATH, PeerCall};
 use crate::agent::arrivals::Decision;
 use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::egress::Egress;
@@ -76,6 +76,13 @@ pub struct ArrivalReady {
 pub struct DecisionBody {
     /// What was decided; absent: nothing yet.
     pub decision: Option<Decision>,
+}
+
+/// Answer to `GET /peer/v1/vms/{id}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PresenceBody {
+    /// What the VM does there; absent: there is none.
+    pub state: Option<String>,
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {
@@ -183,6 +190,18 @@ impl<W: World> Shared<W> {
         let path = format!("{ARRIVALS_PATH}/{id}/{what}");
         let call = PeerCall { method: "POST", path, body: Vec::new(), head: None };
         self.ask_peer_signed(fabric, peer, call, limit).await
+    }
+
+    /// Whether a peer has this VM.
+    pub(in crate::agent) async fn is_at_peer(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        vm: &VmId,
+    ) -> Result<bool, PeerError> {
+        let call = PeerCall { method: "GET", path: format!("{LAUNCH_PATH}/{vm}"), body: Vec::new(), head: None };
+        let PresenceBody { state } = self.ask_peer_signed(fabric, peer, call, ASK_LIMIT).await?;
+        Ok(state.is_some())
     }
 
     /// Asks the host a machine came from whose it is.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::INBOX_MAX;
 use crate::agent::record::{BundleOrder, MigrationRecord, SwapPolicy, VmSpec, WakeCause};
 use crate::agent::vm_state::{Denied, SwapMode};
+use crate::ids::MigrationId;
 use crate::report::Retry;
 
 /// How a VM's memory is to be moved out.
@@ -46,6 +47,8 @@ pub enum Verb {
     Wake(WakeCause),
     /// From now on, when its memory is moved out.
     SetSwapPolicy(SwapPolicy),
+    /// Forget what is here of one that went another host's way by this migration, as it is gone there.
+    ForgetAway(MigrationId),
     /// Hold its vCPUs.
     Pause,
     /// Let its vCPUs run again and set its clock.
@@ -131,6 +134,7 @@ impl Verb {
             Self::HandOver => "hand-over",
             Self::Migrate(_) => "migrate",
             Self::Arrive(_) => "take back",
+            Self::ForgetAway(_) => "forget",
             Self::SwapOut(_) => "swap-out",
             Self::Wake(_) => "wake",
             Self::SetSwapPolicy(_) => "set the swap policy of",

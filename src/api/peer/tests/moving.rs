@@ -91,6 +91,24 @@ async fn a_member_of_a_session_goes_there_and_back_with_its_addresses() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn one_that_is_removed_where_it_is_is_forgotten_where_it_is_from() {
+    let (wire, a, b) = two_with_a_road().await;
+    a.session(517).await;
+    a.vm(NAME, Some(517)).await;
+    a.door.migrate(NAME, "b").await.expect("it goes there");
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(state(&a), Some(VmState::HandedOver), "it is there");
+    b.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
+    wire.is_cut.store(true, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(state(&a), Some(VmState::HandedOver), "nobody can be asked");
+    wire.is_cut.store(false, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!((vm(&a), a.sim.directories(), a.sim.jailed()), (None, vec![], vec![]));
+    nothing_was_seen([&a, &b]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_without_addresses_leaves_nothing_behind() {
     let (_wire, a, b) = two_with_a_road().await;
     let first = a.vm(NAME, None).await;
