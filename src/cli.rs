@@ -19,7 +19,9 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub use balloon::BalloonArgs;
-pub use bench::{BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs};
+pub use bench::{
+    BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchMigrateArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs,
+};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
@@ -301,6 +303,9 @@ pub enum BenchCommand {
     /// Hand VMs over to new VMM processes, and print how long their guests stand still
     #[command(after_help = bench::HAND_OVER_HELP)]
     HandOver(BenchHandOverArgs),
+    /// Move a VM to another host and back, and print how long it stands still
+    #[command(after_help = bench::MIGRATE_HELP)]
+    Migrate(BenchMigrateArgs),
 }
 
 const BENCH_BOOT_HELP: &str = "\

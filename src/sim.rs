@@ -312,6 +312,17 @@ impl SimHost {
         self.changed.notify_waiters();
     }
 
+    /// Ends all VMMs, as an administrator may.
+    pub fn end_vmms(&self) {
+        let mut state = self.state();
+        let living: Vec<i32> = state.vmms.values().filter(|vmm| vmm.end.is_none()).map(|vmm| vmm.pid).collect();
+        for pid in living {
+            state.end_vmm(pid, crate::agent::world::ProcessEnd::Signalled(9), None);
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
     /// A point where a fault may strike: the effect is about to happen, or has just happened.
     async fn point(&self, may_fail: bool) -> io::Result<()> {
         if self.life != 0 && self.life != self.life() {

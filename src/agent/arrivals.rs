@@ -50,9 +50,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Arrivals {
-    /// A machine is to come.
-    pub(super) fn expect(&self, id: MigrationId, waiting: Waiting) {
-        lock(&self.waiting).insert(id, waiting);
+    /// A machine is to come. Whether it is the first that is to come by this migration.
+    pub(super) fn expect(&self, id: MigrationId, waiting: Waiting) -> bool {
+        let mut all = lock(&self.waiting);
+        let is_first = !all.contains_key(&id);
+        if is_first {
+            all.insert(id, waiting);
+        }
+        is_first
     }
 
     /// What is to be received by this migration, once.
@@ -73,8 +78,12 @@ impl Arrivals {
         self.channel(id).subscribe()
     }
 
-    /// The source has decided.
+    /// The source has decided: once.
     pub(super) fn decide(&self, id: &MigrationId, decision: Decision) {
-        self.channel(id).send_replace(Some(decision));
+        self.channel(id).send_if_modified(|known| {
+            let is_first = known.is_none();
+            *known = known.or(Some(decision));
+            is_first
+        });
     }
 }

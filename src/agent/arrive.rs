@@ -15,20 +15,20 @@ use super::door::VmError;
 use super::images::Image;
 use super::launch::LaunchRequest;
 use super::launch_error::LaunchError;
-use super::ledger::{Claim, Grant, LedgerError, Write};
+use super::ledger::{Claim, Grant, LedgerError, SessionRefusal, Write};
 use super::peers::{ArrivalOrder, ArrivalReady, DecisionBody};
 use super::record::{MigrationRecord, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::room::{NewWork, check};
 use super::session::SessionRequest;
-use super::session_error::SessionError;
-use super::session_record::{NetworkRecord, SessionRecord};
+use super::session_error::{SessionError, join_refused};
+use super::session_record::{NetworkRecord, SessionRecord, SessionState};
 use super::shared::{VmHandle, operation_event, vm_event};
 use super::vm_actor::{Arrival, Begin, Verb, operation_for, start};
 use super::vm_state::{Event, Goal, VmState, step};
 use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
-use crate::ids::{Generation, MigrationId, OperationId};
+use crate::ids::{Generation, MigrationId, OperationId, VmId};
 use crate::net::address::{HostNumber, Parts};
 use crate::report::Retry;
 use crate::wire::control::StreamToken;
@@ -186,22 +186,33 @@ impl<W: World> Agent<W> {
     pub(super) async fn take_machine(&self, from: IpAddr, order: ArrivalOrder) -> Result<ArrivalReady, ArriveError> {
         let fabric = self.shared.config.fabric.as_ref().ok_or(ArriveError::Malformed { what: "there is no fabric" })?;
         let (certificate, token) = order.keys().ok_or(ArriveError::Malformed { what: "its keys are none" })?;
-        check_order(&order, fabric)?;
+        let is_known = self.shared.vms().contains_key(&order.vm);
+        check_order(&order, fabric, is_known)?;
         let peer = fabric.peers.iter().find(|peer| u16::from(peer.host) == order.host);
         let peer = peer.ok_or(ArriveError::Malformed { what: "its host is no peer" })?;
         let way = MigrationRecord { id: order.migration.clone(), peer: peer.name.clone(), host: order.host };
         let (tell, ready) = oneshot::channel();
         let waiting = Waiting { from, token: StreamToken(token), peer: certificate, ready: tell };
-        self.shared.arrivals.expect(order.migration.clone(), waiting);
         let vm = order.vm.to_string();
-        let begun = self.begin_arrival(way, order.clone()).await;
-        if begun.is_err() {
-            self.shared.arrivals.take(&order.migration);
+        if !self.shared.arrivals.expect(order.migration.clone(), waiting) {
+            // It was asked for before, and is being made ready.
+            return Err(ArriveError::NotReady { vm });
         }
-        begun?;
-        match timeout(READY_LIMIT, ready).await {
+        let id = order.migration.clone();
+        let begun = self.begin_arrival(way, order).await;
+        let ready = match begun {
+            Ok(()) => timeout(READY_LIMIT, ready).await,
+            Err(error) => {
+                self.shared.arrivals.take(&id);
+                return Err(error);
+            }
+        };
+        match ready {
             Ok(Ok(ready)) => Ok(ready),
-            Ok(Err(_)) | Err(_) => Err(ArriveError::NotReady { vm }),
+            Ok(Err(_)) | Err(_) => {
+                self.shared.arrivals.take(&id);
+                Err(ArriveError::NotReady { vm })
+            }
         }
     }
 
@@ -223,6 +234,16 @@ impl<W: World> Agent<W> {
         };
         // Held through the record, as a launch holds it.
         let _admission = self.admission.lock().await;
+        if let Some(handle) = self.shared.vms().get(&order.vm) {
+            let state = handle.record.borrow().state.name();
+            return Err(ArriveError::Here { vm: order.vm.to_string(), state });
+        }
+        if let Some(session) = &session {
+            let now = self.shared.session_of(session.id.clone()).await?;
+            if now.is_none_or(|session| session.state != SessionState::Active) {
+                return Err(join_refused(session, u32::MAX, SessionRefusal::Draining).into());
+            }
+        }
         let disk = self.shared.world.disk();
         let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
         check(NewWork::Vm, &host, &self.shared.config, self.shared.is_draining()).map_err(LaunchError::from)?;
@@ -251,8 +272,12 @@ impl<W: World> Agent<W> {
         if self.shared.is_draining() {
             return Err(ArriveError::Ending);
         }
+        let (was, is) = (&known.spec, &order.spec);
+        if (was.vcpus, was.memory_mib, was.interfaces) != (is.vcpus, is.memory_mib, is.interfaces) {
+            return Err(ArriveError::Malformed { what: "it is not what it was" });
+        }
         // All of its memory comes over the wire: it shares nothing with an image any more.
-        let spec = VmSpec { bundle: None, ..order.spec };
+        let spec = VmSpec { bundle: None, swap: is.swap.clone(), ..was.clone() };
         let arrival = Arrival { way, spec, guest_protocol: order.guest_protocol };
         let (agent, handle) = (self.clone(), handle.clone());
         // Its end is told by the decision.
@@ -295,6 +320,7 @@ impl<W: World> Agent<W> {
             wire_version: frame::VERSION,
             quarantine: None,
             swap: None,
+            came_by: Some(way.id.clone()),
             migration: Some(way),
             guest_protocol: order.guest_protocol,
             created_at: order.created_at,
@@ -327,35 +353,72 @@ impl<W: World> Agent<W> {
 
     /// The VM that came by a migration.
     fn came_by(&self, id: &MigrationId) -> Option<VmHandle> {
-        let vms = self.shared.vms();
-        let by = |vm: &&VmHandle| vm.record.borrow().migration.as_ref().is_some_and(|way| way.id == *id);
-        vms.values().find(by).cloned()
+        self.shared.vms().values().find(|vm| vm.record.borrow().came_by.as_ref() == Some(id)).cloned()
     }
 
-    pub(super) async fn note_decision(&self, id: MigrationId, decision: Decision) -> Result<DecisionBody, ArriveError> {
-        self.shared.arrivals.decide(&id, decision);
+    /// The VM that went by a migration, or is about to.
+    fn went_by(&self, id: &MigrationId) -> Option<VmHandle> {
+        let by = |vm: &&VmHandle| vm.record.borrow().migration.as_ref().is_some_and(|way| way.id == *id);
+        self.shared.vms().values().find(by).cloned()
+    }
+
+    /// Whether what this agent knows of its VMs may be less than what the ledger does: it ends then.
+    fn knows_nothing_for_sure(&self) -> bool {
+        self.shared.broken.borrow().is_some()
+    }
+
+    /// What a VM does here, if there is one of this id.
+    pub(super) fn presence_of(&self, vm: &VmId) -> Option<String> {
+        let here = self.shared.vms().get(vm).map(|vm| vm.record.borrow().state.name().to_owned());
+        here.or_else(|| self.knows_nothing_for_sure().then(|| "unknown".to_owned()))
+    }
+
+    pub(super) async fn note_decision(
+        &self,
+        from: u16,
+        id: MigrationId,
+        decision: Decision,
+    ) -> Result<DecisionBody, ArriveError> {
         let done = DecisionBody { decision: Some(decision) };
+        let Some(mut vm) = self.came_by(&id) else {
+            // Before there was a place for it: who waits for the machine hears of it.
+            self.shared.arrivals.take(&id);
+            let is_over = decision == Decision::Kept;
+            return match is_over {
+                true => Ok(done),
+                false if self.knows_nothing_for_sure() => Err(ArriveError::NotYet { id }),
+                false => Err(ArriveError::Unknown { id }),
+            };
+        };
+        // Whose it is, is its source's word and nobody else's.
+        let is_source = |vm: &VmRecord| vm.migration.as_ref().is_some_and(|way| way.id != id || way.host == from);
+        if !is_source(&vm.record.borrow()) {
+            return Err(ArriveError::Malformed { what: "another host sends it" });
+        }
+        self.shared.arrivals.decide(&id, decision);
         if decision == Decision::Kept {
-            // Who waits for it hears of it; nobody else cares.
             self.shared.arrivals.take(&id);
             return Ok(done);
         }
-        let mut vm = self.came_by(&id).ok_or_else(|| ArriveError::Unknown { id: id.clone() })?;
         let settled = vm.record.wait_for(|vm| !matches!(vm.state, VmState::Arriving { .. }));
-        let state = match timeout(RUN_LIMIT, settled).await {
-            Ok(Ok(vm)) => vm.state.clone(),
-            Ok(Err(_)) => return Err(ArriveError::Unknown { id }),
-            Err(_) => return Err(ArriveError::NotYet { id }),
+        let settled = timeout(RUN_LIMIT, settled).await.map(|settled| settled.map(|vm| vm.state.clone()));
+        let state = match settled {
+            Ok(Ok(state)) => state,
+            // Its actor is gone, with the VM or with the agent.
+            Ok(Err(_)) if vm.record.borrow().state == VmState::Gone => return Err(ArriveError::Unknown { id }),
+            Ok(Err(_)) | Err(_) => return Err(ArriveError::NotYet { id }),
         };
-        let is_lost = matches!(state, VmState::Gone | VmState::Failed { .. });
+        // One that was to come back, and did not, is again where it was handed to, or nowhere.
+        let is_lost = matches!(state, VmState::Gone | VmState::Failed { .. } | VmState::HandedOver);
         if is_lost { Err(ArriveError::Unknown { id }) } else { Ok(done) }
     }
 
     /// Whose a machine is that went from here: this ledger's word.
     pub(super) fn decision_on(&self, id: &MigrationId) -> Option<Decision> {
-        match self.came_by(id).map(|vm| vm.record.borrow().state.clone()) {
-            // Not yet.
+        match self.went_by(id).map(|vm| vm.record.borrow().state.clone()) {
+            // Not yet, or this agent cannot say any more.
             Some(VmState::Sending) => None,
+            _ if self.knows_nothing_for_sure() => None,
             Some(VmState::HandedOver) => Some(Decision::HandedOver),
             // One that left for good is forgotten here only after the other host has said that it runs.
             Some(_) | None => Some(Decision::Kept),
@@ -401,7 +464,7 @@ fn image_of(order: &ArrivalOrder) -> Image {
 }
 
 /// What can be said of an order without looking at this host.
-fn check_order(order: &ArrivalOrder, fabric: &FabricConfig) -> Result<(), ArriveError> {
+fn check_order(order: &ArrivalOrder, fabric: &FabricConfig, is_known: bool) -> Result<(), ArriveError> {
     let wrong = |what| Err(ArriveError::Malformed { what });
     if !order.spec.disks.is_empty() || order.spec.cluster.is_some() || order.spec.build.is_some() {
         return wrong("it has what stays on its host");
@@ -414,6 +477,9 @@ fn check_order(order: &ArrivalOrder, fabric: &FabricConfig) -> Result<(), Arrive
         return wrong("its place in its session is none");
     }
     let Some(Ok(home)) = network.home.map(HostNumber::try_from) else { return wrong("its addresses are of no host") };
+    if home == fabric.host && !is_known {
+        return wrong("its addresses are of this host, which does not know it");
+    }
     let parts = Parts { host: home, session: network.session_network_id, local: network.local_id };
     let v4 = fabric.fabric.v4(parts).ok().flatten();
     if fabric.fabric.v6(parts) != network.ipv6 || network.ipv4.is_some() && network.ipv4 != v4 {

@@ -230,6 +230,7 @@ impl<W: World> Agent<W> {
             quarantine: None,
             swap: None,
             migration: None,
+            came_by: None,
             guest_protocol: None,
             created_at: world.clock().wall(),
             timings: Timings::default(),

@@ -64,6 +64,9 @@ pub struct VmRecord {
     /// Its last way to or from another host; the one it is on, while it is on one.
     #[serde(default)]
     pub migration: Option<MigrationRecord>,
+    /// The migration it came here by, if it did.
+    #[serde(default)]
+    pub came_by: Option<MigrationId>,
     /// The version of the protocol its guest agent speaks, once it answered.
     #[serde(default)]
     pub guest_protocol: Option<u16>,

@@ -102,10 +102,17 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
             }
         }
         // It was: forward only.
-        (VmState::HandedOver, Some(operation)) => Plan::Continue(begun_again(operation)),
+        (VmState::HandedOver, Some(operation)) => Plan::Continue(begun_again_but(operation, Effect::ConfirmArrival)),
         (VmState::HandedOver, None) => Plan::Rest,
         // A machine that is whole may be this host's by now: the other one knows. Whether it is whole, its VMM knows.
-        (VmState::Arriving { .. }, Some(operation)) if lives => Plan::Continue(operation),
+        // The jail is opened again: this agent has not seen it yet.
+        (VmState::Arriving { .. }, Some(mut operation)) if lives => {
+            let mut steps = operation.steps.iter_mut();
+            if let Some(step) = steps.find(|step| step.effect == Effect::OpenNetwork) {
+                step.state = StepState::Pending;
+            }
+            Plan::Continue(operation)
+        }
         (VmState::Arriving { .. }, Some(operation)) if was_done(&operation, Effect::AwaitDecision) => {
             Plan::Ended(Some(operation))
         }
@@ -170,6 +177,16 @@ const fn ends(goal: Goal) -> bool {
     matches!(goal, Goal::Stop | Goal::Remove)
 }
 
+/// Begun again, but for one that is done once and for all.
+fn begun_again_but(operation: OperationRecord, once: Effect) -> OperationRecord {
+    let was_done = was_done(&operation, once);
+    let mut operation = begun_again(operation);
+    for step in operation.steps.iter_mut().filter(|step| step.effect == once && was_done) {
+        step.state = StepState::Done;
+    }
+    operation
+}
+
 fn begun_again(mut operation: OperationRecord) -> OperationRecord {
     for step in &mut operation.steps {
         step.state = StepState::Pending;
@@ -181,7 +198,7 @@ fn was_started(operation: &OperationRecord) -> bool {
     was_done(operation, Effect::StartVmm)
 }
 
-fn was_done(operation: &OperationRecord, effect: Effect) -> bool {
+pub(super) fn was_done(operation: &OperationRecord, effect: Effect) -> bool {
     let step = operation.steps.iter().find(|step| step.effect == effect);
     step.is_some_and(|step| step.state == StepState::Done)
 }

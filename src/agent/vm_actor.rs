@@ -252,6 +252,7 @@ impl<W: World> VmActor<W> {
             Verb::Wake(cause) => writes.push(self.waking_event(*cause, &operation)),
             Verb::Migrate(way) => self.record.migration = Some(way.clone()),
             Verb::Arrive(arrival) => {
+                self.record.came_by = Some(arrival.way.id.clone());
                 self.record.migration = Some(arrival.way.clone());
                 self.record.spec = arrival.spec.clone();
                 self.record.guest_protocol = arrival.guest_protocol;

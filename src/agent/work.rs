@@ -154,6 +154,12 @@ impl<W: World> Work<W> {
             match performed {
                 Ok(()) => {}
                 Err(Outcome::Failed(_)) if effect.is_best_effort() => {}
+                // It runs on the other host: what can be taken away here is.
+                Err(Outcome::Failed(cause))
+                    if self.operation.goal == Goal::Leave && effect != Effect::ConfirmArrival =>
+                {
+                    tracing::error!(vm = %self.record.id, step = effect.name(), ?cause, "something of a VM that left is still here");
+                }
                 // The VM is in the process it is to be in. What the other one is, only says that it stands still: it is
                 // ended with the VM at the latest.
                 Err(Outcome::Failed(cause)) if effect == Effect::EndOthers && self.operation.goal == Goal::HandOver => {

@@ -128,7 +128,7 @@ pub(super) async fn answer(door: &dyn Door, host: &str, from: IpAddr, request: R
             return response(door, None, error.status, to_json(&error.body()));
         }
     };
-    let asked = Asked { door, host, from, signed: head.is_some() };
+    let asked = Asked { door, host, from, number: head.as_ref().map_or(0, |head| head.from), signed: head.is_some() };
     let (status, body) = match asked.dispatch(&parts.method, &path, &body).await {
         Ok(answer) => answer,
         Err(error) => (error.status, to_json(&error.body())),
@@ -161,6 +161,8 @@ struct Asked<'a> {
     door: &'a dyn Door,
     host: &'a str,
     from: IpAddr,
+    /// The asking host's number, as the key's holder says; 0 without a key, which asks nothing that matters.
+    number: u16,
     signed: bool,
 }
 
@@ -190,7 +192,7 @@ impl Asked<'_> {
             && let Ok(id) = id.parse::<MigrationId>()
             && let Some(decision) = decision(word)
         {
-            let body = self.door.decided(id, decision).await?;
+            let body = self.door.decided(self.number, id, decision).await?;
             return Ok((StatusCode::OK, to_json(&body)));
         }
         let migration = path.strip_prefix(MIGRATIONS_PATH).and_then(|id| id.parse::<MigrationId>().ok());

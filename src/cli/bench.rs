@@ -1,4 +1,4 @@
-//! `hearth bench launch`, `clone`, `snapshot`, `swap` and `hand-over`.
+//! `hearth bench launch`, `clone`, `snapshot`, `swap`, `hand-over` and `migrate`.
 
 use std::path::PathBuf;
 
@@ -128,6 +128,43 @@ pub struct BenchHandOverArgs {
     /// How many times each
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub count: u32,
+}
+
+pub(super) const MIGRATE_HELP: &str = "\
+The VM boots the image, so that all of its memory goes over. Pause is the time in which no vCPU runs, until the source
+knows that it runs at the other host. Both agents' sockets have to be on this machine: forward the other one's, if it is
+elsewhere (ssh -L).
+
+Example:
+  hearth bench migrate --to host-b --back-socket /run/b/api.sock --back-to host-a --count 20 --memory 128";
+
+/// `hearth bench migrate`.
+#[derive(Debug, Clone, Args)]
+pub struct BenchMigrateArgs {
+    /// Name of the other host, as [[peers]] of this agent's configuration has it
+    #[arg(long, value_name = "PEER")]
+    pub to: ReferenceWord,
+    /// Unix socket of the other host's agent
+    #[arg(long, value_name = "PATH")]
+    pub back_socket: PathBuf,
+    /// Name of this host there
+    #[arg(long, value_name = "PEER")]
+    pub back_to: ReferenceWord,
+    /// How many times there and back
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Image to boot
+    #[arg(long, value_name = "NAME", default_value = IMAGE_DEFAULT, value_parser = name)]
+    pub image: String,
+    /// Its vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub vcpus: u32,
+    /// Its memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    pub memory: u64,
+    /// Session to launch it into: its id, name or network id
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<ReferenceWord>,
 }
 
 /// `hearth bench snapshot`.

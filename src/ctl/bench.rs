@@ -6,6 +6,7 @@ mod clone;
 mod firecracker;
 mod hand_over;
 mod launched;
+mod migrate;
 mod process;
 mod snapshot;
 mod summary;
@@ -122,6 +123,11 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BenchCommand) -> Re
         BenchCommand::Swap(args) => {
             let report = swap::measure(agent, &args).await?;
             out.value(&report, swap::table)?;
+            Ok(())
+        }
+        BenchCommand::Migrate(args) => {
+            let report = migrate::measure(agent, &args).await?;
+            out.value(&report, migrate::table)?;
             Ok(())
         }
         BenchCommand::HandOver(args) => {

@@ -94,8 +94,13 @@ pub trait PeerDoor: Send + Sync + 'static {
     /// Waits for a machine that another host, at this address, wants to hand over; gives the place to send it to.
     fn arrive(&self, from: IpAddr, order: ArrivalOrder) -> BoxFuture<'_, Result<ArrivalReady, ArriveError>>;
 
-    /// The other host has decided whose a machine is that is on its way here: waits until it runs, or is gone.
-    fn decided(&self, id: MigrationId, decision: Decision) -> BoxFuture<'_, Result<DecisionBody, ArriveError>>;
+    /// The other host, of this number, has decided whose a machine is that is on its way here: waits until it runs, or is gone.
+    fn decided(
+        &self,
+        from: u16,
+        id: MigrationId,
+        decision: Decision,
+    ) -> BoxFuture<'_, Result<DecisionBody, ArriveError>>;
 
     /// Whose a machine is that is on its way from here.
     fn decision(&self, id: &MigrationId) -> DecisionBody;
@@ -248,8 +253,13 @@ impl<W: World> PeerDoor for Agent<W> {
         .boxed()
     }
 
-    fn decided(&self, id: MigrationId, decision: Decision) -> BoxFuture<'_, Result<DecisionBody, ArriveError>> {
-        self.note_decision(id, decision).boxed()
+    fn decided(
+        &self,
+        from: u16,
+        id: MigrationId,
+        decision: Decision,
+    ) -> BoxFuture<'_, Result<DecisionBody, ArriveError>> {
+        self.note_decision(from, id, decision).boxed()
     }
 
     fn decision(&self, id: &MigrationId) -> DecisionBody {
@@ -257,8 +267,7 @@ impl<W: World> PeerDoor for Agent<W> {
     }
 
     fn presence(&self, vm: &VmId) -> PresenceBody {
-        let here = self.shared.vms().get(vm).map(|vm| vm.record.borrow().state.name().to_owned());
-        PresenceBody { state: here }
+        PresenceBody { state: self.presence_of(vm) }
     }
 
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>> {

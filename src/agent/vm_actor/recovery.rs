@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::{Recovered, VmActor, error_of};
+use crate::agent::effect::Effect;
 use crate::agent::ledger::{LedgerError, NewEvent, Write};
 use crate::agent::record::{OperationRecord, OperationState, QuarantineRecord, Subject};
 use crate::agent::recover::{self, Doubt};
@@ -113,6 +114,7 @@ impl<W: World> VmActor<W> {
                 | VmState::Paused
                 | VmState::Saving { .. }
                 | VmState::HandingOver { .. }
+                | VmState::Sending
         );
         let doubt = if (is_up || is_swapped) && lives { self.greet_vmm().await } else { None };
         // It is this agent's from here on. What is around it is seen to next, and takes longer.
@@ -124,7 +126,10 @@ impl<W: World> VmActor<W> {
         if is_clear && is_swapped {
             self.hold_taps().await;
         }
-        if matches!(self.record.state, VmState::HandedOver | VmState::Arriving { returning: true }) {
+        let is_decided =
+            recovered.operation.as_ref().is_some_and(|operation| recover::was_done(operation, Effect::AwaitDecision));
+        let is_away = matches!(self.record.state, VmState::HandedOver | VmState::Arriving { returning: true });
+        if is_away && !is_decided {
             self.lead_elsewhere().await;
         }
         if self.record.quarantine.is_some() && is_clear {

@@ -35,6 +35,7 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         Goal::HandOver => done(Effect::MoveMachine),
         Goal::Arrive => done(Effect::AwaitDecision),
         // The other host has it, or nobody.
+        Goal::Leave if !matches!(cause, FailureCause::LostOnTheWay { .. }) => false,
         Goal::Leave => {
             operation.steps.iter().any(|step| step.effect == Effect::ConfirmArrival) && !done(Effect::ConfirmArrival)
         }

@@ -18,14 +18,15 @@ const ASK_AFTER: Duration = Duration::from_secs(3);
 
 impl<W: World> Work<W> {
     pub(super) async fn receive_machine(&mut self) -> Result<(), Outcome> {
-        // The agent before saw the beginning: it may have come since. One that did not will not: who waited for it is gone.
-        if self.status().await?.state != MachineState::Empty {
-            return Ok(());
-        }
         let id = self.record.migration.as_ref().map(|way| way.id.clone());
         let waiting = id.and_then(|id| self.shared.arrivals.take(&id));
-        let Some(Waiting { from, token, peer, ready }) = waiting else {
-            return Err(host("nobody sends the machine any more".to_owned()));
+        let is_here = self.status().await?.state != MachineState::Empty;
+        let Waiting { from, token, peer, ready } = match waiting {
+            Some(waiting) if !is_here => waiting,
+            Some(_) => return Err(host("its VMM has a machine already".to_owned())),
+            // The agent before saw the beginning: it has come since, or will not, as nobody waits for it.
+            None if is_here => return Ok(()),
+            None => return Err(host("nobody sends the machine any more".to_owned())),
         };
         let own =
             self.shared.world.vmm().certificate().map_err(|error| host(format!("make a certificate: {error}")))?;

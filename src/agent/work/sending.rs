@@ -78,9 +78,13 @@ impl<W: World> Work<W> {
 
     /// Tries until the other host answers: it may be cut off, or its agent be replaced.
     pub(super) async fn confirm_arrival(&mut self) -> Result<(), Outcome> {
-        let (way, fabric, peer) = self.migration()?;
         let (mut wait, longest) = CONFIRM_AGAIN;
         loop {
+            let Ok((way, fabric, peer)) = self.migration() else {
+                tracing::warn!(vm = %self.record.id, "the VM is the host's that is no peer in the configuration any more");
+                sleep(longest).await;
+                continue;
+            };
             match self.shared.confirm_at_peer(fabric, peer, &way.id).await {
                 Ok(()) => {
                     self.note_run();

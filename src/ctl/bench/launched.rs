@@ -145,6 +145,23 @@ impl Bench<'_> {
     }
 }
 
+/// Has `work` done without one. Whatever happens, what was made for it is removed in the end.
+pub(super) async fn without_bundle<T>(
+    agent: &Agent,
+    session: Option<String>,
+    work: impl AsyncFnOnce(&mut Bench<'_>) -> Result<T, BenchError>,
+) -> Result<T, BenchError> {
+    let mut signals = Signals::catch().map_err(BenchError::Signals)?;
+    let clock = SystemClock::new();
+    let mut bench = Bench { agent, clock, session, vms: Vec::new(), bundles: Vec::new(), number: 0 };
+    let outcome = tokio::select! {
+        outcome = work(&mut bench) => outcome,
+        _ = signals.end() => Err(BenchError::Interrupted),
+    };
+    bench.clear().await;
+    outcome
+}
+
 /// Has `work` done with a bundle. Whatever happens, what was made for it is removed in the end.
 pub(super) async fn with_bundle<T>(
     agent: &Agent,

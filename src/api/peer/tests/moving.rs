@@ -237,35 +237,55 @@ async fn a_link_that_is_cut_at_any_moment_leaves_it_in_one_place() {
     assert!((1..60).contains(&moved), "{moved}");
 }
 
-/// Handed over, with the word of it on its way, when its VMM there is killed: nobody has it any more, and both say so.
-#[tokio::test(start_paused = true)]
-async fn a_machine_that_dies_where_it_was_handed_to_is_told_as_lost() {
+/// Handed over, with the word of it on its way, when its VMM there is killed: nobody has it any more, and it is told.
+async fn one_that_is_lost_is_told_of(back: bool) {
     for moment in 0..200 {
         let (wire, a, b) = two_with_a_road().await;
         a.session(517).await;
         a.vm(NAME, Some(517)).await;
-        let from = a.clone();
-        let asked = tokio::spawn(async move { from.door.migrate(NAME, "b").await.map(drop) });
+        if back {
+            a.door.migrate(NAME, "b").await.expect("it goes there");
+        }
+        let (from, to, name) = if back { (b.clone(), &a, "a") } else { (a.clone(), &b, "b") };
+        let asked = tokio::spawn({
+            let from = from.clone();
+            async move { from.door.migrate(NAME, name).await.map(drop) }
+        });
         tokio::time::sleep(Duration::from_micros(50 * moment)).await;
         wire.is_cut.store(true, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let undecided = state(&b) == Some(VmState::Arriving { returning: false });
-        if state(&a) != Some(VmState::HandedOver) || !undecided {
+        let undecided = Some(VmState::Arriving { returning: back });
+        if state(&from) != Some(VmState::HandedOver) || state(to) != undecided {
             continue;
         }
         // It stands still there as long as nobody can be asked.
         tokio::time::sleep(Duration::from_secs(3600)).await;
-        assert_eq!(state(&b), Some(VmState::Arriving { returning: false }));
-        b.sim.kill_some_vmm();
+        assert_eq!(state(to), undecided);
+        to.sim.end_vmms();
         tokio::time::sleep(Duration::from_secs(1)).await;
         wire.is_cut.store(false, Ordering::Relaxed);
         let told = asked.await.expect("no panic").expect_err("it is lost").to_string();
-        assert!(told.contains("host b"), "{told}");
+        assert!(told.contains(&format!("host {name}")), "{told}");
         let lost = |state: &VmState| matches!(state, VmState::Failed { cause: FailureCause::LostOnTheWay { .. } });
-        assert!(state(&a).as_ref().is_some_and(lost), "{:?}", state(&a));
-        assert_eq!((vm(&b), a.sim.living(), b.sim.living()), (None, vec![], vec![]));
+        assert!(state(&from).as_ref().is_some_and(lost), "{:?}", state(&from));
+        assert_eq!(state(to), back.then_some(VmState::HandedOver));
+        assert_eq!((a.sim.living(), b.sim.living()), (vec![], vec![]));
+        // Once that was seen and removed, its addresses are free again.
+        from.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!((vm(&a), vm(&b)), (None, None));
         nothing_was_seen([&a, &b]);
         return;
     }
     panic!("it is never handed over without the other host's knowing");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_dies_where_it_was_handed_to_is_told_as_lost() {
+    one_that_is_lost_is_told_of(false).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_dies_where_it_comes_back_to_is_told_as_lost() {
+    one_that_is_lost_is_told_of(true).await;
 }
