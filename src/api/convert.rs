@@ -115,6 +115,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
             .quarantine
             .as_ref()
             .map(|found| Quarantine { since: timestamp(found.at), report: found.report.clone() }),
+        handed_to: handed_to(vm),
         swap_policy: swap::shown_policy(&vm.spec.swap),
         swapped: swap::swapped(vm),
         pid: vm.process.and_then(|process| u32::try_from(process.pid).ok()),
@@ -122,6 +123,12 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         operation_id: vm.operation.clone(),
         last_console_lines: vm.remains.as_ref().map(|left| left.console.clone()).unwrap_or_default(),
     }
+}
+
+/// The host a VM was handed over to.
+fn handed_to(vm: &agent::VmRecord) -> Option<String> {
+    let way = vm.migration.as_ref().filter(|_| vm.state == agent::VmState::HandedOver)?;
+    Some(way.peer.clone())
 }
 
 fn state(state: &agent::VmState) -> VmState {

@@ -71,6 +71,7 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("id", Some(vm.id.to_string())),
             ("state", Some(state(vm))),
             ("cause", vm.cause.as_ref().map(|cause| cause.detail.clone())),
+            ("runs on", vm.handed_to.clone()),
             ("quarantine", vm.quarantine.as_ref().map(|found| plain(&found.report))),
             ("image", vm.image.clone()),
             ("bundle", vm.bundle_id.clone()),

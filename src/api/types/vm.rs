@@ -174,6 +174,9 @@ pub struct Vm {
     /// Why the agent leaves it alone; null ordinarily. It can be stopped and removed.
     #[serde(default)]
     pub quarantine: Option<Quarantine>,
+    /// Name of the host it runs on, when it was handed over to another one; null while it is here.
+    #[serde(default)]
+    pub handed_to: Option<String>,
     /// When its memory is moved out without being asked for.
     #[serde(default)]
     pub swap_policy: SwapPolicy,
