@@ -147,7 +147,8 @@ pub(super) fn check_to_migrate(
             return Err(MigrateError::SameHost { word: word.to_owned() });
         }
         let known: Vec<&str> = fabric.peers.iter().map(|peer| peer.name.as_str()).collect();
-        return Err(MigrateError::UnknownPeer { word: word.to_owned(), known: known.join(", ") });
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        return Err(MigrateError::UnknownPeer { word: word.to_owned(), known });
     };
     let name = || vm.name.clone().unwrap_or_else(|| vm.id.to_string());
     let tie = if !vm.spec.disks.is_empty() {
