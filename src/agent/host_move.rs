@@ -176,19 +176,10 @@ impl HostVmm {
         let files = vec![open_pagemap(vm)?, OwnedFd::from(stream)];
         let limit = Duration::from_millis(DEADLINE_MS_AWAY) + self.move_limit();
         patient(&source, limit)?;
-        match exchange(&mut source, vm, &Request::Send(spec), &files, limit)? {
-            Answer::Sent(phases) => Ok(phases),
-            Answer::Welcome(_)
-            | Answer::Launched(_)
-            | Answer::Done
-            | Answer::Status(_)
-            | Answer::Refused(_)
-            | Answer::Network(_)
-            | Answer::Saved(_)
-            | Answer::Balloon(_)
-            | Answer::Sending(_)
-            | Answer::Forwarded { .. } => Err(AskError::Unexpected),
-        }
+        let Answer::Sent(phases) = exchange(&mut source, vm, &Request::Send(spec), &files, limit)? else {
+            return Err(AskError::Unexpected);
+        };
+        Ok(phases)
     }
 
     pub(super) fn receive_blocking(
@@ -215,19 +206,10 @@ impl HostVmm {
     pub(super) fn forward_blocking(&self, vm: &VmRecord, epoch: u64) -> Result<u64, AskError> {
         let mut source = self.conversation(vm, epoch, Part::Only)?;
         let forward = Request::ForwardPackets { last: true };
-        match exchange(&mut source, vm, &forward, &[], self.move_limit())? {
-            Answer::Forwarded { packets } => Ok(packets),
-            Answer::Welcome(_)
-            | Answer::Launched(_)
-            | Answer::Done
-            | Answer::Status(_)
-            | Answer::Refused(_)
-            | Answer::Network(_)
-            | Answer::Saved(_)
-            | Answer::Balloon(_)
-            | Answer::Sent(_)
-            | Answer::Sending(_) => Err(AskError::Unexpected),
-        }
+        let Answer::Forwarded { packets } = exchange(&mut source, vm, &forward, &[], self.move_limit())? else {
+            return Err(AskError::Unexpected);
+        };
+        Ok(packets)
     }
 }
 
