@@ -55,6 +55,8 @@ mod ledger;
 pub mod log;
 mod member;
 mod metrics;
+mod migration_record;
+mod migrations;
 mod network;
 pub mod peers;
 mod record;
@@ -85,7 +87,7 @@ use std::sync::Arc;
 
 pub use crate::sys::host::raise_descriptors;
 pub use arrivals::Decision;
-pub use arrive::{ArriveError, MigrateError};
+pub use arrive::ArriveError;
 pub use backups::{BackUpError, BackedUp};
 pub use balloon::BalloonError;
 pub use bundle_door::{BuildRequest, BundleDoor, BundleWork, SnapshotRequest};
@@ -116,6 +118,10 @@ pub use ledger::{
     Backup, BackupError, CalculationChange, Claim, ClusterRefusal, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded,
     LocalLease, NewSession, NumberChoice, RestoreError, SessionRefusal, Store, StoredAnswer, Taken, Write,
     backups as ledger_backups, dump as dump_ledger, restore as restore_ledger,
+};
+pub use migration_record::{MigrationRecord, MovePolicy, MoveRecord, PauseSteps, PolicyError, WhenUnconverged};
+pub use migrations::{
+    Direction, MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate, MigrationState, MigrationView,
 };
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,

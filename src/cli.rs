@@ -7,6 +7,7 @@ mod bench;
 mod bundle;
 mod cluster;
 mod ledger;
+mod migration;
 mod session;
 mod swap;
 mod value;
@@ -25,13 +26,12 @@ pub use bench::{
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
+pub use migration::{EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
-pub use vm::{
-    AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, MigrateArgs, RemoveArgs, StopArgs, VmCommand, WaitWord,
-};
+pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
 /// Where the agent's API answers when nothing else is said.
 pub const SOCKET_DEFAULT: &str = "/run/hearth/api.sock";
@@ -133,6 +133,9 @@ pub enum ClientCommand {
     /// Long work: what runs, what failed and why
     #[command(subcommand)]
     Operation(OperationCommand),
+    /// Migrations from and to this host: how far they are, what they took
+    #[command(subcommand)]
+    Migration(MigrationCommand),
     /// What happened on this host, in order
     #[command(after_help = EVENTS_HELP)]
     Events(EventsArgs),
@@ -271,7 +274,7 @@ pub struct EventsArgs {
 }
 
 /// `hearth host`.
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub enum HostCommand {
     /// Find out what this host's KVM, CPU, cgroups and network can do; needs no agent
     #[command(after_help = "Exit code 1 means that this host cannot run VMs; standard error says what to do.")]
@@ -280,6 +283,9 @@ pub enum HostCommand {
     Show,
     /// Show what was decided about idle VMs, and by what
     SwapDecisions,
+    /// Move all VMs that can be moved to other hosts, before maintenance
+    #[command(after_help = migration::EVACUATE_HELP)]
+    Evacuate(EvacuateArgs),
 }
 
 /// `hearth bench`.

@@ -20,6 +20,7 @@ mod image;
 mod isolation;
 mod launch;
 mod link;
+mod migration;
 mod operation;
 mod output;
 mod progress;
@@ -57,6 +58,9 @@ use output::Output;
 
 /// Exit code of a command that did what it was asked.
 pub const EXIT_DONE: u8 = 0;
+
+/// Exit code of a command that did a part of what it was asked, and said what it left.
+pub const EXIT_LEFT: u8 = 1;
 
 /// Added to a signal's number for the exit code of what that signal ended, as shells do.
 pub const EXIT_SIGNAL_BASE: u8 = 128;
@@ -254,7 +258,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Stop(args)) => vm::stop(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Pause { vm }) => vm::pause(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Resume { vm }) => vm::resume(agent, out, &vm).await?,
-        ClientCommand::Vm(VmCommand::Migrate(args)) => vm::migrate(agent, out, &args).await?,
+        ClientCommand::Vm(VmCommand::Migrate(args)) => migration::migrate(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::HandOver { vm }) => vm::hand_over(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Balloon(args)) => balloon::set(agent, out, args).await?,
         ClientCommand::Vm(VmCommand::SwapOut(args)) => swap::out(agent, out, args).await?,
@@ -267,10 +271,14 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Cluster(command) => return Ok(cluster::run(agent, out, command).await?),
         ClientCommand::Image(command) => image::run(agent, out, command).await?,
         ClientCommand::Operation(command) => operation::run(agent, out, command).await?,
+        ClientCommand::Migration(command) => migration::run(agent, out, command).await?,
         ClientCommand::Events(args) => event::run(agent, out, args).await?,
         ClientCommand::Host(HostCommand::Probe) => host::probe(out).await?,
         ClientCommand::Host(HostCommand::Show) => host::show(agent, out).await?,
         ClientCommand::Host(HostCommand::SwapDecisions) => swap::decisions(agent, out).await?,
+        ClientCommand::Host(HostCommand::Evacuate(args)) => {
+            return Ok(if migration::evacuate(agent, out, &args).await? { EXIT_DONE } else { EXIT_LEFT });
+        }
         ClientCommand::Bench(command) => bench::run(agent, out, command).await?,
     }
     Ok(EXIT_DONE)

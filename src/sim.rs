@@ -25,6 +25,7 @@ use tokio::time::Instant;
 
 use crate::agent::Store;
 use crate::agent::world::World;
+use crate::bundle::admit::HostFacts;
 use crate::clock::{Clock, Monotonic, UnixNanos, Uptime};
 use crate::ids::VmId;
 
@@ -98,6 +99,8 @@ struct State {
     leases: leases::Leases,
     registrar: registrar::Registrar,
     bundles: bundles::Bundles,
+    /// What it is, as far as guests care.
+    facts: HostFacts,
     swap: swap::Swap,
 }
 
@@ -161,6 +164,7 @@ impl SimHost {
             leases: leases::Leases::resting_for(REST_NS),
             registrar: registrar::Registrar::default(),
             bundles: bundles::Bundles::default(),
+            facts: manifest::facts(),
             swap: swap::Swap::default(),
         };
         Self {
@@ -170,6 +174,11 @@ impl SimHost {
             road: road::Road::default(),
             life: 0,
         }
+    }
+
+    /// From now on it has a processor of another vendor.
+    pub fn become_another_processor(&self) {
+        self.state().facts.cpu_vendor = "another".to_owned();
     }
 
     /// The same host, on the road of another one: machines go from one to the other.

@@ -31,6 +31,10 @@ pub(super) struct Waiting {
     pub(super) token: StreamToken,
     /// The source's certificate.
     pub(super) peer: Vec<u8>,
+    /// Number of connections it makes.
+    pub(super) connections: u8,
+    /// Whether only what differs from its bundle comes.
+    pub(super) on_base: bool,
     /// Who waits for the place to send it to.
     pub(super) ready: oneshot::Sender<ArrivalReady>,
 }

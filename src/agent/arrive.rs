@@ -1,5 +1,5 @@
-//! Migrations as they are asked for: of this host's VMs to another one, and of another one's to here. What is checked
-//! here can be checked without making anything; the rest is the VMs' actors'.
+//! Machines of other hosts as they come: what is checked here can be checked without making anything; the rest is the
+//! VMs' actors'.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,14 +10,15 @@ use tokio::time::timeout;
 
 use super::admit::{Facts, admit};
 use super::arrivals::{Decision, Waiting};
+use super::bundles::BundleError;
 use super::config::FabricConfig;
-use super::door::VmError;
 use super::images::Image;
 use super::launch::LaunchRequest;
 use super::launch_error::LaunchError;
 use super::ledger::{Claim, Grant, LedgerError, SessionRefusal, Write};
-use super::peers::{ArrivalOrder, ArrivalReady, DecisionBody};
-use super::record::{MigrationRecord, OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
+use super::migration_record::{MigrationRecord, MovePolicy};
+use super::peers::{ArrivalOrder, ArrivalReady, ArrivalVerdict, DecisionBody};
+use super::record::{OperationRecord, SCHEMA_VERSION, Timings, VmRecord, VmSpec};
 use super::room::{NewWork, check};
 use super::session::SessionRequest;
 use super::session_error::{SessionError, join_refused};
@@ -25,65 +26,21 @@ use super::session_record::{NetworkRecord, SessionRecord, SessionState};
 use super::shared::{VmHandle, operation_event, vm_event};
 use super::vm_actor::{Arrival, Begin, Verb, operation_for, start};
 use super::vm_state::{Event, Goal, VmState, step};
-use super::world::{Records, VmDisk, VmNetworks, World, random_array, random_nonce};
+use super::world::{Records, VmBundles, VmDisk, VmNetworks, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
-use crate::ids::{Generation, MigrationId, OperationId, VmId};
+use crate::ids::{BundleId, Generation, MigrationId, OperationId, VmId};
 use crate::net::address::{HostNumber, Parts};
-use crate::report::Retry;
+use crate::units::MIB;
 use crate::wire::control::StreamToken;
 use crate::wire::frame;
+use crate::wire::stream::CONNECTIONS_MAX;
 
 /// Longest wait for the place where a machine is received: its VMM is started for it.
 const READY_LIMIT: Duration = Duration::from_secs(20);
 
 /// Longest wait for a machine that is this host's to run.
 const RUN_LIMIT: Duration = Duration::from_secs(20);
-
-/// Why a VM is not moved to another host.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum MigrateError {
-    /// There is no other host.
-    #[error("this host has no [fabric] in its configuration, so it knows no other host")]
-    NoFabric,
-    /// The word is no peer's name.
-    #[error("there is no peer {word:?} in the configuration; there are: {known}")]
-    UnknownPeer {
-        /// The word.
-        word: String,
-        /// The peers there are.
-        known: String,
-    },
-    /// It is this host.
-    #[error("{word:?} is this host")]
-    SameHost {
-        /// The word.
-        word: String,
-    },
-    /// The VM has something that only this host has.
-    #[error("{vm} cannot leave this host: {what}")]
-    Tied {
-        /// The VM.
-        vm: String,
-        /// What it has.
-        what: &'static str,
-    },
-    /// Its addresses are another host's, which alone can lead there.
-    #[error("{vm} has addresses of host number {home}: from here it can only go back there")]
-    NotHome {
-        /// The VM.
-        vm: String,
-        /// Whose addresses it has.
-        home: u16,
-    },
-}
-
-impl MigrateError {
-    /// Whether the same request may succeed later.
-    pub const fn retry(&self) -> Retry {
-        Retry::WithChange
-    }
-}
 
 /// Why another host's machine is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +60,9 @@ pub enum ArriveError {
     /// Its session cannot be here.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// Its guest cannot go on here, or its bundle cannot be looked at.
+    #[error("take the VM of another host")]
+    Guest(#[from] BundleError),
     /// A VM of its id is here, and does something else.
     #[error("{vm} is here already, and is {state}")]
     Here {
@@ -134,73 +94,26 @@ pub enum ArriveError {
     Ledger(#[from] LedgerError),
 }
 
-/// Whether a VM can go to another host, and how.
-pub(super) fn check_to_migrate(
-    vm: &VmRecord,
-    word: &str,
-    fabric: Option<&FabricConfig>,
-    own_name: Option<&str>,
-) -> Result<(String, HostNumber), MigrateError> {
-    let fabric = fabric.ok_or(MigrateError::NoFabric)?;
-    let Some(peer) = fabric.peers.iter().find(|peer| peer.name == word) else {
-        if own_name == Some(word) {
-            return Err(MigrateError::SameHost { word: word.to_owned() });
-        }
-        let known: Vec<&str> = fabric.peers.iter().map(|peer| peer.name.as_str()).collect();
-        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        return Err(MigrateError::UnknownPeer { word: word.to_owned(), known });
-    };
-    let name = || vm.name.clone().unwrap_or_else(|| vm.id.to_string());
-    let tie = if !vm.spec.disks.is_empty() {
-        Some("it has disks, which are files of this host")
-    } else if vm.spec.cluster.is_some() {
-        Some("it is a member of a cluster, whose registrar is here")
-    } else if vm.network.as_ref().is_some_and(|network| !network.published.is_empty()) {
-        Some("ports of this host lead to it")
-    } else if vm.spec.build.is_some() {
-        Some("it is there to become a bundle here")
-    } else {
-        None
-    };
-    if let Some(what) = tie {
-        return Err(MigrateError::Tied { vm: name(), what });
-    }
-    match vm.network.as_ref().and_then(|network| network.home) {
-        Some(home) if home != u16::from(peer.host) => Err(MigrateError::NotHome { vm: name(), home }),
-        Some(_) | None => Ok((peer.name.clone(), peer.host)),
-    }
-}
-
 impl<W: World> Agent<W> {
-    /// Moves a VM to the peer of this name; answers when it runs there.
-    pub(super) async fn migrate_vm(&self, word: &str, to: &str) -> Result<Arc<VmRecord>, VmError> {
-        let handle = self.find(word)?;
-        let vm = handle.record.borrow().clone();
-        let fabric = self.shared.config.fabric.as_ref();
-        let (peer, host) = check_to_migrate(&vm, to, fabric, self.shared.config.host_name.as_deref())?;
-        let random = random_array(&self.shared.world).unwrap_or_default();
-        let way = MigrationRecord { id: MigrationId::from_random(random), peer, host: host.into() };
-        self.ask_actor(&handle, Verb::Migrate(way)).await
-    }
-
     /// Admits a machine of another host, and waits until it can be sent.
     pub(super) async fn take_machine(&self, from: IpAddr, order: ArrivalOrder) -> Result<ArrivalReady, ArriveError> {
         let fabric = self.shared.config.fabric.as_ref().ok_or(ArriveError::Malformed { what: "there is no fabric" })?;
         let (certificate, token) = order.keys().ok_or(ArriveError::Malformed { what: "its keys are none" })?;
         let is_known = self.shared.vms().contains_key(&order.vm);
         check_order(&order, fabric, is_known)?;
-        let peer = fabric.peers.iter().find(|peer| u16::from(peer.host) == order.host);
-        let peer = peer.ok_or(ArriveError::Malformed { what: "its host is no peer" })?;
-        let way = MigrationRecord { id: order.migration.clone(), peer: peer.name.clone(), host: order.host };
+        let way = way_of(&order, fabric)?;
+        let base = self.base_of(&order).await?;
         let (tell, ready) = oneshot::channel();
-        let waiting = Waiting { from, token: StreamToken(token), peer: certificate, ready: tell };
+        let token = StreamToken(token);
+        let (connections, on_base) = (order.connections, base.is_some());
+        let waiting = Waiting { from, token, peer: certificate, connections, on_base, ready: tell };
         let vm = order.vm.to_string();
         if !self.shared.arrivals.expect(order.migration.clone(), waiting) {
             // It was asked for before, and is being made ready.
             return Err(ArriveError::NotReady { vm });
         }
         let id = order.migration.clone();
-        let begun = self.begin_arrival(way, order).await;
+        let begun = self.begin_arrival(way, order, base).await;
         let ready = match begun {
             Ok(()) => timeout(READY_LIMIT, ready).await,
             Err(error) => {
@@ -217,16 +130,81 @@ impl<W: World> Agent<W> {
         }
     }
 
-    async fn begin_arrival(&self, way: MigrationRecord, order: ArrivalOrder) -> Result<(), ArriveError> {
+    /// Whether a machine could come, if it came now: what would be checked then, and nothing is made.
+    pub(super) async fn check_machine(&self, order: ArrivalOrder) -> Result<ArrivalVerdict, ArriveError> {
+        let fabric = self.shared.config.fabric.as_ref().ok_or(ArriveError::Malformed { what: "there is no fabric" })?;
+        let is_known = self.shared.vms().contains_key(&order.vm);
+        check_order(&order, fabric, is_known)?;
+        let way = way_of(&order, fabric)?;
+        let known = self.shared.vms().get(&order.vm).cloned();
+        let has_base = self.base_of(&order).await?.is_some();
+        match known {
+            Some(handle) => self.check_return(&handle, &way, &order)?,
+            None => self.admit_machine(&order, &self.records()).await?,
+        }
+        let host = self.shared.world.disk().host().await;
+        let host = host.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
+        let memory_available_bytes = host.memory_available_bytes;
+        Ok(ArrivalVerdict { has_base, memory_available_bytes })
+    }
+
+    /// The bundle that a machine was launched from, if it is here and whole: then only what differs has to come. The first
+    /// look at a bundle reads all of it.
+    async fn base_of(&self, order: &ArrivalOrder) -> Result<Option<BundleId>, ArriveError> {
+        let bundles = self.shared.world.bundles();
+        if let Some(needs) = &order.needs {
+            bundles.admit_guest(needs, order.guest_protocol).await?;
+        }
+        let Some(base) = &order.base else { return Ok(None) };
+        match bundles.check(base).await {
+            Ok(manifest) if manifest.machine.memory_bytes == u64::from(order.spec.memory_mib) * MIB => {
+                Ok(Some(base.clone()))
+            }
+            Ok(_) => Err(ArriveError::Malformed { what: "its bundle has another size" }),
+            Err(error) => {
+                tracing::debug!(%base, error = %crate::report::chain(&error), "not here: all of the memory has to come");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether there is a place for a machine that is not known here.
+    async fn admit_machine(&self, order: &ArrivalOrder, vms: &[Arc<VmRecord>]) -> Result<(), ArriveError> {
+        let disk = self.shared.world.disk();
+        let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
+        check(NewWork::Vm, &host, &self.shared.config, self.shared.is_draining()).map_err(LaunchError::from)?;
+        let image = image_of(order);
+        let limits = &self.shared.config.limits;
+        let facts = Facts { limits, host: &host, image: &image, bundle: None, additions: "", vms };
+        let request = LaunchRequest {
+            name: order.name.clone(),
+            image: order.spec.image.clone(),
+            vcpus: Some(order.spec.vcpus.into()),
+            memory_mib: Some(order.spec.memory_mib.into()),
+            interfaces: Some(order.spec.interfaces),
+            ..LaunchRequest::default()
+        };
+        admit(&request, &facts)?;
+        Ok(())
+    }
+
+    async fn begin_arrival(
+        &self,
+        way: MigrationRecord,
+        order: ArrivalOrder,
+        base: Option<BundleId>,
+    ) -> Result<(), ArriveError> {
         let known = self.shared.vms().get(&order.vm).cloned();
         if let Some(handle) = known {
-            return self.begin_return(&handle, way, order);
+            return self.begin_return(&handle, way, order, base).await;
         }
         let session = match (&order.network, &order.session) {
             (Some(network), Some(session)) => {
                 let request = SessionRequest {
                     ipv4: Some(session.ipv4),
                     egress: session.egress.clone(),
+                    ttl_s: session.ttl_s,
+                    user_data: session.user_data.clone(),
                     ..SessionRequest::default()
                 };
                 Some(self.session_for_peer(network.session_network_id.into(), request).await?)
@@ -245,27 +223,23 @@ impl<W: World> Agent<W> {
                 return Err(join_refused(session, u32::MAX, SessionRefusal::Draining).into());
             }
         }
-        let disk = self.shared.world.disk();
-        let host = disk.host().await.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
-        check(NewWork::Vm, &host, &self.shared.config, self.shared.is_draining()).map_err(LaunchError::from)?;
-        let (vms, image) = (self.records(), image_of(&order));
-        let limits = &self.shared.config.limits;
-        let facts = Facts { limits, host: &host, image: &image, bundle: None, additions: "", vms: &vms };
-        let request = LaunchRequest {
-            name: order.name.clone(),
-            image: order.spec.image.clone(),
-            vcpus: Some(order.spec.vcpus.into()),
-            memory_mib: Some(order.spec.memory_mib.into()),
-            interfaces: Some(order.spec.interfaces),
-            ..LaunchRequest::default()
-        };
-        admit(&request, &facts)?;
-        self.record_arrival(way, order, session, &vms).await
+        let vms = self.records();
+        self.admit_machine(&order, &vms).await?;
+        self.hold_base(base.as_ref()).await?;
+        self.record_arrival(way, order, base, session, &vms).await
+    }
+
+    /// Whether a machine's bundle is still here. While the admission is held nobody removes it.
+    async fn hold_base(&self, base: Option<&BundleId>) -> Result<(), ArriveError> {
+        if let Some(base) = base {
+            self.shared.world.bundles().find(base.as_str()).await?;
+        }
+        Ok(())
     }
 
     /// One that is known here was handed over from here.
-    fn begin_return(&self, handle: &VmHandle, way: MigrationRecord, order: ArrivalOrder) -> Result<(), ArriveError> {
-        let known = handle.record.borrow().clone();
+    fn check_return(&self, handle: &VmHandle, way: &MigrationRecord, order: &ArrivalOrder) -> Result<(), ArriveError> {
+        let known = handle.record.borrow();
         let gone_to = known.migration.as_ref().map(|gone| gone.host);
         if known.state != VmState::HandedOver || gone_to != Some(way.host) {
             return Err(ArriveError::Here { vm: order.vm.to_string(), state: known.state.name() });
@@ -277,8 +251,23 @@ impl<W: World> Agent<W> {
         if (was.vcpus, was.memory_mib, was.interfaces) != (is.vcpus, is.memory_mib, is.interfaces) {
             return Err(ArriveError::Malformed { what: "it is not what it was" });
         }
-        // All of its memory comes over the wire: it shares nothing with an image any more.
-        let spec = VmSpec { bundle: None, swap: is.swap.clone(), ..was.clone() };
+        Ok(())
+    }
+
+    async fn begin_return(
+        &self,
+        handle: &VmHandle,
+        way: MigrationRecord,
+        order: ArrivalOrder,
+        base: Option<BundleId>,
+    ) -> Result<(), ArriveError> {
+        // Held until its record says that it uses its bundle, or nearly: the one it has may say so already.
+        let _admission = self.admission.lock().await;
+        self.hold_base(base.as_ref()).await?;
+        self.check_return(handle, &way, &order)?;
+        let was = handle.record.borrow().spec.clone();
+        // Without it all of its memory comes over the wire, and it shares nothing with an image any more.
+        let spec = VmSpec { bundle: base, swap: order.spec.swap.clone(), ..was };
         let arrival = Arrival { way, spec, guest_protocol: order.guest_protocol };
         let (agent, handle) = (self.clone(), handle.clone());
         // Its end is told by the decision.
@@ -290,6 +279,7 @@ impl<W: World> Agent<W> {
         &self,
         way: MigrationRecord,
         order: ArrivalOrder,
+        base: Option<BundleId>,
         session: Option<SessionRecord>,
         vms: &[Arc<VmRecord>],
     ) -> Result<(), ArriveError> {
@@ -322,14 +312,15 @@ impl<W: World> Agent<W> {
             quarantine: None,
             swap: None,
             came_by: Some(way.id.clone()),
+            needs: order.needs,
             migration: Some(way),
             guest_protocol: order.guest_protocol,
             created_at: order.created_at,
             timings: Timings::default(),
             remains: None,
         };
-        // All of its memory came over the wire: it shares nothing with an image any more.
-        record.spec.bundle = None;
+        // Without it all of its memory comes over the wire, and it shares nothing with an image any more.
+        record.spec.bundle = base;
         let id = OperationId::from_random(random_array(world).map_err(random)?);
         let claim = Claim { vm: record.id.clone(), session: None, jail, now };
         let wall = world.clock().wall();
@@ -464,11 +455,22 @@ fn image_of(order: &ArrivalOrder) -> Image {
     }
 }
 
+/// The way a machine comes.
+fn way_of(order: &ArrivalOrder, fabric: &FabricConfig) -> Result<MigrationRecord, ArriveError> {
+    let peer = fabric.peers.iter().find(|peer| u16::from(peer.host) == order.host);
+    let peer = peer.ok_or(ArriveError::Malformed { what: "its host is no peer" })?;
+    let policy = MovePolicy { connections: order.connections, ..MovePolicy::default() };
+    Ok(MigrationRecord { id: order.migration.clone(), peer: peer.name.clone(), host: order.host, policy })
+}
+
 /// What can be said of an order without looking at this host.
 fn check_order(order: &ArrivalOrder, fabric: &FabricConfig, is_known: bool) -> Result<(), ArriveError> {
     let wrong = |what| Err(ArriveError::Malformed { what });
     if !order.spec.disks.is_empty() || order.spec.cluster.is_some() || order.spec.build.is_some() {
         return wrong("it has what stays on its host");
+    }
+    if !(1..=CONNECTIONS_MAX).contains(&order.connections) {
+        return wrong("its number of connections is not possible");
     }
     if order.generation.parse::<Generation>().is_err() {
         return wrong("its generation is none");

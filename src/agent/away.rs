@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use super::Agent;
-use super::record::{MigrationRecord, VmRecord};
+use super::migration_record::MigrationRecord;
+use super::record::VmRecord;
 use super::vm_actor::Verb;
 use super::vm_state::VmState;
 use super::world::World;

@@ -64,6 +64,9 @@ pub enum BundleError {
         #[source]
         source: Incompatible,
     },
+    /// A guest of another host cannot go on here.
+    #[error(transparent)]
+    GuestDiffers(#[from] Incompatible),
     /// This host's facts are not known: the probe failed.
     #[error("what this host's KVM does is not known: the probe failed; see the agent's log and `hearth host probe`")]
     NoFacts,
@@ -130,7 +133,7 @@ impl BundleError {
             Self::NoRoom(error) => error.retry(),
             Self::Read(error) => error.retry(),
             Self::Open(error) => error.retry(),
-            Self::Incompatible { source, .. } => source.retry(),
+            Self::Incompatible { source, .. } | Self::GuestDiffers(source) => source.retry(),
             Self::Commit(error) => error.retry(),
             Self::Verify(error) => error.retry(),
             Self::Remove(error) => error.retry(),

@@ -9,7 +9,6 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use super::arrive::MigrateError;
 use super::backups::{BackUpError, BackedUp};
 use super::balloon::BalloonError;
 use super::bundle_door::BundleDoor;
@@ -26,6 +25,7 @@ use super::isolation::VmJail;
 use super::launch::{Key, LaunchRequest, Launched};
 use super::launch_error::LaunchError;
 use super::ledger::{KeyRow, LedgerError, StoredAnswer};
+use super::migrations::{MigrateError, MigrationDoor};
 use super::peers::PeerDoor;
 use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::self_door::SelfDoor;
@@ -214,7 +214,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor {
+pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.
@@ -244,8 +244,6 @@ pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor {
     fn vm(&self, word: &str) -> Result<Arc<VmRecord>, FindError>;
     /// Asks something of a VM and waits for its answer.
     fn ask<'a>(&'a self, word: &'a str, verb: Verb) -> BoxFuture<'a, Result<Arc<VmRecord>, VmError>>;
-    /// Moves a VM to the peer of this name; answers when it runs there.
-    fn migrate<'a>(&'a self, word: &'a str, to: &'a str) -> BoxFuture<'a, Result<Arc<VmRecord>, VmError>>;
     /// Starts a program in a guest.
     fn exec<'a>(&'a self, word: &'a str, spec: ExecSpec) -> BoxFuture<'a, Result<ExecSession, VmError>>;
     /// A stream to a guest's console, from the last `history_bytes` of what it wrote before on.

@@ -16,7 +16,7 @@ use super::images::ImageStore;
 use super::record::VmRecord;
 use super::work::command_line;
 use super::world::VmBundles;
-use crate::bundle::admit::{HostFacts, admit};
+use crate::bundle::admit::{GuestNeeds, HostFacts, admit, admit_guest};
 use crate::bundle::manifest::{
     Backing, DeviceKind, DeviceSlot, FrozenIdentity, GuestSystem, MachineShape, Provenance, Recipe, SourceImage,
 };
@@ -237,6 +237,14 @@ impl VmBundles for HostBundles {
             Ok(manifest)
         })
         .await
+    }
+
+    async fn needs(&self) -> Result<GuestNeeds, BundleError> {
+        Ok(GuestNeeds::of(&self.facts().await?))
+    }
+
+    async fn admit_guest(&self, needs: &GuestNeeds, agent_protocol: Option<u16>) -> Result<(), BundleError> {
+        Ok(admit_guest(needs, agent_protocol, &self.facts().await?)?)
     }
 
     async fn commit(&self, order: CommitOrder) -> Result<BundleView, BundleError> {

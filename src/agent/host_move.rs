@@ -10,8 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use super::host_vmm::{HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
+use super::migration_record::WhenUnconverged;
 use super::record::VmRecord;
-use super::world::{AskError, StreamTerms};
+use super::world::{AskError, ReceiveOrder, SendOrder};
 use crate::sys::fd::connect_in_dir;
 use crate::sys::process;
 use crate::units::MIB;
@@ -29,9 +30,8 @@ const ROUNDS_MAX: u32 = 10;
 /// Time after which it is, in milliseconds.
 const DEADLINE_MS: u64 = 30_000;
 
-/// The same between hosts, where the network is slower than some guests write.
-const ROUNDS_MAX_AWAY: u32 = 30;
-const DEADLINE_MS_AWAY: u64 = 10 * 60_000;
+/// Longest wait for a machine to come: its source says when it gives up, and hangs up then.
+const RECEIVE_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Longest wait for the connection between two hosts.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
@@ -157,24 +157,27 @@ impl HostVmm {
         &self,
         vm: &VmRecord,
         epoch: u64,
-        stream: TcpStream,
-        terms: StreamTerms,
+        streams: Vec<TcpStream>,
+        order: SendOrder,
     ) -> Result<SendPhases, AskError> {
         let mut source = self.conversation(vm, epoch, Part::Only)?;
+        let SendOrder { terms, policy, is_base_there, .. } = order;
         let spec = SendSpec {
             token: terms.token,
-            connections: 1,
-            pages: SentPages::All,
-            pause_ms_max: PAUSE_MS_MAX,
-            rounds_max: ROUNDS_MAX_AWAY,
-            deadline_ms: DEADLINE_MS_AWAY,
-            force: true,
-            throttle: true,
-            rate_bytes_max: None,
+            connections: policy.connections,
+            pages: if is_base_there { SentPages::Changed } else { SentPages::All },
+            pause_ms_max: policy.pause_ms_max,
+            rounds_max: policy.rounds_max,
+            deadline_ms: u64::from(policy.deadline_s) * 1000,
+            force: policy.unconverged == WhenUnconverged::Force,
+            throttle: policy.throttle,
+            rate_bytes_max: policy.rate_bytes_max,
             tls: Some(terms.tls),
         };
-        let files = vec![open_pagemap(vm)?, OwnedFd::from(stream)];
-        let limit = Duration::from_millis(DEADLINE_MS_AWAY) + self.move_limit();
+        let mut files = vec![open_pagemap(vm)?];
+        files.extend(streams.into_iter().map(OwnedFd::from));
+        // A round that has begun is ended, however slow it is: silence ends it, or whoever cancels.
+        let limit = RECEIVE_LIMIT + self.move_limit();
         patient(&source, limit)?;
         let Answer::Sent(phases) = exchange(&mut source, vm, &Request::Send(spec), &files, limit)? else {
             return Err(AskError::Unexpected);
@@ -186,19 +189,27 @@ impl HostVmm {
         &self,
         vm: &VmRecord,
         epoch: u64,
-        stream: TcpStream,
-        terms: StreamTerms,
+        streams: Vec<TcpStream>,
+        order: ReceiveOrder,
     ) -> Result<Answer, AskError> {
         let mut target = self.conversation(vm, epoch, Part::Only)?;
         let mut files = vec![open_kvm()?];
+        let ReceiveOrder { terms, connections, on_base, .. } = order;
+        let memory = match vm.spec.bundle.as_ref().filter(|_| on_base) {
+            Some(bundle) => {
+                files.push(self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?.memory.into());
+                ReceivedMemory::Image
+            }
+            None => ReceivedMemory::New,
+        };
         let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
         let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits);
         let devices = self.open_devices(vm, &dir, Part::Only, devices, &mut files)?;
-        files.push(stream.into());
+        files.extend(streams.into_iter().map(OwnedFd::from));
         let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
         let (token, tls) = (terms.token, Some(terms.tls));
-        let spec = ReceiveSpec { token, connections: 1, memory: ReceivedMemory::New, memory_bytes, devices, tls };
-        let limit = Duration::from_millis(DEADLINE_MS_AWAY) + self.move_limit();
+        let spec = ReceiveSpec { token, connections, memory, memory_bytes, devices, tls };
+        let limit = RECEIVE_LIMIT + self.move_limit();
         patient(&target, limit)?;
         exchange(&mut target, vm, &Request::Receive(spec), &files, limit)
     }
@@ -218,21 +229,33 @@ fn patient(socket: &UnixStream, limit: Duration) -> Result<(), AskError> {
     socket.set_read_timeout(Some(limit)).map_err(AskError::Socket)
 }
 
-/// A connection to where a machine is waited for.
-pub(super) async fn connect_to(to: SocketAddr) -> io::Result<TcpStream> {
-    let connecting = tokio::time::timeout(CONNECT_LIMIT, tokio::net::TcpStream::connect(to)).await;
-    blocking(connecting.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??)
+/// So many connections to where a machine is waited for.
+pub(super) async fn connect_to(to: SocketAddr, connections: u8) -> io::Result<Vec<TcpStream>> {
+    let connecting = async {
+        let mut streams = Vec::new();
+        for _ in 0..connections {
+            streams.push(blocking(tokio::net::TcpStream::connect(to).await?)?);
+        }
+        Ok(streams)
+    };
+    tokio::time::timeout(CONNECT_LIMIT, connecting).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-/// The connection from this host; those of others are closed.
-pub(super) async fn accept_from(listener: &tokio::net::TcpListener, from: IpAddr) -> io::Result<TcpStream> {
+/// So many connections from this host; those of others are closed.
+pub(super) async fn accept_from(
+    listener: &tokio::net::TcpListener,
+    from: IpAddr,
+    connections: u8,
+) -> io::Result<Vec<TcpStream>> {
     let accepting = async {
-        loop {
+        let mut streams = Vec::new();
+        while streams.len() < usize::from(connections) {
             let (stream, peer) = listener.accept().await?;
             if peer.ip().to_canonical() == from.to_canonical() {
-                return blocking(stream);
+                streams.push(blocking(stream)?);
             }
         }
+        Ok(streams)
     };
     tokio::time::timeout(CONNECT_LIMIT, accepting).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }

@@ -131,16 +131,16 @@ impl VmmHost for HostVmm {
         listener: tokio::net::TcpListener,
         order: ReceiveOrder,
     ) -> Result<Answer, AskError> {
-        let stream = accept_from(&listener, order.from).await.map_err(AskError::Socket)?;
+        let streams = accept_from(&listener, order.from, order.connections).await.map_err(AskError::Socket)?;
         let (host, vm) = (self.clone(), vm.clone());
-        let received = spawn_blocking(move || host.receive_blocking(&vm, epoch, stream, order.terms)).await;
+        let received = spawn_blocking(move || host.receive_blocking(&vm, epoch, streams, order)).await;
         received.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
     }
 
     async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SendPhases, AskError> {
-        let stream = connect_to(order.to).await.map_err(AskError::Socket)?;
+        let streams = connect_to(order.to, order.policy.connections).await.map_err(AskError::Socket)?;
         let (host, vm) = (self.clone(), vm.clone());
-        let sent = spawn_blocking(move || host.send_blocking(&vm, epoch, stream, order.terms)).await;
+        let sent = spawn_blocking(move || host.send_blocking(&vm, epoch, streams, order)).await;
         sent.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
     }
 

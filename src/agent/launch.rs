@@ -229,6 +229,7 @@ impl<W: World> Agent<W> {
             wire_version: frame::VERSION,
             quarantine: None,
             swap: None,
+            needs: None,
             migration: None,
             came_by: None,
             guest_protocol: None,

@@ -29,7 +29,7 @@ pub use auth::{CLOCK_DIFFERENCE_MS, KEY_BYTES_MIN, PeerKey, PeerKeyError, Reques
 pub use bodies::{Conflict, Hello, LaunchedBody, MemberBody, MemberOrder, MembersBody, PeerLaunch};
 pub use book::PeerState;
 pub use calls::PeerError;
-pub use moving::{ArrivalOrder, ArrivalReady, ArrivingSession, DecisionBody, PresenceBody};
+pub use moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, ArrivingSession, DecisionBody, PresenceBody};
 
 use auth::Nonces;
 use book::Book;
@@ -46,6 +46,9 @@ pub const LAUNCH_PATH: &str = "/peer/v1/vms";
 
 /// The path of [`ArrivalOrder`], and what those of machines on their way start with.
 pub const ARRIVALS_PATH: &str = "/peer/v1/arrivals";
+
+/// The path of an [`ArrivalOrder`] that is only asked about.
+pub const ARRIVAL_CHECK_PATH: &str = "/peer/v1/arrivals/check";
 
 /// What the paths of migrations from a host start with.
 pub const MIGRATIONS_PATH: &str = "/peer/v1/migrations/";

@@ -8,8 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::cluster_record::{Membership, Registered};
 use super::effect::Effect;
+use super::migration_record::{MigrationRecord, MoveRecord};
 use super::session_record::NetworkRecord;
 use super::vm_state::{Goal, SwapMode, VmState};
+use crate::bundle::admit::GuestNeeds;
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, ClusterId, MigrationId, OperationId, ParseIdError, SessionId, VmId};
 use crate::report::Retry;
@@ -67,6 +69,9 @@ pub struct VmRecord {
     /// The migration it came here by, if it did.
     #[serde(default)]
     pub came_by: Option<MigrationId>,
+    /// What its guest needs of a host, if it was booted on another one.
+    #[serde(default)]
+    pub needs: Option<GuestNeeds>,
     /// The version of the protocol its guest agent speaks, once it answered.
     #[serde(default)]
     pub guest_protocol: Option<u16>,
@@ -125,17 +130,6 @@ impl VmRecord {
 /// VMMs of agents that did not write this down.
 const fn first_wire_version() -> u16 {
     1
-}
-
-/// A machine's way to or from another host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MigrationRecord {
-    /// Its id, on both hosts.
-    pub id: MigrationId,
-    /// The other host's name, as it is called here.
-    pub peer: String,
-    /// The other host's number in the fabric.
-    pub host: u16,
 }
 
 /// A VM that is left alone, as what was found of it contradicts itself. It can be stopped and removed.
@@ -272,21 +266,6 @@ pub struct BundleOrder {
     pub quiesced: Option<bool>,
 }
 
-/// What moving a machine from one process to another took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct MoveRecord {
-    /// How long no vCPU ran, in microseconds; `None` while none does, and for a machine that was paused.
-    pub pause_us: Option<u64>,
-    /// Of that: until the machine stood ready in the other process, in microseconds.
-    pub held_us: u64,
-    /// Rounds while the guest ran.
-    pub rounds: u32,
-    /// Pages of guest memory that were sent with their bytes.
-    pub pages: u64,
-    /// Bytes that went over.
-    pub bytes: u64,
-}
-
 const fn one() -> u8 {
     1
 }
@@ -409,6 +388,9 @@ pub struct OperationRecord {
     /// What moving the machine to another process took, if it does.
     #[serde(default)]
     pub moved: Option<MoveRecord>,
+    /// The migration it is a part of, if it is.
+    #[serde(default)]
+    pub migration: Option<MigrationRecord>,
     /// Why it failed.
     pub error: Option<OperationError>,
     /// When it began.

@@ -21,7 +21,6 @@ use super::ledger::{LedgerError, NewEvent, Write};
 use super::peers::{MemberBody, MemberOrder, PeerError, PeerLaunch};
 use super::record::{Subject, VmRecord};
 use super::registrar::{RegistrationRefusal, RegistrationWords};
-use super::session::TTL_S_MAX;
 use super::session_error::SessionError;
 use super::session_record::{JAILS_MAX, SessionRecord};
 use super::shared::Shared;
@@ -380,13 +379,11 @@ impl<W: World> Agent<W> {
         // Not of a session that takes no more members here: they would be its first new ones elsewhere.
         let (session, _) = self.session_to_join(network.session.as_str()).await?;
         let user_data = self.user_data_of(&session.id).await?;
-        let now = self.shared.steady();
-        let left = |expires| u32::try_from(now.until(expires).as_secs()).unwrap_or(TTL_S_MAX).clamp(1, TTL_S_MAX);
         let launch = PeerLaunch {
             session_network_id: launch.session_network_id,
             ipv4: session.ipv4,
             egress: session.egress.clone(),
-            ttl_s: session.expires_at.map(left),
+            ttl_s: session.left_s(self.shared.steady()),
             user_data,
             order,
         };

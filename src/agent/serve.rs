@@ -305,10 +305,6 @@ impl<W: World> Door for Agent<W> {
         .boxed()
     }
 
-    fn migrate<'a>(&'a self, word: &'a str, to: &'a str) -> BoxFuture<'a, Result<Arc<VmRecord>, VmError>> {
-        self.migrate_vm(word, to).boxed()
-    }
-
     fn exec<'a>(&'a self, word: &'a str, spec: ExecSpec) -> BoxFuture<'a, Result<ExecSession, VmError>> {
         async move {
             let vm = self.awake(word).await?;

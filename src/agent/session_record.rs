@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use super::egress::{Egress, Protocol};
+use super::session::TTL_S_MAX;
 use crate::clock::{Steady, UnixNanos};
 use crate::ids::SessionId;
 use crate::net::address::{LocalId, SessionNetworkId};
@@ -43,6 +44,12 @@ impl SessionRecord {
     /// Whether its time has run out.
     pub fn is_expired(&self, now: Steady) -> bool {
         self.expires_at.is_some_and(|expires| expires <= now)
+    }
+
+    /// Seconds until it ends by itself, at least one; nothing if it does not.
+    pub(super) fn left_s(&self, now: Steady) -> Option<u32> {
+        let left = |expires| u32::try_from(now.until(expires).as_secs()).unwrap_or(TTL_S_MAX).clamp(1, TTL_S_MAX);
+        self.expires_at.map(left)
     }
 }
 

@@ -9,6 +9,7 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use super::adoption::Adoption;
 use super::arrivals::Arrivals;
 use super::bundle_names::BundleNames;
+use super::bundles::BundleError;
 use super::calculations::Calculations;
 use super::cluster_record::ClusterRecord;
 use super::config::Config;
@@ -16,7 +17,7 @@ use super::connections::Connections;
 use super::drain::Draining;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
-use super::peers::Peers;
+use super::peers::{ArrivingSession, Peers};
 use super::record::{OperationRecord, Subject, VmRecord};
 use super::register::Desk;
 use super::self_door::Asking;
@@ -24,7 +25,8 @@ use super::session_record::SessionRecord;
 use super::streams::Streams;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
-use super::world::{Records, World};
+use super::world::{Records, VmBundles, World};
+use crate::bundle::admit::GuestNeeds;
 use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
 use crate::ids::{SessionId, VmId};
 
@@ -172,6 +174,21 @@ impl<W: World> Shared<W> {
     /// A session of this host.
     pub(super) async fn session_of(&self, id: SessionId) -> Result<Option<SessionRecord>, LedgerError> {
         self.world.records().with(move |store| store.session(id.as_str())).await
+    }
+
+    /// A session as another host has to know it.
+    pub(super) async fn arriving_session(&self, session: &SessionRecord) -> Result<ArrivingSession, LedgerError> {
+        let id = session.id.clone();
+        let user_data = self.world.records().with(move |store| store.user_data(&id)).await?;
+        Ok(ArrivingSession::of(session, user_data, self.steady()))
+    }
+
+    /// What a VM's guest needs of a host: what there was where it was booted.
+    pub(super) async fn needs_of(&self, vm: &VmRecord) -> Result<GuestNeeds, BundleError> {
+        match &vm.needs {
+            Some(needs) => Ok(needs.clone()),
+            None => self.world.bundles().needs().await,
+        }
     }
 
     /// Writes all or nothing and wakes the readers of events.

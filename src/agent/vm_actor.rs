@@ -15,7 +15,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument;
 
 use super::ledger::{LedgerError, Write};
-use super::record::{MoveRecord, OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
+use super::migration_record::MoveRecord;
+use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
 use super::work::{Outcome, Report, Work, ended};
@@ -152,7 +153,15 @@ impl<W: World> VmActor<W> {
 
     /// Only these states' work can wait for a guest for long.
     fn may_be_hurried(&self) -> bool {
-        matches!(self.record.state, VmState::Launching | VmState::Registering | VmState::Stopping)
+        matches!(
+            self.record.state,
+            VmState::Launching
+                | VmState::Registering
+                | VmState::Stopping
+                | VmState::Sending
+                | VmState::HandedOver
+                | VmState::Arriving { .. }
+        )
     }
 
     async fn take(&mut self, request: Request) -> Result<(), LedgerError> {
@@ -160,7 +169,18 @@ impl<W: World> VmActor<W> {
             return self.answer(request).await;
         }
         let hurries = match (&request.verb, &self.record.state) {
-            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering) => true,
+            // A migration is given up for it, as long as the VM is not the other host's.
+            (Verb::CancelMigration(_), VmState::Sending) => true,
+            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering | VmState::Sending) => {
+                true
+            }
+            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::HandedOver | VmState::Arriving { .. }) => {
+                let denied = Denied { state: self.record.state.clone() };
+                self.reply(&request.verb, request.reply, Err(denied));
+                return Ok(());
+            }
+            // What is here of it is still being taken away.
+            (Verb::Arrive(_) | Verb::ForgetAway(_), VmState::HandedOver) => false,
             (Verb::Stop { grace } | Verb::Remove { grace }, _) => grace.is_zero(),
             (
                 Verb::Pause
@@ -168,6 +188,7 @@ impl<W: World> VmActor<W> {
                 | Verb::Snapshot(_)
                 | Verb::HandOver
                 | Verb::Migrate(_)
+                | Verb::CancelMigration(_)
                 | Verb::Arrive(_)
                 | Verb::ForgetAway(_)
                 | Verb::SwapOut(_)
@@ -205,6 +226,16 @@ impl<W: World> VmActor<W> {
             let _ = reply.send(Ok(Arc::new(self.record.clone())));
             return Ok(());
         }
+        if let Verb::CancelMigration(_) = &verb {
+            // Whatever it was, it is over.
+            let is_elsewhere = self.record.state == VmState::HandedOver;
+            let denied = if is_elsewhere { Err(Denied { state: self.record.state.clone() }) } else { Ok(()) };
+            match denied {
+                Ok(()) => drop(reply.send(Ok(Arc::new(self.record.clone())))),
+                Err(_) => self.reply(&verb, reply, denied),
+            }
+            return Ok(());
+        }
         if let Some(found) = &self.record.quarantine
             && !matches!(verb, Verb::Stop { .. } | Verb::Remove { .. })
         {
@@ -221,7 +252,9 @@ impl<W: World> VmActor<W> {
             Verb::HandOver => (Event::HandOverAsked, Goal::HandOver, Duration::ZERO, false),
             Verb::SwapOut(order) => (Event::SwapOutAsked(order.mode), Goal::SwapOut, Duration::ZERO, false),
             // Handled above; the state stays.
-            Verb::Wake(_) | Verb::SetSwapPolicy(_) => (Event::WakeAsked, Goal::Wake, Duration::ZERO, false),
+            Verb::Wake(_) | Verb::SetSwapPolicy(_) | Verb::CancelMigration(_) => {
+                (Event::WakeAsked, Goal::Wake, Duration::ZERO, false)
+            }
             Verb::Pause => (Event::PauseAsked, Goal::Pause, Duration::ZERO, false),
             Verb::Resume => (Event::ResumeAsked, Goal::Resume, Duration::ZERO, false),
             Verb::Stop { grace } => (stop_event(*grace), Goal::Stop, *grace, false),
@@ -250,14 +283,19 @@ impl<W: World> VmActor<W> {
             Verb::Snapshot(order) => operation.makes = Some((**order).clone()),
             Verb::SwapOut(order) => self.record.swap = Some(self.swap_record(order)),
             Verb::Wake(cause) => writes.push(self.waking_event(*cause, &operation)),
-            Verb::Migrate(way) => self.record.migration = Some(way.clone()),
+            Verb::Migrate(way) => {
+                self.record.migration = Some(way.clone());
+                operation.migration = Some(way.clone());
+            }
             Verb::Arrive(arrival) => {
+                operation.migration = Some(arrival.way.clone());
                 self.record.came_by = Some(arrival.way.id.clone());
                 self.record.migration = Some(arrival.way.clone());
                 self.record.spec = arrival.spec.clone();
                 self.record.guest_protocol = arrival.guest_protocol;
             }
             Verb::HandOver
+            | Verb::CancelMigration(_)
             | Verb::ForgetAway(_)
             | Verb::Pause
             | Verb::Resume
@@ -360,6 +398,12 @@ impl<W: World> VmActor<W> {
         self.process = process;
         let (state, error, event) = match outcome {
             Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
+            Outcome::Hurried if operation.goal == Goal::Migrate => {
+                let message = "the migration was cancelled by request; the VM goes on here".to_owned();
+                let cause = FailureCause::Host { detail: message.clone() };
+                let error = OperationError { code: "cancelled".to_owned(), message, retry: Retry::Later };
+                (OperationState::Cancelled, Some(error), Some(Event::WorkFailed { cause }))
+            }
             Outcome::Hurried => (OperationState::Cancelled, None, None),
             Outcome::Failed(cause) => {
                 let error = error_of(&cause);
@@ -403,6 +447,9 @@ impl<W: World> VmActor<W> {
         self.turn(next, writes, more.as_ref()).await?;
         if let Some(more) = more {
             self.failed = operation.error;
+            if more.goal == Goal::Leave {
+                self.deny_waiting();
+            }
             // Whoever waits is answered when it is as it was before, or nothing but the record is left.
             let asked_at = self.launch_asked_at.filter(|_| more.goal == Goal::Register);
             self.perform(more, Duration::ZERO, asked_at);
@@ -424,6 +471,13 @@ impl<W: World> VmActor<W> {
             self.answer(request).await?;
         }
         Ok(())
+    }
+
+    /// The VM is another host's: what was asked of it here is not done, and must not look as if it were.
+    fn deny_waiting(&mut self) {
+        for Request { verb, reply } in std::mem::take(&mut self.waiting) {
+            self.reply(&verb, reply, Err(Denied { state: self.record.state.clone() }));
+        }
     }
 
     fn stay(&self) -> Step {
@@ -556,6 +610,12 @@ pub(crate) fn operation_for(
         steps: next.effects.iter().map(pending).collect(),
         makes: None,
         moved: None,
+        migration: vm.migration.clone().filter(|_| {
+            matches!(
+                (goal, &next.state),
+                (Goal::Migrate | Goal::Leave | Goal::Arrive, _) | (Goal::Undo, VmState::Sending)
+            )
+        }),
         error: None,
         created_at: now,
         ended_at: None,

@@ -16,7 +16,9 @@ use super::health::Pressure;
 use super::images::{Image, ImageError};
 use super::isolation::{HostIsolation, VmJail};
 use super::ledger::{LedgerError, Store};
+use super::migration_record::MovePolicy;
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
+use crate::bundle::admit::GuestNeeds;
 use crate::bundle::{Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
@@ -169,6 +171,10 @@ pub struct SendOrder {
     pub to: SocketAddr,
     /// What both ends know.
     pub terms: StreamTerms,
+    /// How it is sent.
+    pub policy: MovePolicy,
+    /// Whether the other end has the bundle it was launched from: then only what differs is sent.
+    pub is_base_there: bool,
 }
 
 /// From where to receive a machine.
@@ -178,6 +184,10 @@ pub struct ReceiveOrder {
     pub from: IpAddr,
     /// What both ends know.
     pub terms: StreamTerms,
+    /// Number of connections that come.
+    pub connections: u8,
+    /// Whether the record's bundle is what the machine differs from, and only that is sent.
+    pub on_base: bool,
 }
 
 /// What to ask a VMM.
@@ -500,6 +510,14 @@ pub trait VmBundles: Send + Sync + 'static {
     fn find(&self, word: &str) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
     /// Whether it is whole and runs here. Takes long the first time an agent sees the bundle: all of it is read.
     fn check(&self, bundle: &BundleId) -> impl Future<Output = Result<Arc<Manifest>, BundleError>> + Send;
+    /// What a guest that was booted on this host needs of another one.
+    fn needs(&self) -> impl Future<Output = Result<GuestNeeds, BundleError>> + Send;
+    /// Whether a guest that runs elsewhere, and speaks this protocol, can go on here.
+    fn admit_guest(
+        &self,
+        needs: &GuestNeeds,
+        agent_protocol: Option<u16>,
+    ) -> impl Future<Output = Result<(), BundleError>> + Send;
     /// Has a bundle of what was saved; the same one when it is asked for again.
     fn commit(&self, order: CommitOrder) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
     /// Has nothing that was saved of this VM and did not become a bundle.

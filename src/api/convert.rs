@@ -4,6 +4,7 @@ mod balloon;
 mod bundle;
 mod cluster;
 mod isolation;
+mod migration;
 mod session;
 mod swap;
 
@@ -16,8 +17,8 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::types::{
     Cause, Disk, Drain, ErrorDetail, Event, FlowLimits, FlowStats, Host, HostFailure, HostLedger, HostPressure,
-    HostRoom, HostVms, HostWarning, Image, InterfaceStats, Moved, NetworkLimits, Operation, OperationState, Quarantine,
-    Stats, Step, StepState, Timings, Vm, VmState, VmmStats,
+    HostRoom, HostVms, HostWarning, Image, InterfaceStats, NetworkLimits, Operation, OperationState, Quarantine, Stats,
+    Step, StepState, Timings, Vm, VmState, VmmStats,
 };
 use crate::agent;
 use crate::clock::UnixNanos;
@@ -28,6 +29,7 @@ pub(super) use balloon::balloon;
 pub(super) use bundle::{bundle, bundles};
 pub(super) use cluster::{calculation, cluster, member};
 pub(super) use isolation::{host_isolation, vm_jail};
+pub(super) use migration::{estimate, migrate_order, migration, moved};
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 pub(super) use swap::{swap_decision, swap_mode, swap_policy};
 
@@ -116,6 +118,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
             .as_ref()
             .map(|found| Quarantine { since: timestamp(found.at), report: found.report.clone() }),
         handed_to: handed_to(vm),
+        migration_id: vm.migration.as_ref().map(|way| way.id.clone()),
         swap_policy: swap::shown_policy(&vm.spec.swap),
         swapped: swap::swapped(vm),
         pid: vm.process.and_then(|process| u32::try_from(process.pid).ok()),
@@ -179,8 +182,28 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         agent::OperationState::Failed => OperationState::Failed,
         agent::OperationState::Cancelled => OperationState::Cancelled,
     };
-    let mut under_way = state == OperationState::Running;
-    let mut step = |step: &agent::StepRecord| {
+    let saved = operation.makes.as_ref().and_then(|makes| makes.pause_us);
+    let pause_us = saved.or(operation.moved.and_then(|moved| moved.pause_us));
+    Operation {
+        id: operation.id.clone(),
+        kind: kind.to_owned(),
+        object: operation.vm.to_string(),
+        state,
+        steps: steps(&operation.steps, state == OperationState::Running),
+        bundle_id: operation.makes.as_ref().and_then(|makes| makes.bundle.clone()),
+        pause_ms: ms(pause_us),
+        moved: operation.moved.as_ref().map(moved),
+        memory_bytes: operation.makes.as_ref().and_then(|makes| makes.memory_bytes),
+        quiesced: operation.makes.as_ref().and_then(|makes| makes.quiesced),
+        error: operation.error.as_ref().map(error_detail),
+        created_at: timestamp(operation.created_at),
+        finished_at: operation.ended_at.map(timestamp),
+    }
+}
+
+/// Steps of what is `under_way`, or over.
+fn steps(steps: &[agent::StepRecord], mut under_way: bool) -> Vec<Step> {
+    let step = |step: &agent::StepRecord| {
         let state = match step.state {
             agent::StepState::Done => StepState::Done,
             agent::StepState::Failed => StepState::Failed,
@@ -190,33 +213,11 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         };
         Step { name: step.effect.name().to_owned(), state, took_ms: ms(step.took_us) }
     };
-    let saved = operation.makes.as_ref().and_then(|makes| makes.pause_us);
-    let pause_us = saved.or(operation.moved.and_then(|moved| moved.pause_us));
-    Operation {
-        id: operation.id.clone(),
-        kind: kind.to_owned(),
-        object: operation.vm.to_string(),
-        state,
-        steps: operation.steps.iter().map(&mut step).collect(),
-        bundle_id: operation.makes.as_ref().and_then(|makes| makes.bundle.clone()),
-        pause_ms: ms(pause_us),
-        moved: operation.moved.map(|moved| Moved {
-            held_ms: Duration::from_micros(moved.held_us).as_secs_f64() * 1000.0,
-            rounds: moved.rounds,
-            pages: moved.pages,
-            bytes: moved.bytes,
-        }),
-        memory_bytes: operation.makes.as_ref().and_then(|makes| makes.memory_bytes),
-        quiesced: operation.makes.as_ref().and_then(|makes| makes.quiesced),
-        error: operation.error.as_ref().map(|error| ErrorDetail {
-            code: error.code.clone(),
-            message: error.message.clone(),
-            detail: None,
-            retry: error.retry.into(),
-        }),
-        created_at: timestamp(operation.created_at),
-        finished_at: operation.ended_at.map(timestamp),
-    }
+    steps.iter().map(step).collect()
+}
+
+fn error_detail(error: &agent::OperationError) -> ErrorDetail {
+    ErrorDetail { code: error.code.clone(), message: error.message.clone(), detail: None, retry: error.retry.into() }
 }
 
 /// An event.

@@ -3,7 +3,8 @@
 
 mod cluster;
 
-use axum::http::StatusCode;
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
@@ -57,7 +58,13 @@ pub(super) struct ErrorCode(pub(super) String);
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let code = ErrorCode(self.detail.code.clone());
-        (self.status, Extension(code), Json(self.body())).into_response()
+        let status = self.status;
+        let mut response = (status, Extension(code), Json(self.body())).into_response();
+        if status == StatusCode::LOCKED {
+            // Moving takes a fraction of a second, most of the time.
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
     }
 }
 
@@ -107,6 +114,10 @@ impl From<Denied> for ApiError {
 
 fn denied(error: &Denied, message: String) -> ApiError {
     let state = error.state.name();
+    if matches!(error.state, VmState::Sending | VmState::Arriving { .. } | VmState::HandingOver { .. }) {
+        return ApiError::new(StatusCode::LOCKED, "vm_moving", message, Retry::Later)
+            .with_detail(format!("the VM's state is {state}: try again when it has arrived, or cancel its migration"));
+    }
     ApiError::new(StatusCode::CONFLICT, "illegal_state", message, Retry::WithChange)
         .with_detail(format!("the VM's state is {state}"))
 }
@@ -120,6 +131,9 @@ impl From<VerbError> for ApiError {
             VerbError::Quarantined { .. } => Self::new(StatusCode::CONFLICT, "vm_quarantined", message, retry)
                 .with_detail("find out which of the two is right; `hearth vm rm` ends the VM, and restarting the agent looks again"),
             VerbError::Gone { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", message, retry),
+            VerbError::Failed { code, .. } if code == "cancelled" => {
+                Self::new(StatusCode::CONFLICT, &code, message, Retry::Later)
+            }
             VerbError::Failed { code, .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, &code, message, retry),
         }
     }
@@ -190,6 +204,12 @@ impl From<VmError> for ApiError {
                     MigrateError::SameHost { .. } => (StatusCode::CONFLICT, "same_host"),
                     MigrateError::Tied { .. } => (StatusCode::CONFLICT, "vm_tied"),
                     MigrateError::NotHome { .. } => (StatusCode::CONFLICT, "not_home"),
+                    MigrateError::Policy(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_value"),
+                    MigrateError::NoTarget { .. } => (StatusCode::CONFLICT, "no_target"),
+                    MigrateError::Refused { .. } => (StatusCode::CONFLICT, "target_refuses"),
+                    MigrateError::Needs { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure"),
+                    MigrateError::UnknownMigration { .. } => (StatusCode::NOT_FOUND, "not_found"),
+                    MigrateError::NotCancellable { .. } => (StatusCode::CONFLICT, "not_cancellable"),
                 };
                 Self::new(status, code, message, error.retry())
             }
@@ -208,6 +228,7 @@ impl From<ArriveError> for ApiError {
         match error {
             ArriveError::Launch(error) => error.into(),
             ArriveError::Session(error) => error.into(),
+            ArriveError::Guest(error) => error.into(),
             ArriveError::Ledger(error) => error.into(),
             ArriveError::Ending => Self::new(StatusCode::SERVICE_UNAVAILABLE, "ending", message, Retry::Later),
             ArriveError::Malformed { .. } => {
@@ -262,6 +283,9 @@ impl From<BundleError> for ApiError {
             BundleError::Open(OpenBundleError::NoSpace { .. }) => full,
             BundleError::Incompatible { .. } => {
                 (StatusCode::CONFLICT, "incompatible_host", Some("build the bundle on a host like this one"))
+            }
+            BundleError::GuestDiffers(_) => {
+                (StatusCode::CONFLICT, "incompatible_host", Some("hosts of a migration have to be alike"))
             }
             BundleError::Verify(VerifyError::Damaged { .. }) => corrupt,
             BundleError::Verify(VerifyError::Read(error)) => read(error),

@@ -7,6 +7,7 @@ pub(super) mod clusters;
 pub(super) mod exec;
 pub(super) mod host;
 pub(super) mod images;
+pub(super) mod migrations;
 pub(super) mod operations;
 pub(super) mod sessions;
 pub(super) mod swap;

@@ -24,8 +24,9 @@ use super::body::{parse, read_within};
 use super::error::ApiError;
 use super::handlers::vms::to_json;
 use crate::agent::peers::{
-    ARRIVALS_PATH, ArrivalOrder, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH,
-    MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed,
+    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody,
+    MIGRATIONS_PATH, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH,
+    Signed,
 };
 use crate::agent::{Decision, Door};
 use crate::ids::{MigrationId, VmId};
@@ -186,6 +187,10 @@ impl Asked<'_> {
             tracing::info!(from = %self.from, vm = %order.vm, migration = %order.migration, "another host hands a VM over");
             let ready = self.door.arrive(self.from, order).await?;
             return Ok((StatusCode::OK, to_json(&ready)));
+        }
+        if method == Method::POST && path == ARRIVAL_CHECK_PATH {
+            let order: ArrivalOrder = parse(body)?;
+            return Ok((StatusCode::OK, to_json(&self.door.check_arrival(order).await?)));
         }
         let arrival = path.strip_prefix(ARRIVALS_PATH).and_then(|rest| rest.strip_prefix('/')?.split_once('/'));
         if let Some((id, word)) = arrival.filter(|_| method == Method::POST)

@@ -14,7 +14,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
-use super::handlers::{balloon, bundles, calculations, clusters, exec, host, images, operations, sessions, swap, vms};
+use super::handlers::{
+    balloon, bundles, calculations, clusters, exec, host, images, migrations, operations, sessions, swap, vms,
+};
 use super::http::Client;
 use super::types;
 use crate::agent::{Door, NoRoom};
@@ -47,6 +49,7 @@ impl std::fmt::Debug for Served {
         (name = "images", description = "Images that VMs boot"),
         (name = "bundles", description = "Guests frozen once, to be launched any number of times"),
         (name = "clusters", description = "VMs that register under a name each, and calculations that run in them"),
+        (name = "migrations", description = "VMs on their way from host to host"),
         (name = "operations", description = "Long work, and what happened"),
         (name = "host", description = "This host and its agent"),
     )
@@ -61,7 +64,11 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(vms::pause_vm))
         .routes(routes!(vms::resume_vm))
         .routes(routes!(vms::hand_over_vm))
-        .routes(routes!(vms::migrate_vm))
+        .routes(routes!(migrations::migrate_vm))
+        .routes(routes!(migrations::estimate_migration))
+        .routes(routes!(migrations::list_migrations))
+        .routes(routes!(migrations::show_migration))
+        .routes(routes!(migrations::cancel_migration))
         .routes(routes!(vms::vm_stats))
         .routes(routes!(balloon::set_balloon))
         .routes(routes!(swap::swap_out_vm))

@@ -15,6 +15,7 @@ mod exec;
 mod host;
 mod image;
 mod isolation;
+mod migration;
 mod network;
 mod operation;
 mod session;
@@ -39,8 +40,12 @@ pub use host::{
 };
 pub use image::{Image, ImageImportRequest, ImageList};
 pub use isolation::{CgroupController, HostIsolation, VmJail, VmJailLimit, VmJailThread};
+pub use migration::{
+    MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationList, MigrationProgress, MigrationState,
+    Moved, OnNonconverge, PauseSteps,
+};
 pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
-pub use operation::{Event, EventsQuery, Moved, Operation, OperationList, OperationState, Step, StepState};
+pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
 pub use session::{
     Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,
     SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,
@@ -50,8 +55,8 @@ pub use swap::{
     SwapWeighed, Swapped, WakeCause,
 };
 pub use vm::{
-    Cause, ConsoleQuery, Disk, GuestStats, MigrateRequest, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats,
-    StopRequest, Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
+    Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
+    Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

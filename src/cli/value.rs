@@ -114,7 +114,7 @@ impl FromStr for RateWord {
 }
 
 /// A whole number, with `k`, `M` or `G` for thousands, millions and billions: decimal, as networks are measured.
-fn number(text: &str) -> Result<u64, WordError> {
+pub(super) fn number(text: &str) -> Result<u64, WordError> {
     let digits = text.trim_end_matches(['k', 'M', 'G']);
     let unit = match &text[digits.len()..] {
         "" => 1,

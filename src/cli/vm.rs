@@ -4,6 +4,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::balloon::{BALLOON_HELP, BalloonArgs};
 use super::bundle::SnapshotArgs;
+use super::migration::MigrateArgs;
 use super::swap::{SWAP_OUT_HELP, SWAP_POLICY_HELP, SwapChoiceWord, SwapOutArgs, SwapPolicyArgs};
 use super::value::{DiskWord, PortWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
 use crate::api::types::{Addressing, DISKS_MAX, Wait};
@@ -19,27 +20,6 @@ Examples:
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
 
 When a launch fails, what was made for it is undone; `hearth operation ls` keeps the reason.";
-
-const MIGRATE_HELP: &str = "\
-Memory is copied while the guest runs, encrypted; then it stands still for milliseconds and goes on at the other host, with
-its addresses and its network connections. Until that host has it whole, every failure leaves it running here. Programs run
-by `vm exec`, and consoles, are cut off. What ties a VM to its host is refused: disks, published ports, a cluster.
-
-Example:
-  hearth vm migrate web --to host-b";
-
-/// `hearth vm migrate`.
-#[derive(Debug, Clone, Args)]
-pub struct MigrateArgs {
-    /// Id of the VM, a unique prefix of it, or its name
-    pub vm: ReferenceWord,
-    /// Name of the host, as [[peers]] in the agent's configuration has it
-    #[arg(long, value_name = "PEER")]
-    pub to: ReferenceWord,
-    /// Wait until it runs there, which is what is done in any case
-    #[arg(long)]
-    pub wait: bool,
-}
 
 const HAND_OVER_HELP: &str = "\
 After an upgrade of Hearth the agent is the new one and VMs still have the VMM processes they were started with. This
@@ -105,8 +85,8 @@ pub enum VmCommand {
         vm: ReferenceWord,
     },
     /// Move a VM to another host while its guest goes on
-    #[command(after_help = MIGRATE_HELP)]
-    Migrate(MigrateArgs),
+    #[command(after_help = super::migration::MIGRATE_HELP)]
+    Migrate(Box<MigrateArgs>),
     /// Move an idle VM's memory out, until something wakes it
     #[command(after_help = SWAP_OUT_HELP)]
     SwapOut(SwapOutArgs),

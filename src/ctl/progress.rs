@@ -7,8 +7,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::call::{Agent, CallError};
-use super::table::milliseconds;
-use crate::api::types::{Operation, StepState};
+use super::table::{bytes, milliseconds, word};
+use crate::api::types::{Migration, Operation, StepState};
 use crate::ids::OperationId;
 
 /// Waits shorter than this are not shown.
@@ -81,6 +81,48 @@ impl Counted {
 }
 
 impl Drop for Counted {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A VM whose memory is being copied to another host. It is gone when dropped.
+#[derive(Debug)]
+pub(super) struct Copying {
+    bar: ProgressBar,
+    title: String,
+}
+
+impl Copying {
+    pub(super) fn start(title: &str) -> Self {
+        Self { bar: spinner(title), title: title.to_owned() }
+    }
+
+    /// How far it is: `migrate web to b: round 3, 12 MiB of 40 MiB, 310 MiB/s; it writes 2 MiB/s, pause 7 ms`.
+    pub(super) fn tell(&self, migration: &Migration) {
+        let Some(now) = &migration.progress else {
+            return self.bar.set_message(format!("{}: {}", self.title, words(&word(&migration.state))));
+        };
+        let mut text = format!(
+            "{}: round {}, {} of {}",
+            self.title,
+            now.rounds + 1,
+            bytes(now.round_sent_bytes),
+            bytes(now.round_bytes)
+        );
+        if now.rate_bytes > 0 {
+            let (rate, writes) = (bytes(now.rate_bytes), bytes(now.dirty_rate_bytes));
+            let pause = milliseconds(now.expected_pause_ms);
+            text.push_str(&format!(", {rate}/s; it writes {writes}/s, pause {pause} if now"));
+        }
+        if now.vcpu_share < 100 {
+            text.push_str(&format!("; slowed down to {} %", now.vcpu_share));
+        }
+        self.bar.set_message(text);
+    }
+}
+
+impl Drop for Copying {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

@@ -12,10 +12,10 @@ use super::progress::shown;
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, word};
 use super::{Error, OutputError};
 use crate::api::types::{
-    Disk, FlowLimits, InterfaceStats, MigrateRequest, Operation, PortProtocol, PublishedPort, Stats, StopRequest,
-    SwapChoice, Swapped, Timings, Vm, VmList,
+    Disk, FlowLimits, InterfaceStats, Operation, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped,
+    Timings, Vm, VmList,
 };
-use crate::cli::{MigrateArgs, ReferenceWord, RemoveArgs, StopArgs};
+use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
 
 /// What the agent allows a guest for powering itself off when nothing else is asked for.
 const STOP_TIMEOUT_DEFAULT_MS: u32 = 10_000;
@@ -53,7 +53,7 @@ fn row(vm: &Vm) -> Vec<String> {
 }
 
 /// `failed (guest_panic)`: the state with the word for its cause.
-fn state(vm: &Vm) -> String {
+pub(super) fn state(vm: &Vm) -> String {
     if vm.quarantine.is_some() {
         return format!("{} (quarantined)", word(&vm.state));
     }
@@ -203,19 +203,6 @@ async fn stood_still(agent: &Agent, vm: &Vm) -> String {
 
 /// Longest wait for a VM to be in another process: pages of its own are copied, and its bundle is looked at.
 const HAND_OVER_LIMIT: Duration = Duration::from_secs(180);
-
-/// Longest wait for a VM to be on another host: what the agents allow for its memory, and some more.
-const MIGRATE_LIMIT: Duration = Duration::from_secs(15 * 60);
-
-pub(super) async fn migrate(agent: &Agent, out: Output, args: &MigrateArgs) -> Result<(), Error> {
-    let to = format!("{}/migrate", path(&args.vm));
-    let request = MigrateRequest { to: args.to.as_str().to_owned() };
-    let title = format!("migrate {} to {}", args.vm.as_str(), args.to.as_str());
-    let vm: Vm = shown(&title, agent.post(&to, &request, MIGRATE_LIMIT)).await?;
-    let done = stood_still(agent, &vm).await;
-    out.value(&vm, |vm| format!("{} is on {}{done}", called(vm), args.to.as_str()))?;
-    Ok(())
-}
 
 pub(super) fn done(out: Output, vm: &Vm) -> Result<(), OutputError> {
     out.value(vm, |vm| format!("{} is {}", called(vm), state(vm)))

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::{SimHost, State, manifest};
 use crate::agent::world::VmBundles;
 use crate::agent::{BundleError, BundleListed, BundleView, CommitOrder};
+use crate::bundle::admit::{GuestNeeds, admit_guest};
 use crate::bundle::manifest::id_of;
 use crate::bundle::{FindError, Manifest, ReadBundleError, RemoveError, Verified};
 use crate::clock::UnixNanos;
@@ -190,6 +191,16 @@ impl VmBundles for SimHost {
     async fn check(&self, bundle: &BundleId) -> Result<Arc<Manifest>, BundleError> {
         self.point(true).await.map_err(host_error)?;
         Ok(self.state().view(bundle)?.manifest)
+    }
+
+    async fn needs(&self) -> Result<GuestNeeds, BundleError> {
+        self.point(true).await.map_err(host_error)?;
+        Ok(GuestNeeds::of(&self.state().facts))
+    }
+
+    async fn admit_guest(&self, needs: &GuestNeeds, agent_protocol: Option<u16>) -> Result<(), BundleError> {
+        self.point(true).await.map_err(host_error)?;
+        Ok(admit_guest(needs, agent_protocol, &self.state().facts)?)
     }
 
     async fn commit(&self, order: CommitOrder) -> Result<BundleView, BundleError> {

@@ -1,6 +1,9 @@
 //! What the bundles of a simulated host say of themselves.
 
+use std::collections::BTreeSet;
+
 use crate::agent::{BundleView, CommitOrder};
+use crate::bundle::admit::HostFacts;
 use crate::bundle::manifest::{
     Arch, Backing, BuildHost, CHUNK_BYTES, DeviceKind, DeviceSlot, FORMAT, FrozenIdentity, GuestCpu, GuestSystem,
     MachineShape, MemoryMap, Parent, Provenance, Recipe, SourceImage, StateFile,
@@ -12,6 +15,23 @@ use crate::units::{MIB, PAGE_BYTES};
 /// Slot of the first disk, and of the first network interface.
 const FIRST_BLOCK_SLOT: u8 = 3;
 const FIRST_NET_SLOT: u8 = 9;
+
+/// What a simulated host is.
+pub(super) fn facts() -> HostFacts {
+    HostFacts {
+        arch: Arch::X86_64,
+        provider: "simulated".to_owned(),
+        kernel_mode_emulated: false,
+        cpuid_honoured: true,
+        tsc_khz: 1_000_000,
+        tsc_scaling: false,
+        cpu_vendor: "simulated".to_owned(),
+        cpu_features: BTreeSet::new(),
+        layout_version: 1,
+        agent_protocols: 1..=u16::MAX,
+        backings: vec![Backing::PrivateFile],
+    }
+}
 
 /// The manifest of a bundle of a VM that had `memory` in its memory.
 pub(super) fn of(order: &CommitOrder, parent: Option<&BundleView>, memory: u64) -> Manifest {

@@ -22,6 +22,7 @@ fn operation(number: u8, state: OperationState) -> OperationRecord {
         steps: vec![step(Effect::MakeDirectory), step(Effect::StartVmm)],
         makes: None,
         moved: None,
+        migration: None,
         error: None,
         created_at: UnixNanos(1),
         ended_at: None,

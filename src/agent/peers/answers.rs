@@ -10,7 +10,7 @@ use super::auth::{ReplayError, RequestHead, Signed};
 use super::bodies::{Hello, PeerLaunch, hello};
 use super::book::CallerChange;
 use super::hello::{greet, let_fade};
-use super::moving::{ArrivalOrder, ArrivalReady, DecisionBody, PresenceBody};
+use super::moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, DecisionBody, PresenceBody};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
 use crate::agent::Agent;
 use crate::agent::arrivals::Decision;
@@ -93,6 +93,9 @@ pub trait PeerDoor: Send + Sync + 'static {
 
     /// Waits for a machine that another host, at this address, wants to hand over; gives the place to send it to.
     fn arrive(&self, from: IpAddr, order: ArrivalOrder) -> BoxFuture<'_, Result<ArrivalReady, ArriveError>>;
+
+    /// Whether a machine of another host could come, if it came now.
+    fn check_arrival(&self, order: ArrivalOrder) -> BoxFuture<'_, Result<ArrivalVerdict, ArriveError>>;
 
     /// The other host, of this number, has decided whose a machine is that is on its way here: waits until it runs, or is gone.
     fn decided(
@@ -251,6 +254,10 @@ impl<W: World> PeerDoor for Agent<W> {
             arriving.await.unwrap_or(Err(ArriveError::Ending))
         }
         .boxed()
+    }
+
+    fn check_arrival(&self, order: ArrivalOrder) -> BoxFuture<'_, Result<ArrivalVerdict, ArriveError>> {
+        self.check_machine(order).boxed()
     }
 
     fn decided(

@@ -5,16 +5,18 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::calls::PeerError;
-use super::{ARRIVALS_PATH, LAUNCH_PATH, MIGRATIONS_PATH, PeerCall};
+use super::{ARRIVAL_CHECK_PATH, ARRIVALS_PATH, LAUNCH_PATH, MIGRATIONS_PATH, PeerCall};
 use crate::agent::arrivals::Decision;
 use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::egress::Egress;
-use crate::agent::record::{MigrationRecord, VmRecord, VmSpec};
+use crate::agent::migration_record::MigrationRecord;
+use crate::agent::record::{VmRecord, VmSpec};
 use crate::agent::session_record::{NetworkRecord, SessionRecord};
 use crate::agent::shared::Shared;
 use crate::agent::world::World;
-use crate::clock::UnixNanos;
-use crate::ids::{MigrationId, VmId};
+use crate::bundle::admit::GuestNeeds;
+use crate::clock::{Steady, UnixNanos};
+use crate::ids::{BundleId, MigrationId, VmId};
 
 /// Longest wait for a host to have a place for a machine.
 const ARRANGE_LIMIT: Duration = Duration::from_secs(25);
@@ -52,6 +54,19 @@ pub struct ArrivalOrder {
     pub certificate: String,
     /// What the stream begins with, in hexadecimal digits. It keeps nobody out who has not the certificate's key.
     pub token: String,
+    /// Number of connections of the stream.
+    #[serde(default = "one")]
+    pub connections: u8,
+    /// The bundle it was launched from. If the other host has it, only what differs is sent.
+    #[serde(default)]
+    pub base: Option<BundleId>,
+    /// What its guest needs of a host; absent from agents of the version before.
+    #[serde(default)]
+    pub needs: Option<GuestNeeds>,
+}
+
+const fn one() -> u8 {
+    1
 }
 
 /// The session of a machine that is to come; made when it is not there.
@@ -61,6 +76,20 @@ pub struct ArrivingSession {
     pub ipv4: bool,
     /// What its members may reach outside the fabric.
     pub egress: Egress,
+    /// Seconds until it ends by itself, if it does.
+    #[serde(default)]
+    pub ttl_s: Option<u32>,
+    /// What its members read from the metadata service.
+    #[serde(default)]
+    pub user_data: Option<String>,
+}
+
+impl ArrivingSession {
+    /// What another host has to know of a session to make it, at this time.
+    pub(in crate::agent) fn of(session: &SessionRecord, user_data: Option<String>, now: Steady) -> Self {
+        let (ipv4, egress) = (session.ipv4, session.egress.clone());
+        Self { ipv4, egress, ttl_s: session.left_s(now), user_data }
+    }
 }
 
 /// Answer to [`ArrivalOrder`]: where the stream goes.
@@ -69,6 +98,21 @@ pub struct ArrivalReady {
     /// TCP port, at the answering host's address.
     pub port: u16,
     certificate: String,
+    /// Number of connections that are waited for.
+    #[serde(default = "one")]
+    pub connections: u8,
+    /// Whether the bundle that the machine was launched from is there, and its memory begins as that.
+    #[serde(default)]
+    pub has_base: bool,
+}
+
+/// `POST /peer/v1/arrivals/check`: whether a machine could come, if it came now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrivalVerdict {
+    /// Whether the bundle that it was launched from is there.
+    pub has_base: bool,
+    /// Memory the host could give to guests, in bytes.
+    pub memory_available_bytes: u64,
 }
 
 /// Answer to the word of a decision, and to the question for one.
@@ -103,10 +147,9 @@ impl ArrivalOrder {
     pub(in crate::agent) fn of(
         vm: &VmRecord,
         way: &MigrationRecord,
-        session: Option<&SessionRecord>,
-        host: u16,
-        certificate: &[u8],
-        token: [u8; 32],
+        session: Option<ArrivingSession>,
+        (host, needs): (u16, GuestNeeds),
+        (certificate, token): (&[u8], [u8; 32]),
     ) -> Self {
         let home = |network: &NetworkRecord| NetworkRecord { home: network.home.or(Some(host)), ..network.clone() };
         Self {
@@ -119,9 +162,12 @@ impl ArrivalOrder {
             guest_protocol: vm.guest_protocol,
             created_at: vm.created_at,
             network: vm.network.as_ref().map(home),
-            session: session.map(|session| ArrivingSession { ipv4: session.ipv4, egress: session.egress.clone() }),
+            session,
             certificate: hexadecimal(certificate),
             token: hexadecimal(&token),
+            connections: way.policy.connections,
+            base: vm.spec.bundle.clone(),
+            needs: Some(needs),
         }
     }
 
@@ -133,8 +179,8 @@ impl ArrivalOrder {
 
 impl ArrivalReady {
     /// A place to send a machine to.
-    pub(in crate::agent) fn new(port: u16, certificate: &[u8]) -> Self {
-        Self { port, certificate: hexadecimal(certificate) }
+    pub(in crate::agent) fn new(port: u16, certificate: &[u8], connections: u8, has_base: bool) -> Self {
+        Self { port, certificate: hexadecimal(certificate), connections, has_base }
     }
 
     /// The certificate of the receiving end, if it is one.
@@ -154,6 +200,19 @@ impl<W: World> Shared<W> {
         let body = serde_json::to_vec(order);
         let body = body.map_err(|source| PeerError::Malformed { peer: peer.name.clone(), source })?;
         let call = PeerCall { method: "POST", path: ARRIVALS_PATH.to_owned(), body, head: None };
+        self.ask_peer_signed(fabric, peer, call, ARRANGE_LIMIT).await
+    }
+
+    /// Asks a peer whether it would take a machine.
+    pub(in crate::agent) async fn check_at_peer(
+        &self,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        order: &ArrivalOrder,
+    ) -> Result<ArrivalVerdict, PeerError> {
+        let body = serde_json::to_vec(order);
+        let body = body.map_err(|source| PeerError::Malformed { peer: peer.name.clone(), source })?;
+        let call = PeerCall { method: "POST", path: ARRIVAL_CHECK_PATH.to_owned(), body, head: None };
         self.ask_peer_signed(fabric, peer, call, ARRANGE_LIMIT).await
     }
 

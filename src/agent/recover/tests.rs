@@ -25,6 +25,7 @@ fn operation(goal: Goal, effects: &[Effect], done: usize) -> OperationRecord {
         steps: effects.iter().enumerate().map(step).collect(),
         makes: None,
         moved: None,
+        migration: None,
         error: None,
         created_at: UnixNanos(1),
         ended_at: None,

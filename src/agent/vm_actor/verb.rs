@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::INBOX_MAX;
-use crate::agent::record::{BundleOrder, MigrationRecord, SwapPolicy, VmSpec, WakeCause};
+use crate::agent::migration_record::MigrationRecord;
+use crate::agent::record::{BundleOrder, SwapPolicy, VmSpec, WakeCause};
 use crate::agent::vm_state::{Denied, SwapMode};
 use crate::ids::MigrationId;
 use crate::report::Retry;
@@ -39,6 +40,8 @@ pub enum Verb {
     HandOver,
     /// Move it to another host.
     Migrate(MigrationRecord),
+    /// Have it stay, if it is on its way to another host by this migration.
+    CancelMigration(MigrationId),
     /// Take it from another host, to which it was moved.
     Arrive(Box<Arrival>),
     /// Move its memory out.
@@ -133,6 +136,7 @@ impl Verb {
             Self::Snapshot(_) => "snapshot",
             Self::HandOver => "hand-over",
             Self::Migrate(_) => "migrate",
+            Self::CancelMigration(_) => "cancel the migration of",
             Self::Arrive(_) => "take back",
             Self::ForgetAway(_) => "forget",
             Self::SwapOut(_) => "swap-out",

@@ -21,7 +21,7 @@ impl<W: World> Work<W> {
         let id = self.record.migration.as_ref().map(|way| way.id.clone());
         let waiting = id.and_then(|id| self.shared.arrivals.take(&id));
         let is_here = self.status().await?.state != MachineState::Empty;
-        let Waiting { from, token, peer, ready } = match waiting {
+        let Waiting { from, token, peer, connections, on_base, ready } = match waiting {
             Some(waiting) if !is_here => waiting,
             Some(_) => return Err(host("its VMM has a machine already".to_owned())),
             // The agent before saw the beginning: it has come since, or will not, as nobody waits for it.
@@ -33,9 +33,9 @@ impl<W: World> Work<W> {
         let listening = self.shared.world.vmm().listen().await;
         let (listener, port) = listening.map_err(|error| host(format!("listen for the machine: {error}")))?;
         // The source gave up, if it does not wait for this any more: nobody connects then.
-        let _ = ready.send(ArrivalReady::new(port, &own.certificate));
+        let _ = ready.send(ArrivalReady::new(port, &own.certificate, connections, on_base));
         let tls = StreamTls { certificate: own.certificate, key: own.key, peer };
-        let order = ReceiveOrder { from, terms: StreamTerms { token, tls } };
+        let order = ReceiveOrder { from, terms: StreamTerms { token, tls }, connections, on_base };
         let receiving = self.shared.world.vmm().receive_machine(&self.record, self.shared.epoch, listener, order);
         let Some(process) = self.process.clone() else { return Err(host("the VM has no VMM".to_owned())) };
         tokio::select! {

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use super::{END_LIMIT, Outcome, Work, ask_failed, host, start_failed};
-use crate::agent::record::MoveRecord;
+use crate::agent::migration_record::MoveRecord;
 use crate::agent::world::{VmmHost, VmmProcess, World};
 use crate::report::chain;
 use crate::wire::frame;
@@ -51,13 +51,7 @@ impl<W: World> Work<W> {
         self.others = vec![process];
         let held = Duration::from_nanos(phases.held_ns);
         self.held_at = Some(self.now().before(held));
-        self.operation.moved = Some(MoveRecord {
-            pause_us: None,
-            held_us: phases.held_ns / 1000,
-            rounds: phases.rounds,
-            pages: phases.pages,
-            bytes: phases.wire_bytes,
-        });
+        self.operation.moved = Some(MoveRecord::of(&phases));
         self.record.process = Some(successor.record());
         self.record.wire_version = frame::VERSION;
         self.process = Some(successor);

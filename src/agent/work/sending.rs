@@ -2,21 +2,26 @@
 //! `handed_over` in the transaction that ends the operation of the first two.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
-use super::{Outcome, Work, ask_failed, host, no_network};
+use super::{Outcome, Work, ask_failed, host, micros, no_network};
 use crate::agent::config::{FabricConfig, Peer};
+use crate::agent::migration_record::{MigrationRecord, MovePolicy, MoveRecord};
 use crate::agent::peers::{ArrivalOrder, ArrivalReady, PeerError};
-use crate::agent::record::{MigrationRecord, MoveRecord};
 use crate::agent::vm_state::FailureCause;
-use crate::agent::world::{SendOrder, StreamTerms, VmNetworks, VmmHost, VmmProcess, World, random_array};
+use crate::agent::world::{Ask, SendOrder, StreamTerms, VmNetworks, VmmHost, VmmProcess, World, random_array};
 use crate::report::chain;
 use crate::wire::control::{StreamTls, StreamToken};
 
 /// First and longest time between two tries to tell the other host that the machine is its.
 const CONFIRM_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// Time between two tries to have a send given up.
+const CANCEL_AGAIN: Duration = Duration::from_millis(50);
 
 impl<W: World> Work<W> {
     /// The migration, the fabric, and the other host.
@@ -39,13 +44,27 @@ impl<W: World> Work<W> {
             None => None,
         };
         let (way, fabric, peer) = self.migration()?;
-        let order = ArrivalOrder::of(&self.record, &way, session.as_ref(), fabric.host.into(), &own.certificate, token);
-        let ready: ArrivalReady =
-            self.shared.arrange_at_peer(fabric, peer, &order).await.map_err(|error| refused(&error))?;
+        let session = match session {
+            Some(session) => Some(self.shared.arriving_session(&session).await.map_err(Outcome::Broken)?),
+            None => None,
+        };
+        let needs = self.shared.needs_of(&self.record).await.map_err(|error| host(chain(&error)))?;
+        let keys = (own.certificate.as_slice(), token);
+        let order = ArrivalOrder::of(&self.record, &way, session, (fabric.host.into(), needs), keys);
+        let arranging = self.shared.arrange_at_peer(fabric, peer, &order);
+        let mut hurry = self.hurry.clone();
+        let ready: ArrivalReady = tokio::select! {
+            biased;
+            ready = arranging => ready.map_err(|error| refused(&error))?,
+            () = wanted(&mut hurry) => return Err(Outcome::Hurried),
+        };
         let to = SocketAddr::new(peer.address, ready.port);
         let peers = ready.certificate().ok_or_else(|| host("the other host's certificate is not one".to_owned()))?;
         let tls = StreamTls { certificate: own.certificate, key: own.key, peer: peers };
-        self.way = Some(SendOrder { to, terms: StreamTerms { token: StreamToken(token), tls } });
+        // A host of the version before waits for one connection.
+        let policy = MovePolicy { connections: ready.connections.min(way.policy.connections), ..way.policy };
+        let terms = StreamTerms { token: StreamToken(token), tls };
+        self.way = Some(SendOrder { to, terms, policy, is_base_there: ready.has_base });
         Ok(())
     }
 
@@ -54,20 +73,26 @@ impl<W: World> Work<W> {
         let (Some(order), Some(process)) = (self.way.take(), self.process.clone()) else {
             return Err(host("nothing waits for the machine on the other host".to_owned()));
         };
-        let sending = self.shared.world.vmm().send_machine(&self.record, self.shared.epoch, order);
+        let mut hurry = self.hurry.clone();
+        let shared = Arc::clone(&self.shared);
+        let sending = shared.world.vmm().send_machine(&self.record, shared.epoch, order);
+        let mut sending = std::pin::pin!(sending);
         let phases = tokio::select! {
             biased;
-            sent = sending => sent.map_err(ask_failed)?,
+            sent = sending.as_mut() => sent.map_err(ask_failed)?,
             end = process.ended() => return Err(Outcome::VmmEnded(end)),
+            () = wanted(&mut hurry) => {
+                // It may not have begun in the VMM yet. Whether it still comes to an end by itself or not: it stays here.
+                loop {
+                    let _ = self.ask(Ask::CancelSend).await;
+                    if timeout(CANCEL_AGAIN, sending.as_mut()).await.is_ok() {
+                        return Err(Outcome::Hurried);
+                    }
+                }
+            }
         };
         self.held_at = Some(self.now().before(Duration::from_nanos(phases.held_ns)));
-        self.operation.moved = Some(MoveRecord {
-            pause_us: None,
-            held_us: phases.held_ns / 1000,
-            rounds: phases.rounds,
-            pages: phases.pages,
-            bytes: phases.wire_bytes,
-        });
+        self.operation.moved = Some(MoveRecord::of(&phases));
         Ok(())
     }
 
@@ -79,6 +104,10 @@ impl<W: World> Work<W> {
     /// Tries until the other host answers: it may be cut off, or its agent be replaced.
     pub(super) async fn confirm_arrival(&mut self) -> Result<(), Outcome> {
         let (mut wait, longest) = CONFIRM_AGAIN;
+        let begun = self.now();
+        if let (Some(held), Some(moved)) = (self.held_at, self.operation.moved.as_mut()) {
+            moved.steps.decide_us = micros(begun.since(held)).saturating_sub(moved.held_us);
+        }
         loop {
             let Ok((way, fabric, peer)) = self.migration() else {
                 tracing::warn!(vm = %self.record.id, "the VM is the host's that is no peer in the configuration any more");
@@ -88,6 +117,10 @@ impl<W: World> Work<W> {
             match self.shared.confirm_at_peer(fabric, peer, &way.id).await {
                 Ok(()) => {
                     self.note_run();
+                    let now = self.now();
+                    if let Some(moved) = self.operation.moved.as_mut() {
+                        moved.steps.start_us = micros(now.since(begun));
+                    }
                     return Ok(());
                 }
                 // It knows of no such machine, or could not let it run.
@@ -117,6 +150,9 @@ impl<W: World> Work<W> {
         let forwarded = self.shared.world.vmm().forward_packets(&self.record, self.shared.epoch).await;
         let packets = forwarded.map_err(ask_failed)?;
         tracing::debug!(vm = %self.record.id, packets, "what waited here has followed");
+        if let Some(moved) = self.operation.moved.as_mut() {
+            moved.packets = packets;
+        }
         Ok(())
     }
 
@@ -126,6 +162,12 @@ impl<W: World> Work<W> {
         self.shared.world.networks().leave(&self.record).await.map_err(no_network)?;
         self.lead_elsewhere().await
     }
+}
+
+/// Resolves when somebody wants this over.
+async fn wanted(hurry: &mut watch::Receiver<bool>) {
+    // What is behind it must not be held over what follows.
+    drop(hurry.wait_for(|hurry| *hurry).await);
 }
 
 fn refused(error: &PeerError) -> Outcome {

@@ -13,9 +13,7 @@ use crate::api::body::{JsonBody, OptionalBody, Params};
 use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
-use crate::api::types::{
-    ErrorBody, IMAGE_DEFAULT, MigrateRequest, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait,
-};
+use crate::api::types::{ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait};
 use crate::units::NetLimits;
 
 /// How long a guest may take to power off when the request does not say.
@@ -212,22 +210,6 @@ pub(in crate::api) async fn hand_over_vm(
     OptionalBody(Nothing {}): OptionalBody<Nothing>,
 ) -> Result<Json<Vm>, ApiError> {
     ask(&served, &id, Verb::HandOver).await
-}
-
-/// Move a VM to another host: answered when it runs there. It stands still for milliseconds; its addresses, its memory and
-/// its network connections stay; programs that were run in it and consoles are cut off.
-#[utoipa::path(
-    post, path = "/v1/vms/{id}/migrate", tag = "vms", request_body = MigrateRequest,
-    params(("id" = String, Path, description = "Id, unique start of an id, or name")),
-    responses((status = 200, body = Vm), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody))
-)]
-pub(in crate::api) async fn migrate_vm(
-    State(served): State<Served>,
-    Path(id): Path<String>,
-    body: JsonBody<MigrateRequest>,
-) -> Result<Json<Vm>, ApiError> {
-    let vm = served.door.migrate(&id, &body.value.to).await?;
-    Ok(Json(convert::vm(&vm, &served.host)))
 }
 
 /// What a VM uses and says of itself.

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::ErrorDetail;
+use super::{ErrorDetail, Moved};
 use crate::ids::{BundleId, OperationId};
 
 /// `GET /v1/operations/{id}`: a long piece of work.
@@ -45,19 +45,6 @@ pub struct Operation {
     /// When it ended; null before.
     #[schema(value_type = Option<String>, format = DateTime)]
     pub finished_at: Option<Timestamp>,
-}
-
-/// What moving a machine from one process to another took.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Moved {
-    /// How long it stood still until it was whole in the other process; `pause_ms` counts until it ran there.
-    pub held_ms: f64,
-    /// Rounds in which memory was copied while it ran.
-    pub rounds: u32,
-    /// Pages of guest memory that were copied.
-    pub pages: u64,
-    /// Bytes that went over.
-    pub bytes: u64,
 }
 
 /// `GET /v1/operations`.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Addressing, BalloonStats, InterfaceStats, NetworkLimits, SwapPolicy, Swapped};
-use crate::ids::{ClusterId, OperationId, SessionId, VmId};
+use crate::ids::{ClusterId, MigrationId, OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -177,6 +177,10 @@ pub struct Vm {
     /// Name of the host it runs on, when it was handed over to another one; null while it is here.
     #[serde(default)]
     pub handed_to: Option<String>,
+    /// Its last migration, or the one it is on; null if there was none.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub migration_id: Option<MigrationId>,
     /// When its memory is moved out without being asked for.
     #[serde(default)]
     pub swap_policy: SwapPolicy,
@@ -293,14 +297,6 @@ pub struct Timings {
     pub init_ms: Option<f64>,
     /// Request accepted → running.
     pub total_ms: Option<f64>,
-}
-
-/// `POST /v1/vms/{id}/migrate`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MigrateRequest {
-    /// Name of the peer it moves to, as `[[peers]]` of the agent's configuration has it.
-    pub to: String,
 }
 
 /// `POST /v1/vms/{id}/stop`: answered with the [`Vm`] once it is stopped. The body may be left out.

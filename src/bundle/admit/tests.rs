@@ -77,7 +77,7 @@ fn a_refusal_says_what_and_what_instead() {
     host.cpu_features.remove("aes");
     host.cpu_features.remove("avx2");
     let text = admit(&needs, &host).unwrap_err().to_string();
-    assert_eq!(text, "this host differs: cpu_features: the bundle needs aes avx2, the host has none of these");
+    assert_eq!(text, "this host differs: cpu_features: aes avx2 is needed, the host has none of these");
 }
 
 proptest! {

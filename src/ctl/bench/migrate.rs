@@ -91,7 +91,7 @@ pub(super) async fn measure(agent: &Agent, args: &BenchMigrateArgs) -> Result<Re
 impl Bench<'_> {
     async fn way(&self, from: &Agent, vm: &str, to: &str) -> Result<Way, BenchError> {
         let begun = self.clock.monotonic();
-        let request = MigrateRequest { to: to.to_owned() };
+        let request = MigrateRequest { to: to.to_owned(), ..MigrateRequest::default() };
         let _: Vm = from.post(&format!("/v1/vms/{vm}/migrate"), &request, WAY_LIMIT).await?;
         let total_ms = milliseconds_since(&self.clock, begun);
         let list: OperationList = from.get("/v1/operations").await?;

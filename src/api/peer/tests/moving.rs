@@ -4,10 +4,12 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::agent::{ExecOutput, ExecSpec, FailureCause, MigrateError, Verb, VmError, VmRecord, VmState};
+use crate::agent::{ExecOutput, ExecSpec, FailureCause, MigrateError, MigrateOrder, Verb, VmError, VmRecord, VmState};
 use crate::sim::SimHost;
 
 const NAME: &str = "mover";
+
+mod giving_up;
 
 /// Two hosts that machines can go between.
 async fn two_with_a_road() -> (Wire, Host, Host) {
@@ -64,7 +66,7 @@ async fn a_member_of_a_session_goes_there_and_back_with_its_addresses() {
     let first = a.vm(NAME, Some(517)).await;
     let same = |vm: &VmRecord| (vm.id.clone(), vm.name.clone(), vm.addresses(), vm.generation.clone(), vm.created_at);
     for _ in 0..3 {
-        let told = a.door.migrate(NAME, "b").await.expect("it goes there");
+        let told = a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
         assert_eq!((&told.state, state(&b)), (&VmState::HandedOver, Some(VmState::Running)));
         let there = vm(&b).expect("it is there");
         assert_eq!(same(&there), same(&first));
@@ -76,10 +78,10 @@ async fn a_member_of_a_session_goes_there_and_back_with_its_addresses() {
         assert!(matches!(refused, Err(VmError::Verb(_))), "{refused:?}");
         // It can be paused, and then not be moved.
         b.door.ask(NAME, Verb::Pause).await.expect("paused");
-        let refused = b.door.migrate(NAME, "a").await;
+        let refused = b.door.migrate(NAME, MigrateOrder::to("a")).await;
         assert!(matches!(refused, Err(VmError::Verb(_))), "{refused:?}");
         b.door.ask(NAME, Verb::Resume).await.expect("resumed");
-        b.door.migrate(NAME, "a").await.expect("it goes back");
+        b.door.migrate(NAME, MigrateOrder::to("a")).await.expect("it goes back");
         assert_eq!((state(&a), vm(&b)), (Some(VmState::Running), None));
         assert_eq!(same(&vm(&a).expect("it is back")), same(&first));
         answers(&a).await;
@@ -95,7 +97,7 @@ async fn one_that_is_removed_where_it_is_is_forgotten_where_it_is_from() {
     let (wire, a, b) = two_with_a_road().await;
     a.session(517).await;
     a.vm(NAME, Some(517)).await;
-    a.door.migrate(NAME, "b").await.expect("it goes there");
+    a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
     tokio::time::sleep(Duration::from_secs(300)).await;
     assert_eq!(state(&a), Some(VmState::HandedOver), "it is there");
     b.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
@@ -112,7 +114,7 @@ async fn one_that_is_removed_where_it_is_is_forgotten_where_it_is_from() {
 async fn one_without_addresses_leaves_nothing_behind() {
     let (_wire, a, b) = two_with_a_road().await;
     let first = a.vm(NAME, None).await;
-    a.door.migrate(NAME, "b").await.expect("it goes there");
+    a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
     assert_eq!((vm(&a), state(&b)), (None, Some(VmState::Running)));
     assert_eq!((a.sim.living(), a.sim.directories(), a.sim.jailed()), (vec![], vec![], vec![]));
     assert_eq!(vm(&b).map(|vm| vm.id.clone()), Some(first.id.clone()));
@@ -125,24 +127,24 @@ async fn what_cannot_be_moved_is_refused_and_goes_on() {
     a.session(517).await;
     a.vm(NAME, Some(517)).await;
     for (to, wanted) in [("c", "there is no peer"), ("", "there is no peer")] {
-        let refused = a.door.migrate(NAME, to).await;
+        let refused = a.door.migrate(NAME, MigrateOrder::to(to)).await;
         let Err(VmError::Migrate(MigrateError::UnknownPeer { .. })) = refused else { panic!("{refused:?}") };
         assert!(refused.is_err_and(|error| error.to_string().contains(wanted)));
     }
-    assert!(matches!(a.door.migrate("nobody", "b").await, Err(VmError::Find(_))));
+    assert!(matches!(a.door.migrate("nobody", MigrateOrder::to("b")).await, Err(VmError::Find(_))));
     // A name that is taken there.
     b.vm(NAME, None).await;
-    let refused = a.door.migrate(NAME, "b").await.expect_err("its name is taken there").to_string();
+    let refused = a.door.migrate(NAME, MigrateOrder::to("b")).await.expect_err("its name is taken there").to_string();
     assert!(refused.contains("name"), "{refused}");
     assert_eq!(state(&a), Some(VmState::Running));
     b.door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
     // Nobody answers there.
     wire.is_cut.store(true, Ordering::Relaxed);
-    let refused = a.door.migrate(NAME, "b").await.expect_err("nobody answers").to_string();
+    let refused = a.door.migrate(NAME, MigrateOrder::to("b")).await.expect_err("nobody answers").to_string();
     assert!(refused.contains("reach host b"), "{refused}");
     assert_eq!((state(&a), vm(&b)), (Some(VmState::Running), None));
     wire.is_cut.store(false, Ordering::Relaxed);
-    a.door.migrate(NAME, "b").await.expect("it goes there");
+    a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
     nothing_was_seen([&a, &b]);
 }
 
@@ -158,7 +160,7 @@ async fn is_in_one_place(wire: &Wire, a: &Host, b: &Host, when: &str) {
     nothing_was_seen([a, b]);
     let (from, to) = if states.1.is_none() { (a, "b") } else { (b, "a") };
     answers(from).await;
-    from.door.migrate(NAME, to).await.unwrap_or_else(|error| panic!("{when}: it goes on: {error}"));
+    from.door.migrate(NAME, MigrateOrder::to(to)).await.unwrap_or_else(|error| panic!("{when}: it goes on: {error}"));
     nothing_was_seen([a, b]);
     let _ = wire;
 }
@@ -173,12 +175,12 @@ async fn with_a_death(of: &str, point: u64, back: bool) -> bool {
     a.vm(NAME, Some(517)).await;
     let (mut from, mut to) = (a.clone(), "b");
     if back {
-        a.door.migrate(NAME, "b").await.expect("it goes there");
+        a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
         (from, to) = (b.clone(), "a");
     }
     let victim = if of == "a" { a.sim.clone() } else { b.sim.clone() };
     victim.crash_in(point);
-    let asked = tokio::spawn(async move { from.door.migrate(NAME, to).await.map(drop) });
+    let asked = tokio::spawn(async move { from.door.migrate(NAME, MigrateOrder::to(to)).await.map(drop) });
     // With the other agent dead, the one that was asked may try for long.
     while !asked.is_finished() && !victim.has_crashed() {
         tokio::time::sleep(Duration::from_micros(100)).await;
@@ -221,7 +223,7 @@ async fn a_link_that_is_cut_at_any_moment_leaves_it_in_one_place() {
         a.session(517).await;
         a.vm(NAME, Some(517)).await;
         let from = a.clone();
-        let asked = tokio::spawn(async move { from.door.migrate(NAME, "b").await.map(drop) });
+        let asked = tokio::spawn(async move { from.door.migrate(NAME, MigrateOrder::to("b")).await.map(drop) });
         tokio::time::sleep(Duration::from_micros(150 * moment)).await;
         wire.is_cut.store(true, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_secs(60)).await;
@@ -244,12 +246,12 @@ async fn one_that_is_lost_is_told_of(back: bool) {
         a.session(517).await;
         a.vm(NAME, Some(517)).await;
         if back {
-            a.door.migrate(NAME, "b").await.expect("it goes there");
+            a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
         }
         let (from, to, name) = if back { (b.clone(), &a, "a") } else { (a.clone(), &b, "b") };
         let asked = tokio::spawn({
             let from = from.clone();
-            async move { from.door.migrate(NAME, name).await.map(drop) }
+            async move { from.door.migrate(NAME, MigrateOrder::to(name)).await.map(drop) }
         });
         tokio::time::sleep(Duration::from_micros(50 * moment)).await;
         wire.is_cut.store(true, Ordering::Relaxed);
