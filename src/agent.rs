@@ -121,7 +121,8 @@ pub use ledger::{
 };
 pub use migration_record::{MigrationRecord, MovePolicy, MoveRecord, PauseSteps, PolicyError, WhenUnconverged};
 pub use migrations::{
-    Direction, MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate, MigrationState, MigrationView,
+    Direction, MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate, MigrationProgress, MigrationState,
+    MigrationView,
 };
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,

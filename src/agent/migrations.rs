@@ -222,7 +222,7 @@ pub struct MigrationView {
     /// How far it is.
     pub state: MigrationState,
     /// How far the copying is, while it is copied from here.
-    pub progress: Option<SendProgress>,
+    pub progress: Option<MigrationProgress>,
     /// What it took, as far as it is known here.
     pub moved: Option<MoveRecord>,
     /// All that was done for it here, in order.
@@ -233,6 +233,44 @@ pub struct MigrationView {
     pub created_at: UnixNanos,
     /// When all was done here.
     pub ended_at: Option<UnixNanos>,
+}
+
+/// How far copying a VM's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MigrationProgress {
+    /// Rounds that are over.
+    pub rounds: u32,
+    /// Bytes of guest memory that were to be sent when this round began.
+    pub round_bytes: u64,
+    /// Those of them that were sent.
+    pub round_sent_bytes: u64,
+    /// Bytes of guest memory that were sent in all.
+    pub sent_bytes: u64,
+    /// Bytes a second over the rounds so far; 0 before the first is over.
+    pub rate_bytes: u64,
+    /// Bytes a second that the guest wrote in the last round.
+    pub dirty_rate_bytes: u64,
+    /// How long it would stand still if it did now, in nanoseconds; 0 before the first round is over.
+    pub pause_expected_ns: u64,
+    /// Share of the time in which the vCPUs may run, in percent.
+    pub vcpu_share: u8,
+}
+
+impl From<SendProgress> for MigrationProgress {
+    fn from(said: SendProgress) -> Self {
+        let SendProgress { rounds, round_bytes, round_sent_bytes, sent_bytes, .. } = said;
+        let SendProgress { rate_bytes, dirty_rate_bytes, pause_expected_ns, vcpu_share, .. } = said;
+        Self {
+            rounds,
+            round_bytes,
+            round_sent_bytes,
+            sent_bytes,
+            rate_bytes,
+            dirty_rate_bytes,
+            pause_expected_ns,
+            vcpu_share,
+        }
+    }
 }
 
 /// What a migration is likely to be like.
@@ -524,7 +562,7 @@ impl<W: World> Agent<W> {
         if matches!(progress.phase, SendPhase::Critical | SendPhase::Ready) {
             view.state = MigrationState::Critical;
         }
-        view.progress = Some(progress);
+        view.progress = Some(progress.into());
     }
 
     async fn one_migration(&self, word: &str) -> Result<MigrationView, VmError> {

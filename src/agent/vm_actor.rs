@@ -212,6 +212,12 @@ impl<W: World> VmActor<W> {
 
     async fn answer(&mut self, request: Request) -> Result<(), LedgerError> {
         let Request { verb, reply } = request;
+        if let (Verb::SetSwapPolicy(_), VmState::HandedOver) = (&verb, &self.record.state) {
+            // Where it is now, its policy is kept there.
+            let denied = Denied { state: self.record.state.clone() };
+            self.reply(&verb, reply, Err(denied));
+            return Ok(());
+        }
         if let Verb::SetSwapPolicy(policy) = verb {
             self.record.spec.swap = policy;
             self.turn(self.stay(), Vec::new(), None).await?;

@@ -1,3 +1,5 @@
+//! Which state a migration is in, by its operations.
+
 use super::*;
 use crate::agent::record::OperationRecord;
 use crate::ids::OperationId;

@@ -8,7 +8,6 @@ use crate::api::types::{
     MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationProgress, MigrationState, Moved,
     OnNonconverge, PauseSteps,
 };
-use crate::wire::control::SendProgress;
 
 fn millis(micros: u64) -> f64 {
     Duration::from_micros(micros).as_secs_f64() * 1000.0
@@ -55,7 +54,7 @@ pub(in crate::api) fn migrate_order(request: MigrateRequest) -> agent::MigrateOr
     agent::MigrateOrder { to: request.to, policy, wait: request.wait.unwrap_or(true) }
 }
 
-fn progress(progress: &SendProgress) -> MigrationProgress {
+fn progress(progress: &agent::MigrationProgress) -> MigrationProgress {
     MigrationProgress {
         rounds: progress.rounds,
         round_bytes: progress.round_bytes,

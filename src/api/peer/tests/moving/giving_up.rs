@@ -4,9 +4,9 @@
 use super::*;
 use crate::agent::{Direction, MigrationState, MigrationView, MovePolicy};
 
-/// Moments after a migration began, and the time between two of them: a whole one takes less than all of them.
+/// Moments after a migration began, ever further apart: a whole one takes less than all of them.
 const MOMENTS: u64 = 80;
-const STEP_US: u64 = 150;
+const STEP_US: u64 = 20;
 
 async fn only_migration(host: &Host) -> MigrationView {
     let all = host.door.migrations().await.expect("a list");
@@ -21,7 +21,7 @@ async fn under_way(moment: u64) -> (Wire, Host, Host, tokio::task::JoinHandle<Re
     a.vm(NAME, Some(517)).await;
     let from = a.clone();
     let asked = tokio::spawn(async move { from.door.migrate(NAME, MigrateOrder::to("b")).await.map(drop) });
-    tokio::time::sleep(Duration::from_micros(STEP_US * moment)).await;
+    tokio::time::sleep(Duration::from_micros(STEP_US * moment * moment)).await;
     (wire, a, b, asked)
 }
 
@@ -35,7 +35,7 @@ async fn one_that_is_cancelled_at_any_moment_stays_or_has_gone() {
         let cancelled = a.door.cancel_migration(begun.way.id.as_str()).await;
         let told = asked.await.expect("no panic");
         tokio::time::sleep(REST).await;
-        let when = format!("cancelled after {} us", STEP_US * moment);
+        let when = format!("cancelled after {} us", STEP_US * moment * moment);
         match cancelled {
             Ok(view) => {
                 assert_eq!(view.state, MigrationState::Cancelled, "{when}");
@@ -65,7 +65,7 @@ async fn a_stop_wins_as_long_as_it_is_not_the_other_hosts() {
         let stop = a.door.ask(NAME, Verb::Stop { grace: Duration::ZERO }).await;
         let told = asked.await.expect("no panic");
         tokio::time::sleep(REST).await;
-        let when = format!("stopped after {} us", STEP_US * moment);
+        let when = format!("stopped after {} us", STEP_US * moment * moment);
         match stop {
             Ok(vm) => {
                 assert_eq!(vm.state, VmState::Stopped, "{when}");
