@@ -3,6 +3,7 @@
 #![doc = include_str!("wire/PROTOCOL.md")]
 #![forbid(unsafe_code)]
 
+pub mod certificate;
 pub mod console_ring;
 pub mod control;
 pub mod frame;

@@ -14,6 +14,7 @@ use crate::agent::peers::{PeerAnswer, PeerCall, PeerKey, PeerSetup};
 use crate::agent::{OwnError, OwnLaunch, OwnLaunched, SessionError, SessionRequest};
 use crate::api::fabric_fixture::{Host, Wire, config};
 use crate::api::peer_link::HttpLink;
+use crate::api::peer_tls::PeerTls;
 
 const A: &str = "2001:db8::a";
 const B: &str = "2001:db8::b";
@@ -274,8 +275,11 @@ async fn over_sockets() -> (Host, Host, SocketAddr, watch::Sender<bool>) {
     let b = Host::start("b", at(config(2, "", &[("a", A, 1)]), a_at)).await;
     for (host, listener) in [(&a, a_listens), (&b, b_listens)] {
         let name = host.name.as_str();
-        tokio::spawn(serve(listener, Arc::clone(&host.door), name.into(), ending.clone()));
-        let setup = PeerSetup { key: Some(PeerKey::new(KEY)), link: Arc::new(HttpLink), host: name.to_owned() };
+        let key = PeerKey::new(KEY);
+        let tls = PeerTls::new(&key, host.door.fabric().unwrap().config.host.into()).unwrap();
+        tokio::spawn(serve(listener, Some(tls.clone()), Arc::clone(&host.door), name.into(), ending.clone()));
+        let link = Arc::new(HttpLink::new(Some(tls), false));
+        let setup = PeerSetup { key: Some(key), link, host: name.to_owned() };
         host.door.start_peers(setup).await.unwrap();
     }
     (a, b, b_at, end)
