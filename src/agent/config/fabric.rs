@@ -72,6 +72,15 @@ impl FabricConfig {
     pub fn quarantine(&self) -> Duration {
         Duration::from_secs(self.quarantine_s.into())
     }
+
+    /// How agents speak to each other, as in answers.
+    pub const fn peer_transport(&self) -> &'static str {
+        match (&self.key_file, self.plain_peers) {
+            (Some(_), false) => "tls",
+            (Some(_), true) => "tls_or_plain",
+            (None, _) => "plain",
+        }
+    }
 }
 
 /// What carries packets between hosts.

@@ -104,9 +104,9 @@ impl PeerRefusal {
 pub struct Unadmitted {
     /// Why.
     pub refusal: PeerRefusal,
-    /// Its head, when the answer may be sealed: it was signed with the key, and neither was it taken, nor will it be.
-    /// Of a request that may have been taken once before there is none, as its answer could be put in the place of the
-    /// first one's.
+    /// Its head, when the answer may be sealed: it was signed with the key, for this host, and was not taken while its
+    /// sender may still wait for an answer. Else there is none: without TLS, somebody on the way could put the refusal of
+    /// a copy, or of another host, in the place of the answer.
     pub head: Option<RequestHead>,
 }
 
@@ -208,7 +208,8 @@ impl<W: World> Agent<W> {
             return Err(PeerRefusal::WrongKey.into());
         }
         // From here on the sender has the key, and can be told what is wrong.
-        let refused = |refusal| Err(Unadmitted { refusal, head: Some(head) });
+        let own = fabric.host.into();
+        let refused = |refusal| Err(Unadmitted { refusal, head: (is_hello || head.to == own).then_some(head) });
         if channel == Channel::Plain && !fabric.plain_peers {
             return refused(PeerRefusal::Plain);
         }
@@ -216,7 +217,6 @@ impl<W: World> Agent<W> {
         if !is_hello && head.at_ms < shared.started_at.0 / 1_000_000 {
             return Err(PeerRefusal::BeforeStart.into());
         }
-        let own = fabric.host.into();
         // A hello for another host, or from one, is how two find out that they disagree on a number.
         if !is_hello && head.to != own {
             return refused(PeerRefusal::OtherHost { to: head.to, own });
