@@ -474,7 +474,7 @@ impl From<PeerRefusal> for ApiError {
             PeerRefusal::NoKey
             | PeerRefusal::BeforeStart
             | PeerRefusal::Replay(_)
-            | PeerRefusal::Plain
+            | PeerRefusal::Plain { .. }
             | PeerRefusal::OtherSender { .. }
             | PeerRefusal::NotAPeer { .. } => StatusCode::FORBIDDEN,
             PeerRefusal::OtherHost { .. } => StatusCode::MISDIRECTED_REQUEST,

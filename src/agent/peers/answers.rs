@@ -43,10 +43,13 @@ pub enum PeerRefusal {
     NoKey,
     /// It came without TLS, and this host's configuration does not say that such are taken.
     #[error(
-        "this host takes requests by TLS only: upgrade the other host's agent, or set fabric.plain_peers = true here \
-         for as long as that takes"
+        "host number {own} takes requests by TLS only: upgrade the agent of the one that asks, or set \
+         fabric.plain_peers = true on number {own} for as long as that takes"
     )]
-    Plain,
+    Plain {
+        /// This host's number.
+        own: u16,
+    },
     /// It says that it is of another host than the connection's certificate.
     #[error("the request says it is of host number {says}, but the connection is of host number {proven}")]
     OtherSender {
@@ -87,7 +90,7 @@ impl PeerRefusal {
             Self::Unsigned => "peer_unsigned",
             Self::WrongKey => "peer_key_refused",
             Self::NoKey => "peer_key_missing",
-            Self::Plain => "peer_plain",
+            Self::Plain { .. } => "peer_plain",
             Self::OtherSender { .. } => "peer_other_sender",
             Self::NotAPeer { .. } => "peer_unknown_host",
             Self::OtherHost { .. } => "peer_other_host",
@@ -211,7 +214,7 @@ impl<W: World> Agent<W> {
         let own = fabric.host.into();
         let refused = |refusal| Err(Unadmitted { refusal, head: (is_hello || head.to == own).then_some(head) });
         if channel == Channel::Plain && !fabric.plain_peers {
-            return refused(PeerRefusal::Plain);
+            return refused(PeerRefusal::Plain { own });
         }
         // Nonces are forgotten when an agent ends. A hello taken twice does no harm.
         if !is_hello && head.at_ms < shared.started_at.0 / 1_000_000 {
