@@ -31,9 +31,9 @@ use super::error::ApiError;
 use super::handlers::vms::to_json;
 use super::peer_tls::PeerTls;
 use crate::agent::peers::{
-    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, Channel, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody,
-    MIGRATIONS_PATH, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH,
-    Signed, TlsError, Unadmitted,
+    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, Channel, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH,
+    LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER,
+    SESSIONS_PATH, Signed, TlsError, Unadmitted,
 };
 use crate::agent::{Decision, Door};
 use crate::ids::{MigrationId, VmId};
