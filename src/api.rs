@@ -13,6 +13,7 @@ mod listen;
 mod metadata;
 mod peer;
 mod peer_link;
+mod peer_tls;
 mod routes;
 mod run;
 mod stall;

@@ -131,6 +131,8 @@ const FLOORS: &[Floor] = &[
         outside: &[
             "tokio",
             "tokio_util",
+            "rustls",
+            "tokio_rustls",
             "axum",
             "utoipa",
             "utoipa_axum",

@@ -1,7 +1,8 @@
 //! The other hosts of the fabric: telling each other who one is (hello), seeing what speaks against being of one
 //! fabric, and asking each other for VMs and members of sessions.
 //!
-//! HTTP is not known here: requests go out by a [`PeerLink`], and come in by [`PeerDoor`]. Tasks: one per peer that says
+//! Neither HTTP nor TLS is known here: requests go out by a [`PeerLink`], and come in by [`PeerDoor`]; what a
+//! certificate has to prove is in `proof`. Tasks: one per peer that says
 //! hello, and one that lets faded conflicts go. What can go wrong: a peer does not answer (shown, nothing is refused),
 //! it has another key (shown and counted), or the hosts contradict each other (both refuse new members of sessions).
 
@@ -11,25 +12,25 @@ mod bodies;
 mod book;
 mod calls;
 mod hello;
+mod link;
 mod members;
 mod moving;
+mod proof;
 
-use std::io;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
-
-use futures_util::future::BoxFuture;
 
 use super::config::Peer;
 use crate::clock::{Clock, Monotonic};
 
-pub use answers::{PeerDoor, PeerRefusal};
+pub use answers::{PeerDoor, PeerRefusal, Unadmitted};
 pub use auth::{CLOCK_DIFFERENCE_MS, KEY_BYTES_MIN, PeerKey, PeerKeyError, RequestHead, Signed};
 pub use bodies::{Conflict, Hello, LaunchedBody, MemberBody, MemberOrder, MembersBody, PeerLaunch};
 pub use book::PeerState;
 pub use calls::PeerError;
+pub use link::{Callee, Channel, LinkError, PeerAnswer, PeerCall, PeerLink, TlsError};
 pub use moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, ArrivingSession, DecisionBody, PresenceBody};
+pub use proof::{CertificateError, HostCertificate, ProofError, ProvenHost};
 
 use auth::Nonces;
 use book::Book;
@@ -67,36 +68,6 @@ pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
 
 /// Longest body of an answer between agents: the members of a session.
 pub const ANSWER_BYTES_MAX: usize = 1024 * 1024;
-
-/// A request to another agent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PeerCall {
-    /// HTTP method.
-    pub method: &'static str,
-    /// Path.
-    pub path: String,
-    /// JSON body; empty without one.
-    pub body: Vec<u8>,
-    /// Value of [`HEAD_HEADER`]; `None` when there is no key.
-    pub head: Option<String>,
-}
-
-/// An answer of another agent.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PeerAnswer {
-    /// HTTP status.
-    pub status: u16,
-    /// Body.
-    pub body: Vec<u8>,
-    /// Value of [`SEAL_HEADER`], if there is one.
-    pub seal: Option<String>,
-}
-
-/// The way to other agents.
-pub trait PeerLink: Send + Sync + 'static {
-    /// Sends one request and reads the answer, both bounded in size. May be dropped at any time.
-    fn call(&self, to: SocketAddr, call: PeerCall) -> BoxFuture<'_, io::Result<PeerAnswer>>;
-}
 
 /// What [`PeerDoor::start_peers`] needs.
 #[derive(Clone)]

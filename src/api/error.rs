@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::types::{ErrorBody, ErrorDetail};
-use crate::agent::peers::{PeerError, PeerRefusal};
+use crate::agent::peers::{PeerError, PeerRefusal, TlsError};
 use crate::agent::{
     ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError,
     FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError,
@@ -471,7 +471,12 @@ impl From<PeerRefusal> for ApiError {
         let status = match error {
             PeerRefusal::NotStarted => StatusCode::SERVICE_UNAVAILABLE,
             PeerRefusal::Unsigned | PeerRefusal::WrongKey => StatusCode::UNAUTHORIZED,
-            PeerRefusal::NoKey | PeerRefusal::BeforeStart | PeerRefusal::Replay(_) => StatusCode::FORBIDDEN,
+            PeerRefusal::NoKey
+            | PeerRefusal::BeforeStart
+            | PeerRefusal::Replay(_)
+            | PeerRefusal::Plain { .. }
+            | PeerRefusal::OtherSender { .. }
+            | PeerRefusal::NotAPeer { .. } => StatusCode::FORBIDDEN,
             PeerRefusal::OtherHost { .. } => StatusCode::MISDIRECTED_REQUEST,
         };
         Self::new(status, error.name(), error.to_string(), Retry::WithChange)
@@ -491,6 +496,8 @@ impl From<PeerError> for ApiError {
                 (StatusCode::SERVICE_UNAVAILABLE, "peer_unavailable")
             }
             PeerError::Unreachable { .. } => (StatusCode::SERVICE_UNAVAILABLE, "peer_unreachable"),
+            PeerError::Tls { source: TlsError::TimedOut { .. }, .. } => (StatusCode::GATEWAY_TIMEOUT, "peer_timeout"),
+            PeerError::Tls { source, .. } => (StatusCode::BAD_GATEWAY, source.name()),
             PeerError::TimedOut { .. } => (StatusCode::GATEWAY_TIMEOUT, "peer_timeout"),
             PeerError::Unsealed { .. } | PeerError::KeyRefused { .. } => (StatusCode::BAD_GATEWAY, "peer_key_refused"),
             PeerError::Malformed { .. } => (StatusCode::BAD_GATEWAY, "peer_malformed"),

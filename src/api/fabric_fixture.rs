@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,7 +16,9 @@ use http_body_util::BodyExt;
 
 use super::peer;
 use crate::agent::config::{Config, Overrides, load};
-use crate::agent::peers::{HEAD_HEADER, PeerAnswer, PeerCall, PeerKey, PeerLink, PeerSetup, SEAL_HEADER};
+use crate::agent::peers::{
+    Callee, Channel, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerKey, PeerLink, PeerSetup, SEAL_HEADER,
+};
 use crate::agent::{Agent, Door, EventRecord, LaunchRequest, Launched, SessionCreated, SessionRequest, VmRecord};
 use crate::sim::{Faults, SimHost, SimWorld};
 
@@ -127,9 +129,12 @@ impl Wire {
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner).remove(&address);
     }
 
-    /// Hands a request to the host at `to`.
+    /// Hands a request to the host at `to`, as from the host at `from`: its connection is as good as one by TLS.
     pub(super) async fn deliver(&self, from: IpAddr, to: IpAddr, call: PeerCall) -> io::Result<PeerAnswer> {
-        let host = self.hosts.lock().unwrap_or_else(PoisonError::into_inner).get(&to).cloned();
+        let [sender, host] =
+            [from, to].map(|at| self.hosts.lock().unwrap_or_else(PoisonError::into_inner).get(&at).cloned());
+        let fabric = sender.and_then(|sender| sender.door.fabric());
+        let channel = fabric.map_or(Channel::Plain, |fabric| Channel::Tls { number: fabric.config.host.into() });
         let host = host.filter(|host| !self.is_cut.load(Ordering::Relaxed) && !host.sim.has_crashed());
         let host = host.ok_or(io::Error::from(io::ErrorKind::HostUnreachable))?;
         let PeerCall { method, path, body, head } = call;
@@ -138,7 +143,7 @@ impl Wire {
             request = request.header(HEAD_HEADER, head);
         }
         let request = request.body(Body::from(body)).unwrap();
-        let answer = peer::answer(&*host.door, &host.name, from, request).await;
+        let answer = peer::answer(&*host.door, &host.name, from, channel, request).await;
         let status = answer.status().as_u16();
         let seal = answer.headers().get(SEAL_HEADER).map(|value| value.to_str().unwrap().to_owned());
         let body = answer.into_body().collect().await.unwrap().to_bytes().to_vec();
@@ -154,14 +159,14 @@ struct End {
 }
 
 impl PeerLink for End {
-    fn call(&self, to: SocketAddr, call: PeerCall) -> BoxFuture<'_, io::Result<PeerAnswer>> {
+    fn call(&self, to: Callee, call: PeerCall) -> BoxFuture<'_, Result<PeerAnswer, LinkError>> {
         async move {
             if self.sim.life() != self.life || self.sim.has_crashed() {
                 // A dead agent's.
                 return std::future::pending().await;
             }
             self.wire.sent.lock().unwrap_or_else(PoisonError::into_inner).push(call.clone());
-            self.wire.deliver(self.from, to.ip(), call).await
+            Ok(self.wire.deliver(self.from, to.at.ip(), call).await?)
         }
         .boxed()
     }

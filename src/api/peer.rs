@@ -1,6 +1,9 @@
-//! Answering other hosts' agents: HTTP over TCP, on the network between hosts. Small on purpose: one request per
+//! Answering other hosts' agents: HTTP inside of TLS, on the network between hosts. Small on purpose: one request per
 //! connection, few paths, everything bounded. Whether a request is to be believed is the agent's to say; its answer is
 //! sealed with the fabric's key.
+//!
+//! Agents of the version before speak HTTP without TLS at the same port; which of the two it is, the first byte says.
+//! Without `fabric.plain_peers` these are read as well, and refused in words that they can show.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -16,17 +19,21 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{Id, JoinSet};
+use tokio::time::timeout;
+use tokio_rustls::server::TlsStream;
 
 use super::body::{parse, read_within};
 use super::error::ApiError;
 use super::handlers::vms::to_json;
+use super::peer_tls::PeerTls;
 use crate::agent::peers::{
-    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH, LaunchedBody,
-    MIGRATIONS_PATH, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH,
-    Signed,
+    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, Channel, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH,
+    LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER,
+    SESSIONS_PATH, Signed, TlsError, Unadmitted,
 };
 use crate::agent::{Decision, Door};
 use crate::ids::{MigrationId, VmId};
@@ -44,15 +51,19 @@ const HEAD_BYTES_MAX: usize = 8192;
 /// Most headers of a request.
 const HEADERS_MAX: usize = 32;
 
-/// Longest time for a head, and for a body, to arrive.
-const ARRIVE_LIMIT: Duration = Duration::from_secs(5);
+/// First byte of a connection by TLS: a record of a handshake.
+const HANDSHAKE: u8 = 0x16;
+
+/// Longest time for a handshake, for a head, and for a body, to arrive.
+pub(super) const ARRIVE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Longest life of a connection: a launch of the most VMs, written to disk one by one.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(30);
 
-/// Serves until `ending` becomes true.
+/// Serves until `ending` becomes true: by TLS, if there is a key, and as it is.
 pub(super) async fn serve(
     listener: TcpListener,
+    tls: Option<PeerTls>,
     door: Arc<dyn Door>,
     host: Arc<str>,
     mut ending: watch::Receiver<bool>,
@@ -79,7 +90,7 @@ pub(super) async fn serve(
                     // Closed unanswered: a host that keeps its bound never sees this.
                     continue;
                 }
-                let serving = connection(stream, from, Arc::clone(&door), Arc::clone(&host));
+                let serving = connection(stream, from, tls.clone(), Arc::clone(&door), Arc::clone(&host));
                 callers.insert(connections.spawn(serving).id(), from);
             }
             Err(error) => {
@@ -91,10 +102,61 @@ pub(super) async fn serve(
     }
 }
 
-async fn connection(stream: TcpStream, from: IpAddr, door: Arc<dyn Door>, host: Arc<str>) {
+/// A connection that can be asked on.
+enum Opened {
+    Tls(Box<TlsStream<TcpStream>>, u16),
+    Plain(TcpStream),
+    /// Closed before anything was said.
+    Nothing,
+}
+
+async fn open(stream: TcpStream, tls: Option<PeerTls>) -> Result<Opened, TlsError> {
+    // Without a key everything is HTTP. A host that has one sees what is answered to its handshake.
+    let Some(tls) = tls else { return Ok(Opened::Plain(stream)) };
+    let mut first = [0];
+    match timeout(ARRIVE_LIMIT, stream.peek(&mut first)).await {
+        Ok(Ok(1..)) => {}
+        Ok(Ok(0) | Err(_)) => return Ok(Opened::Nothing),
+        Err(_) => return Err(TlsError::TimedOut { limit: ARRIVE_LIMIT }),
+    }
+    match first[0] {
+        HANDSHAKE => {
+            let (stream, number) = tls.accept(stream, ARRIVE_LIMIT).await?;
+            Ok(Opened::Tls(Box::new(stream), number))
+        }
+        // A method.
+        b'A'..=b'Z' => Ok(Opened::Plain(stream)),
+        _ => Err(TlsError::Garbage),
+    }
+}
+
+async fn connection(stream: TcpStream, from: IpAddr, tls: Option<PeerTls>, door: Arc<dyn Door>, host: Arc<str>) {
+    let serving = async {
+        match open(stream, tls).await {
+            Ok(Opened::Tls(stream, number)) => speak(*stream, from, Channel::Tls { number }, door, host).await,
+            Ok(Opened::Plain(stream)) => speak(stream, from, Channel::Plain, door, host).await,
+            Ok(Opened::Nothing) => {}
+            Err(error) => {
+                door.peer_turned_away(&error);
+                tracing::debug!(%from, %error, "a connection of another host is not taken");
+            }
+        }
+    };
+    if timeout(CONNECTION_LIMIT, serving).await.is_err() {
+        tracing::debug!(%from, "a connection of another host took too long");
+    }
+}
+
+async fn speak(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    from: IpAddr,
+    channel: Channel,
+    door: Arc<dyn Door>,
+    host: Arc<str>,
+) {
     let service = service_fn(move |request: Request<Incoming>| {
         let (door, host) = (Arc::clone(&door), Arc::clone(&host));
-        async move { Ok::<_, Infallible>(answer(&*door, &host, from, request.map(Body::new)).await) }
+        async move { Ok::<_, Infallible>(answer(&*door, &host, from, channel, request.map(Body::new)).await) }
     });
     let mut builder = http1::Builder::new();
     builder
@@ -103,16 +165,19 @@ async fn connection(stream: TcpStream, from: IpAddr, door: Arc<dyn Door>, host: 
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
         .keep_alive(false);
-    let serving = builder.serve_connection(TokioIo::new(stream), service);
-    match tokio::time::timeout(CONNECTION_LIMIT, serving).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, %from, "a connection of another host ended"),
-        Err(_) => tracing::debug!(%from, "a connection of another host took too long"),
+    if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+        tracing::debug!(%error, %from, "a connection of another host ended");
     }
 }
 
 /// One request, from the host at `from`.
-pub(super) async fn answer(door: &dyn Door, host: &str, from: IpAddr, request: Request<Body>) -> Response<Full<Bytes>> {
+pub(super) async fn answer(
+    door: &dyn Door,
+    host: &str,
+    from: IpAddr,
+    channel: Channel,
+    request: Request<Body>,
+) -> Response<Full<Bytes>> {
     let (parts, body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or_else(String::new, ToString::to_string);
     let body = match read_within(body, REQUEST_BYTES_MAX, ARRIVE_LIMIT).await {
@@ -121,12 +186,12 @@ pub(super) async fn answer(door: &dyn Door, host: &str, from: IpAddr, request: R
     };
     let head = parts.headers.get(HEAD_HEADER).map(|value| value.to_str().unwrap_or_default());
     let what = Signed { method: parts.method.as_str(), path: &path, body: &body };
-    let head = match door.admit_peer(&what, head) {
+    let head = match door.admit_peer(&what, head, channel) {
         Ok(head) => head,
-        Err(refusal) => {
+        Err(Unadmitted { refusal, head }) => {
             tracing::debug!(%from, path, error = %refusal, "a request of another host is not taken");
             let error = ApiError::from(refusal);
-            return response(door, None, error.status, to_json(&error.body()));
+            return response(door, head.as_ref(), error.status, to_json(&error.body()));
         }
     };
     let asked = Asked { door, host, from, number: head.as_ref().map_or(0, |head| head.from), signed: head.is_some() };

@@ -1,8 +1,15 @@
-//! The way to other agents: HTTP over TCP, one request per connection. What is said is the agent's business. Whoever
-//! calls bounds the time; size is bounded here.
+//! The way to other agents: HTTP inside of TLS, one request per connection. What is said is the agent's business.
+//! Whoever calls bounds the time; size is bounded here.
+//!
+//! Without a fabric's key there is no TLS. With one, a host that speaks without is not spoken with, but for the time of
+//! an upgrade (`fabric.plain_peers`): each call tries TLS first, so that an upgraded host is met with it at once.
 
+use std::collections::BTreeSet;
+use std::error::Error as _;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -12,24 +19,88 @@ use hyper::Request;
 use hyper::client::conn::http1;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
-use crate::agent::peers::{ANSWER_BYTES_MAX, HEAD_HEADER, PeerAnswer, PeerCall, PeerLink, SEAL_HEADER};
+use super::peer_tls::{PeerTls, of_tls};
+use crate::agent::peers::{
+    ANSWER_BYTES_MAX, Callee, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerLink, SEAL_HEADER, TlsError,
+};
 
 /// Longest head of an answer in bytes: hyper's smallest.
 const HEAD_BYTES_MAX: usize = 8192;
 
+/// Longest time for the other end to see that a connection is over, which has delivered its answer.
+const CLOSE_LIMIT: Duration = Duration::from_millis(200);
+
 /// The link of a real host.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct HttpLink;
+#[derive(Debug, Default)]
+pub(super) struct HttpLink {
+    /// This host's certificate, if there is a key.
+    tls: Option<PeerTls>,
+    /// Whether hosts are spoken with that speak without TLS.
+    plain_peers: bool,
+    /// Those that are at the moment: it is said once.
+    plain: Mutex<BTreeSet<String>>,
+}
 
 impl PeerLink for HttpLink {
-    fn call(&self, to: SocketAddr, call: PeerCall) -> BoxFuture<'_, io::Result<PeerAnswer>> {
-        exchange(to, call).boxed()
+    fn call(&self, to: Callee, call: PeerCall) -> BoxFuture<'_, Result<PeerAnswer, LinkError>> {
+        self.exchange(to, call).boxed()
     }
 }
 
-async fn exchange(to: SocketAddr, call: PeerCall) -> io::Result<PeerAnswer> {
+impl HttpLink {
+    /// The way by TLS, or as things are without a key.
+    pub(super) fn new(tls: Option<PeerTls>, plain_peers: bool) -> Self {
+        Self { tls, plain_peers, plain: Mutex::default() }
+    }
+
+    async fn exchange(&self, to: Callee, call: PeerCall) -> Result<PeerAnswer, LinkError> {
+        let stream = connected(to.at).await?;
+        let Some(tls) = &self.tls else { return exchange(to.at, stream, call).await };
+        // Something is left of the caller's time to say what it was that took too long.
+        match tls.connect(stream, to.number, to.limit / 4 * 3).await {
+            Ok(stream) => {
+                self.note(&to, false);
+                exchange(to.at, stream, call).await
+            }
+            Err(TlsError::Plain) if self.plain_peers => {
+                self.note(&to, true);
+                exchange(to.at, connected(to.at).await?, call).await
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Notes how a peer speaks, and says it when it is without TLS, or with it again.
+    fn note(&self, to: &Callee, is_plain: bool) {
+        let mut plain = self.plain.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_plain && plain.insert(to.name.clone()) {
+            tracing::warn!(
+                peer = to.name, address = %to.at,
+                "this peer speaks without TLS, and fabric.plain_peers lets it: what is said can be read on the way; \
+                 upgrade its agent, then remove fabric.plain_peers"
+            );
+        } else if !is_plain && plain.remove(&to.name) {
+            tracing::info!(peer = to.name, address = %to.at, "this peer speaks TLS now");
+        }
+    }
+}
+
+async fn connected(to: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(to).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// One request and its answer.
+async fn exchange(
+    to: SocketAddr,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send,
+    call: PeerCall,
+) -> Result<PeerAnswer, LinkError> {
     let PeerCall { method, path, body, head } = call;
     let mut request = Request::builder()
         .method(method)
@@ -41,8 +112,6 @@ async fn exchange(to: SocketAddr, call: PeerCall) -> io::Result<PeerAnswer> {
         request = request.header(HEAD_HEADER, head);
     }
     let request = request.body(Full::new(Bytes::from(body))).map_err(io::Error::other)?;
-    let stream = TcpStream::connect(to).await?;
-    stream.set_nodelay(true)?;
     let (mut sender, connection) =
         http1::Builder::new().max_buf_size(HEAD_BYTES_MAX).handshake(TokioIo::new(stream)).await.map_err(other)?;
     let exchange = async {
@@ -57,14 +126,25 @@ async fn exchange(to: SocketAddr, call: PeerCall) -> io::Result<PeerAnswer> {
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         biased;
-        done = exchange.as_mut() => return done,
+        done = exchange.as_mut() => {
+            if done.is_ok() {
+                // So that the other end is told that this was all, and not cut off. It has answered: nothing is wrong
+                // if it cannot be told.
+                let _ = timeout(CLOSE_LIMIT, connection).await;
+            }
+            return done;
+        }
         ended = connection.as_mut() => ended.map_err(other)?,
     }
     // The connection has ended after it delivered the answer, or without one: the exchange knows.
     exchange.await
 }
 
-fn other(error: hyper::Error) -> io::Error {
-    // The cause is what people understand: "connection reset", not "error reading a body".
-    io::Error::other(crate::report::chain(&error))
+fn other(error: hyper::Error) -> LinkError {
+    // An end that does not take a certificate says so after the handshake is over for this one.
+    match error.source().and_then(of_tls) {
+        Some(error) => error.into(),
+        // The cause is what people understand: "connection reset", not "error reading a body".
+        None => io::Error::other(crate::report::chain(&error)).into(),
+    }
 }

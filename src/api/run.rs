@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::http;
 use super::listen::{self, ListenError};
 use super::peer_link::HttpLink;
+use super::peer_tls::PeerTls;
 use super::routes::router;
 use super::{metadata, peer};
 use crate::agent::config::{self, ConfigError, Overrides};
@@ -53,6 +54,9 @@ pub enum RunError {
     /// The fabric's key is not usable.
     #[error(transparent)]
     PeerKey(#[from] PeerKeyError),
+    /// There is no certificate to be known by.
+    #[error("make this host's certificate for other hosts")]
+    PeerTls(#[source] std::io::Error),
     /// Other hosts' agents could not be listened for.
     #[error("listen on {address} for other hosts (fabric.listen)")]
     PeerListen {
@@ -117,6 +121,10 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
     let fabric = config.fabric.clone();
     let bounds = http::Bounds::of(&config.limits);
     let key = fabric.as_ref().and_then(|fabric| fabric.key_file.as_deref()).map(PeerKey::read).transpose()?;
+    let tls = match (&fabric, &key) {
+        (Some(fabric), Some(key)) => Some(PeerTls::new(key, fabric.host.into()).map_err(RunError::PeerTls)?),
+        (_, _) => None,
+    };
     let peers = match fabric.as_ref().and_then(|fabric| fabric.listen) {
         Some(address) => {
             let listener = TcpListener::bind(address).await;
@@ -127,11 +135,15 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
     let agent: Arc<dyn Door> = Arc::new(Agent::start(world, config).await?);
     let host = agent.host().await.map_or_else(|_| "localhost".to_owned(), |view| view.facts.name);
     let (end, ending) = watch::channel(false);
-    if fabric.is_some() {
-        agent.start_peers(PeerSetup { key, link: Arc::new(HttpLink), host: host.clone() }).await?;
+    if let Some(fabric) = &fabric {
+        if fabric.plain_peers {
+            tracing::warn!("fabric.plain_peers is set: hosts may speak without TLS; remove it when all are upgraded");
+        }
+        let link = Arc::new(HttpLink::new(tls.clone(), fabric.plain_peers));
+        agent.start_peers(PeerSetup { key, link, host: host.clone() }).await?;
     }
     if let Some(listener) = peers {
-        tokio::spawn(peer::serve(listener, Arc::clone(&agent), host.as_str().into(), ending.clone()));
+        tokio::spawn(peer::serve(listener, tls, Arc::clone(&agent), host.as_str().into(), ending.clone()));
     }
     if let Some(doors) = agent.metadata() {
         tokio::spawn(metadata::serve(doors, Arc::clone(&agent), host.as_str().into(), ending.clone()));

@@ -265,10 +265,23 @@ fn fabric(fabric: Option<&Fabric>) -> String {
         ("ipv4 subnet", Some(ipv4)),
         ("underlay", Some(underlay)),
         ("mtu", Some(fabric.mtu.to_string())),
+        ("between agents", between_agents(&fabric.peer_transport)),
         ("peers", Some(if peers.is_empty() { "none".to_owned() } else { peers.join("\n") })),
         ("conflicts", (!fabric.conflicts.is_empty()).then(|| fabric.conflicts.join("; "))),
     ]);
     format!("fabric\n{}", indent(&rows))
+}
+
+/// How agents speak to each other; nothing of an older agent, which does not say.
+fn between_agents(transport: &str) -> Option<String> {
+    let told = match transport {
+        "" => return None,
+        "tls" => "TLS",
+        "tls_or_plain" => "TLS, or without where a peer has none (fabric.plain_peers)",
+        "plain" => "without TLS, hello only: there is no fabric.key_file",
+        other => other,
+    };
+    Some(plain(told))
 }
 
 /// A peer in one line: who, where, and how it answers.

@@ -59,8 +59,10 @@ pub struct FabricConfig {
     pub pool: u32,
     /// Where this agent listens for other hosts' agents; `None`: nowhere.
     pub listen: Option<SocketAddr>,
-    /// The file with the key that the hosts share. Without it, hosts only say hello.
+    /// The file with the key that the hosts share. With it, they speak TLS; without it, they only say hello.
     pub key_file: Option<PathBuf>,
+    /// Whether hosts whose agents speak without TLS are spoken with, as those of the version before this one do.
+    pub plain_peers: bool,
     /// The other hosts.
     pub peers: Vec<Peer>,
 }
@@ -69,6 +71,15 @@ impl FabricConfig {
     /// How long a local id or session network id rests after its use.
     pub fn quarantine(&self) -> Duration {
         Duration::from_secs(self.quarantine_s.into())
+    }
+
+    /// How agents speak to each other, as in answers.
+    pub const fn peer_transport(&self) -> &'static str {
+        match (&self.key_file, self.plain_peers) {
+            (Some(_), false) => "tls",
+            (Some(_), true) => "tls_or_plain",
+            (None, _) => "plain",
+        }
     }
 }
 
@@ -134,6 +145,8 @@ pub(super) struct WrittenFabric {
     pool: Option<i64>,
     listen: Option<String>,
     key_file: Option<String>,
+    #[serde(default)]
+    plain_peers: bool,
 }
 
 /// One of `[[peers]]` as it is written.
@@ -255,6 +268,13 @@ pub(super) fn check(
         .enumerate()
         .map(|(index, written_peer)| peer(index, written_peer, written.ipv4))
         .collect::<Result<_, _>>()?;
+    if written.plain_peers && written.key_file.is_none() {
+        return Err(range(
+            "fabric.plain_peers",
+            "true",
+            "which is possible with a fabric.key_file only: without, no host speaks TLS",
+        ));
+    }
     let config = FabricConfig {
         fabric,
         host,
@@ -264,6 +284,7 @@ pub(super) fn check(
         pool: number("fabric.pool", written.pool, Some(POOL_DEFAULT), 0, 64)?,
         listen: listen(written.listen)?,
         key_file: key_file(written.key_file)?,
+        plain_peers: written.plain_peers,
         peers,
     };
     check_peers(&config)?;

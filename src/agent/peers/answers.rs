@@ -10,6 +10,7 @@ use super::auth::{ReplayError, RequestHead, Signed};
 use super::bodies::{Hello, PeerLaunch, hello};
 use super::book::CallerChange;
 use super::hello::{greet, let_fade};
+use super::link::{Channel, TlsError};
 use super::moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, DecisionBody, PresenceBody};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
 use crate::agent::Agent;
@@ -40,6 +41,31 @@ pub enum PeerRefusal {
     /// Without a key, hosts only say hello.
     #[error("this host has no fabric.key_file, without which hosts do nothing for each other")]
     NoKey,
+    /// It came without TLS, and this host's configuration does not say that such are taken.
+    #[error(
+        "host number {own} takes requests by TLS only: upgrade the agent of the one that asks, or set \
+         fabric.plain_peers = true on number {own} for as long as that takes"
+    )]
+    Plain {
+        /// This host's number.
+        own: u16,
+    },
+    /// It says that it is of another host than the connection's certificate.
+    #[error("the request says it is of host number {says}, but the connection is of host number {proven}")]
+    OtherSender {
+        /// The number of the certificate.
+        proven: u16,
+        /// The number of the request.
+        says: u16,
+    },
+    /// It is of a host that is no peer.
+    #[error("host number {number} is none of the [[peers]] of this host, whose number is {own}: add it there")]
+    NotAPeer {
+        /// The other host's number.
+        number: u16,
+        /// This host's number.
+        own: u16,
+    },
     /// It was meant for another host.
     #[error("the request is for host number {to}, but this host is {own}")]
     OtherHost {
@@ -64,6 +90,9 @@ impl PeerRefusal {
             Self::Unsigned => "peer_unsigned",
             Self::WrongKey => "peer_key_refused",
             Self::NoKey => "peer_key_missing",
+            Self::Plain { .. } => "peer_plain",
+            Self::OtherSender { .. } => "peer_other_sender",
+            Self::NotAPeer { .. } => "peer_unknown_host",
             Self::OtherHost { .. } => "peer_other_host",
             Self::BeforeStart => "peer_request_stale",
             Self::Replay(ReplayError::Time { .. }) => "peer_clock_difference",
@@ -73,14 +102,39 @@ impl PeerRefusal {
     }
 }
 
+/// A request that is not admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unadmitted {
+    /// Why.
+    pub refusal: PeerRefusal,
+    /// Its head, when the answer may be sealed: it was signed with the key, for this host, and was not taken while its
+    /// sender may still wait for an answer. Else there is none: without TLS, somebody on the way could put the refusal of
+    /// a copy, or of another host, in the place of the answer.
+    pub head: Option<RequestHead>,
+}
+
+impl From<PeerRefusal> for Unadmitted {
+    fn from(refusal: PeerRefusal) -> Self {
+        Self { refusal, head: None }
+    }
+}
+
 /// What other agents may ask of this one. Nothing here knows how the request came.
 pub trait PeerDoor: Send + Sync + 'static {
     /// Starts to say hello to the configured peers, and to answer them. The second time it does nothing.
     fn start_peers(&self, setup: PeerSetup) -> BoxFuture<'_, Result<(), LedgerError>>;
 
-    /// Checks a request: signed with the key, for this host, of now, and taken for the first time. `None` when there is
-    /// no key here, which leaves hello only.
-    fn admit_peer(&self, what: &Signed<'_>, head: Option<&str>) -> Result<Option<RequestHead>, PeerRefusal>;
+    /// Checks a request: signed with the key, by the host that the connection is of, for this host, of now, and taken
+    /// for the first time. `None` when there is no key here, which leaves hello only.
+    fn admit_peer(
+        &self,
+        what: &Signed<'_>,
+        head: Option<&str>,
+        channel: Channel,
+    ) -> Result<Option<RequestHead>, Unadmitted>;
+
+    /// Counts a connection that nothing was asked on, because of what was wrong with its other end.
+    fn peer_turned_away(&self, error: &TlsError);
 
     /// The MAC of the answer to an admitted request.
     fn seal_for_peer(&self, head: &RequestHead, status: u16, body: &[u8]) -> Option<String>;
@@ -139,29 +193,51 @@ impl<W: World> Agent<W> {
         Ok(())
     }
 
-    fn admit_request(&self, what: &Signed<'_>, head: Option<&str>) -> Result<Option<RequestHead>, PeerRefusal> {
+    fn admit_request(
+        &self,
+        what: &Signed<'_>,
+        head: Option<&str>,
+        channel: Channel,
+    ) -> Result<Option<RequestHead>, Unadmitted> {
         let shared = &self.shared;
         let started = shared.peers.started.get().ok_or(PeerRefusal::NotStarted)?;
         let fabric = shared.config.fabric.as_ref().ok_or(PeerRefusal::NotStarted)?;
         let is_hello = what.path == HELLO_PATH;
         let Some(key) = &started.setup.key else {
-            return if is_hello { Ok(None) } else { Err(PeerRefusal::NoKey) };
+            return if is_hello { Ok(None) } else { Err(PeerRefusal::NoKey.into()) };
         };
         let head: RequestHead = head.ok_or(PeerRefusal::Unsigned)?.parse().map_err(|_| PeerRefusal::WrongKey)?;
         if !key.has_signed(&head, what) {
-            return Err(PeerRefusal::WrongKey);
+            return Err(PeerRefusal::WrongKey.into());
+        }
+        // From here on the sender has the key, and can be told what is wrong.
+        let own = fabric.host.into();
+        let refused = |refusal| Err(Unadmitted { refusal, head: (is_hello || head.to == own).then_some(head) });
+        if channel == Channel::Plain && !fabric.plain_peers {
+            return refused(PeerRefusal::Plain { own });
         }
         // Nonces are forgotten when an agent ends. A hello taken twice does no harm.
         if !is_hello && head.at_ms < shared.started_at.0 / 1_000_000 {
-            return Err(PeerRefusal::BeforeStart);
+            return Err(PeerRefusal::BeforeStart.into());
         }
-        let own = fabric.host.into();
-        // A hello for another host is how two find out that they disagree on a number.
+        // A hello for another host, or from one, is how two find out that they disagree on a number.
         if !is_hello && head.to != own {
-            return Err(PeerRefusal::OtherHost { to: head.to, own });
+            return refused(PeerRefusal::OtherHost { to: head.to, own });
         }
-        shared.peers.nonces().take(&head, now_ms(shared.world.clock()))?;
-        Ok(Some(head))
+        match channel {
+            Channel::Tls { number } if number != head.from => {
+                return refused(PeerRefusal::OtherSender { proven: number, says: head.from });
+            }
+            Channel::Tls { .. } | Channel::Plain => {}
+        }
+        if !is_hello && !fabric.peers.iter().any(|peer| u16::from(peer.host) == head.from) {
+            return refused(PeerRefusal::NotAPeer { number: head.from, own });
+        }
+        match shared.peers.nonces().take(&head, now_ms(shared.world.clock())) {
+            Ok(()) => Ok(Some(head)),
+            Err(error @ ReplayError::Time { .. }) => refused(error.into()),
+            Err(error @ (ReplayError::Again | ReplayError::Busy)) => Err(PeerRefusal::from(error).into()),
+        }
     }
 
     async fn answer_hello(&self, from: IpAddr, theirs: Hello, signed: bool) -> Result<Hello, PeerRefusal> {
@@ -212,8 +288,18 @@ impl<W: World> PeerDoor for Agent<W> {
         self.begin_peers(setup).boxed()
     }
 
-    fn admit_peer(&self, what: &Signed<'_>, head: Option<&str>) -> Result<Option<RequestHead>, PeerRefusal> {
-        self.admit_request(what, head).inspect_err(|refusal| self.shared.metrics.peer_refused(refusal.name()))
+    fn admit_peer(
+        &self,
+        what: &Signed<'_>,
+        head: Option<&str>,
+        channel: Channel,
+    ) -> Result<Option<RequestHead>, Unadmitted> {
+        let admitted = self.admit_request(what, head, channel);
+        admitted.inspect_err(|unadmitted| self.shared.metrics.peer_refused(unadmitted.refusal.name()))
+    }
+
+    fn peer_turned_away(&self, error: &TlsError) {
+        self.shared.metrics.peer_refused(error.name());
     }
 
     fn seal_for_peer(&self, head: &RequestHead, status: u16, body: &[u8]) -> Option<String> {

@@ -2,8 +2,8 @@
 //! they share. Pure.
 //!
 //! A request's MAC covers method, path, body, who sends it to whom, when, and a nonce; an answer's covers status, body
-//! and the request's nonce. A request is taken once: its nonce is remembered for as long as its time is taken. Bodies
-//! are not encrypted: whoever can read the network between hosts can read them.
+//! and the request's nonce. A request is taken once: its nonce is remembered for as long as its time is taken. The
+//! connections are encrypted as well (`proof`); who asks, and what, is known without relying on that.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -25,11 +25,17 @@ const KEY_BYTES_MAX: u64 = 4096;
 const NONCES_MAX: usize = 65_536;
 
 /// What sets this use of the key apart from any other.
-const CONTEXT: &str = "hearth 2026-11 requests and answers between agents";
+const REQUESTS_CONTEXT: &str = "hearth 2026-11 requests and answers between agents";
 
-/// The key that the hosts of a fabric share.
+/// The same for what proves whose a certificate is.
+const CERTIFICATES_CONTEXT: &str = "hearth 2026-11 certificates of agents";
+
+/// The key that the hosts of a fabric share, as what is made of it for each of its uses.
 #[derive(Clone)]
-pub struct PeerKey([u8; 32]);
+pub struct PeerKey {
+    requests: [u8; 32],
+    certificates: [u8; 32],
+}
 
 impl fmt::Debug for PeerKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -80,7 +86,19 @@ pub enum PeerKeyError {
 impl PeerKey {
     /// The key that is made of these bytes.
     pub fn new(secret: &[u8]) -> Self {
-        Self(blake3::derive_key(CONTEXT, secret))
+        Self {
+            requests: blake3::derive_key(REQUESTS_CONTEXT, secret),
+            certificates: blake3::derive_key(CERTIFICATES_CONTEXT, secret),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn for_requests(&self) -> &[u8; 32] {
+        &self.requests
+    }
+
+    pub(super) fn for_certificates(&self) -> &[u8; 32] {
+        &self.certificates
     }
 
     /// Reads a key file. Each byte of it counts, a newline at its end as well.
@@ -104,7 +122,7 @@ impl PeerKey {
     }
 
     fn mac(&self, kind: &str, words: &[&str], body: &[u8]) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        let mut hasher = blake3::Hasher::new_keyed(&self.requests);
         for word in [kind].iter().chain(words) {
             // Lengths first: no two lists of words make the same bytes.
             hasher.update(&(word.len() as u64).to_le_bytes());

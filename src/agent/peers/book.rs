@@ -26,7 +26,7 @@ pub enum PeerState {
         /// Why not, as a chain.
         why: String,
     },
-    /// It answers, but it is not to be believed, or does not believe this host: another key, most likely.
+    /// It answers, but it is not to be believed, or does not believe this host: another key, most likely, or no TLS.
     Refused {
         /// Why, as a chain.
         why: String,

@@ -10,7 +10,8 @@ use tokio::time::timeout;
 use super::auth::Signed;
 use super::bodies::{LaunchedBody, MemberBody, MembersBody, PeerLaunch};
 use super::book::PeerState;
-use super::{LAUNCH_PATH, PEER_PORT_DEFAULT, PeerAnswer, PeerCall, SESSIONS_PATH, now_ms};
+use super::link::{Callee, LinkError, PeerAnswer, PeerCall, TlsError};
+use super::{HELLO_PATH, LAUNCH_PATH, PEER_PORT_DEFAULT, SESSIONS_PATH, now_ms};
 use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::shared::Shared;
 use crate::agent::world::{World, random_array};
@@ -40,6 +41,15 @@ pub enum PeerError {
         /// The system's answer.
         #[source]
         source: std::io::Error,
+    },
+    /// The connection to it is not one to say anything on.
+    #[error("speak with host {peer}")]
+    Tls {
+        /// Its name.
+        peer: String,
+        /// What is wrong with it.
+        #[source]
+        source: TlsError,
     },
     /// It did not answer in time.
     #[error("host {peer} did not answer within {} s", limit.as_secs())]
@@ -102,6 +112,13 @@ impl PeerError {
             Self::NoKey | Self::KeyRefused { .. } | Self::Unsealed { .. } => Retry::WithChange,
             Self::Refused { retry, .. } => *retry,
             Self::NotStarted | Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Request { .. } => Retry::Later,
+            Self::Tls { source, .. } => {
+                if source.is_passing() {
+                    Retry::Later
+                } else {
+                    Retry::WithChange
+                }
+            }
             Self::Malformed { .. } => Retry::Never,
         }
     }
@@ -110,12 +127,14 @@ impl PeerError {
     pub(super) fn state(&self) -> PeerState {
         let why = crate::report::chain(self);
         match self {
+            Self::Tls { source, .. } if !source.is_passing() => PeerState::Refused { why },
             Self::Unsealed { .. } | Self::KeyRefused { .. } | Self::Refused { .. } | Self::Malformed { .. } => {
                 PeerState::Refused { why }
             }
             Self::NotStarted
             | Self::NoKey
             | Self::Unreachable { .. }
+            | Self::Tls { .. }
             | Self::TimedOut { .. }
             | Self::Request { .. } => PeerState::Unreachable { why },
         }
@@ -180,8 +199,13 @@ impl<W: World> Shared<W> {
             call.head = Some(key.sign(from, to, now_ms(self.world.clock()), nonce, &what).to_string());
         }
         let link = Arc::clone(&started.setup.link);
-        let answer = match timeout(limit, link.call(peer.socket(), call)).await {
-            Ok(answer) => answer.map_err(|source| PeerError::Unreachable { peer: name(), source })?,
+        // A hello is for whoever is there: it is how two find out that they disagree on a number.
+        let number = (call.path != HELLO_PATH).then(|| peer.host.into());
+        let callee = Callee { name: name(), at: peer.socket(), number, limit };
+        let answer = match timeout(limit, link.call(callee, call)).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(LinkError::Way(source))) => return Err(PeerError::Unreachable { peer: name(), source }),
+            Ok(Err(LinkError::Tls(source))) => return Err(PeerError::Tls { peer: name(), source }),
             Err(_) => return Err(PeerError::TimedOut { peer: name(), limit }),
         };
         let PeerAnswer { status, body, seal } = answer;

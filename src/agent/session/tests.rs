@@ -16,6 +16,7 @@ fn fabric(host: u16, ipv4: bool, with_peer: bool) -> FabricConfig {
         pool: 0,
         listen: None,
         key_file: None,
+        plain_peers: false,
         peers: with_peer.then_some(peer).into_iter().collect(),
     }
 }

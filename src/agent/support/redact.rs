@@ -34,6 +34,7 @@ const SHOWN: &[(&str, &[&str])] = &[
             "quarantine_s",
             "pool",
             "listen",
+            "plain_peers",
         ],
     ),
     ("peers", &["name", "address", "host_number"]),

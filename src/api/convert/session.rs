@@ -142,6 +142,7 @@ pub(in crate::api) fn fabric(view: &agent::FabricView) -> Fabric {
         vxlan_id,
         vxlan_port,
         quarantine_s: config.quarantine_s,
+        peer_transport: config.peer_transport().to_owned(),
         peers: peers.iter().map(peer).collect(),
         conflicts: conflicts.clone(),
     }

@@ -14,6 +14,7 @@ use crate::agent::peers::{PeerAnswer, PeerCall, PeerKey, PeerSetup};
 use crate::agent::{OwnError, OwnLaunch, OwnLaunched, SessionError, SessionRequest};
 use crate::api::fabric_fixture::{Host, Wire, config};
 use crate::api::peer_link::HttpLink;
+use crate::api::peer_tls::PeerTls;
 
 const A: &str = "2001:db8::a";
 const B: &str = "2001:db8::b";
@@ -260,6 +261,11 @@ async fn a_launch_is_taken_once_unchanged_and_by_the_host_it_is_for() {
 
 /// Two hosts with sockets of this machine.
 async fn over_sockets() -> (Host, Host, SocketAddr, watch::Sender<bool>) {
+    over_sockets_with(2, KEY).await
+}
+
+/// The same, where the second host has this number, whatever the first one takes it for, and this key.
+async fn over_sockets_with(number: u16, key: &[u8]) -> (Host, Host, SocketAddr, watch::Sender<bool>) {
     let (end, ending) = watch::channel(false);
     let a_listens = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let b_listens = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -271,11 +277,14 @@ async fn over_sockets() -> (Host, Host, SocketAddr, watch::Sender<bool>) {
         config
     };
     let a = Host::start("a", at(config(1, "", &[("b", B, 2)]), b_at)).await;
-    let b = Host::start("b", at(config(2, "", &[("a", A, 1)]), a_at)).await;
-    for (host, listener) in [(&a, a_listens), (&b, b_listens)] {
+    let b = Host::start("b", at(config(number, "", &[("a", A, 1)]), a_at)).await;
+    for (host, listener, key) in [(&a, a_listens, KEY), (&b, b_listens, key)] {
         let name = host.name.as_str();
-        tokio::spawn(serve(listener, Arc::clone(&host.door), name.into(), ending.clone()));
-        let setup = PeerSetup { key: Some(PeerKey::new(KEY)), link: Arc::new(HttpLink), host: name.to_owned() };
+        let key = PeerKey::new(key);
+        let tls = PeerTls::new(&key, host.door.fabric().unwrap().config.host.into()).unwrap();
+        tokio::spawn(serve(listener, Some(tls.clone()), Arc::clone(&host.door), name.into(), ending.clone()));
+        let link = Arc::new(HttpLink::new(Some(tls), false));
+        let setup = PeerSetup { key: Some(key), link, host: name.to_owned() };
         host.door.start_peers(setup).await.unwrap();
     }
     (a, b, b_at, end)
@@ -303,6 +312,30 @@ async fn over_real_sockets_peers_meet_and_launch() {
     drop(idle);
     end.send_replace(true);
     b.until("nobody listening", |_| std::net::TcpStream::connect(at).is_err()).await;
+}
+
+#[tokio::test]
+async fn over_real_sockets_another_key_is_shown_with_what_to_do() {
+    let (a, b, _at, _end) = over_sockets_with(2, &[8; 32]).await;
+    for (host, other) in [(&a, "b"), (&b, "a")] {
+        host.until("other refused", |host| host.peer_state(other) == "refused").await;
+        let fabric = host.door.fabric().unwrap();
+        let told = fabric.peers[0].state.why().unwrap().to_owned();
+        let wanted = format!(
+            "speak with host {other}: its certificate was made with another key: fabric.key_file has to be the same on \
+             both hosts"
+        );
+        assert_eq!(told, wanted);
+        assert!(fabric.conflicts.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn over_real_sockets_another_number_is_a_conflict_on_both_sides() {
+    let (a, b, _at, _end) = over_sockets_with(3, KEY).await;
+    a.until("a conflict", |a| a.conflicts().iter().any(|told| told.contains("[[peers]] here says 2"))).await;
+    b.until("a conflict", |b| b.conflicts().iter().any(|told| told.contains("takes this host for number 2"))).await;
+    assert!(refuses_sessions(&a).await && refuses_sessions(&b).await);
 }
 
 #[tokio::test]

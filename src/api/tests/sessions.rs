@@ -155,6 +155,7 @@ async fn the_fabric_is_told() {
         "ipv6_prefix": "fd3c:91aa:7e2::/48", "host_number": 3, "ipv6_subnet": "fd3c:91aa:7e2:3::/64",
         "ipv4": { "net": "10.0.0.0/8", "subnet": "10.3.0.0/16", "host_bits": 8, "session_bits": 10, "local_bits": 6 },
         "mtu": 1500, "underlay": "routed", "vxlan_id": null, "vxlan_port": null, "quarantine_s": 120,
+        "peer_transport": "plain",
         "peers": [{
             "name": "b", "address": "2001:db8::2", "host_number": 7,
             "state": "unknown", "reason": null, "last_hello_ago_ms": null,

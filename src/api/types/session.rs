@@ -193,6 +193,10 @@ pub struct Fabric {
     pub vxlan_port: Option<u16>,
     /// Seconds an address or session network id rests after its use.
     pub quarantine_s: u32,
+    /// How agents speak to each other: `tls`, `tls_or_plain` (with `fabric.plain_peers`, for the time of an upgrade), or
+    /// `plain` (without a key, which leaves hello only).
+    #[serde(default)]
+    pub peer_transport: String,
     /// The other hosts.
     pub peers: Vec<FabricPeer>,
     /// What speaks against the fabric at the moment. While there is anything, sessions are neither made nor joined.
@@ -225,8 +229,8 @@ pub struct FabricPeer {
     pub address: String,
     /// Its number.
     pub host_number: u16,
-    /// How it answers hellos: `unknown` (not asked yet), `reachable`, `unreachable`, `refused` (another key) or
-    /// `conflict`.
+    /// How it answers hellos: `unknown` (not asked yet), `reachable`, `unreachable`, `refused` (another
+    /// key or number, or no TLS) or `conflict`.
     #[serde(default)]
     pub state: String,
     /// Why it is unreachable or refused; null otherwise.

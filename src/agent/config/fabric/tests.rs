@@ -38,11 +38,14 @@ fn where_hosts_are_listened_for_and_their_key_are_said_or_absent() {
     let config = fabric("listen = '[2001:db8::3]:7787'\nkey_file = '/etc/hearth/fabric.key'");
     assert_eq!(config.listen, Some("[2001:db8::3]:7787".parse().unwrap()));
     assert_eq!(config.key_file, Some("/etc/hearth/fabric.key".into()));
+    assert!(!config.plain_peers);
+    assert!(fabric("key_file = '/etc/hearth/fabric.key'\nplain_peers = true").plain_peers);
     for (more, named) in [
         ("listen = '2001:db8::3'", "fabric.listen is \"2001:db8::3\", an IP address with a port is possible"),
         ("listen = '192.0.2.3:0'", "fabric.listen"),
         ("listen = '[ff02::1]:7787'", "fabric.listen"),
         ("listen = 'host:7787'", "fabric.listen"),
+        ("plain_peers = true", "fabric.plain_peers is true, which is possible with a fabric.key_file only"),
         ("key_file = 'fabric.key'", "fabric.key_file is \"fabric.key\", an absolute path is possible"),
     ] {
         let told = wrong(&format!("{MINIMAL}{more}"));
