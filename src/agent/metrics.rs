@@ -10,6 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::migration_record::MoveRecord;
 use super::record::{OperationState, Timings};
 use super::vm_state::Goal;
 use crate::ids::VmId;
@@ -22,6 +23,9 @@ mod gauges;
 
 /// Upper bounds of launch durations in seconds: milliseconds from bundles to minutes of emulated boot.
 const LAUNCH_BUCKETS: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
+
+/// Upper bounds of pauses in seconds: a millisecond to what a guest gets that never stops writing.
+const PAUSE_BUCKETS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OperationLabels {
@@ -50,6 +54,11 @@ struct FlowLabels {
     vm: String,
     interface: u8,
     direction: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MoveLabels {
+    way: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -107,6 +116,8 @@ pub(crate) struct Metrics {
     refusals: Family<CodeLabels, Counter>,
     peer_refusals: Family<RefusalLabels, Counter>,
     launch_seconds: Histogram,
+    pauses: Family<MoveLabels, Histogram, fn() -> Histogram>,
+    moved_bytes: Family<MoveLabels, Counter>,
     gauges: ShownGauges,
     network: NetworkCounters,
 }
@@ -133,6 +144,13 @@ impl Metrics {
         registry.register("peer_refusals", help, peer_refusals.clone());
         let help = "From the request until the VM was running";
         registry.register_with_unit("launch", help, Unit::Seconds, launch_seconds.clone());
+        let pauses: Family<MoveLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(PAUSE_BUCKETS));
+        let moved_bytes = Family::default();
+        let help = "Time in which no vCPU of a VM ran while it moved to another process, here or on another host";
+        registry.register_with_unit("move_pause", help, Unit::Seconds, pauses.clone());
+        let help = "Bytes that were sent for VMs that moved to another process";
+        registry.register("move_sent_bytes", help, moved_bytes.clone());
         let gauges = ShownGauges::new(&mut registry);
         let network = NetworkCounters::new(&mut registry);
         Self {
@@ -144,6 +162,8 @@ impl Metrics {
             refusals,
             peer_refusals,
             launch_seconds,
+            pauses,
+            moved_bytes,
             gauges,
             network,
         }
@@ -158,6 +178,15 @@ impl Metrics {
         if let Some(total) = timings.total_us {
             self.launch_seconds.observe(Duration::from_micros(total).as_secs_f64());
         }
+    }
+
+    /// Counts a machine that moved to another process, here or on another host.
+    pub(crate) fn moved(&self, goal: Goal, moved: &MoveRecord) {
+        let labels = MoveLabels { way: if goal == Goal::HandOver { "hand_over" } else { "migration" } };
+        if let Some(pause) = moved.pause_us {
+            self.pauses.get_or_create(&labels).observe(Duration::from_micros(pause).as_secs_f64());
+        }
+        self.moved_bytes.get_or_create(&labels).inc_by(moved.bytes);
     }
 
     /// Counts a request. `route` is the route's pattern, so labels stay few.

@@ -79,7 +79,7 @@ pub enum MigrateError {
         vm: String,
         /// What it says.
         #[source]
-        source: PeerError,
+        source: Box<PeerError>,
     },
     /// What the VM needs of a host is not known.
     #[error("find out what {vm} needs of a host")]
@@ -88,7 +88,7 @@ pub enum MigrateError {
         vm: String,
         /// Why not.
         #[source]
-        source: BundleError,
+        source: Box<BundleError>,
     },
     /// There is no such migration.
     #[error("there is no migration {word:?} on this host, or it is not kept any more")]
@@ -493,7 +493,7 @@ impl<W: World> Agent<W> {
         peer: &Peer,
     ) -> Result<ArrivalVerdict, MigrateError> {
         let needs = self.shared.needs_of(vm).await;
-        let needs = needs.map_err(|source| MigrateError::Needs { vm: called(vm), source })?;
+        let needs = needs.map_err(|source| MigrateError::Needs { vm: called(vm), source: Box::new(source) })?;
         let session = match &vm.network {
             Some(network) => self.shared.session_of(network.session.clone()).await.ok().flatten(),
             None => None,
@@ -507,7 +507,7 @@ impl<W: World> Agent<W> {
         let way = MigrationRecord { id, peer: peer.name.clone(), host: peer.host.into(), policy };
         let order = ArrivalOrder::of(vm, &way, session, (fabric.host.into(), needs), (&[], [0; 32]));
         let asked = self.shared.check_at_peer(fabric, peer, &order).await;
-        asked.map_err(|source| MigrateError::Refused { vm: called(vm), source })
+        asked.map_err(|source| MigrateError::Refused { vm: called(vm), source: Box::new(source) })
     }
 
     async fn estimate(&self, word: &str, order: MigrateOrder) -> Result<MigrationEstimate, VmError> {

@@ -515,6 +515,12 @@ impl<W: World> VmActor<W> {
         if let Some(error) = &operation.error {
             self.shared.metrics.operation_failed(&error.code);
         }
+        if let Some(moved) = &operation.moved
+            && matches!(operation.goal, Goal::HandOver | Goal::Leave)
+            && state == OperationState::Succeeded
+        {
+            self.shared.metrics.moved(operation.goal, moved);
+        }
         if matches!(operation.goal, Goal::Launch | Goal::Enlist) && state == OperationState::Succeeded {
             self.shared.metrics.launched(&self.record.timings);
         }

@@ -75,8 +75,7 @@ pub(super) async fn migrate(agent: &Agent, out: Output, args: &MigrateArgs) -> R
         return Ok(out.value(&vm, |vm| format!("{} is {}: migration {id}", called(vm), state(vm)))?);
     }
     let title = format!("migrate {} to {}", args.vm.as_str(), args.to.as_str());
-    let vm: Vm =
-        watched(agent, &title, &args.vm.as_str().to_owned(), agent.post(&to, &request, limit(args.policy))).await?;
+    let vm: Vm = watched(agent, &title, args.vm.as_str(), agent.post(&to, &request, limit(args.policy))).await?;
     let migration = match &vm.migration_id {
         Some(id) => agent.get::<Migration>(&format!("/v1/migrations/{id}")).await.ok(),
         None => None,

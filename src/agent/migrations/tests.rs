@@ -27,10 +27,13 @@ fn operation(number: u8, goal: Goal, state: OperationState, done: &[Effect]) -> 
     }
 }
 
+/// Goal and state of an operation, and which of its effects are done.
+type Part = (Goal, OperationState, &'static [Effect]);
+
 #[test]
 fn a_migration_is_as_far_as_its_last_operation() {
     use OperationState::{Cancelled, Failed, Running, Succeeded};
-    let cases: [(&[(Goal, OperationState, &[Effect])], MigrationState); 12] = [
+    let cases: [(&[Part], MigrationState); 12] = [
         (&[(Goal::Migrate, Running, &[])], MigrationState::Preparing),
         (&[(Goal::Migrate, Running, &[Effect::ArrangeArrival])], MigrationState::Copying),
         (&[(Goal::Migrate, Succeeded, &[]), (Goal::Leave, Running, &[])], MigrationState::HandedOver),
