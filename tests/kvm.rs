@@ -28,6 +28,7 @@ mod kvm {
     pub(crate) mod lab;
     pub(crate) mod many;
     pub(crate) mod migrate;
+    pub(crate) mod moves;
     pub(crate) mod network;
     pub(crate) mod outside;
     pub(crate) mod pause;
@@ -107,6 +108,7 @@ const TESTS: &[Test] = &[
     ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),
     ("hand_over_to_another_process_loses_nothing", kvm::hand_over::to_another_process_loses_nothing),
     ("hand_over_with_harm_costs_no_vm", kvm::hand_over::with_harm_costs_no_vm),
+    ("moves_are_watched_cancelled_and_refused", kvm::moves::are_watched_cancelled_and_refused),
     ("migrate_there_and_back_loses_nothing", kvm::migrate::there_and_back_loses_nothing),
     ("host_wall_clock_that_is_set_changes_no_vm", kvm::host_harm::a_wall_clock_that_is_set_changes_no_vm),
     ("host_drain_stops_the_vms_and_says_so", kvm::host_harm::a_drain_stops_the_vms_and_says_so),

@@ -63,6 +63,12 @@ pub enum ArriveError {
     /// Its guest cannot go on here, or its bundle cannot be looked at.
     #[error("take the VM of another host")]
     Guest(#[from] BundleError),
+    /// What is here at the path of a disk is another file.
+    #[error("{path} is not the file that the other host has there: is it on storage that both see?")]
+    OtherDisk {
+        /// The path.
+        path: String,
+    },
     /// A VM of its id is here, and does something else.
     #[error("{vm} is here already, and is {state}")]
     Here {
@@ -102,6 +108,7 @@ impl<W: World> Agent<W> {
         let is_known = self.shared.vms().contains_key(&order.vm);
         check_order(&order, fabric, is_known)?;
         let way = way_of(&order, fabric)?;
+        self.check_disks(&order).await?;
         let base = self.base_of(&order).await?;
         let (tell, ready) = oneshot::channel();
         let token = StreamToken(token);
@@ -137,6 +144,7 @@ impl<W: World> Agent<W> {
         check_order(&order, fabric, is_known)?;
         let way = way_of(&order, fabric)?;
         let known = self.shared.vms().get(&order.vm).cloned();
+        self.check_disks(&order).await?;
         let has_base = self.base_of(&order).await?.is_some();
         match known {
             Some(handle) => self.check_return(&handle, &way, &order)?,
@@ -168,6 +176,22 @@ impl<W: World> Agent<W> {
         }
     }
 
+    /// Whether its disks are seen here, and are the same files.
+    async fn check_disks(&self, order: &ArrivalOrder) -> Result<(), ArriveError> {
+        if order.disks.len() != order.spec.disks.len() {
+            return Err(ArriveError::Malformed { what: "its disks are not named" });
+        }
+        for (disk, theirs) in order.spec.disks.iter().zip(&order.disks) {
+            let path = || disk.path.clone();
+            let found = self.shared.world.disk().identify_disk(disk).await;
+            let ours = found.map_err(|source| LaunchError::Disk { path: path(), source })?;
+            if ours != *theirs {
+                return Err(ArriveError::OtherDisk { path: path() });
+            }
+        }
+        Ok(())
+    }
+
     /// Whether there is a place for a machine that is not known here.
     async fn admit_machine(&self, order: &ArrivalOrder, vms: &[Arc<VmRecord>]) -> Result<(), ArriveError> {
         let disk = self.shared.world.disk();
@@ -182,6 +206,7 @@ impl<W: World> Agent<W> {
             vcpus: Some(order.spec.vcpus.into()),
             memory_mib: Some(order.spec.memory_mib.into()),
             interfaces: Some(order.spec.interfaces),
+            disks: order.spec.disks.clone(),
             ..LaunchRequest::default()
         };
         admit(&request, &facts)?;
@@ -248,7 +273,8 @@ impl<W: World> Agent<W> {
             return Err(ArriveError::Ending);
         }
         let (was, is) = (&known.spec, &order.spec);
-        if (was.vcpus, was.memory_mib, was.interfaces) != (is.vcpus, is.memory_mib, is.interfaces) {
+        let is_same = (was.vcpus, was.memory_mib, was.interfaces) == (is.vcpus, is.memory_mib, is.interfaces);
+        if !is_same || was.disks != is.disks {
             return Err(ArriveError::Malformed { what: "it is not what it was" });
         }
         Ok(())
@@ -466,7 +492,7 @@ fn way_of(order: &ArrivalOrder, fabric: &FabricConfig) -> Result<MigrationRecord
 /// What can be said of an order without looking at this host.
 fn check_order(order: &ArrivalOrder, fabric: &FabricConfig, is_known: bool) -> Result<(), ArriveError> {
     let wrong = |what| Err(ArriveError::Malformed { what });
-    if !order.spec.disks.is_empty() || order.spec.cluster.is_some() || order.spec.build.is_some() {
+    if order.spec.disks.iter().any(|disk| !disk.shared) || order.spec.cluster.is_some() || order.spec.build.is_some() {
         return wrong("it has what stays on its host");
     }
     if !(1..=CONNECTIONS_MAX).contains(&order.connections) {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use tokio::task::spawn_blocking;
@@ -14,7 +15,7 @@ use super::host_vmm::names;
 use super::images::{Image, ImageError, ImageStore};
 use super::isolation;
 use super::record::{DiskSpec, Remains};
-use super::world::{HostFacts, ImageImport, VmDisk};
+use super::world::{DiskIdentity, HostFacts, ImageImport, VmDisk};
 use crate::ids::VmId;
 use crate::sys::{file, host};
 use crate::wire::console_ring::{self, RING_BYTES};
@@ -286,7 +287,18 @@ impl VmDisk for HostDisk {
 
     async fn check_disk(&self, disk: &DiskSpec) -> io::Result<()> {
         let disk = disk.clone();
+        self.on_dirs(move |_| check_disk(&disk).map(drop)).await?
+    }
+
+    async fn identify_disk(&self, disk: &DiskSpec) -> io::Result<DiskIdentity> {
+        let disk = disk.clone();
         self.on_dirs(move |_| check_disk(&disk)).await?
+    }
+
+    async fn sync_disk(&self, disk: &DiskSpec) -> io::Result<()> {
+        let path = disk.path.clone();
+        // A flush is the file's, whoever wrote to it.
+        self.on_dirs(move |_| File::open(path)?.sync_data()).await?
     }
 
     async fn command_line_additions(&self) -> String {
@@ -310,9 +322,10 @@ impl VmDisk for HostDisk {
     }
 }
 
-fn check_disk(disk: &DiskSpec) -> io::Result<()> {
+fn check_disk(disk: &DiskSpec) -> io::Result<DiskIdentity> {
     // Looked at before it is opened: opening a FIFO would wait for its writer.
-    let kind = std::fs::metadata(Path::new(&disk.path))?.file_type();
+    let metadata = std::fs::metadata(Path::new(&disk.path))?;
+    let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(io::Error::other("neither a regular file nor a block device"));
     }
@@ -321,7 +334,7 @@ fn check_disk(disk: &DiskSpec) -> io::Result<()> {
     if length < 512 || length % 512 != 0 {
         return Err(io::Error::other(format!("{length} bytes long, which is not a number of 512-byte sectors")));
     }
-    Ok(())
+    Ok(DiskIdentity { inode: if kind.is_file() { metadata.ino() } else { 0 }, bytes: length })
 }
 
 fn host_facts(dir: &Path) -> io::Result<HostFacts> {
@@ -401,7 +414,7 @@ mod tests {
     fn disks_are_files_of_whole_sectors() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        let disk = |path: &Path| DiskSpec { path: path.to_str().unwrap().to_owned(), read_only: false };
+        let disk = |path: &Path| DiskSpec { path: path.to_str().unwrap().to_owned(), read_only: false, shared: false };
         assert!(check_disk(&disk(&path)).is_err());
         for (length, fits) in [(0, false), (511, false), (512, true), (513, false), (4096, true)] {
             file::replace(&path, &vec![0; length]).unwrap();

@@ -90,6 +90,15 @@ pub enum MigrateError {
         #[source]
         source: Box<BundleError>,
     },
+    /// Its disks cannot be looked at.
+    #[error("look at the disks of {vm}")]
+    Disks {
+        /// The VM.
+        vm: String,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
     /// There is no such migration.
     #[error("there is no migration {word:?} on this host, or it is not kept any more")]
     UnknownMigration {
@@ -118,7 +127,7 @@ impl MigrateError {
     /// Whether the same request may succeed later.
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::NoTarget { .. } | Self::Refused { .. } | Self::Needs { .. } => Retry::Later,
+            Self::NoTarget { .. } | Self::Refused { .. } | Self::Needs { .. } | Self::Disks { .. } => Retry::Later,
             Self::UnknownMigration { .. } | Self::NotCancellable { .. } => Retry::Never,
             Self::NoFabric
             | Self::UnknownPeer { .. }
@@ -315,8 +324,8 @@ pub(super) fn check_to_migrate(
 
 /// Whether a VM has something that only this host has.
 fn check_ties(vm: &VmRecord) -> Result<(), MigrateError> {
-    let tie = if !vm.spec.disks.is_empty() {
-        Some("it has disks, which are files of this host")
+    let tie = if vm.spec.disks.iter().any(|disk| !disk.shared) {
+        Some("it has a disk that only this host sees: one that others see as well is launched with --disk FILE:shared")
     } else if vm.spec.cluster.is_some() {
         Some("it is a member of a cluster, whose registrar is here")
     } else if vm.network.as_ref().is_some_and(|network| !network.published.is_empty()) {
@@ -505,7 +514,9 @@ impl<W: World> Agent<W> {
         let random = random_array(&self.shared.world).unwrap_or_default();
         let (id, policy) = (MigrationId::from_random(random), MovePolicy::default());
         let way = MigrationRecord { id, peer: peer.name.clone(), host: peer.host.into(), policy };
-        let order = ArrivalOrder::of(vm, &way, session, (fabric.host.into(), needs), (&[], [0; 32]));
+        let disks = self.shared.identify_disks(vm).await;
+        let disks = disks.map_err(|source| MigrateError::Disks { vm: called(vm), source })?;
+        let order = ArrivalOrder::of(vm, &way, session, (fabric.host.into(), needs, disks), (&[], [0; 32]));
         let asked = self.shared.check_at_peer(fabric, peer, &order).await;
         asked.map_err(|source| MigrateError::Refused { vm: called(vm), source: Box::new(source) })
     }

@@ -277,6 +277,9 @@ pub struct DiskSpec {
     pub path: String,
     /// Refuse the guest's writes.
     pub read_only: bool,
+    /// Other hosts see the same file at this path: its VM can go there.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// Names a process even after its pid is used again.

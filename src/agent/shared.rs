@@ -25,7 +25,7 @@ use super::session_record::SessionRecord;
 use super::streams::Streams;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
-use super::world::{Records, VmBundles, World};
+use super::world::{DiskIdentity, Records, VmBundles, VmDisk, World};
 use crate::bundle::admit::GuestNeeds;
 use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
 use crate::ids::{SessionId, VmId};
@@ -181,6 +181,15 @@ impl<W: World> Shared<W> {
         let id = session.id.clone();
         let user_data = self.world.records().with(move |store| store.user_data(&id)).await?;
         Ok(ArrivingSession::of(session, user_data, self.steady()))
+    }
+
+    /// What names the files of a VM's disks, on every host that sees them.
+    pub(super) async fn identify_disks(&self, vm: &VmRecord) -> std::io::Result<Vec<DiskIdentity>> {
+        let mut all = Vec::new();
+        for disk in &vm.spec.disks {
+            all.push(self.world.disk().identify_disk(disk).await?);
+        }
+        Ok(all)
     }
 
     /// What a VM's guest needs of a host: what there was where it was booted.

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
@@ -456,6 +457,10 @@ pub trait VmDisk: Send + Sync + 'static {
     fn remove_image(&self, name: &str) -> impl Future<Output = Result<(), ImageError>> + Send;
     /// Whether a disk can be attached; the error says why not.
     fn check_disk(&self, disk: &DiskSpec) -> impl Future<Output = io::Result<()>> + Send;
+    /// What names a disk's file on every host that sees it.
+    fn identify_disk(&self, disk: &DiskSpec) -> impl Future<Output = io::Result<DiskIdentity>> + Send;
+    /// Has what was written to a disk where every host that sees it reads it.
+    fn sync_disk(&self, disk: &DiskSpec) -> impl Future<Output = io::Result<()>> + Send;
     /// Words that guests on this host need on their kernel's command line; waits for the probe, up to a bound.
     fn command_line_additions(&self) -> impl Future<Output = String> + Send;
     /// What the host has and has free.
@@ -500,6 +505,15 @@ pub struct HostFacts {
     pub probe: Option<serde_json::Value>,
     /// What its kernel offers to keep VMs apart; `None` where no kernel was asked.
     pub isolation: Option<HostIsolation>,
+}
+
+/// What is the same of a file on every host that sees it. Device numbers are not: each host gives its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskIdentity {
+    /// Its inode number; of a block device 0.
+    pub inode: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
 }
 
 /// The bundles of the host, and what is to become one: what is saved of a VM is named by the VM's id until then.

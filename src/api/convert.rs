@@ -94,7 +94,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         host: host.to_owned(),
         vcpus: vm.spec.vcpus.into(),
         memory_mib: vm.spec.memory_mib.into(),
-        disks: vm.spec.disks.iter().map(|disk| Disk { path: disk.path.clone(), read_only: disk.read_only }).collect(),
+        disks: vm.spec.disks.iter().map(disk).collect(),
         network_limits: shown_limits(vm.spec.network_limits),
         published: vm.network.iter().flat_map(|network| network.published.iter().map(session::shown_port)).collect(),
         created_at: timestamp(vm.created_at),
@@ -126,6 +126,10 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         operation_id: vm.operation.clone(),
         last_console_lines: vm.remains.as_ref().map(|left| left.console.clone()).unwrap_or_default(),
     }
+}
+
+fn disk(disk: &agent::DiskSpec) -> Disk {
+    Disk { path: disk.path.clone(), read_only: disk.read_only, shared: disk.shared }
 }
 
 /// The host a VM was handed over to.

@@ -207,7 +207,9 @@ impl From<VmError> for ApiError {
                     MigrateError::Policy(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_value"),
                     MigrateError::NoTarget { .. } => (StatusCode::CONFLICT, "no_target"),
                     MigrateError::Refused { .. } => (StatusCode::CONFLICT, "target_refuses"),
-                    MigrateError::Needs { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure"),
+                    MigrateError::Needs { .. } | MigrateError::Disks { .. } => {
+                        (StatusCode::INTERNAL_SERVER_ERROR, "host_failure")
+                    }
                     MigrateError::UnknownMigration { .. } => (StatusCode::NOT_FOUND, "not_found"),
                     MigrateError::NotCancellable { .. } => (StatusCode::CONFLICT, "not_cancellable"),
                 };
@@ -234,6 +236,7 @@ impl From<ArriveError> for ApiError {
             ArriveError::Malformed { .. } => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, "bad_arrival", message, Retry::Never)
             }
+            ArriveError::OtherDisk { .. } => Self::new(StatusCode::CONFLICT, "other_disk", message, Retry::WithChange),
             ArriveError::Here { .. } => Self::new(StatusCode::CONFLICT, "vm_here", message, Retry::WithChange),
             ArriveError::NotReady { .. } => Self::new(StatusCode::BAD_GATEWAY, "not_ready", message, Retry::Later),
             ArriveError::Unknown { .. } => Self::new(StatusCode::NOT_FOUND, "unknown_migration", message, Retry::Never),

@@ -44,8 +44,11 @@ fn references_cannot_leave_their_path() {
 
 #[test]
 fn disks_and_variables() {
-    assert_eq!("a.img:ro".parse(), Ok(DiskWord { path: "a.img".into(), read_only: true }));
-    assert_eq!("a:b.img".parse(), Ok(DiskWord { path: "a:b.img".into(), read_only: false }));
+    assert_eq!("a.img:ro".parse(), Ok(DiskWord { path: "a.img".into(), read_only: true, shared: false }));
+    assert_eq!("a:b.img".parse(), Ok(DiskWord { path: "a:b.img".into(), read_only: false, shared: false }));
+    let both = DiskWord { path: "a.img".into(), read_only: true, shared: true };
+    assert_eq!(("a.img:ro:shared".parse(), "a.img:shared:ro".parse()), (Ok(both.clone()), Ok(both)));
+    assert_eq!("a:ro:ro".parse(), Ok(DiskWord { path: "a:ro".into(), read_only: true, shared: false }));
     assert!(":ro".parse::<DiskWord>().is_err() && "".parse::<DiskWord>().is_err());
     assert!(variable("A=").is_ok() && variable("A=b=c").is_ok());
     assert!(variable("A").is_err() && variable("=b").is_err());

@@ -45,7 +45,7 @@ pub enum WordError {
     #[error("expected HOSTPORT:GUESTPORT, with /udp behind it for UDP: 8080:80, 5353:53/udp")]
     Port,
     /// No path.
-    #[error("expected FILE or FILE:ro")]
+    #[error("expected FILE, FILE:ro or FILE:shared")]
     Disk,
 }
 
@@ -73,23 +73,31 @@ impl FromStr for ReferenceWord {
     }
 }
 
-/// A disk: `FILE`, or `FILE:ro` to refuse the guest's writes.
+/// A disk: `FILE`, with `:ro` behind it to refuse the guest's writes, and `:shared` if other hosts see the same file there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskWord {
     /// The file, as given.
     pub path: PathBuf,
     /// Refuse writes.
     pub read_only: bool,
+    /// Other hosts see the same file at this path.
+    pub shared: bool,
 }
 
 impl FromStr for DiskWord {
     type Err = WordError;
     fn from_str(text: &str) -> Result<Self, WordError> {
-        let (path, read_only) = match text.strip_suffix(":ro") {
-            Some(path) => (path, true),
-            None => (text, false),
-        };
-        if path.is_empty() { Err(WordError::Disk) } else { Ok(Self { path: PathBuf::from(path), read_only }) }
+        let (mut path, mut read_only, mut shared) = (text, false, false);
+        loop {
+            if let Some(rest) = path.strip_suffix(":ro").filter(|_| !read_only) {
+                (path, read_only) = (rest, true);
+            } else if let Some(rest) = path.strip_suffix(":shared").filter(|_| !shared) {
+                (path, shared) = (rest, true);
+            } else {
+                break;
+            }
+        }
+        if path.is_empty() { Err(WordError::Disk) } else { Ok(Self { path: PathBuf::from(path), read_only, shared }) }
     }
 }
 

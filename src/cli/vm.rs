@@ -134,8 +134,9 @@ pub struct LaunchArgs {
     /// Memory in MiB [default: 128]
     #[arg(long, value_name = "MIB")]
     pub memory: Option<u64>,
-    /// Raw file to attach as a block device; `:ro` refuses the guest's writes. May be given up to 6 times
-    #[arg(long = "disk", value_name = "FILE[:ro]")]
+    /// Raw file to attach as a block device; `:ro` refuses the guest's writes, `:shared` says that other hosts
+    /// see the same file there, so that the VM can be moved to them. May be given up to 6 times
+    #[arg(long = "disk", value_name = "FILE[:ro][:shared]")]
     pub disks: Vec<DiskWord>,
     /// Most bytes per second to the guest, with how many at once: 10M, 10M/1M. What is over it waits
     #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]

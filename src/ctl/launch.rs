@@ -89,7 +89,10 @@ pub(super) async fn run(agent: &Agent, out: Output, args: LaunchArgs) -> Result<
 }
 
 fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
-    let disks = args.disks.iter().map(|disk| Ok(Disk { path: absolute(&disk.path)?, read_only: disk.read_only }));
+    let disks = args
+        .disks
+        .iter()
+        .map(|disk| Ok(Disk { path: absolute(&disk.path)?, read_only: disk.read_only, shared: disk.shared }));
     let flow = |bytes: Option<RateWord>, packets: Option<RateWord>| FlowLimits {
         bytes_per_s: bytes.map(|word| word.per_s),
         burst_bytes: bytes.and_then(|word| word.burst),

@@ -119,7 +119,12 @@ fn swapped(swapped: &Swapped) -> String {
 fn disks(disks: &[Disk]) -> String {
     let words: Vec<_> = disks
         .iter()
-        .map(|disk| if disk.read_only { format!("{} (ro)", disk.path) } else { disk.path.clone() })
+        .map(|disk| match (disk.read_only, disk.shared) {
+            (false, false) => disk.path.clone(),
+            (true, false) => format!("{} (ro)", disk.path),
+            (false, true) => format!("{} (shared)", disk.path),
+            (true, true) => format!("{} (ro, shared)", disk.path),
+        })
         .collect();
     words.join(", ")
 }

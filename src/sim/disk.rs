@@ -3,7 +3,7 @@
 use std::io;
 
 use super::SimHost;
-use crate::agent::world::{HostFacts, ImageImport, VmDisk};
+use crate::agent::world::{DiskIdentity, HostFacts, ImageImport, VmDisk};
 use crate::agent::{DiskSpec, Image, ImageError, Pressure, Remains};
 use crate::clock::UnixNanos;
 use crate::ids::VmId;
@@ -92,6 +92,15 @@ impl VmDisk for SimHost {
 
     async fn check_disk(&self, disk: &DiskSpec) -> io::Result<()> {
         if disk.path == "/there" { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    async fn identify_disk(&self, disk: &DiskSpec) -> io::Result<DiskIdentity> {
+        self.check_disk(disk).await?;
+        Ok(DiskIdentity { inode: 1, bytes: 512 })
+    }
+
+    async fn sync_disk(&self, disk: &DiskSpec) -> io::Result<()> {
+        self.check_disk(disk).await
     }
 
     async fn command_line_additions(&self) -> String {

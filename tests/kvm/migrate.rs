@@ -16,10 +16,13 @@ const ROUNDS: usize = 4;
 /// Milliseconds after a migration began at which an agent is killed. All of it takes some hundreds.
 const MOMENTS: [u64; 4] = [40, 120, 200, 320];
 
-/// Something only its memory holds, a counter, and a buffer that is written and checked again and again.
+/// Something only its memory holds, a counter, and a buffer that is written and checked again and again, in memory and on
+/// a disk that all hosts see.
 const LOAD: &str = "cd /tmp; head -c 16 /dev/urandom | md5sum > nonce
 (i=0; while :; do i=$((i+1)); echo $i > ticks; sleep 0.1; done) > /dev/null 2>&1 &
 (while :; do dd if=/dev/urandom of=buffer bs=64k count=4; md5sum buffer > sum; md5sum -c sum || echo bad > bad
+dd if=buffer of=/dev/vda bs=64k conv=fsync; echo 1 > /proc/sys/vm/drop_caches
+head -c 262144 /dev/vda | cmp - buffer || echo bad disk > bad
 sleep 0.5; done) > /dev/null 2>&1 &
 until [ -s ticks ] && [ -s sum ]; do sleep 0.1; done";
 
@@ -73,7 +76,10 @@ pub(crate) fn there_and_back_loses_nothing(_shared: &Agent) {
     for agent in [a, c] {
         agent.ok(&["session", "create", "--id", "517"]);
     }
-    a.launch("mover", &["--session", "517", "--memory", "128"]);
+    let disk = tempfile::NamedTempFile::new().expect("a file for the disk");
+    disk.as_file().set_len(1 << 20).expect("its size");
+    let shared = format!("{}:shared", disk.path().display());
+    a.launch("mover", &["--session", "517", "--memory", "128", "--disk", &shared]);
     a.launch("near", &["--session", "517", "--memory", "64"]);
     c.launch("echo", &["--session", "517", "--memory", "64"]);
     for (agent, name) in [(a, "mover"), (a, "near"), (c, "echo")] {
@@ -127,7 +133,15 @@ pub(crate) fn there_and_back_loses_nothing(_shared: &Agent) {
         }
     }
     killed(&fabric, &before);
+    // What it wrote last, wherever it was, is in the one file.
+    a.sh("mover", "cd /tmp; until md5sum -c sum; do sleep 0.1; done");
     a.ok(&["vm", "rm", "mover", "--timeout", "0"]);
+    let written = std::fs::read(disk.path()).expect("the disk");
+    assert!(written[..262_144].iter().any(|byte| *byte != 0), "nothing was written to the disk");
+    a.ok(&["vm", "launch", "--name", "tied", "--memory", "64", "--disk", &disk.path().display().to_string()]);
+    let told = text(&a.run(&["vm", "migrate", "tied", "--to", fabric.name(1)]).stderr);
+    assert!(told.contains("a disk that only this host sees"), "{told}");
+    a.ok(&["vm", "rm", "tied", "--timeout", "0"]);
     fabric.finish();
 }
 

@@ -67,7 +67,7 @@ fn limits_nobody_can_mean_are_refused() {
 
 #[test]
 fn a_disk_is_written_by_one_vm_only() {
-    let disk = |path: &str, read_only| DiskSpec { path: path.to_owned(), read_only };
+    let disk = |path: &str, read_only| DiskSpec { path: path.to_owned(), read_only, shared: false };
     for (disks, fits) in [
         (vec![disk("/a", false)], true),
         (vec![disk("a", false)], false),
@@ -88,7 +88,7 @@ fn a_bundle_is_launched_as_it_was_frozen() {
     let id = crate::bundle::manifest::id_of(bytes);
     let image = Image { memory_mib_min: 0, ..image() };
     let decide = |request: &LaunchRequest| decide_on(request, &image, Some((&id, &manifest)));
-    let disk = DiskSpec { path: "/a".to_owned(), read_only: true };
+    let disk = DiskSpec { path: "/a".to_owned(), read_only: true, shared: false };
     let same = LaunchRequest { disks: vec![disk.clone()], ..request() };
     let spec = decide(&same).unwrap();
     assert_eq!((spec.vcpus, spec.memory_mib, spec.interfaces, spec.disks.len()), (1, 1, 1, 1));

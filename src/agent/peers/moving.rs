@@ -13,7 +13,7 @@ use crate::agent::migration_record::MigrationRecord;
 use crate::agent::record::{VmRecord, VmSpec};
 use crate::agent::session_record::{NetworkRecord, SessionRecord};
 use crate::agent::shared::Shared;
-use crate::agent::world::World;
+use crate::agent::world::{DiskIdentity, World};
 use crate::bundle::admit::GuestNeeds;
 use crate::clock::{Steady, UnixNanos};
 use crate::ids::{BundleId, MigrationId, VmId};
@@ -60,6 +60,9 @@ pub struct ArrivalOrder {
     /// The bundle it was launched from. If the other host has it, only what differs is sent.
     #[serde(default)]
     pub base: Option<BundleId>,
+    /// What names the file of each of its disks.
+    #[serde(default)]
+    pub disks: Vec<DiskIdentity>,
     /// What its guest needs of a host; absent from agents of the version before.
     #[serde(default)]
     pub needs: Option<GuestNeeds>,
@@ -148,7 +151,7 @@ impl ArrivalOrder {
         vm: &VmRecord,
         way: &MigrationRecord,
         session: Option<ArrivingSession>,
-        (host, needs): (u16, GuestNeeds),
+        (host, needs, disks): (u16, GuestNeeds, Vec<DiskIdentity>),
         (certificate, token): (&[u8], [u8; 32]),
     ) -> Self {
         let home = |network: &NetworkRecord| NetworkRecord { home: network.home.or(Some(host)), ..network.clone() };
@@ -167,6 +170,7 @@ impl ArrivalOrder {
             token: hexadecimal(&token),
             connections: way.policy.connections,
             base: vm.spec.bundle.clone(),
+            disks,
             needs: Some(needs),
         }
     }

@@ -13,7 +13,7 @@ use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::migration_record::{MigrationRecord, MovePolicy, MoveRecord};
 use crate::agent::peers::{ArrivalOrder, ArrivalReady, PeerError};
 use crate::agent::vm_state::FailureCause;
-use crate::agent::world::{Ask, SendOrder, StreamTerms, VmNetworks, VmmHost, VmmProcess, World, random_array};
+use crate::agent::world::{Ask, SendOrder, StreamTerms, VmDisk, VmNetworks, VmmHost, VmmProcess, World, random_array};
 use crate::report::chain;
 use crate::wire::control::{StreamTls, StreamToken};
 
@@ -49,8 +49,10 @@ impl<W: World> Work<W> {
             None => None,
         };
         let needs = self.shared.needs_of(&self.record).await.map_err(|error| host(chain(&error)))?;
+        let disks = self.shared.identify_disks(&self.record).await;
+        let disks = disks.map_err(|error| host(format!("look at the VM's disks: {error}")))?;
         let keys = (own.certificate.as_slice(), token);
-        let order = ArrivalOrder::of(&self.record, &way, session, (fabric.host.into(), needs), keys);
+        let order = ArrivalOrder::of(&self.record, &way, session, (fabric.host.into(), needs, disks), keys);
         let arranging = self.shared.arrange_at_peer(fabric, peer, &order);
         let mut hurry = self.hurry.clone();
         let ready: ArrivalReady = tokio::select! {
@@ -92,6 +94,10 @@ impl<W: World> Work<W> {
             }
         };
         self.held_at = Some(self.now().before(Duration::from_nanos(phases.held_ns)));
+        for disk in self.record.spec.disks.iter().filter(|disk| !disk.read_only) {
+            let synced = self.shared.world.disk().sync_disk(disk).await;
+            synced.map_err(|error| host(format!("flush {}: {error}", disk.path)))?;
+        }
         self.operation.moved = Some(MoveRecord::of(&phases));
         Ok(())
     }

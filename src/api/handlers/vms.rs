@@ -13,7 +13,9 @@ use crate::api::body::{JsonBody, OptionalBody, Params};
 use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
-use crate::api::types::{ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait};
+use crate::api::types::{
+    Disk, ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait,
+};
 use crate::units::NetLimits;
 
 /// How long a guest may take to power off when the request does not say.
@@ -45,7 +47,8 @@ pub(in crate::api) async fn launch_vm(
     let (cluster, executor_id) = (value.cluster, value.executor_id);
     let published = value.publish.iter().map(convert::published_port).collect();
     let network_limits = network_limits.map_or(Ok(NetLimits::default()), convert::network_limits)?;
-    let disks = disks.into_iter().map(|disk| DiskSpec { path: disk.path, read_only: disk.read_only }).collect();
+    let disk = |Disk { path, read_only, shared }| DiskSpec { path, read_only, shared };
+    let disks = disks.into_iter().map(disk).collect();
     let addressing = value.addressing.map(convert::addressing);
     let request = LaunchRequest {
         name,

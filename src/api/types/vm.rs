@@ -109,6 +109,10 @@ pub struct Disk {
     /// Refuse the guest's writes.
     #[serde(default)]
     pub read_only: bool,
+    /// Other hosts see the same file at this path, and what one has written the next one reads: the VM can be moved to
+    /// them.
+    #[serde(default)]
+    pub shared: bool,
 }
 
 /// A virtual machine.

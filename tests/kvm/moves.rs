@@ -1,0 +1,184 @@
+//! Migrations as they are asked for: of clones whose bundle the other host has, by several connections, watched, slow,
+//! cancelled, refused meanwhile, by whoever takes them, and of all VMs of a host.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::fabric::{Fabric, run};
+use super::fixture::{Agent, text};
+
+/// Writes all the time, faster than a slow stream takes it.
+const WRITE: &str = "cd /tmp; (while :; do dd if=/dev/urandom of=written bs=1M count=4; done) > /dev/null 2>&1 &
+until [ -s written ]; do sleep 0.1; done";
+
+fn bundles(agent: &Agent) -> std::path::PathBuf {
+    agent.state().join("bundles")
+}
+
+/// Waits until a migration satisfies something.
+fn wait_for(agent: &Agent, id: &str, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+    let begun = Instant::now();
+    loop {
+        let migration = agent.json(&["migration", "show", id]);
+        if is_so(&migration) {
+            return migration;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "never {what}: {migration:#}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn state(migration: &Value) -> &str {
+    migration["state"].as_str().expect("a state")
+}
+
+pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
+    let fabric = Fabric::start("routed");
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    let bundle = a.json(&["bundle", "build", "--name", "base", "--memory", "128"]);
+    let id = bundle["id"].as_str().expect("an id");
+    // As people copy bundles: the directory is all of it.
+    copy(&bundles(a).join(id), &bundles(b).join(id));
+    a.ok(&["session", "create", "--id", "517", "--ttl", "1h", "--user-data", &user_data()]);
+    for name in ["one", "two"] {
+        a.ok(&["vm", "launch", "--bundle", "base", "--name", name, "--session", "517"]);
+    }
+    there_by_several_connections_and_back(&fabric, id);
+    slow_and_cancelled(&fabric);
+    unconverged(&fabric);
+    stopped_meanwhile(&fabric);
+    evacuated(&fabric);
+    fabric.finish();
+}
+
+fn user_data() -> String {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(&file, "of the session").expect("write it");
+    let (_, path) = file.keep().expect("keep it");
+    path.display().to_string()
+}
+
+fn copy(from: &Path, to: &Path) {
+    run("cp", &["-a", &from.display().to_string(), &to.display().to_string()]);
+}
+
+/// Only what a clone has written goes over, and what its session is known for goes with it.
+fn there_by_several_connections_and_back(fabric: &Fabric, bundle: &str) {
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    a.sh("one", "head -c 3000000 /dev/urandom > /tmp/kept; md5sum /tmp/kept > /tmp/sum");
+    let estimate = a.json(&["vm", "migrate", "one", "--to", fabric.name(1), "--estimate"]);
+    assert_eq!((&estimate["has_base"], &estimate["based_on"]), (&true.into(), &0.into()), "{estimate:#}");
+    let told = a.ok(&["vm", "migrate", "one", "--to", fabric.name(1), "--connections", "4"]);
+    println!("    {}", told.trim());
+    let there = b.vm("one");
+    assert_eq!((&there["bundle_id"], &there["state"]), (&bundle.into(), &"running".into()));
+    b.sh("one", "md5sum -c /tmp/sum");
+    let list = a.json(&["migration", "ls"]);
+    let last = &list["migrations"][0];
+    assert_eq!((state(last), &last["direction"]), ("completed", &"out".into()), "{last:#}");
+    let (pages, steps) = (last["moved"]["pages"].as_u64().expect("pages"), &last["moved"]["steps"]);
+    // 3 MB of it were just written; all it has touched is several times as much.
+    assert!((700..6000).contains(&pages), "{last:#}");
+    let parts = ["stop_ms", "last_pages_ms", "ready_ms", "decide_ms", "start_ms"];
+    let sum: f64 = parts.iter().map(|part| steps[part].as_f64().expect("a time")).sum();
+    let pause = last["pause_ms"].as_f64().expect("a pause");
+    assert!(sum > 0.5 * pause && sum < pause + 1.0, "the steps {steps} are the pause {pause}");
+    let there = b.json(&["migration", "show", last["id"].as_str().expect("an id")]);
+    assert_eq!((state(&there), &there["direction"]), ("completed", &"in".into()), "{there:#}");
+    // Its session has the same end and says the same.
+    let session = b.json(&["session", "show", "517"]);
+    assert!(session["expires_at"].is_string(), "{session:#}");
+    let said = b.sh("one", "wget -q -O - http://169.254.169.254/v1/user-data");
+    assert_eq!(said, "of the session");
+    b.ok(&["vm", "migrate", "one", "--to", "auto"]);
+    a.sh("one", "md5sum -c /tmp/sum");
+    assert_eq!(a.vm("one")["bundle_id"], *bundle);
+    let estimate = a.json(&["vm", "migrate", "one", "--to", "auto", "--estimate"]);
+    println!("    {}", a.ok(&["vm", "migrate", "one", "--to", fabric.name(1), "--estimate"]).replace('\n', "\n    "));
+    assert!(estimate["to"] == fabric.name(1) || estimate["to"] == fabric.name(2), "{estimate:#}");
+}
+
+/// One that takes long is seen on its way, keeps others from the VM, and is given up.
+fn slow_and_cancelled(fabric: &Fabric) {
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    a.sh("one", WRITE);
+    let slow = ["vm", "migrate", "one", "--to", fabric.name(1), "--rate", "1M", "--no-wait"];
+    let begun = a.json(&slow);
+    let id = begun["migration_id"].as_str().expect("an id").to_owned();
+    let seen = wait_for(a, &id, "copying", |now| state(now) == "copying" && now["progress"]["sent_bytes"] != 0);
+    assert!(seen["progress"]["round_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{seen:#}");
+    let (status, answer) = a.curl(&["-X", "POST", "-D", "-"], "/v1/vms/one/pause");
+    assert_eq!(status, 423, "{answer}");
+    assert!(answer.to_lowercase().contains("retry-after: 1") && answer.contains("vm_moving"), "{answer}");
+    let second = text(&a.run(&["vm", "migrate", "one", "--to", fabric.name(1)]).stderr);
+    assert!(second.contains("sending"), "{second}");
+    // What changes nothing is as ever.
+    assert!(a.ok(&["vm", "stats", "one"]).contains("answers"));
+    assert_eq!(a.sh("one", "echo here"), "here");
+    let told = a.ok(&["migration", "cancel", &id]);
+    assert!(told.contains("cancelled; one goes on here"), "{told}");
+    assert_eq!(a.vm("one")["state"], "running");
+    assert!(!b.run(&["vm", "show", "one"]).status.success(), "nothing of it is there");
+    a.sh("one", "md5sum -c /tmp/sum");
+    let again = text(&a.run(&["migration", "cancel", &id]).stderr);
+    assert!(again.contains("cannot be cancelled: it is cancelled"), "{again}");
+}
+
+/// A guest that writes faster than it is sent stays when that is asked for, and its vCPUs run as before; or goes all the
+/// same.
+fn unconverged(fabric: &Fabric) {
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    let to = fabric.name(1);
+    let narrow = ["vm", "migrate", "one", "--to", to, "--rate", "2M", "--rounds", "4", "--no-throttle"];
+    let refused = text(&a.run(&[&narrow[..], &["--on-nonconverge", "abort"]].concat()).stderr);
+    println!("    {}", refused.trim().replace('\n', "\n    "));
+    assert!(refused.contains("round"), "{refused}");
+    assert_eq!(a.vm("one")["state"], "running");
+    let forced = a.ok(&[&narrow[..], &["--on-nonconverge", "force"]].concat());
+    println!("    forced: {}", forced.trim());
+    b.sh("one", "md5sum -c /tmp/sum; killall sh dd; true");
+    b.ok(&["vm", "migrate", "one", "--to", fabric.name(0)]);
+}
+
+/// A stop wins over a migration that is under way.
+fn stopped_meanwhile(fabric: &Fabric) {
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    a.sh("two", WRITE);
+    a.json(&["vm", "migrate", "two", "--to", fabric.name(1), "--rate", "1M", "--no-wait"]);
+    a.ok(&["vm", "rm", "two", "--timeout", "0"]);
+    assert!(!a.run(&["vm", "show", "two"]).status.success() && !b.run(&["vm", "show", "two"]).status.success());
+    assert_eq!(b.json(&["vm", "ls"])["vms"], serde_json::json!([]));
+}
+
+/// All that can go goes; what stays is told with the reason.
+fn evacuated(fabric: &Fabric) {
+    let a = fabric.agent(0);
+    for name in ["three", "four", "tied"] {
+        let mut words = vec!["vm", "launch", "--bundle", "base", "--name", name, "--session", "517"];
+        if name == "tied" {
+            words.extend(["--publish", "18080:80"]);
+        }
+        a.ok(&words);
+    }
+    let output = a.run(&["host", "evacuate", "--at-once", "3"]);
+    let said = text(&output.stdout);
+    println!("    {}", said.trim().replace('\n', "\n    "));
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.lines().any(|line| line.starts_with("tied") && line.contains("ports of this host")), "{said}");
+    for name in ["one", "three", "four"] {
+        assert_eq!(a.vm(name)["state"], "handed_over", "{name}");
+        let host = a.vm(name)["handed_to"].as_str().expect("a host").to_owned();
+        let there = fabric.agent(if host == fabric.name(1) { 1 } else { 2 });
+        assert_eq!(there.sh(name, "echo here"), "here");
+        there.ok(&["vm", "rm", name, "--timeout", "0"]);
+    }
+    a.ok(&["vm", "rm", "tied", "--timeout", "0"]);
+    let metrics = a.curl(&[], "/metrics").1;
+    for wanted in
+        ["hearth_move_pause_seconds_count{way=\"migration\"}", "hearth_move_sent_bytes_total{way=\"migration\"}"]
+    {
+        assert!(metrics.contains(wanted), "{wanted} in {metrics}");
+    }
+}
