@@ -77,7 +77,7 @@ fn of_jail<W: World>(shared: &Arc<Shared<W>>, jail: u16) -> Option<Arc<VmRecord>
 /// Hands taps that were made anew to the machine they belong to.
 async fn replace_taps<W: World>(shared: &Arc<Shared<W>>, vm: &VmRecord, steps: &[String]) {
     let is_out = matches!(vm.state, VmState::SwappedOut { .. });
-    if !is_out && !matches!(vm.state, VmState::Running | VmState::Paused) {
+    if !is_out && !matches!(vm.state, VmState::Running | VmState::Paused | VmState::Sending) {
         return;
     }
     for index in 0..vm.spec.interfaces {

@@ -56,7 +56,7 @@ impl<W: World> Agent<W> {
             let (vm, report) = (vm.id.to_string(), found.report.clone());
             return Err(VerbError::Quarantined { verb: "reach", vm, report }.into());
         }
-        if vm.state != VmState::Running {
+        if !matches!(vm.state, VmState::Running | VmState::Sending) {
             return Err(Denied { state: vm.state.clone() }.into());
         }
         let vmm = self.shared.world.vmm();
@@ -234,7 +234,11 @@ impl<W: World> Door for Agent<W> {
             };
             let runs = matches!(
                 now.state,
-                VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::HandingOver { .. }
+                VmState::Running
+                    | VmState::Paused
+                    | VmState::Saving { .. }
+                    | VmState::HandingOver { .. }
+                    | VmState::Sending
             );
             if runs { Ok(now) } else { Err(NotRunning { vm: now }) }
         }
