@@ -1,5 +1,6 @@
 //! The program between two network namespaces with nothing but a wire between them: what is asked is answered, and
 //! every kind of forged frame goes out as it is.
+#![expect(clippy::disallowed_methods, reason = "a test that bounds its waiting")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
