@@ -2,14 +2,19 @@
 //!
 //! Each verb ends by itself within a time that is given or bounded, prints JSON lines (the last one is the result) and
 //! exits 0 when what was asked for happened, 1 when not, 2 when the words make no sense.
-#![forbid(unsafe_code)]
 #![expect(clippy::disallowed_methods, reason = "a tool of its own that measures by the clock of where it runs")]
 
 mod ask;
 mod packet;
 mod ping;
 mod report;
+mod rewrite;
+mod send;
 mod serve;
+mod stall;
+mod stdin;
+mod stream;
+mod tsc;
 mod words;
 
 use std::process::ExitCode;
@@ -30,9 +35,21 @@ probe forge --interface I --gateway-mac M --to6 A [--to4 A] --as6 A [--as4 A] --
       sends raw frames of these kinds, that are to reach --to6/--to4, pretending to be --as6/--as4
 probe count --interface I --marker WORD --seconds N [--until WORD]
       counts frames that carry the marker and come in, by kind; says when it listens; a frame with the other word ends it
+probe send udp ADDRESS PORT --rate R --seconds N [--bytes B] [--stream S] [--from ADDRESS] [--while stdin]
+      sends R numbered datagrams in a second; the last ones say how many there were
+probe count udp PORT --seconds N [--stream S] [--first K] [--read late] [--while stdin]
+      counts them until all are there, and says which were lost, came twice or out of order, or were changed on the way;
+      late: begins to read what came when the standard input is closed
+probe watch --interface I --seconds N [--stream S] [--while stdin]
+      counts those in frames that leave by an interface, and all frames that do
+probe stall --seconds N [--cpus C,C...] [--gap-us G]
+      looks at the time stamp counter all the time, on each of these processors, and tells when it did not get to look
+probe rewrite --mib M --seconds N [--every-ms E] [--while stdin]
+      writes a buffer again and again, 256 KiB at once, and looks each time whether it is as it was written
 probe kinds
       the kinds of frames
-ADDRESS may name an interface: fe80::1%eth0. PORT is 7777 where it may be left out.";
+ADDRESS may name an interface: fe80::1%eth0. PORT is 7777 where it may be left out.
+With --while stdin a verb ends earlier: when its standard input is closed.";
 
 fn main() -> ExitCode {
     let mut words = Words::new(std::env::args().skip(1));
@@ -41,7 +58,15 @@ fn main() -> ExitCode {
         Some("ask") => ask::run(words),
         Some("ping") => ping::run(words),
         Some("forge") => packet::forge(words),
-        Some("count") => packet::count(words),
+        Some("count") => match words.next().as_deref() {
+            Some("udp") => stream::count(words),
+            None => packet::count(words),
+            Some(other) => Err(ProbeError::Words(format!("count {other}?"))),
+        },
+        Some("send") => send::run(words),
+        Some("watch") => stream::watch(words),
+        Some("stall") => stall::run(words),
+        Some("rewrite") => rewrite::run(words),
         Some("kinds") => packet::kinds(),
         Some(_) | None => Err(ProbeError::Words(String::from("which verb?"))),
     };

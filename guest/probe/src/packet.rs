@@ -19,7 +19,7 @@ use crate::words::{Words, parse_mac};
 use crate::{ProbeError, failed};
 
 /// What the kernel says of frames that this host sent.
-const PACKET_OUTGOING: u8 = 4;
+pub(crate) const PACKET_OUTGOING: u8 = 4;
 
 pub(crate) fn kinds() -> Result<bool, ProbeError> {
     for kind in Kind::FORGED {
@@ -112,7 +112,7 @@ pub(crate) fn count(mut words: Words) -> Result<bool, ProbeError> {
 }
 
 /// Whether a frame can be received before `deadline`.
-fn wait_until(socket: &OwnedFd, deadline: Instant) -> Result<bool, ProbeError> {
+pub(crate) fn wait_until(socket: &OwnedFd, deadline: Instant) -> Result<bool, ProbeError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -147,18 +147,18 @@ impl Counted {
 }
 
 /// What follows the first place where `wanted` is.
-fn after<'a>(frame: &'a [u8], wanted: &[u8]) -> Option<&'a [u8]> {
+pub(crate) fn after<'a>(frame: &'a [u8], wanted: &[u8]) -> Option<&'a [u8]> {
     let at = frame.windows(wanted.len().max(1)).position(|window| window == wanted)?;
     frame.get(at + wanted.len()..)
 }
 
-fn packet_socket() -> Result<OwnedFd, ProbeError> {
+pub(crate) fn packet_socket() -> Result<OwnedFd, ProbeError> {
     let opened = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll);
     opened.map_err(failed("open a packet socket"))
 }
 
 /// The interface as packet sockets are bound to and send by it.
-fn link_address(interface: &str) -> Result<LinkAddr, ProbeError> {
+pub(crate) fn link_address(interface: &str) -> Result<LinkAddr, ProbeError> {
     let mut addresses = getifaddrs().map_err(failed("list interfaces"))?;
     let found = addresses.find_map(|entry| {
         let address = entry.address.as_ref()?.as_link_addr().copied();

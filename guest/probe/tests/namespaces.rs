@@ -1,5 +1,6 @@
 //! The program between two network namespaces with nothing but a wire between them: what is asked is answered, and
 //! every kind of forged frame goes out as it is.
+#![expect(clippy::disallowed_methods, reason = "a test that bounds its waiting")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Output, Stdio};
@@ -178,5 +179,77 @@ fn every_kind_goes_out_as_it_is() {
         // Frames too short for a marker are not known again.
         let short = if kind == Kind::Runt { 5 } else { 0 };
         assert!(seen + short >= sent && seen > 0, "{}: {seen} of {sent}\n{}", kind.name(), counted.line);
+    }
+}
+
+#[test]
+fn a_numbered_stream_is_counted_where_it_leaves_and_where_it_comes() {
+    let (near, far) = two();
+    let mut count = Listening::start(far.probe("count udp 7778 --first 0 --stream 9 --seconds 30"));
+    let mut watch = Listening::start(near.probe("watch --interface eth0 --stream 9 --seconds 30"));
+    // Another one's are none of it.
+    assert_eq!(near.run("send udp 192.0.2.2 7778 --rate 1000 --seconds 1 --stream 8").code, Some(0));
+    let sent = near.run("send udp 2001:db8::2 7778 --rate 1000 --seconds 1 --stream 9 --bytes 1400");
+    assert_eq!((sent.code, sent.number("sent"), sent.number("unsent")), (Some(0), 1003, 0), "{}", sent.line);
+    let counted = Outcome { code: count.0.wait().expect("it ends").code(), line: count.line() };
+    let told =
+        ["received", "lost", "duplicates", "out_of_order", "corrupt", "foreign"].map(|name| counted.number(name));
+    assert_eq!((counted.code, told), (Some(0), [1003, 0, 0, 0, 0, 1003]), "{}", counted.line);
+    near.ip("ip link delete eth0");
+    let watched = Outcome { code: watch.0.wait().expect("it ends with the interface").code(), line: watch.line() };
+    assert_eq!((watched.number("received"), watched.number("foreign")), (1003, 1003), "{}", watched.line);
+    assert!(watched.number("frames") >= 2006, "{}", watched.line);
+}
+
+#[test]
+fn what_is_lost_on_the_way_is_counted() {
+    let (near, far) = two();
+    far.ip("nft add table inet lossy
+         nft 'add chain inet lossy input { type filter hook input priority 0; }'
+         nft add rule inet lossy input udp dport 7778 numgen inc mod 10 7 drop");
+    let mut count = Listening::start(far.probe("count udp 7778 --first 0 --seconds 30"));
+    let sent = near.run("send udp 192.0.2.2 7778 --rate 500 --seconds 1");
+    assert_eq!(sent.number("sent"), 503, "{}", sent.line);
+    let counted = Outcome { code: count.0.wait().expect("it ends").code(), line: count.line() };
+    // Numbers 7, 17, ... 497: fifty, one at a time.
+    let told = ["received", "lost", "longest_hole", "duplicates"].map(|name| counted.number(name));
+    assert_eq!((counted.code, told), (Some(1), [453, 50, 1, 0]), "{}", counted.line);
+}
+
+#[test]
+fn one_who_is_stopped_sees_how_long() {
+    let near = Namespace::new();
+    let mut command = near.probe("stall --seconds 3");
+    let child = command.stdout(Stdio::piped()).spawn().expect("nsenter runs");
+    let mut stall = Stalling(child);
+    let mut lines = BufReader::new(stall.0.stdout.take().expect("a pipe"));
+    let mut line = String::new();
+    lines.read_line(&mut line).expect("it writes");
+    assert!(line.contains("\"watching\":true"), "{line}");
+    // nsenter has become the program: its id is the same.
+    let pid = stall.0.id().to_string();
+    let signal = |name: &str| Command::new("kill").args([name, &pid]).status().expect("kill runs").success();
+    let begun = std::time::Instant::now();
+    assert!(signal("-STOP"));
+    std::thread::sleep(std::time::Duration::from_millis(400));
+    let stopped_ms = begun.elapsed().as_secs_f64() * 1000.0;
+    assert!(signal("-CONT"));
+    line.clear();
+    lines.read_line(&mut line).expect("it writes");
+    let outcome = Outcome { code: stall.0.wait().expect("it ends").code(), line };
+    let longest = outcome.line.split_once("\"ms\":").and_then(|(_, rest)| rest.split(',').next());
+    let longest: f64 = longest.and_then(|word| word.parse().ok()).unwrap_or_else(|| panic!("{}", outcome.line));
+    // It was let go on after that, and ran up to when it was stopped.
+    assert!(longest > stopped_ms - 50.0, "{longest} of {stopped_ms}: {}", outcome.line);
+    assert_eq!((outcome.code, outcome.number("backwards")), (Some(0), 0), "{}", outcome.line);
+}
+
+/// Killed when dropped.
+struct Stalling(Child);
+
+impl Drop for Stalling {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
