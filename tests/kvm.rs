@@ -110,7 +110,6 @@ const TESTS: &[Test] = &[
     ("hand_over_to_another_process_loses_nothing", kvm::hand_over::to_another_process_loses_nothing),
     ("hand_over_with_harm_costs_no_vm", kvm::hand_over::with_harm_costs_no_vm),
     ("moves_are_watched_cancelled_and_refused", kvm::moves::are_watched_cancelled_and_refused),
-    ("witness_of_moves_in_the_guest", kvm::witness::of_moves_in_the_guest),
     ("migrate_there_and_back_loses_nothing", kvm::migrate::there_and_back_loses_nothing),
     ("host_wall_clock_that_is_set_changes_no_vm", kvm::host_harm::a_wall_clock_that_is_set_changes_no_vm),
     ("host_drain_stops_the_vms_and_says_so", kvm::host_harm::a_drain_stops_the_vms_and_says_so),

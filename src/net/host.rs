@@ -308,19 +308,24 @@ impl HostNetwork {
         };
         let mut steps = plan(&observed, &jail);
         let mut host = lock(&self.host);
+        host.desired.insert(Owner::Jail(number), outside);
+        let has_new_pair =
+            steps.iter().any(|step| matches!(step, Step::Make(Object::Link { kind, .. }) if kind.is_veth()));
+        // What leads here is opened last and taken away first: nothing is sent to a jail that lets nothing in.
+        let mut first = Settled::default();
+        if side.member.is_none() && !has_new_pair {
+            first = host.settle_jail(number, &side.spec.name);
+        }
         let mut failures = side.ground.carry_out(&steps, Some(&mut host.ground));
-        if steps.iter().any(|step| matches!(step, Step::Make(Object::Link { kind, .. }) if kind.is_veth())) {
+        if has_new_pair {
             // Whatever was on the old pair went with it.
             host.known.insert(Owner::Jail(number), BTreeSet::new());
         }
         side.known = failures.is_empty().then_some(jail);
-        host.desired.insert(Owner::Jail(number), outside);
-        if !host.known.contains_key(&Owner::Jail(number)) {
-            // Only this jail's part: what fails elsewhere on the host is not its VM's fault.
-            host.learn(number, &side.spec.name);
-        }
-        let settled = host.settle_one(Owner::Jail(number));
+        let settled = host.settle_jail(number, &side.spec.name);
+        steps.extend(first.steps);
         steps.extend(settled.steps);
+        failures.extend(first.failures);
         failures.extend(settled.failures);
         Settled { steps, failures }
     }
@@ -354,20 +359,19 @@ impl HostNetwork {
 
     /// Has no jail of this number; what leads its VM's addresses to another host stays.
     pub fn leave_jail(&self, number: u16) -> Settled {
-        let away = lock(&self.away).get(&number).cloned();
-        let mut settled = self.remove_jail(number);
-        let Some(routes) = away else { return settled };
-        lock(&self.away).insert(number, routes.clone());
-        let led = self.settle_way(number, routes);
-        settled.steps.extend(led.steps);
-        settled.failures.extend(led.failures);
-        settled
+        let away = lock(&self.away).get(&number).cloned().unwrap_or_default();
+        self.remove_all_but(number, away)
     }
 
     /// Has no jail of this number, and nothing on the host that leads to it. Fine if there is none.
     pub fn remove_jail(&self, number: u16) -> Settled {
-        let name = jail_name(self.spec.number, number);
         lock(&self.away).remove(&number);
+        self.remove_all_but(number, BTreeSet::new())
+    }
+
+    /// What stays leads to where the VM is: packets are on it all the time.
+    fn remove_all_but(&self, number: u16, stays: BTreeSet<Object>) -> Settled {
+        let name = jail_name(self.spec.number, number);
         let jail = lock(&self.jails).remove(&number);
         if let Some(jail) = &jail {
             lock(jail).ended = true;
@@ -377,11 +381,14 @@ impl HostNetwork {
             if !host.known.contains_key(&Owner::Jail(number)) {
                 host.learn(number, &name);
             }
-            host.desired.insert(Owner::Jail(number), BTreeSet::new());
+            let is_all = stays.is_empty();
+            host.desired.insert(Owner::Jail(number), stays);
             let mut settled = host.settle_one(Owner::Jail(number));
             settled.failures.extend(host.ground.remove_link(&name));
-            host.desired.remove(&Owner::Jail(number));
-            host.known.remove(&Owner::Jail(number));
+            if is_all {
+                host.desired.remove(&Owner::Jail(number));
+                host.known.remove(&Owner::Jail(number));
+            }
             settled
         };
         if let Err(error) = netns::delete_named(&name) {
@@ -460,6 +467,15 @@ impl HostNetwork {
 
 impl HostSide {
     /// Brings one owner's part to what it should be, trusting what is known.
+    /// Brings what leads to a jail to what it should be. Only this jail's part: what fails elsewhere on the host is not its
+    /// VM's fault.
+    fn settle_jail(&mut self, number: u16, name: &str) -> Settled {
+        if !self.known.contains_key(&Owner::Jail(number)) {
+            self.learn(number, name);
+        }
+        self.settle_one(Owner::Jail(number))
+    }
+
     fn settle_one(&mut self, owner: Owner) -> Settled {
         let Some(known) = self.known.get(&owner) else { return self.settle_all() };
         let empty = BTreeSet::new();

@@ -2,7 +2,8 @@
 //! Pure; the property tests carry plans out on sets.
 //!
 //! Attach: links, addresses, neighbours and routes first, then rules, then the elements that admit. Detach is the
-//! mirror: elements go first. Rules that somebody changed are loaded again whole, which empties their sets; so all
+//! mirror: elements go first. A route that changes goes the other way round, as packets are on it all the time: to a next
+//! hop before anything else, to a link when all that admits what goes there is in force. Rules that somebody changed are loaded again whole, which empties their sets; so all
 //! their elements follow in the same plan.
 
 use std::collections::BTreeSet;
@@ -40,8 +41,22 @@ pub fn plan(observed: &BTreeSet<Object>, desired: &BTreeSet<Object>) -> Vec<Step
     let present: BTreeSet<&Object> = observed.iter().filter(|object| !forgotten(object)).collect();
     // What admits goes first, and links last: removing one takes what is on it along.
     let removed = present.iter().rev().filter(|object| !desired.contains(**object) && !is_replaced(object, desired));
-    let made = desired.iter().filter(|object| !present.contains(object));
-    removed.map(|object| Step::Remove((*object).clone())).chain(made.map(|object| Step::Make(object.clone()))).collect()
+    let made = || desired.iter().filter(|object| !present.contains(object));
+    let changes = |object: &&Object| {
+        let alone = BTreeSet::from([(*object).clone()]);
+        matches!(object, Object::Route { .. }) && present.iter().any(|other| is_replaced(other, &alone))
+    };
+    let leads_away = |object: &&Object| {
+        let Object::Route { via: Some(_), link, place, .. } = object else { return false };
+        let is_made = |other: &Object| matches!(other, Object::Link { place: at, name, .. } if at == place && Some(name) == link.as_ref());
+        changes(object) && !made().any(is_made)
+    };
+    let leads_here = |object: &&Object| changes(object) && matches!(object, Object::Route { via: None, .. });
+    let make = |object: &Object| Step::Make(object.clone());
+    let first = made().filter(leads_away).map(make);
+    let removed = removed.map(|object| Step::Remove((*object).clone()));
+    let rest = made().filter(|object| !leads_away(object) && !leads_here(object)).map(make);
+    first.chain(removed).chain(rest).chain(made().filter(leads_here).map(make)).collect()
 }
 
 /// Whether a link, neighbour or route is only made different: the kernel replaces it in place.

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::fabric::{Fabric, run};
 use super::fixture::{Agent, text};
+use super::witness;
 
 /// Writes all the time, faster than a slow stream takes it.
 const WRITE: &str = "cd /tmp; (while :; do dd if=/dev/urandom of=written bs=1M count=4; done) > /dev/null 2>&1 &
@@ -36,11 +37,13 @@ fn state(migration: &Value) -> &str {
 
 pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     let fabric = Fabric::start("routed");
-    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    let (a, b, c) = (fabric.agent(0), fabric.agent(1), fabric.agent(2));
     let bundle = a.json(&["bundle", "build", "--name", "base", "--memory", "128"]);
     let id = bundle["id"].as_str().expect("an id");
     // As people copy bundles: the directory is all of it.
-    copy(&bundles(a).join(id), &bundles(b).join(id));
+    for other in [b, c] {
+        copy(&bundles(a).join(id), &bundles(other).join(id));
+    }
     let user_data = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(&user_data, "of the session").expect("write it");
     let path = user_data.path().display().to_string();
@@ -49,6 +52,7 @@ pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
         a.ok(&["vm", "launch", "--bundle", "base", "--name", name, "--session", "517"]);
     }
     there_by_several_connections_and_back(&fabric, id);
+    witness::of_moves_in_the_guest(&fabric, "one");
     slow_and_cancelled(&fabric);
     unconverged(&fabric);
     stopped_meanwhile(&fabric);
@@ -178,9 +182,11 @@ fn evacuated(fabric: &Fabric) {
         let host = a.vm(name)["handed_to"].as_str().expect("a host").to_owned();
         let there = fabric.agent(if host == fabric.name(1) { 1 } else { 2 });
         assert_eq!(there.sh(name, "echo here"), "here");
-        there.ok(&["vm", "rm", name, "--timeout", "0"]);
+        there.ok(&["vm", "migrate", name, "--to", fabric.name(0)]);
     }
-    a.ok(&["vm", "rm", "tied", "--timeout", "0"]);
+    for name in ["one", "three", "four", "tied"] {
+        a.ok(&["vm", "rm", name, "--timeout", "0"]);
+    }
     let metrics = a.curl(&[], "/metrics").1;
     for wanted in
         ["hearth_move_pause_seconds_count{way=\"migration\"}", "hearth_move_sent_bytes_total{way=\"migration\"}"]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::fabric::{Fabric, run};
+use super::fabric::Fabric;
 use super::fixture::Agent;
 use super::probe;
 
@@ -74,49 +74,37 @@ fn pause(agent: &Agent) -> (f64, f64) {
     (number(last, "pause_ms"), number(&last["moved"], "held_ms"))
 }
 
-pub(crate) fn of_moves_in_the_guest(_shared: &Agent) {
-    let fabric = Fabric::start("routed");
-    let (a, b, c) = (fabric.agent(0), fabric.agent(1), fabric.agent(2));
-    let bundle = a.json(&["bundle", "build", "--name", "base", "--memory", "128"]);
-    let id = bundle["id"].as_str().expect("an id");
-    for other in [b, c] {
-        let (from, to) = (a.state().join("bundles").join(id), other.state().join("bundles").join(id));
-        run("cp", &["-a", &from.display().to_string(), &to.display().to_string()]);
-    }
-    for agent in [a, c] {
-        agent.ok(&["session", "create", "--id", "517"]);
-    }
-    a.ok(&["vm", "launch", "--bundle", "base", "--name", "mover", "--session", "517"]);
+/// With a VM on the first host, and another one of its session on the third, of a bundle that is there.
+pub(crate) fn of_moves_in_the_guest(fabric: &Fabric, mover: &str) {
+    let (a, c) = (fabric.agent(0), fabric.agent(2));
+    c.ok(&["session", "create", "--id", "517"]);
     c.ok(&["vm", "launch", "--bundle", "base", "--name", "far", "--session", "517"]);
-    probe::install(a, "mover");
+    probe::install(a, mover);
     probe::install(c, "far");
-    no_packet_is_lost(&fabric);
-    it_stood_still_as_long_as_is_told(&fabric);
-    for (agent, name) in [(a, "mover"), (c, "far")] {
-        agent.ok(&["vm", "rm", name, "--timeout", "0"]);
-    }
-    fabric.finish();
+    no_packet_is_lost(fabric, mover);
+    it_stood_still_as_long_as_is_told(fabric, mover);
+    c.ok(&["vm", "rm", "far", "--timeout", "0"]);
 }
 
 /// Every numbered datagram reaches the guest once and in order, wherever it is at the moment.
-fn no_packet_is_lost(fabric: &Fabric) {
+fn no_packet_is_lost(fabric: &Fabric, mover: &str) {
     let (a, c) = (fabric.agent(0), fabric.agent(2));
-    let address = a.vm("mover")["addresses"][0].as_str().expect("an address").to_owned();
+    let address = a.vm(mover)["addresses"][0].as_str().expect("an address").to_owned();
     // Received by the kernel as they come, read afterwards: on these hosts a program needs a guest's processor for longer
     // than the kernel does.
-    Beside::in_guest(a, "mover", "count udp 7000 --seconds 90", "counted");
+    Beside::in_guest(a, mover, "count udp 7000 --seconds 90", "counted");
     let send = format!("send udp {address} 7000 --rate {RATE} --seconds {SECONDS}");
     let sending = Beside::start(c, "far", &send);
     let begun = Instant::now();
     let mut place = 0;
     for _ in 0..WAYS {
         let to = 1 - place;
-        fabric.agent(place).ok(&["vm", "migrate", "mover", "--to", fabric.name(to)]);
+        fabric.agent(place).ok(&["vm", "migrate", mover, "--to", fabric.name(to)]);
         place = to;
     }
     println!("    {WAYS} ways in {:.1} s", begun.elapsed().as_secs_f64());
     let sent = sending.result();
-    let counted = said_in_guest(fabric.agent(place), "mover", "counted", "count");
+    let counted = said_in_guest(fabric.agent(place), mover, "counted", "count");
     println!("    sent {sent}\n    seen {counted}");
     assert_eq!(number(&sent, "unsent"), 0.0, "{sent}");
     assert!(begun.elapsed() < Duration::from_secs(SECONDS.into()) || number(&sent, "sent") > 0.0);
@@ -124,25 +112,25 @@ fn no_packet_is_lost(fabric: &Fabric) {
         assert_eq!(number(&counted, what), 0.0, "{counted}");
     }
     if place == 1 {
-        fabric.agent(1).ok(&["vm", "migrate", "mover", "--to", fabric.name(0)]);
+        fabric.agent(1).ok(&["vm", "migrate", mover, "--to", fabric.name(0)]);
     }
 }
 
 /// Its own counter shows each pause, and no clock of it ever goes back or jumps.
-fn it_stood_still_as_long_as_is_told(fabric: &Fabric) {
+fn it_stood_still_as_long_as_is_told(fabric: &Fabric, mover: &str) {
     let a = fabric.agent(0);
     // Without a move: what the host itself takes away.
-    Beside::in_guest(a, "mover", "stall --seconds 4", "floor");
-    let floor = said_in_guest(a, "mover", "floor", "looks");
-    Beside::in_guest(a, "mover", "stall --seconds 12", "stalls");
+    Beside::in_guest(a, mover, "stall --seconds 4", "floor");
+    let floor = said_in_guest(a, mover, "floor", "looks");
+    Beside::in_guest(a, mover, "stall --seconds 12", "stalls");
     let (mut place, mut pauses) = (0, Vec::new());
     for _ in 0..WAYS {
         let to = 1 - place;
-        fabric.agent(place).ok(&["vm", "migrate", "mover", "--to", fabric.name(to)]);
+        fabric.agent(place).ok(&["vm", "migrate", mover, "--to", fabric.name(to)]);
         pauses.push(pause(fabric.agent(place)));
         place = to;
     }
-    let seen = said_in_guest(fabric.agent(place), "mover", "stalls", "looks");
+    let seen = said_in_guest(fabric.agent(place), mover, "stalls", "looks");
     println!("    pauses (until ready) as told: {pauses:.1?}\n    floor {floor}\n    seen {seen}");
     for clock in ["backwards", "clock_backwards"] {
         assert_eq!(number(&seen, clock), 0.0, "{seen}");

@@ -174,6 +174,78 @@ fn who_moves_to_another_host_is_reached_there_over_vxlan() {
     on_own_host(|| who_moves_is_reached(true, Addressing::Invariant));
 }
 
+/// Numbers of the packets that wait in a tap, in their order.
+fn numbers(tap: &TapEnd) -> Vec<u32> {
+    let number = |frame: Vec<u8>| {
+        let text = String::from_utf8_lossy(&frame).into_owned();
+        text.split("number;").nth(1)?.split(';').next()?.parse().ok()
+    };
+    std::iter::from_fn(|| tap.take()).filter_map(number).collect()
+}
+
+/// While a VM moves, packets to it come all the time. Each of them waits where it was, or where it is.
+fn none_is_lost_to_who_moves(vxlan: bool) {
+    let mut world = World::over(vxlan);
+    let (home, near) = (world.vm(0, X, Addressing::Guest), world.vm(0, X, Addressing::Guest));
+    let (tap, sender) = (world.tap(&home), world.tap(&near));
+    // The hosts know each other, as those do whose agents speak.
+    let far = world.vm(1, X, Addressing::Guest);
+    let (near, far) = ((near, sender), (far.clone(), world.tap(&far)));
+    assert_passes(&near, &far, 4);
+    let (near, sender) = near;
+    let there = world.vm_of(1, home.member.clone());
+    let there_tap = world.tap(&there);
+    let (from, to) = (near.inner().v6, home.outer().v6);
+    let member = near.member.clone();
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let network = &world.hosts[0].network;
+    let addresses = [home.outer().v6.into(), home.outer().v4.unwrap().into()];
+    let (sent, mut came) = thread::scope(|scope| {
+        let sending = scope.spawn(|| {
+            let mut number = 0_u32;
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                let text = format!("number;{number};");
+                let datagram = udp(SocketAddr::from((from, 7000)), SocketAddr::from((to, 7000)), text.as_bytes());
+                sender.send(&sender.framed(&member, &ipv6(from, to, protocol::UDP, &datagram)));
+                number += 1;
+                thread::sleep(Duration::from_micros(100));
+            }
+            number
+        });
+        tap.wait_for(|frame| has(frame, "number;20;")).expect("they come");
+        let mut came = numbers(&tap);
+        assert_done(&network.lead_elsewhere(home.jail, 1, &addresses, world.hosts[1].number.try_into().unwrap()));
+        // As the VMM sends them after it: none comes any more.
+        came.extend(numbers(&tap));
+        assert_done(&network.leave_jail(home.jail));
+        thread::sleep(Duration::from_millis(20));
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        (sending.join().unwrap(), came)
+    });
+    for _ in 0..500 {
+        came.extend(numbers(&there_tap));
+        if came.last() == Some(&(sent - 1)) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    // The twenty that were waited for were taken out one by one.
+    let first = came.first().copied().unwrap();
+    assert!(first <= 21, "{first}");
+    assert_eq!(came, (first..sent).collect::<Vec<_>>(), "each once, in order");
+    assert_done(&world.hosts[0].network.remove_jail(home.jail));
+}
+
+#[test]
+fn no_packet_is_lost_to_who_moves() {
+    on_own_host(|| none_is_lost_to_who_moves(false));
+}
+
+#[test]
+fn no_packet_is_lost_to_who_moves_over_vxlan() {
+    on_own_host(|| none_is_lost_to_who_moves(true));
+}
+
 #[test]
 fn a_vm_is_led_to_no_stranger() {
     on_own_host(|| {
