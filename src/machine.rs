@@ -66,7 +66,7 @@ use device::Device as _;
 use layout::Slot;
 use serial::SerialPort;
 use time::{ClockOverflow, Stopped};
-use vcpu::{PausedTsc, RunClock, Surroundings, VcpuThread};
+use vcpu::{PausedTsc, RunClock, SharedClock, Surroundings, VcpuThread};
 use vcpu_saved::MsrIndices;
 use virtio::{BalloonCounts, DeviceLoop, NetCounts};
 use vm_saved::ClockReading;
@@ -126,6 +126,7 @@ pub struct Machine {
     events: MachineEvents,
     counters: Arc<Counters>,
     dirty: Harvester,
+    clock: SharedClock,
     vm: Arc<Vm>,
 }
 
@@ -278,7 +279,7 @@ impl Machine {
     fn adjust_clocks(&self, time: GuestTime) -> Result<RunClock, ResumeError> {
         let restored = self.restored;
         let Some(stood) = self.stopped else { return Ok(RunClock { tsc_offset: None, restored }) };
-        let now = vm_saved::read_clock(&self.vm).map_err(ResumeError::Call)?;
+        let now = vm_saved::read_clock(&self.vm, &*self.clock.0).map_err(ResumeError::Call)?;
         let adjusted = time::adjust(stood.stopped(), now.host(), time).map_err(ResumeError::Clock)?;
         vm_saved::set_clock(&self.vm, adjusted.kvmclock_ns).map_err(ResumeError::Call)?;
         let told = now.host_tsc != 0 && stood.clock.host_tsc != 0;
@@ -293,7 +294,7 @@ impl Machine {
         self.pause_devices();
         // True from here on, even if the clocks cannot be read.
         self.state = next;
-        let clock = vm_saved::read_clock(&self.vm).map_err(PauseError::Call)?;
+        let clock = vm_saved::read_clock(&self.vm, &*self.clock.0).map_err(PauseError::Call)?;
         self.stopped = tscs.first().map(|tsc| StoodStill { clock, tsc: *tsc });
         Ok(())
     }

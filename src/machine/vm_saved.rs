@@ -9,6 +9,7 @@ use kvm_bindings::{
 use serde::{Deserialize, Serialize};
 
 use super::time::HostNow;
+use crate::clock::Clock;
 use crate::saved::{Saved, SectionKind};
 use crate::sys::kvm::plain::{Plain, WrongLength};
 use crate::sys::kvm::{CallError, Vm};
@@ -25,7 +26,7 @@ const CHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQC
 pub(super) struct ClockReading {
     /// kvmclock, nanoseconds.
     pub(super) kvmclock_ns: u64,
-    /// The host's real time, nanoseconds since the Unix epoch; 0 when KVM does not tell.
+    /// The host's real time, nanoseconds since the Unix epoch; 0 in states of versions that took it from KVM alone.
     pub(super) realtime_ns: u64,
     /// The host's TSC; 0 when KVM does not tell.
     pub(super) host_tsc: u64,
@@ -83,13 +84,15 @@ pub enum RestoreVmError {
     Call(#[source] CallError),
 }
 
-/// Reads all clocks at once.
-pub(super) fn read_clock(vm: &Vm) -> Result<ClockReading, CallError> {
+/// Reads all clocks at once. Where KVM does not tell real time with its own, as it does not when it cannot follow the
+/// host's TSC, it is read right after: microseconds apart, and the pause is not lost.
+pub(super) fn read_clock(vm: &Vm, clock_of_host: &dyn Clock) -> Result<ClockReading, CallError> {
     let clock = vm.fd().get_clock().map_err(CallError::of("KVM_GET_CLOCK"))?;
+    let wall = clock_of_host.wall();
     let told = |flag: u32, value: u64| if clock.flags & flag == 0 { 0 } else { value };
     Ok(ClockReading {
         kvmclock_ns: clock.clock,
-        realtime_ns: told(CLOCK_REALTIME, clock.realtime),
+        realtime_ns: if clock.flags & CLOCK_REALTIME == 0 { wall.0 } else { clock.realtime },
         host_tsc: told(CLOCK_HOST_TSC, clock.host_tsc),
     })
 }

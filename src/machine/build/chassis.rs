@@ -185,6 +185,7 @@ impl Chassis {
             restored: stopped.is_some(),
             stopped,
             dirty,
+            clock: SharedClock(clock),
             capabilities,
             vm,
         })
