@@ -279,7 +279,14 @@ impl Machine {
     fn adjust_clocks(&self, time: GuestTime) -> Result<RunClock, ResumeError> {
         let restored = self.restored;
         let Some(stood) = self.stopped else { return Ok(RunClock { tsc_offset: None, restored }) };
-        let now = vm_saved::read_clock(&self.vm, &*self.clock.0).map_err(ResumeError::Call)?;
+        let read = || vm_saved::read_clock(&self.vm, &*self.clock.0).map_err(ResumeError::Call);
+        let mut now = read()?;
+        if now.host_tsc == 0 && stood.clock.host_tsc != 0 {
+            // KVM finds out whether it can tell the host's TSC when a vCPU runs or a clock is set: in a VM that was
+            // restored neither has happened. Without it the offset of another host would be kept.
+            vm_saved::set_clock(&self.vm, stood.clock.kvmclock_ns).map_err(ResumeError::Call)?;
+            now = read()?;
+        }
         let adjusted = time::adjust(stood.stopped(), now.host(), time).map_err(ResumeError::Clock)?;
         vm_saved::set_clock(&self.vm, adjusted.kvmclock_ns).map_err(ResumeError::Call)?;
         let told = now.host_tsc != 0 && stood.clock.host_tsc != 0;

@@ -216,11 +216,15 @@ impl HostVmm {
 
     pub(super) fn forward_blocking(&self, vm: &VmRecord, epoch: u64) -> Result<u64, AskError> {
         let mut source = self.conversation(vm, epoch, Part::Only)?;
-        let forward = Request::ForwardPackets { last: true };
-        let Answer::Forwarded { packets } = exchange(&mut source, vm, &forward, &[], self.move_limit())? else {
-            return Err(AskError::Unexpected);
+        let mut forward = |last| {
+            let forward = Request::ForwardPackets { last };
+            let Answer::Forwarded { packets } = exchange(&mut source, vm, &forward, &[], self.move_limit())? else {
+                return Err(AskError::Unexpected);
+            };
+            Ok(packets)
         };
-        Ok(packets)
+        // What was on its way to the taps when the routes changed has come to them by the second time.
+        Ok(forward(false)? + forward(true)?)
     }
 }
 

@@ -101,3 +101,24 @@ fn the_clock_follows_real_time_when_asked() {
     let real = after.ended.since(before.begun);
     assert!(passed >= STILL && passed <= real, "{passed:?} in {real:?}");
 }
+
+/// As when it is restored on another host while its pause is a part of its time: there KVM knows of no clocks yet.
+#[test]
+fn the_clock_follows_real_time_over_a_restore() {
+    let host = SystemClock::new();
+    let (mut machine, _) = boot(1, clock_guest().kernel());
+    let mut before = look(&host, &mut machine);
+    for _ in 0..3 {
+        let (sections, memory) = (machine.save().unwrap(), memory_image(&machine));
+        machine.stop();
+        std::thread::sleep(STILL);
+        machine = restore(memory, sections, &Console::default()).unwrap();
+        machine.resume_with(GuestTime::Passes { at_most_ns: u64::MAX }).unwrap();
+        let after = look(&host, &mut machine);
+        assert!(after.tsc > before.tsc, "the TSC went back by {}", before.tsc - after.tsc);
+        let passed = after.clock - before.clock;
+        let real = after.ended.since(before.begun);
+        assert!(passed >= STILL && passed <= real, "{passed:?} in {real:?}");
+        before = after;
+    }
+}
