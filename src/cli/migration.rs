@@ -7,7 +7,8 @@ use super::value::{ReferenceWord, duration_ms, number, seconds};
 pub(super) const MIGRATE_HELP: &str = "\
 Memory is copied while the guest runs, encrypted; then it stands still for milliseconds and goes on at the other host, with
 its addresses and its network connections. Until that host has it whole, every failure leaves it running here. Programs run
-by `vm exec`, and consoles, are cut off. What ties a VM to its host is refused: disks, published ports, a cluster.
+by `vm exec`, and consoles, are cut off. What ties a VM to its host is refused: disks that only it sees, published ports, a
+cluster.
 
 Ctrl-C leaves it on its way; `hearth migration cancel` gives it up. A guest that writes faster than its memory is copied is
 slowed down, then moved with a longer pause, or left where it is: see --no-throttle and --on-nonconverge.
@@ -103,7 +104,7 @@ pub enum MigrationCommand {
 /// `hearth host evacuate`.
 #[derive(Debug, Clone, Args)]
 pub struct EvacuateArgs {
-    /// Name of the host they move to [default: whichever takes each]
+    /// Name of the host they move to; `auto` for whichever takes each
     #[arg(long, value_name = "PEER", default_value = "auto")]
     pub to: ReferenceWord,
     /// How many are moved at once

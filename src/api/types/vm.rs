@@ -110,8 +110,8 @@ pub struct Disk {
     #[serde(default)]
     pub read_only: bool,
     /// Other hosts see the same file at this path, and what one has written the next one reads: the VM can be moved to
-    /// them.
-    #[serde(default)]
+    /// them. Left out when not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
 }
 
