@@ -135,13 +135,8 @@ The VM boots the image, so that all of its memory goes over. Pause is the time i
 knows that it runs at the other host. Both agents' sockets have to be on this machine: forward the other one's, if it is
 elsewhere (ssh -L).
 
-With --probe the guest itself tells how long it stood still, by its time stamp counter, and what it wrote: the traffic tool
-of Hearth's tests (scripts/guest-probe builds it) is copied into it. So many of the longest times in which it did not run
-count as there were ways, 16 at most.
-
-Examples:
-  hearth bench migrate --to host-b --back-socket /run/b/api.sock --back-to host-a --count 20 --memory 128
-  hearth bench migrate ... --probe $(scripts/guest-probe) --writes 0 --writes 10 --writes 50 --connections 2";
+Example:
+  hearth bench migrate --to host-b --back-socket /run/b/api.sock --back-to host-a --count 20 --memory 128";
 
 /// `hearth bench migrate`.
 #[derive(Debug, Clone, Args)]
@@ -173,12 +168,6 @@ pub struct BenchMigrateArgs {
     /// Number of connections
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub connections: u8,
-    /// Traffic tool to copy into the guest, which tells what it sees
-    #[arg(long, value_name = "FILE", env = "HEARTH_PROBE", hide_env_values = true)]
-    pub probe: Option<PathBuf>,
-    /// MB a second that the guest writes meanwhile, as far as it can; may be given several times [default: 0]
-    #[arg(long, value_name = "MB", requires = "probe", value_parser = clap::value_parser!(u32).range(0..=1000))]
-    pub writes: Vec<u32>,
 }
 
 /// `hearth bench snapshot`.

@@ -42,16 +42,6 @@ pub enum BenchError {
         /// How it ended.
         exit: Exit,
     },
-    /// A command in the guest failed.
-    #[error("run {command:?} in {vm}: {said}")]
-    Guest {
-        /// The VM.
-        vm: String,
-        /// The command.
-        command: String,
-        /// What it said.
-        said: String,
-    },
     /// There is no bundle to launch from.
     #[error("build a bundle: {message}")]
     Build {
@@ -102,7 +92,6 @@ impl BenchError {
                 Some("run it as root, or without --cold".to_owned())
             }
             Self::NotTrue { .. }
-            | Self::Guest { .. }
             | Self::Build { .. }
             | Self::Snapshot { .. }
             | Self::Signals(_)
