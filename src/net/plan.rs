@@ -3,8 +3,8 @@
 //!
 //! Attach: links, addresses, neighbours and routes first, then rules, then the elements that admit. Detach is the
 //! mirror: elements go first. A route that changes goes the other way round, as packets are on it all the time: to a next
-//! hop before anything else, to a link when all that admits what goes there is in force. Rules that somebody changed are loaded again whole, which empties their sets; so all
-//! their elements follow in the same plan.
+//! hop before anything else, to a link when all that admits what goes there is in force. Rules that somebody changed are
+//! loaded again whole, which empties their sets; so all their elements follow in the same plan.
 
 use std::collections::BTreeSet;
 
