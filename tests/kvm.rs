@@ -20,6 +20,7 @@ mod kvm {
     pub(crate) mod ends;
     pub(crate) mod exec;
     pub(crate) mod fabric;
+    pub(crate) mod faults;
     pub(crate) mod fixture;
     pub(crate) mod forbidden;
     pub(crate) mod hand_over;
@@ -33,6 +34,7 @@ mod kvm {
     pub(crate) mod outside;
     pub(crate) mod pause;
     pub(crate) mod probe;
+    pub(crate) mod prove;
     pub(crate) mod refusals;
     pub(crate) mod storm;
     pub(crate) mod swap;
@@ -111,6 +113,8 @@ const TESTS: &[Test] = &[
     ("hand_over_with_harm_costs_no_vm", kvm::hand_over::with_harm_costs_no_vm),
     ("moves_are_watched_cancelled_and_refused", kvm::moves::are_watched_cancelled_and_refused),
     ("migrate_there_and_back_loses_nothing", kvm::migrate::there_and_back_loses_nothing),
+    ("prove_many_migrations_lose_nothing", kvm::prove::many_migrations_lose_nothing),
+    ("prove_faults_leave_one_copy", kvm::faults::leave_one_copy),
     ("host_wall_clock_that_is_set_changes_no_vm", kvm::host_harm::a_wall_clock_that_is_set_changes_no_vm),
     ("host_drain_stops_the_vms_and_says_so", kvm::host_harm::a_drain_stops_the_vms_and_says_so),
     ("host_ledger_put_back_finds_the_vms_it_knows", kvm::host_harm::a_ledger_put_back_finds_the_vms_it_knows),

@@ -76,9 +76,25 @@ impl Fabric {
 
     /// A program of this machine, outside of the fabric.
     pub(crate) fn outside(&self, program: &Path) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{WIRE}")).arg(program);
-        command
+        inside(WIRE, program)
+    }
+
+    /// A program of this machine, in a host's own namespace.
+    pub(crate) fn on(&self, host: usize, program: &Path) -> Command {
+        inside(HOSTS[host], program)
+    }
+
+    /// Gives a host an address of a session of its own: what is there is a member of it, by its address alone.
+    pub(crate) fn join(&self, host: usize, session: u16) -> String {
+        let prefix = PREFIX.trim_end_matches("::/48");
+        let address = format!("{prefix}:{:x}:0:{session:x}:0:3e7", NUMBERS[host]);
+        run("ip", &["-n", HOSTS[host], "address", "add", &format!("{address}/128"), "dev", "wire", "nodad"]);
+        address
+    }
+
+    /// A host's end of the wire, in the namespace of the bridge.
+    pub(crate) fn port(&self, host: usize) -> (&'static str, String) {
+        (WIRE, format!("port{}", NUMBERS[host]))
     }
 
     /// A host's name.
@@ -119,6 +135,13 @@ impl Fabric {
             assert!(!namespaces.contains(&format!("{prefix}-")), "jails of {name}: {namespaces}");
         }
     }
+}
+
+/// A program in a named network namespace.
+pub(crate) fn inside(namespace: &str, program: &Path) -> Command {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{namespace}")).arg(program);
+    command
 }
 
 impl Drop for Fabric {

@@ -17,7 +17,7 @@ use super::swap::{WARM_UP, held, ticks};
 const MOMENTS: [u64; 12] = [0, 4, 8, 12, 16, 20, 25, 30, 40, 50, 70, 100];
 
 /// Processes that are VMMs of this VM, by their arguments.
-fn processes(id: &str) -> Vec<u32> {
+pub(super) fn processes(id: &str) -> Vec<u32> {
     let named = |entry: std::fs::DirEntry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         let words = std::fs::read(entry.path().join("cmdline")).ok()?;

@@ -46,28 +46,41 @@ fn still_talks(agent: &Agent) {
 }
 
 /// The last operation of a kind.
-fn last(agent: &Agent, kind: &str) -> Value {
+pub(super) fn last(agent: &Agent, kind: &str) -> Value {
     let operations = agent.json(&["operation", "ls"]);
     let all = operations["operations"].as_array().expect("a list");
     all.iter().find(|operation| operation["kind"] == kind).cloned().expect("one of them")
 }
 
-fn migrate(fabric: &Fabric, from: usize, to: usize) {
+/// How a migration went.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Moved {
+    /// From the request to the answer.
+    pub(super) took: Duration,
+    /// How long no vCPU ran, in milliseconds, as the agents have it.
+    pub(super) pause_ms: f64,
+    /// Of that, until it stood ready on the other host.
+    pub(super) held_ms: f64,
+}
+
+/// Has `mover` go from host to host.
+pub(super) fn migrate(fabric: &Fabric, from: usize, to: usize) -> Moved {
     let begun = Instant::now();
     fabric.agent(from).ok(&["vm", "migrate", "mover", "--to", fabric.name(to)]);
     let took = begun.elapsed();
     let left = last(fabric.agent(from), "vm_leave");
-    let (pause, moved) = (left["pause_ms"].as_f64().expect("a pause"), &left["moved"]);
+    let (pause_ms, moved) = (left["pause_ms"].as_f64().expect("a pause"), &left["moved"]);
+    let held_ms = moved["held_ms"].as_f64().expect("a time");
     println!(
-        "    {} to {}: {} ms, of which it stood still for {pause:.1} (held until ready {:.1}); {} rounds, {} pages",
+        "    {} to {}: {} ms, of which it stood still for {pause_ms:.1} (held until ready {held_ms:.1}); {} rounds, {} pages",
         fabric.name(from),
         fabric.name(to),
         took.as_millis(),
-        moved["held_ms"].as_f64().expect("a time"),
         moved["rounds"],
         moved["pages"],
     );
     assert_eq!(fabric.agent(to).vm("mover")["state"], "running");
+    Moved { took, pause_ms, held_ms }
 }
 
 pub(crate) fn there_and_back_loses_nothing(_shared: &Agent) {

@@ -78,6 +78,56 @@ impl Counting {
     }
 }
 
+/// The tool at work, until it is told to end by its standard input.
+pub(crate) struct Tool(Child, BufReader<ChildStdout>);
+
+impl Tool {
+    /// By a command that runs it, when it has said that it began.
+    pub(crate) fn start(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start the tool");
+        let lines = BufReader::new(child.stdout.take().expect("its output"));
+        let mut tool = Self(child, lines);
+        tool.line();
+        tool
+    }
+
+    /// The next thing it says.
+    pub(crate) fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.1.read_line(&mut line).expect("read");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+
+    /// Its result; it may be told to end before it does by itself.
+    pub(crate) fn result(mut self, end: bool) -> Value {
+        if end {
+            drop(self.0.stdin.take());
+        }
+        let mut said = String::new();
+        self.1.read_to_string(&mut said).expect("read");
+        self.0.wait().expect("wait");
+        parsed(&said)
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The last of the tool's lines.
+pub(crate) fn parsed(said: &str) -> Value {
+    let line = said.trim().lines().last().unwrap_or_default();
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("{said:?}: {error}"))
+}
+
+/// A number of what the tool said.
+pub(crate) fn number(said: &Value, name: &str) -> u64 {
+    said[name].as_u64().unwrap_or_else(|| panic!("{name}: {said}"))
+}
+
 /// How many of these questions, each asked of every address by a guest, are answered.
 pub(crate) fn reached(agent: &Agent, vm: &str, addresses: &[String], questions: &[&str], wait_ms: u32) -> usize {
     let lines: Vec<String> = addresses

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use crate::report::{Answers, Report};
+use crate::stdin::Stdin;
 use crate::words::{Words, socket_address};
 use crate::{ProbeError, failed};
 
@@ -22,6 +23,7 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
     let count: u16 = words.option("count")?.unwrap_or(1);
     let from: Option<IpAddr> = words.option("from")?;
     let every = Duration::from_millis(words.option("every-ms")?.unwrap_or(0));
+    let mut ending = Stdin::of(&mut words)?;
     words.end()?;
     let mut answers = Answers::default();
     match by.as_str() {
@@ -43,7 +45,10 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
                 let answer = question.on_stream(&stream, number);
                 let is_over = answer.is_err();
                 answers.take(answer);
-                if is_over {
+                if number == 0 && ending.is_asked() {
+                    Report::new("ask").number("talking", !is_over).print();
+                }
+                if is_over || ending.has_ended()? {
                     break;
                 }
                 std::thread::sleep(every);

@@ -26,8 +26,9 @@ probe serve --seconds N [--port P]
       echoes TCP and UDP over IPv4 and IPv6; says when it listens, and at the end what it served
 probe ask tcp|udp ADDRESS PORT [--bytes N] [--count K] [--wait-ms W] [--from ADDRESS] [--text WORD]
       sends N bytes K times, each after the answer to the one before or W milliseconds; fails unless all come back
-probe ask stream ADDRESS PORT [--bytes N] [--count K] [--every-ms E] [--wait-ms W]
-      the same on one TCP connection; fails when it is cut
+probe ask stream ADDRESS PORT [--bytes N] [--count K] [--every-ms E] [--wait-ms W] [--while stdin]
+      the same on one TCP connection; fails when it is cut; told by its standard input when to end, it says when it was
+      answered first
 probe ping ADDRESS [--bytes N] [--count K] [--wait-ms W]
       the same by ICMP or ICMPv6 echo
 probe forge --interface I --gateway-mac M --to6 A [--to4 A] --as6 A [--as4 A] --own6 A [--own4 A]

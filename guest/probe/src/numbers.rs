@@ -117,6 +117,11 @@ impl Tally {
         within + self.given_up + self.tail(total)
     }
 
+    /// Runs of numbers that have not come, but for those behind the highest that did and those that were given up.
+    pub fn missing(&self) -> impl Iterator<Item = Range<u64>> {
+        self.holes.iter().map(|(start, end)| *start..*end)
+    }
+
     /// The longest run of numbers none of which came.
     pub fn longest_hole(&self, total: Option<u64>) -> u64 {
         let within = self.holes.iter().map(|(start, end)| end - start).max().unwrap_or(0);

@@ -30,6 +30,11 @@ impl Stdin {
         }
     }
 
+    /// Whether that means anything.
+    pub(crate) fn is_asked(&self) -> bool {
+        self.is_asked
+    }
+
     /// Whether it was closed, if that means anything.
     pub(crate) fn has_ended(&mut self) -> Result<bool, ProbeError> {
         if !self.is_asked || Instant::now() < self.next {

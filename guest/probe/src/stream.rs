@@ -22,6 +22,9 @@ const BUFFER_BYTES: usize = 32 << 20;
 /// Longest wait between two looks at whether to end.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// Most runs of missing numbers that are named.
+const HOLES_SHOWN: usize = 16;
+
 /// After the sender said how many there are, those that are missing are waited for so long.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -52,7 +55,13 @@ pub(crate) fn count(mut words: Words) -> Result<bool, ProbeError> {
     let mut buffer = vec![0; 65_536];
     while Instant::now() < deadline && !counted.is_whole() {
         match socket.recv_from(&mut buffer) {
-            Ok((length, _)) => counted.take(&buffer[..length]),
+            Ok((length, _)) => {
+                counted.take(&buffer[..length]);
+                // A stream may never pause; one that is read late is read to its end.
+                if read.is_none() && stdin.has_ended()? {
+                    break;
+                }
+            }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 // Only when nothing is left to be read.
                 if counted.is_waited_for() || stdin.has_ended()? {
@@ -179,6 +188,8 @@ impl Counted {
     fn print(&self, report: Report) -> bool {
         let (first, last) = self.tally.bounds().unwrap_or((0, 0));
         let lost = self.tally.lost(self.total);
+        let holes: Vec<String> =
+            self.tally.missing().take(HOLES_SHOWN).map(|hole| format!("[{},{}]", hole.start, hole.end - 1)).collect();
         report
             .number("stream", self.stream.unwrap_or(0))
             .number("ended", self.total.is_some())
@@ -187,6 +198,7 @@ impl Counted {
             .number("first", first)
             .number("last", last)
             .number("lost", lost)
+            .number("holes", format!("[{}]", holes.join(",")))
             .number("longest_hole", self.tally.longest_hole(self.total))
             .number("duplicates", self.tally.duplicates())
             .number("out_of_order", self.tally.out_of_order())
