@@ -426,8 +426,8 @@ impl<W: World> Agent<W> {
             Ok(Err(_)) if vm.record.borrow().state == VmState::Gone => return Err(ArriveError::Unknown { id }),
             Ok(Err(_)) | Err(_) => return Err(ArriveError::NotYet { id }),
         };
-        // One that was to come back, and did not, is again where it was handed to, or nowhere.
-        let is_lost = matches!(state, VmState::Gone | VmState::Failed { .. } | VmState::HandedOver);
+        // One that was to come back, and did not, is again where it was handed to. One that failed has run here.
+        let is_lost = matches!(state, VmState::Gone | VmState::HandedOver);
         if is_lost { Err(ArriveError::Unknown { id }) } else { Ok(done) }
     }
 

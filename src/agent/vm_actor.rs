@@ -560,13 +560,9 @@ impl<W: World> VmActor<W> {
         remains.at = Some(self.shared.world.clock().wall());
         remains.exit = Some(end.to_string());
         let event = match (&operation, end_event(words, end)) {
-            // Of a machine on its way here: what it was, it still is on the other host, until that was decided.
+            // Of a machine on its way here: what became of it, the host tells that it came from.
             (Some(operation), Event::VmmFailed { cause }) if operation.goal == Goal::Arrive => {
-                if has_no_way_back(operation, &cause) {
-                    Event::UndoFailed { cause }
-                } else {
-                    Event::WorkFailed { cause }
-                }
+                Event::WorkFailed { cause }
             }
             (_, event) => event,
         };

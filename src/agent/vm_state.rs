@@ -557,7 +557,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Saving { then_running: true } => step_to(state.clone(), &UNDO_SNAPSHOT),
             S::Saving { then_running: false } => step_to(state.clone(), &UNDO_SNAPSHOT[..1]),
             S::Sending => step_to(S::Sending, &UNDO_SEND),
-            // Before it was decided: there is nothing of it here that is needed.
+            // Before it was decided there is nothing of it here that is needed; afterwards it was lost before it ever ran
+            // here, and the host it came from tells of that.
             S::Arriving { returning: false } => step_to(S::Gone, &FORGET),
             S::Arriving { returning: true } => step_to(S::HandedOver, &LEAVE_AGAIN),
             // It is the other host's, whatever is left here.
@@ -580,7 +581,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             }
             S::HandingOver { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN_BOTH),
             S::Sending => step_to(S::Failed { cause: cause.clone() }, &CLEAN_SENDING),
-            S::HandedOver | S::Arriving { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
+            S::HandedOver => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             _ => denied(),
         },
         Event::VmmStopped => match state {

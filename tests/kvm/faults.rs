@@ -111,11 +111,8 @@ pub(crate) fn leave_one_copy(_shared: &Agent) {
     let mut ends: Vec<(What, bool, bool)> = Vec::new();
     let offset = random.below(10);
     for index in 0..count {
-        let moment = if index / 10 % 2 == 0 {
-            random.below(took_ms * 5 / 4)
-        } else {
-            took_ms / 2 + random.below(took_ms / 2)
-        };
+        let moment =
+            if index / 10 % 2 == 0 { random.below(took_ms * 5 / 4) } else { took_ms / 2 + random.below(took_ms / 2) };
         let fault = Fault {
             what: ALL[usize::try_from((index + offset) % 10).expect("one of ten")],
             moment: Duration::from_millis(moment),
@@ -129,11 +126,16 @@ pub(crate) fn leave_one_copy(_shared: &Agent) {
             End::Runs(_) => "it stayed",
             End::Failed => "it failed",
         };
-        println!("    {fault}, leaving {}: {outcome} ({:.1} s)", proof.fabric.name(from), begun.elapsed().as_secs_f64());
+        println!(
+            "    {fault}, leaving {}: {outcome} ({:.1} s)",
+            proof.fabric.name(from),
+            begun.elapsed().as_secs_f64()
+        );
         ends.push((fault.what, moved, end == End::Failed));
     }
     for what in ALL {
-        let of = |wanted: fn(bool, bool) -> bool| ends.iter().filter(|end| end.0 == what && wanted(end.1, end.2)).count();
+        let of =
+            |wanted: fn(bool, bool) -> bool| ends.iter().filter(|end| end.0 == what && wanted(end.1, end.2)).count();
         let (all, moved, failed) = (of(|_, _| true), of(|moved, _| moved), of(|_, failed| failed));
         println!("    {what:?}: {all}; it stayed {}, went {moved}, failed {failed} times", all - moved - failed);
     }

@@ -33,7 +33,6 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         Goal::Wake => done(Effect::DiscardSealed) || matches!(cause, FailureCause::SwapStateCorrupt { .. }),
         Goal::SwapOut => done(Effect::KeepSealed),
         Goal::HandOver => done(Effect::MoveMachine),
-        Goal::Arrive => done(Effect::AwaitDecision),
         // The other host has it, or nobody.
         Goal::Leave if !matches!(cause, FailureCause::LostOnTheWay { .. }) => false,
         Goal::Leave => {
@@ -47,6 +46,7 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         | Goal::Build
         | Goal::Snapshot
         | Goal::Migrate
+        | Goal::Arrive
         | Goal::Enlist
         | Goal::Register => false,
     }

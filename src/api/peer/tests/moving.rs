@@ -10,6 +10,7 @@ use crate::sim::SimHost;
 const NAME: &str = "mover";
 
 mod giving_up;
+mod killed_machines;
 
 /// Two hosts that machines can go between.
 async fn two_with_a_road() -> (Wire, Host, Host) {
