@@ -34,12 +34,14 @@ const RATES: [u32; 3] = [250, 120, 60];
 const MEASURED_SECONDS: u32 = 6;
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 
-/// Blocks with a number are written to the disk that both hosts see, and read back from there; 256 KiB from the start of
-/// it. `drop_caches`: what is read comes from the disk.
-const DISK_LOAD: &str = "cd /tmp; (i=0; while [ ! -e bad ]; do i=$((i+1)); yes $i | head -c 262144 > block
+/// The disk that both hosts see is written with a number, and read back; `drop_caches`: what is read comes from the disk.
+const DISK_LOAD: &str = "cd /tmp; (i=0; while [ ! -e bad ]; do i=$((i+1)); printf %065536d $i > block
 dd if=block of=/dev/vda bs=64k conv=fsync; echo 1 > /proc/sys/vm/drop_caches
-head -c 262144 /dev/vda | cmp - block || echo bad disk in pass $i > bad
+cmp block /dev/vda || echo bad disk in pass $i > bad
 echo $i > blocks; sleep 0.3; done) > /dev/null 2>&1 & until [ -s blocks ]; do sleep 0.1; done";
+
+/// Bytes of that disk.
+const DISK_BYTES: u64 = 65_536;
 
 /// A size of these tests.
 pub(super) fn size(name: &str, otherwise: u64) -> u64 {
@@ -85,7 +87,7 @@ impl Proof {
         }
         let friend = fabric.join(2, SESSION);
         let disk = tempfile::NamedTempFile::new().expect("a file for the disk");
-        disk.as_file().set_len(1 << 20).expect("its size");
+        disk.as_file().set_len(DISK_BYTES).expect("its size");
         let buffer_mib = size("HEARTH_PROVE_BUFFER_MIB", 2);
         let nothing = String::new();
         let (to, id) = (nothing.clone(), nothing);

@@ -11,6 +11,7 @@ const NAME: &str = "mover";
 
 mod giving_up;
 mod killed_machines;
+mod many_faults;
 
 /// Two hosts that machines can go between.
 async fn two_with_a_road() -> (Wire, Host, Host) {
