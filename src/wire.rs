@@ -7,6 +7,8 @@ pub mod certificate;
 pub mod console_ring;
 pub mod control;
 pub mod frame;
+pub mod intake;
 pub mod last_words;
+pub mod packed;
 pub mod refusal;
 pub mod stream;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use crate::clock::{Clock, Monotonic, SystemClock};
-use crate::wire::stream::{BODY_BYTES_MAX, HEADER_BYTES, Header, Hello, Kind, StreamError};
+use crate::wire::stream::{BODY_BYTES_MAX, HEADER_BYTES, Header, Hello, Kind, StreamError, VERSION_MIN};
 
 /// Bytes that gather before they are written: one full frame of pages.
 const GATHERED_BYTES_MAX: usize = BODY_BYTES_MAX as usize;
@@ -29,20 +29,6 @@ pub(super) enum LinkError {
     /// What came is no frame that may come.
     #[error("read the stream")]
     Frame(#[from] StreamError),
-    /// A frame that has no place here.
-    #[error("a {found:?} frame where {wanted} was expected")]
-    Unexpected {
-        /// What came.
-        found: Kind,
-        /// What was expected.
-        wanted: &'static str,
-    },
-    /// It is another migration's connection.
-    #[error("the connection belongs to another migration: its {what} is not this one's")]
-    Foreign {
-        /// What differs.
-        what: &'static str,
-    },
     /// The other end gave up.
     #[error("the other end gave up: {reason}")]
     GaveUp {
@@ -119,6 +105,8 @@ impl Write for BoundedSocket {
 #[derive(Debug)]
 pub(super) struct Link<C> {
     connection: C,
+    /// The version its frames are in; `None` before the other end's first, which says.
+    version: Option<u16>,
     outgoing: Vec<u8>,
     /// Frames in it.
     gathered: u32,
@@ -128,9 +116,10 @@ pub(super) struct Link<C> {
 }
 
 impl<C: Read + Write> Link<C> {
-    /// Nothing was sent or received yet.
-    pub(super) const fn new(connection: C) -> Self {
-        Self { connection, outgoing: Vec::new(), gathered: 0, sent: 0, received: 0, wire_bytes: 0 }
+    /// One whose frames are in this version, or in the one that the other end begins with. Nothing was sent or received
+    /// yet.
+    pub(super) const fn new(connection: C, version: Option<u16>) -> Self {
+        Self { connection, version, outgoing: Vec::new(), gathered: 0, sent: 0, received: 0, wire_bytes: 0 }
     }
 
     /// The connection, for what only it can do.
@@ -162,11 +151,13 @@ impl<C: Read + Write> Link<C> {
     where
         LinkError: From<E>,
     {
+        // What is said before the other end's first frame is why nothing comes of it.
+        let version = self.version.unwrap_or(VERSION_MIN);
         let head = self.outgoing.len();
         self.outgoing.resize(head + HEADER_BYTES, 0);
         fill(&mut self.outgoing)?;
         let (before, body) = self.outgoing.split_at_mut(head + HEADER_BYTES);
-        before[head..].copy_from_slice(&Header::for_body(kind, self.sent, &[body])?);
+        before[head..].copy_from_slice(&Header::for_body(version, kind, self.sent, &[body])?);
         self.sent = self.sent.wrapping_add(1);
         self.gathered += 1;
         if self.outgoing.len() >= GATHERED_BYTES_MAX { self.flush() } else { Ok(()) }
@@ -202,6 +193,11 @@ impl<C: Read + Write> Link<C> {
         body.resize(header.length as usize, 0);
         self.connection.read_exact(body).map_err(failed)?;
         header.check(&[body])?;
+        let (found, began) = (header.version, *self.version.get_or_insert(header.version));
+        // One that gives up before it knows the version has the oldest.
+        if found != began && header.kind != Kind::Abort {
+            return Err(StreamError::OtherVersion { found, began }.into());
+        }
         self.received = self.received.wrapping_add(1);
         if header.kind == Kind::Abort {
             return Err(LinkError::GaveUp { reason: printable(body) });
@@ -212,39 +208,17 @@ impl<C: Read + Write> Link<C> {
     /// Waits for a frame that has to be of this kind.
     pub(super) fn expect(&mut self, kind: Kind, wanted: &'static str, body: &mut Vec<u8>) -> Result<(), LinkError> {
         let found = self.receive(body)?;
-        if found == kind { Ok(()) } else { Err(LinkError::Unexpected { found, wanted }) }
+        if found == kind { Ok(()) } else { Err(StreamError::Unexpected { found, wanted }.into()) }
     }
 
     /// Says Hello first; the other end has to say the same.
     pub(super) fn greet(&mut self, hello: Hello) -> Result<(), LinkError> {
         self.send(Kind::Hello, &hello.to_bytes())?;
-        self.expect_hello(hello)
-    }
-
-    /// Waits for Hello and answers it; which of the connections it is, the other end says.
-    pub(super) fn answer_hello(&mut self, token: [u8; 32], connections: u8) -> Result<u8, LinkError> {
-        let hello = self.receive_hello()?;
-        let expected = Hello { token, connection: hello.connection, connections };
-        same(hello, expected)?;
-        self.send(Kind::Hello, &expected.to_bytes())?;
-        Ok(hello.connection)
-    }
-
-    fn expect_hello(&mut self, expected: Hello) -> Result<(), LinkError> {
-        let hello = self.receive_hello()?;
-        same(hello, expected)?;
-        match hello.connection == expected.connection {
-            true => Ok(()),
-            false => Err(LinkError::Foreign { what: "number" }),
-        }
-    }
-
-    fn receive_hello(&mut self) -> Result<Hello, LinkError> {
         let mut body = Vec::new();
         self.expect(Kind::Hello, "Hello", &mut body)?;
         // Its length was checked with the header.
         let bytes = body.as_array().copied().unwrap_or([0; _]);
-        Ok(Hello::from_bytes(bytes)?)
+        Ok(Hello::from_bytes(bytes)?.check(hello)?)
     }
 
     /// Tells the other end why this one gives up, if it can still be told.
@@ -275,16 +249,6 @@ fn what_failed(what: &'static str, error: &io::Error) -> &'static str {
     }
 }
 
-fn same(found: Hello, expected: Hello) -> Result<(), LinkError> {
-    if found.token != expected.token {
-        return Err(LinkError::Foreign { what: "token" });
-    }
-    if found.connections != expected.connections {
-        return Err(LinkError::Foreign { what: "number of connections" });
-    }
-    Ok(())
-}
-
 /// What another host says goes to logs and answers: text, and no control characters.
 fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().map(|one| if one.is_control() { ' ' } else { one }).collect()
@@ -300,7 +264,7 @@ mod tests {
 
     fn bounded(socket: UnixStream, silence_ms: u64) -> Link<BoundedSocket> {
         let silence = Duration::from_millis(silence_ms);
-        Link::new(BoundedSocket::new(socket.into(), SystemClock::new(), silence).unwrap())
+        Link::new(BoundedSocket::new(socket.into(), SystemClock::new(), silence).unwrap(), None)
     }
 
     /// Two ends that have greeted each other.
@@ -308,7 +272,9 @@ mod tests {
         let (one, other) = UnixStream::pair().unwrap();
         let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
         let answering = std::thread::spawn(move || {
-            assert_eq!(other.answer_hello([7; 32], 2).unwrap(), 1);
+            let mut body = Vec::new();
+            other.expect(Kind::Hello, "Hello", &mut body).unwrap();
+            other.send(Kind::Hello, &body).unwrap();
             other
         });
         one.greet(HELLO).unwrap();
@@ -338,12 +304,37 @@ mod tests {
 
     #[test]
     fn strangers_are_told_apart() {
-        for (token, connections) in [([8; 32], 2), ([7; 32], 3)] {
+        for answered in
+            [Hello { token: [8; 32], ..HELLO }, Hello { connections: 3, ..HELLO }, Hello { connection: 0, ..HELLO }]
+        {
             let (one, other) = UnixStream::pair().unwrap();
             let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+            other.send(Kind::Hello, &answered.to_bytes()).unwrap();
+            let error = one.greet(HELLO).unwrap_err();
+            assert!(matches!(error, LinkError::Frame(StreamError::Foreign { .. })), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_keeps_the_version_it_began_with() {
+        for version in [1, 2] {
+            let (one, other) = UnixStream::pair().unwrap();
+            let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+            one.version = Some(version);
             one.send(Kind::Hello, &HELLO.to_bytes()).unwrap();
-            let error = other.answer_hello(token, connections).unwrap_err();
-            assert!(matches!(error, LinkError::Foreign { .. }), "{error:?}");
+            other.expect(Kind::Hello, "Hello", &mut Vec::new()).unwrap();
+            assert_eq!(other.version, Some(version));
+            // Who has not heard of it yet can give up all the same.
+            let mut unknowing = bounded(other.connection.socket.try_clone().map(OwnedFd::from).unwrap().into(), 2_000);
+            unknowing.give_up("no");
+            let error = one.receive(&mut Vec::new()).unwrap_err();
+            assert!(matches!(&error, LinkError::GaveUp { reason } if reason == "no"), "{error:?}");
+            other.version = Some(3 - version);
+            other.sent = 1;
+            other.send(Kind::Ack, &[0; 4]).unwrap();
+            let error = one.receive(&mut Vec::new()).unwrap_err();
+            let wanted = StreamError::OtherVersion { found: 3 - version, began: version };
+            assert!(matches!(error, LinkError::Frame(found) if found == wanted), "{error:?}");
         }
     }
 
