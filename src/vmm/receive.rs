@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::link::{BoundedSocket, Link, LinkError};
+use super::socket::BoundedSocket;
 use super::tls::{End, TlsError, Wire};
 use crate::clock::SystemClock;
 use crate::machine::pages::{ArrivingRam, ReachPagesError};
@@ -27,6 +27,7 @@ use crate::machine::{GuestRam, PacketDoor, PageRun};
 use crate::sys::thread::{self, ThreadClass};
 use crate::wire::control::{ReceiveSpec, ReceivedMemory, StreamTls};
 use crate::wire::intake::{Intake, Step};
+use crate::wire::link::{Link, LinkError};
 use crate::wire::stream::{Kind, StreamError, state_digest};
 
 /// How long the other end may keep still. It is the one that hurries while its guest stands still; here nothing runs yet.

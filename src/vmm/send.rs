@@ -27,7 +27,6 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::link::LinkError;
 use super::tls::TlsError;
 use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::image::{self, WriteImageError};
@@ -41,6 +40,7 @@ use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
 use crate::wire::control::{
     PackedPhases, Packing, SendPhase, SendPhases, SendProgress, SendSpec, SentPages, StreamForm,
 };
+use crate::wire::link::LinkError;
 use crate::wire::packed::Packer;
 use crate::wire::stream::{
     BODY_BYTES_MAX, CONNECTIONS_MAX, Kind, PAGES_MAX, Pages, STATE_BYTES_MAX, VERSION, VERSION_MIN, state_digest,

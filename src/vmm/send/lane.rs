@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use super::{SILENCE_MAX, SILENCE_MAX_HELD, SendError};
 use crate::clock::SystemClock;
 use crate::machine::PacketDoor;
-use crate::vmm::link::{BoundedSocket, Link, LinkError};
+use crate::vmm::socket::BoundedSocket;
 use crate::vmm::tls::{End, Wire};
 use crate::wire::control::SendSpec;
+use crate::wire::link::{Link, LinkError};
 use crate::wire::stream::{Hello, Kind, StreamError};
 
 /// Most packets of one interface that are sent at once: more than a tap holds, which is a thousand by default.

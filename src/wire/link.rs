@@ -1,22 +1,17 @@
-//! One connection of a migration's stream: whole frames out, whole frames in, counted and checked (`wire/stream`).
-//!
-//! Used by one thread, which blocks as the socket does ([`BoundedSocket`]). Frames gather in a buffer until they are
-//! worth a system call.
+//! One connection of a migration's stream: whole frames out, whole frames in, counted and checked ([`super::stream`]).
+//! What carries them is the user's: something that is read and written, by one thread, which blocks as that does. Frames
+//! gather in a buffer until they are worth a system call.
 
-use std::io::{self, IoSlice, Read, Write};
-use std::net::TcpStream;
-use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::io::{self, Read, Write};
 
-use crate::clock::{Clock, Monotonic, SystemClock};
-use crate::wire::stream::{BODY_BYTES_MAX, HEADER_BYTES, Header, Hello, Kind, StreamError, VERSION_MIN};
+use super::stream::{BODY_BYTES_MAX, HEADER_BYTES, Header, Hello, Kind, StreamError, VERSION_MIN};
 
 /// Bytes that gather before they are written: one full frame of pages.
 const GATHERED_BYTES_MAX: usize = BODY_BYTES_MAX as usize;
 
 /// Why a link is of no further use.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum LinkError {
+pub enum LinkError {
     /// The connection failed, ended, or stood still for too long.
     #[error("{what}")]
     Io {
@@ -37,73 +32,9 @@ pub(super) enum LinkError {
     },
 }
 
-/// A connected stream socket on which nothing takes forever: a call waits as long as the other end may keep still, and
-/// all calls together until a deadline, if there is one.
-#[derive(Debug)]
-pub(super) struct BoundedSocket {
-    socket: TcpStream,
-    clock: SystemClock,
-    silence: Duration,
-    deadline: Option<Monotonic>,
-}
-
-impl BoundedSocket {
-    /// The standard library's calls for TCP are those of every stream socket, whatever its family.
-    pub(super) fn new(socket: OwnedFd, clock: SystemClock, silence: Duration) -> io::Result<Self> {
-        let socket = TcpStream::from(socket);
-        socket.set_nonblocking(false)?;
-        let mut this = Self { socket, clock, silence, deadline: None };
-        this.hurry(silence, None)?;
-        Ok(this)
-    }
-
-    /// From here on with these bounds.
-    pub(super) fn hurry(&mut self, silence: Duration, deadline: Option<Monotonic>) -> io::Result<()> {
-        (self.silence, self.deadline) = (silence, deadline);
-        self.socket.set_read_timeout(Some(silence))?;
-        self.socket.set_write_timeout(Some(silence))
-    }
-
-    /// How long the next call may wait, where that is not what the socket knows already.
-    fn left(&self) -> io::Result<Option<Duration>> {
-        let Some(deadline) = self.deadline else { return Ok(None) };
-        let left = deadline.since(self.clock.monotonic());
-        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left.min(self.silence))) }
-    }
-}
-
-impl Read for BoundedSocket {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.socket.set_read_timeout(Some(left))?;
-        }
-        self.socket.read(bytes)
-    }
-}
-
-impl Write for BoundedSocket {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.socket.set_write_timeout(Some(left))?;
-        }
-        self.socket.write(bytes)
-    }
-
-    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.socket.set_write_timeout(Some(left))?;
-        }
-        self.socket.write_vectored(parts)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// A connection that carries frames.
 #[derive(Debug)]
-pub(super) struct Link<C> {
+pub struct Link<C> {
     connection: C,
     /// The version its frames are in; `None` before the other end's first, which says.
     version: Option<u16>,
@@ -118,36 +49,32 @@ pub(super) struct Link<C> {
 impl<C: Read + Write> Link<C> {
     /// One whose frames are in this version, or in the one that the other end begins with. Nothing was sent or received
     /// yet.
-    pub(super) const fn new(connection: C, version: Option<u16>) -> Self {
+    pub const fn new(connection: C, version: Option<u16>) -> Self {
         Self { connection, version, outgoing: Vec::new(), gathered: 0, sent: 0, received: 0, wire_bytes: 0 }
     }
 
     /// The connection, for what only it can do.
-    pub(super) const fn connection_mut(&mut self) -> &mut C {
+    pub const fn connection_mut(&mut self) -> &mut C {
         &mut self.connection
     }
 
     /// Frames sent so far.
-    pub(super) const fn sent(&self) -> u32 {
+    pub const fn sent(&self) -> u32 {
         self.sent
     }
 
     /// Frames received so far.
-    pub(super) const fn received(&self) -> u32 {
+    pub const fn received(&self) -> u32 {
         self.received
     }
 
     /// Bytes sent so far.
-    pub(super) const fn wire_bytes(&self) -> u64 {
+    pub const fn wire_bytes(&self) -> u64 {
         self.wire_bytes
     }
 
     /// Adds a frame to what will be sent. The body is what `fill` appends.
-    pub(super) fn push<E>(
-        &mut self,
-        kind: Kind,
-        fill: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
-    ) -> Result<(), LinkError>
+    pub fn push<E>(&mut self, kind: Kind, fill: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), LinkError>
     where
         LinkError: From<E>,
     {
@@ -164,7 +91,7 @@ impl<C: Read + Write> Link<C> {
     }
 
     /// Sends a frame with what was gathered before it.
-    pub(super) fn send(&mut self, kind: Kind, body: &[u8]) -> Result<(), LinkError> {
+    pub fn send(&mut self, kind: Kind, body: &[u8]) -> Result<(), LinkError> {
         self.push(kind, |bytes| {
             bytes.extend_from_slice(body);
             Ok::<_, LinkError>(())
@@ -173,7 +100,7 @@ impl<C: Read + Write> Link<C> {
     }
 
     /// Sends what was gathered.
-    pub(super) fn flush(&mut self) -> Result<(), LinkError> {
+    pub fn flush(&mut self) -> Result<(), LinkError> {
         let failed = |source: io::Error| LinkError::Io { what: what_failed("send", &source), source };
         self.connection.write_all(&self.outgoing).map_err(failed)?;
         self.connection.flush().map_err(failed)?;
@@ -184,7 +111,7 @@ impl<C: Read + Write> Link<C> {
     }
 
     /// Waits for a frame; `body` becomes what it holds.
-    pub(super) fn receive(&mut self, body: &mut Vec<u8>) -> Result<Kind, LinkError> {
+    pub fn receive(&mut self, body: &mut Vec<u8>) -> Result<Kind, LinkError> {
         let failed = |source: io::Error| LinkError::Io { what: what_failed("receive", &source), source };
         let mut header = [0; HEADER_BYTES];
         self.connection.read_exact(&mut header).map_err(failed)?;
@@ -206,13 +133,13 @@ impl<C: Read + Write> Link<C> {
     }
 
     /// Waits for a frame that has to be of this kind.
-    pub(super) fn expect(&mut self, kind: Kind, wanted: &'static str, body: &mut Vec<u8>) -> Result<(), LinkError> {
+    pub fn expect(&mut self, kind: Kind, wanted: &'static str, body: &mut Vec<u8>) -> Result<(), LinkError> {
         let found = self.receive(body)?;
         if found == kind { Ok(()) } else { Err(StreamError::Unexpected { found, wanted }.into()) }
     }
 
     /// Says Hello first; the other end has to say the same.
-    pub(super) fn greet(&mut self, hello: Hello) -> Result<(), LinkError> {
+    pub fn greet(&mut self, hello: Hello) -> Result<(), LinkError> {
         self.send(Kind::Hello, &hello.to_bytes())?;
         let mut body = Vec::new();
         self.expect(Kind::Hello, "Hello", &mut body)?;
@@ -222,7 +149,7 @@ impl<C: Read + Write> Link<C> {
     }
 
     /// Tells the other end why this one gives up, if it can still be told.
-    pub(super) fn give_up(&mut self, reason: &str) {
+    pub fn give_up(&mut self, reason: &str) {
         // What was not sent yet never was.
         self.outgoing.clear();
         self.sent = self.sent.wrapping_sub(std::mem::take(&mut self.gathered));
@@ -257,20 +184,22 @@ fn printable(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
     use super::*;
 
     const HELLO: Hello = Hello { token: [7; 32], connection: 1, connections: 2 };
 
-    fn bounded(socket: UnixStream, silence_ms: u64) -> Link<BoundedSocket> {
-        let silence = Duration::from_millis(silence_ms);
-        Link::new(BoundedSocket::new(socket.into(), SystemClock::new(), silence).unwrap(), None)
+    /// One end, which waits for two seconds at most.
+    fn end(socket: UnixStream) -> Link<UnixStream> {
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        Link::new(socket, None)
     }
 
     /// Two ends that have greeted each other.
-    fn pair() -> (Link<BoundedSocket>, Link<BoundedSocket>) {
+    fn pair() -> (Link<UnixStream>, Link<UnixStream>) {
         let (one, other) = UnixStream::pair().unwrap();
-        let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+        let (mut one, mut other) = (end(one), end(other));
         let answering = std::thread::spawn(move || {
             let mut body = Vec::new();
             other.expect(Kind::Hello, "Hello", &mut body).unwrap();
@@ -308,7 +237,7 @@ mod tests {
             [Hello { token: [8; 32], ..HELLO }, Hello { connections: 3, ..HELLO }, Hello { connection: 0, ..HELLO }]
         {
             let (one, other) = UnixStream::pair().unwrap();
-            let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+            let (mut one, mut other) = (end(one), end(other));
             other.send(Kind::Hello, &answered.to_bytes()).unwrap();
             let error = one.greet(HELLO).unwrap_err();
             assert!(matches!(error, LinkError::Frame(StreamError::Foreign { .. })), "{error:?}");
@@ -319,13 +248,13 @@ mod tests {
     fn a_connection_keeps_the_version_it_began_with() {
         for version in [1, 2] {
             let (one, other) = UnixStream::pair().unwrap();
-            let (mut one, mut other) = (bounded(one, 2_000), bounded(other, 2_000));
+            let (mut one, mut other) = (end(one), end(other));
             one.version = Some(version);
             one.send(Kind::Hello, &HELLO.to_bytes()).unwrap();
             other.expect(Kind::Hello, "Hello", &mut Vec::new()).unwrap();
             assert_eq!(other.version, Some(version));
             // Who has not heard of it yet can give up all the same.
-            let mut unknowing = bounded(other.connection.socket.try_clone().map(OwnedFd::from).unwrap().into(), 2_000);
+            let mut unknowing = end(other.connection.try_clone().unwrap());
             unknowing.give_up("no");
             let error = one.receive(&mut Vec::new()).unwrap_err();
             assert!(matches!(&error, LinkError::GaveUp { reason } if reason == "no"), "{error:?}");
@@ -352,28 +281,5 @@ mod tests {
         drop(one);
         let error = other.receive(&mut Vec::new()).unwrap_err();
         assert_eq!(error.to_string(), "the other end hung up");
-    }
-
-    #[test]
-    fn nobody_waits_for_ever() {
-        let (one, other) = UnixStream::pair().unwrap();
-        let mut link = bounded(one, 20);
-        let error = link.receive(&mut Vec::new()).unwrap_err();
-        assert_eq!(error.to_string(), "the other end kept still for too long");
-        // However often something comes: all calls together have a deadline.
-        let clock = SystemClock::new();
-        let deadline = clock.monotonic().after(Duration::from_millis(50));
-        link.connection_mut().hurry(Duration::from_secs(5), Some(deadline)).unwrap();
-        link.connection_mut().clock = clock;
-        let dripping = std::thread::spawn(move || {
-            let mut other = other;
-            while other.write_all(b"H").is_ok() {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        });
-        let error = link.receive(&mut Vec::new()).unwrap_err();
-        assert_eq!(error.to_string(), "the other end kept still for too long");
-        drop(link);
-        dripping.join().unwrap();
     }
 }
