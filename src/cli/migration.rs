@@ -84,7 +84,7 @@ pub struct PolicyWords {
 pub enum CompressWord {
     /// It goes as it is
     None,
-    /// By lz4: for links slower than 2 Gbit/s or so
+    /// By lz4: for links of up to 2.5 Gbit/s or so
     Lz4,
 }
 
