@@ -29,7 +29,7 @@ pub struct MigrateRequest {
     /// Seconds after which no other round begins. Default 600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_s: Option<u32>,
-    /// Most bytes a second while it runs, at least 65536. Default: no limit.
+    /// Most bytes of its memory a second while it runs, compressed or not, at least 65536. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_bytes_max: Option<u64>,
     /// Whether it may be slowed down when it writes faster than its memory is copied. Default true.
