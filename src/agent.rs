@@ -119,7 +119,9 @@ pub use ledger::{
     LocalLease, NewSession, NumberChoice, RestoreError, SessionRefusal, Store, StoredAnswer, Taken, Write,
     backups as ledger_backups, dump as dump_ledger, restore as restore_ledger,
 };
-pub use migration_record::{MigrationRecord, MovePolicy, MoveRecord, PauseSteps, PolicyError, WhenUnconverged};
+pub use migration_record::{
+    Compress, MigrationRecord, MovePolicy, MoveRecord, PauseSteps, PolicyError, Uncompressed, WhenUnconverged,
+};
 pub use migrations::{
     Direction, MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate, MigrationProgress, MigrationState,
     MigrationView,

@@ -26,7 +26,7 @@ pub use bench::{
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
-pub use migration::{EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
+pub use migration::{CompressWord, EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};

@@ -25,13 +25,14 @@ mod connection;
 mod console;
 mod event_loop;
 mod launch;
-mod link;
+
 mod probe;
 mod receive;
 mod save;
 mod seccomp;
 mod send;
 mod session;
+mod socket;
 mod tls;
 
 pub use seccomp::FilterError;

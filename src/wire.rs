@@ -1,4 +1,5 @@
-//! Floor 2: what the two processes say to each other, and what hosts show each other. Types and their encoding only: no sockets here.
+//! Floor 2: what the two processes say to each other, and what hosts show each other. Types and their encoding only: no sockets
+//! here.
 //! The protocols' states and rules are in `PROTOCOL.md`.
 #![doc = include_str!("wire/PROTOCOL.md")]
 #![forbid(unsafe_code)]
@@ -7,6 +8,9 @@ pub mod certificate;
 pub mod console_ring;
 pub mod control;
 pub mod frame;
+pub mod intake;
 pub mod last_words;
+pub mod link;
+pub mod packed;
 pub mod refusal;
 pub mod stream;

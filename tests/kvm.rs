@@ -41,6 +41,7 @@ mod kvm {
     pub(crate) mod swap_harm;
     pub(crate) mod terminal;
     pub(crate) mod unfit;
+    pub(crate) mod versions;
     pub(crate) mod witness;
 }
 
@@ -112,6 +113,8 @@ const TESTS: &[Test] = &[
     ("hand_over_to_another_process_loses_nothing", kvm::hand_over::to_another_process_loses_nothing),
     ("hand_over_with_harm_costs_no_vm", kvm::hand_over::with_harm_costs_no_vm),
     ("moves_are_watched_cancelled_and_refused", kvm::moves::are_watched_cancelled_and_refused),
+    ("migrate_compressed_sends_less_and_loses_nothing", kvm::versions::compressed_sends_less_and_loses_nothing),
+    ("migrate_between_hosts_of_two_versions_works_both_ways", kvm::versions::two_versions_work_both_ways),
     ("migrate_there_and_back_loses_nothing", kvm::migrate::there_and_back_loses_nothing),
     ("prove_many_migrations_lose_nothing", kvm::prove::many_migrations_lose_nothing),
     ("prove_faults_leave_one_copy", kvm::faults::leave_one_copy),

@@ -34,7 +34,7 @@ use crate::net::address::{HostNumber, Parts};
 use crate::units::MIB;
 use crate::wire::control::StreamToken;
 use crate::wire::frame;
-use crate::wire::stream::CONNECTIONS_MAX;
+use crate::wire::stream::{self, CONNECTIONS_MAX};
 
 /// Longest wait for the place where a machine is received: its VMM is started for it.
 const READY_LIMIT: Duration = Duration::from_secs(20);
@@ -153,7 +153,7 @@ impl<W: World> Agent<W> {
         let host = self.shared.world.disk().host().await;
         let host = host.map_err(|source| LaunchError::Host { what: "ask the host", source })?;
         let memory_available_bytes = host.memory_available_bytes;
-        Ok(ArrivalVerdict { has_base, memory_available_bytes })
+        Ok(ArrivalVerdict { has_base, memory_available_bytes, stream_version: stream::VERSION })
     }
 
     /// The bundle that a machine was launched from, if it is here and whole: then only what differs has to come. The first

@@ -92,6 +92,7 @@ pub(super) async fn set_target<W: World>(
             | Answer::Network(_)
             | Answer::Saved(_)
             | Answer::Sent(_)
+            | Answer::SentIn { .. }
             | Answer::Sending(_)
             | Answer::Forwarded { .. },
         ) => AskError::Unexpected,

@@ -12,12 +12,13 @@ use std::time::Duration;
 use super::host_vmm::{HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
 use super::migration_record::WhenUnconverged;
 use super::record::VmRecord;
-use super::world::{AskError, ReceiveOrder, SendOrder};
+use super::world::{AskError, ReceiveOrder, SendOrder, SentMachine};
 use crate::sys::fd::connect_in_dir;
 use crate::sys::process;
 use crate::units::MIB;
 use crate::wire::control::{
-    Answer, ReceiveSpec, ReceivedMemory, Request, SendPhases, SendSpec, SentPages, StreamToken,
+    Answer, PackedPhases, ReceiveSpec, ReceivedMemory, Request, SendPhases, SendSpec, SentPages, StreamForm,
+    StreamToken,
 };
 use crate::wire::frame;
 
@@ -159,9 +160,9 @@ impl HostVmm {
         epoch: u64,
         streams: Vec<TcpStream>,
         order: SendOrder,
-    ) -> Result<SendPhases, AskError> {
+    ) -> Result<SentMachine, AskError> {
         let mut source = self.conversation(vm, epoch, Part::Only)?;
-        let SendOrder { terms, policy, is_base_there, .. } = order;
+        let SendOrder { terms, policy, form, is_base_there, .. } = order;
         let spec = SendSpec {
             token: terms.token,
             connections: policy.connections,
@@ -179,10 +180,14 @@ impl HostVmm {
         // A round that has begun is ended, however slow it is: silence ends it, or whoever cancels.
         let limit = RECEIVE_LIMIT + self.move_limit();
         patient(&source, limit)?;
-        let Answer::Sent(phases) = exchange(&mut source, vm, &Request::Send(spec), &files, limit)? else {
-            return Err(AskError::Unexpected);
-        };
-        Ok(phases)
+        // A VMM of the version before has one form.
+        let request = if form == StreamForm::PLAIN { Request::Send(spec) } else { Request::SendIn { spec, form } };
+        let answer = exchange(&mut source, vm, &request, &files, limit)?;
+        if let Answer::Sent(phases) = answer {
+            return Ok(SentMachine { phases, packed: PackedPhases::default() });
+        }
+        let Answer::SentIn { phases, packed } = answer else { return Err(AskError::Unexpected) };
+        Ok(SentMachine { phases, packed })
     }
 
     pub(super) fn receive_blocking(

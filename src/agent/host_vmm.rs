@@ -21,8 +21,8 @@ use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
 use super::world::{
-    Ask, AskError, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder, StartVmmError, StreamIdentity,
-    UnsealPlan, VmmHost, VmmProcess,
+    Ask, AskError, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder, SentMachine, StartVmmError,
+    StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
 };
 use crate::bundle::Store;
 use crate::ids::VmId;
@@ -137,7 +137,7 @@ impl VmmHost for HostVmm {
         received.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
     }
 
-    async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SendPhases, AskError> {
+    async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SentMachine, AskError> {
         let streams = connect_to(order.to, order.policy.connections).await.map_err(AskError::Socket)?;
         let (host, vm) = (self.clone(), vm.clone());
         let sent = spawn_blocking(move || host.send_blocking(&vm, epoch, streams, order)).await;
@@ -404,6 +404,7 @@ impl HostVmm {
             | Answer::Saved(_)
             | Answer::Balloon(_)
             | Answer::Sent(_)
+            | Answer::SentIn { .. }
             | Answer::Sending(_)
             | Answer::Forwarded { .. } => {
                 return Err(AskError::Unexpected);
@@ -620,6 +621,7 @@ pub(super) fn exchange(
         | Answer::Saved(_)
         | Answer::Balloon(_)
         | Answer::Sent(_)
+        | Answer::SentIn { .. }
         | Answer::Sending(_)
         | Answer::Forwarded { .. }) => Ok(answer),
     }

@@ -5,8 +5,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::MigrationId;
-use crate::wire::control::SendPhases;
-use crate::wire::stream::CONNECTIONS_MAX;
+use crate::units::PAGE_BYTES;
+use crate::wire::control::{Packing, SendPhases, StreamForm};
+use crate::wire::stream::{self, CONNECTIONS_MAX, Kind};
+
+/// The version of the control protocol from which on a VMM can be told the form of its stream: that of
+/// [`crate::wire::control::Request::SendIn`].
+const FORM_SINCE: u16 = 3;
 
 /// Longest pause that can be aimed at, in milliseconds.
 const PAUSE_MS_MAX: u32 = 60_000;
@@ -52,6 +57,68 @@ pub struct MovePolicy {
     pub throttle: bool,
     /// What is done when that does not help.
     pub unconverged: WhenUnconverged,
+    /// Whether its pages are compressed, if both ends can.
+    pub compress: Compress,
+}
+
+/// Whether a machine's pages are compressed on their way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compress {
+    /// They are sent as they are.
+    #[default]
+    None,
+    /// By lz4.
+    Lz4,
+}
+
+impl From<Packing> for Compress {
+    fn from(packing: Packing) -> Self {
+        match packing {
+            Packing::None => Self::None,
+            Packing::Lz4 => Self::Lz4,
+        }
+    }
+}
+
+impl Compress {
+    /// The form of a stream from a VMM that speaks this version of the control protocol to a host that understands this
+    /// version of the stream; and why pages are not compressed, if that was asked for.
+    pub(super) fn agreed(self, vmm_speaks: u16, stream_version: u16) -> (StreamForm, Option<Uncompressed>) {
+        let is_asked = self != Self::None;
+        if vmm_speaks < FORM_SINCE {
+            return (StreamForm::PLAIN, is_asked.then_some(Uncompressed::OlderVmm));
+        }
+        let version = stream_version.clamp(stream::VERSION_MIN, stream::VERSION);
+        let is_possible = version >= Kind::PackedPages.since_version();
+        let packing = match self {
+            Self::Lz4 if is_possible => Packing::Lz4,
+            Self::Lz4 | Self::None => Packing::None,
+        };
+        (StreamForm { version, packing }, (is_asked && !is_possible).then_some(Uncompressed::OlderHost))
+    }
+}
+
+/// Why a machine's pages were not compressed although that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Uncompressed {
+    /// The other host's agent is of an earlier version.
+    OlderHost,
+    /// The VM's process is of an earlier version.
+    OlderVmm,
+}
+
+impl Uncompressed {
+    /// In words.
+    pub const fn told(self) -> &'static str {
+        match self {
+            Self::OlderHost => "the other host's agent is of an earlier version, which cannot unpack",
+            Self::OlderVmm => {
+                "the VM's process is of an earlier version, which cannot pack: `hearth vm hand-over` renews it"
+            }
+        }
+    }
 }
 
 /// What is done with a guest that writes faster than its pages are sent.
@@ -75,6 +142,7 @@ impl Default for MovePolicy {
             rate_bytes_max: None,
             throttle: true,
             unconverged: WhenUnconverged::Force,
+            compress: Compress::None,
         }
     }
 }
@@ -124,10 +192,22 @@ pub struct MoveRecord {
     pub running_us: u64,
     /// Rounds while the guest ran.
     pub rounds: u32,
-    /// Pages of guest memory that were sent with their bytes.
+    /// Pages of guest memory that were sent with their bytes, compressed or not.
     pub pages: u64,
     /// Bytes that went over.
     pub bytes: u64,
+    /// Whether pages were compressed.
+    #[serde(default)]
+    pub compress: Compress,
+    /// Why they were not, if that was asked for.
+    #[serde(default)]
+    pub uncompressed: Option<Uncompressed>,
+    /// Pages that became shorter.
+    #[serde(default)]
+    pub packed_pages: u64,
+    /// Bytes they were sent as.
+    #[serde(default)]
+    pub packed_bytes: u64,
     /// Pages that were sent as zeroes.
     #[serde(default)]
     pub zero_pages: u64,
@@ -152,6 +232,10 @@ impl MoveRecord {
             rounds: phases.rounds,
             pages: phases.pages,
             bytes: phases.wire_bytes,
+            compress: Compress::None,
+            uncompressed: None,
+            packed_pages: 0,
+            packed_bytes: 0,
             zero_pages: phases.zero_pages,
             last_pages: phases.last_pages,
             packets: 0,
@@ -165,10 +249,12 @@ impl MoveRecord {
         }
     }
 
-    /// Bytes a second that went over, before and during the pause; `None` when nothing did.
+    /// Bytes a second that were copied, before and during the pause: those that went over, with what was compressed counted
+    /// as it is in memory. `None` when there were none.
     pub fn rate_bytes(&self) -> Option<u64> {
         let micros = u128::from(self.running_us) + u128::from(self.held_us);
-        let rate = (u128::from(self.bytes) * 1_000_000).checked_div(micros)?;
+        let unpacked = self.packed_pages.saturating_mul(PAGE_BYTES).saturating_sub(self.packed_bytes);
+        let rate = (u128::from(self.bytes.saturating_add(unpacked)) * 1_000_000).checked_div(micros)?;
         u64::try_from(rate).ok().filter(|rate| *rate > 0)
     }
 }
@@ -191,6 +277,20 @@ pub struct PauseSteps {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::control::{Request, SendSpec, SentPages, StreamToken};
+
+    const SPEC: SendSpec = SendSpec {
+        token: StreamToken([0; 32]),
+        connections: 1,
+        pages: SentPages::All,
+        pause_ms_max: 5,
+        rounds_max: 1,
+        deadline_ms: 1,
+        force: true,
+        throttle: true,
+        rate_bytes_max: None,
+        tls: None,
+    };
 
     #[test]
     fn a_policy_that_cannot_be_is_named() {
@@ -206,6 +306,34 @@ mod tests {
         for (field, policy) in wrong {
             assert_eq!(policy.check().map_err(|error| error.field), Err(field), "{policy:?}");
         }
+    }
+
+    #[test]
+    fn pages_are_compressed_if_both_ends_can() {
+        let form = |version, packing| StreamForm { version, packing };
+        let (lz4, none) = (Packing::Lz4, Packing::None);
+        for (asked, vmm, host, agreed) in [
+            (Compress::Lz4, 3, 2, (form(2, lz4), None)),
+            (Compress::Lz4, 4, 9, (form(2, lz4), None)),
+            (Compress::Lz4, 3, 1, (form(1, none), Some(Uncompressed::OlderHost))),
+            (Compress::Lz4, 3, 0, (form(1, none), Some(Uncompressed::OlderHost))),
+            (Compress::Lz4, 2, 2, (StreamForm::PLAIN, Some(Uncompressed::OlderVmm))),
+            (Compress::None, 3, 2, (form(2, none), None)),
+            (Compress::None, 3, 1, (form(1, none), None)),
+            (Compress::None, 2, 2, (StreamForm::PLAIN, None)),
+        ] {
+            assert_eq!(asked.agreed(vmm, host), agreed, "{asked:?}: VMM {vmm}, host {host}");
+        }
+        let (spec, form) = (SPEC, StreamForm::PLAIN);
+        assert_eq!(Request::SendIn { spec, form }.since_version(), FORM_SINCE);
+    }
+
+    #[test]
+    fn what_was_compressed_counts_as_it_is_in_memory() {
+        let moved = MoveRecord { running_us: 1_000_000, bytes: 5000, ..MoveRecord::default() };
+        assert_eq!(moved.rate_bytes(), Some(5000));
+        let moved = MoveRecord { packed_pages: 10, packed_bytes: 4960, ..moved };
+        assert_eq!(moved.rate_bytes(), Some(41_000));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::config::{FabricConfig, Peer};
 use super::door::VmError;
 use super::effect::Effect;
 use super::ledger::LedgerError;
-use super::migration_record::{MigrationRecord, MovePolicy, MoveRecord, PolicyError};
+use super::migration_record::{Compress, MigrationRecord, MovePolicy, MoveRecord, PolicyError, Uncompressed};
 use super::peers::{ArrivalOrder, ArrivalVerdict, PeerError};
 use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::vm_actor::Verb;
@@ -293,6 +293,10 @@ pub struct MigrationEstimate {
     pub memory_available_bytes: u64,
     /// Bytes of guest memory to copy once, at most: what the VM has touched.
     pub copy_bytes: u64,
+    /// Whether its pages would be compressed.
+    pub compress: Compress,
+    /// Why not, if that was asked for.
+    pub uncompressed: Option<Uncompressed>,
     /// Bytes a second, by the last migrations to that host and the limit that was asked for; `None` without any.
     pub rate_bytes: Option<u64>,
     /// How long no vCPU will run, in microseconds, by the same; `None` without any.
@@ -541,11 +545,14 @@ impl<W: World> Agent<W> {
         let known: Vec<MoveRecord> = known.filter_map(|known| known.moved).take(ESTIMATED_FROM_MAX).collect();
         let rate = median(known.iter().filter_map(MoveRecord::rate_bytes));
         let limit = order.policy.rate_bytes_max;
+        let (form, uncompressed) = order.policy.compress.agreed(vm.wire_version, verdict.stream_version);
         Ok(MigrationEstimate {
             to,
             has_base: verdict.has_base,
             memory_available_bytes: verdict.memory_available_bytes,
             copy_bytes: resident.map_or(memory, |resident| resident.min(memory)),
+            compress: form.packing.into(),
+            uncompressed,
             rate_bytes: rate.map(|rate| limit.map_or(rate, |limit| rate.min(limit))).or(limit),
             pause_us: median(known.iter().filter_map(|moved| moved.pause_us)),
             based_on: known.len(),

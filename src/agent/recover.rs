@@ -48,6 +48,17 @@ pub(crate) enum Doubt {
         /// The newest this agent knows.
         known: u16,
     },
+    /// Its VMM speaks a version of the protocol that this agent does not any more.
+    #[error(
+        "its VMM speaks version {version} of the control protocol, this agent {known} and later: start the agent of the \
+         version before, renew its process with `hearth vm hand-over` or stop it, then start this one"
+    )]
+    OlderProtocol {
+        /// The version.
+        version: u16,
+        /// The oldest this agent knows.
+        known: u16,
+    },
     /// It is hibernated and runs.
     #[error("it is hibernated, and process {pid} is there as well: which of the two is newer cannot be told")]
     ProcessBesideFile {

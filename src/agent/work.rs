@@ -11,6 +11,7 @@ use tokio::time::{sleep, timeout};
 use super::effect::Effect;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
 use super::ledger::{LedgerError, Write};
+use super::migration_record::Uncompressed;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
 use super::session_end::quarantine;
 use super::shared::Shared;
@@ -64,8 +65,8 @@ pub(super) struct Work<W: World> {
     pub(super) successor: Option<Process<W>>,
     /// Processes that are to end with this work: held, so that their ends are seen.
     pub(super) others: Vec<Process<W>>,
-    /// Where the machine is sent, and how it is encrypted.
-    pub(super) way: Option<SendOrder>,
+    /// Where the machine is sent, and how it is encrypted; and why it is not compressed, if that was asked for.
+    pub(super) way: Option<(SendOrder, Option<Uncompressed>)>,
     /// Its guest's turn, until it has its identity.
     pub(super) turn: Option<OwnedSemaphorePermit>,
     /// What is written together with the present step.

@@ -24,7 +24,9 @@ use crate::bundle::{Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
-use crate::wire::control::{Answer, Nonce, SavedPages, SealingKey, SendPhases, StreamKey, StreamTls, StreamToken};
+use crate::wire::control::{
+    Answer, Nonce, PackedPhases, SavedPages, SealingKey, SendPhases, StreamForm, StreamKey, StreamTls, StreamToken,
+};
 use crate::wire::frame::FrameError;
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -126,7 +128,7 @@ pub trait VmmHost: Send + Sync + 'static {
         vm: &VmRecord,
         epoch: u64,
         order: SendOrder,
-    ) -> impl Future<Output = Result<SendPhases, AskError>> + Send;
+    ) -> impl Future<Output = Result<SentMachine, AskError>> + Send;
 
     /// Has the packets that wait for a machine that was sent follow it; their number.
     fn forward_packets(&self, vm: &VmRecord, epoch: u64) -> impl Future<Output = Result<u64, AskError>> + Send;
@@ -174,8 +176,19 @@ pub struct SendOrder {
     pub terms: StreamTerms,
     /// How it is sent.
     pub policy: MovePolicy,
+    /// In frames of which form: one that the VMM can write and the other end can read.
+    pub form: StreamForm,
     /// Whether the other end has the bundle it was launched from: then only what differs is sent.
     pub is_base_there: bool,
+}
+
+/// What sending a machine took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SentMachine {
+    /// Where its time went.
+    pub phases: SendPhases,
+    /// What packing made of its pages.
+    pub packed: PackedPhases,
 }
 
 /// From where to receive a machine.

@@ -41,8 +41,8 @@ pub use host::{
 pub use image::{Image, ImageImportRequest, ImageList};
 pub use isolation::{CgroupController, HostIsolation, VmJail, VmJailLimit, VmJailThread};
 pub use migration::{
-    MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationList, MigrationProgress, MigrationState,
-    Moved, OnNonconverge, PauseSteps,
+    Compress, MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationList, MigrationProgress,
+    MigrationState, Moved, OnNonconverge, PauseSteps, Uncompressed,
 };
 pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};

@@ -18,6 +18,7 @@ Examples:
   hearth vm migrate web --to auto                             the host with the most free memory that takes it
   hearth vm migrate web --to host-b --estimate                would it be taken, and what would it be like?
   hearth vm migrate db --to host-b --connections 4 --rate 200M --on-nonconverge abort
+  hearth vm migrate db --to host-b --compress lz4             over a link that is slower than the hosts
   hearth vm migrate web --to host-b --no-wait; hearth migration ls";
 
 pub(super) const EVACUATE_HELP: &str = "\
@@ -58,7 +59,7 @@ pub struct PolicyWords {
     /// Longest pause that is aimed at, such as 20ms [default: 5ms]
     #[arg(long, value_name = "TIME", value_parser = duration_ms)]
     pub pause: Option<u32>,
-    /// Most bytes a second while it runs, such as 100M [default: no limit]
+    /// Most bytes of its memory a second while it runs, such as 100M [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = number)]
     pub rate: Option<u64>,
     /// Rounds after which no other begins [default: 30]
@@ -73,6 +74,18 @@ pub struct PolicyWords {
     /// What is done with it when that does not help [default: force]
     #[arg(long, value_name = "WHAT", value_enum)]
     pub on_nonconverge: Option<NonconvergeWord>,
+    /// Compress its memory on its way, if both hosts can [default: none]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub compress: Option<CompressWord>,
+}
+
+/// Whether a VM's memory is compressed on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompressWord {
+    /// It goes as it is
+    None,
+    /// By lz4: for links of up to 2.5 Gbit/s or so
+    Lz4,
 }
 
 /// What is done with a guest that writes faster than its memory is copied.

@@ -16,9 +16,10 @@ use super::progress::{Copying, words};
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, word};
 use super::vm::{path, state};
 use crate::api::types::{
-    MigrateRequest, Migration, MigrationEstimate, MigrationList, OnNonconverge, Vm, VmList, VmState,
+    Compress, MigrateRequest, Migration, MigrationEstimate, MigrationList, Moved, OnNonconverge, Uncompressed, Vm,
+    VmList, VmState,
 };
-use crate::cli::{EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
+use crate::cli::{CompressWord, EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
 
 /// How much longer than its rounds may take a migration is waited for: the last of them, the pause, and both hosts'
 /// records.
@@ -54,6 +55,10 @@ fn request(to: &str, policy: PolicyWords, wait: bool) -> MigrateRequest {
             NonconvergeWord::Force => OnNonconverge::Force,
             NonconvergeWord::Abort => OnNonconverge::Abort,
         }),
+        compress: policy.compress.map(|word| match word {
+            CompressWord::None => Compress::None,
+            CompressWord::Lz4 => Compress::Lz4,
+        }),
     }
 }
 
@@ -87,11 +92,33 @@ pub(super) async fn migrate(agent: &Agent, out: Output, args: &MigrateArgs) -> R
     Ok(())
 }
 
-/// `; it stood still for 8.6 ms (3 rounds, 12.6 MiB)`.
+/// Why memory goes as it is although it was to be compressed, in words.
+const fn told(why: Uncompressed) -> &'static str {
+    match why {
+        Uncompressed::OlderHost => "no: the other host's agent is of an earlier version",
+        Uncompressed::OlderVmm => "no: its VMM is of an earlier version (`hearth vm hand-over` renews it)",
+    }
+}
+
+/// `12000 pages, 46.9 MiB, as 13.1 MiB`.
+fn compressed(moved: &Moved) -> Option<String> {
+    match (moved.compress, moved.uncompressed) {
+        (_, Some(why)) => Some(told(why).to_owned()),
+        (Compress::None, None) => None,
+        (Compress::Lz4, None) => {
+            let (pages, before) = (moved.packed_pages, moved.packed_pages.saturating_mul(4096));
+            Some(format!("{pages} pages, {}, as {}", bytes(before), bytes(moved.packed_bytes)))
+        }
+    }
+}
+
+/// `; it stood still for 8.6 ms (3 rounds, 12.6 MiB)`, and what came of compressing it.
 fn took(migration: &Migration) -> String {
     let (Some(pause), Some(moved)) = (migration.pause_ms, &migration.moved) else { return String::new() };
     let rounds = if moved.rounds == 1 { "round" } else { "rounds" };
-    format!("; it stood still for {} ({} {rounds}, {})", milliseconds(pause), moved.rounds, bytes(moved.bytes))
+    let compressed = compressed(moved).map(|told| format!("; compressed: {told}")).unwrap_or_default();
+    let (pause, count, went) = (milliseconds(pause), moved.rounds, bytes(moved.bytes));
+    format!("; it stood still for {pause} ({count} {rounds}, {went}){compressed}")
 }
 
 /// Waits for `work`, which moves a VM, and shows how far that is.
@@ -126,11 +153,13 @@ fn estimated(estimate: &MigrationEstimate) -> String {
         0 => "no migration to that host is known: time and pause are not".to_owned(),
         count => format!("the last {count} migrations to that host"),
     };
+    let asked = (estimate.compress != Compress::None).then(|| word(&estimate.compress));
     pairs([
         ("to", Some(format!("{}, which would take it", estimate.to))),
         ("free memory there", Some(bytes(estimate.memory_available_bytes))),
         ("its bundle there", Some(if estimate.has_base { "yes: what differs is copied" } else { "no" }.to_owned())),
         ("to copy, at most", Some(bytes(estimate.copy_bytes))),
+        ("compressed", estimate.uncompressed.map(|why| told(why).to_owned()).or(asked)),
         ("rate", estimate.rate_bytes.map(|rate| format!("{}/s", bytes(rate)))),
         ("copying", estimate.copy_ms.map(milliseconds)),
         ("pause", estimate.pause_ms.map(milliseconds)),
@@ -212,6 +241,7 @@ fn details(migration: &Migration) -> String {
             }),
         ),
         ("on the wire", moved.map(|moved| bytes(moved.bytes))),
+        ("compressed", moved.and_then(compressed)),
         ("packets that followed", moved.map(|moved| moved.packets.to_string())),
         ("created", Some(format!("{:.3}", migration.created_at))),
         ("finished", migration.finished_at.map(|at| format!("{at:.3}"))),

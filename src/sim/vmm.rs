@@ -11,14 +11,14 @@ use super::guest::{self, Fate};
 use super::road::Guest;
 use super::{SimHost, State};
 use crate::agent::world::{
-    Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, ReceiveOrder, SendOrder, StartVmmError, StreamIdentity,
-    VmmHost, VmmProcess,
+    Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, ReceiveOrder, SendOrder, SentMachine, StartVmmError,
+    StreamIdentity, VmmHost, VmmProcess,
 };
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, SavePhases, SavedPages, SendPhase,
-    SendPhases, SendProgress, Status, StreamKey,
+    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, PackedPhases, Packing, SavePhases,
+    SavedPages, SendPhase, SendPhases, SendProgress, Status, StreamKey,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -577,7 +577,7 @@ impl VmmHost for SimHost {
         taken.map(|()| Answer::Launched(LaunchPhases::default()))
     }
 
-    async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SendPhases, AskError> {
+    async fn send_machine(&self, vm: &VmRecord, epoch: u64, order: SendOrder) -> Result<SentMachine, AskError> {
         self.point(true).await.map_err(AskError::Socket)?;
         self.while_busy(&vm.id).await;
         let guest = self.state().give_guest(vm, epoch)?;
@@ -590,7 +590,12 @@ impl VmmHost for SimHost {
             return Err(AskError::Refused(Refusal::Stream { reason: "the other end hung up".to_owned() }));
         }
         self.point(true).await.map_err(AskError::Socket)?;
-        Ok(SendPhases { held_ns: 1_000_000, pages: 10, wire_bytes: 50_000, ..SendPhases::default() })
+        let phases = SendPhases { held_ns: 1_000_000, pages: 10, wire_bytes: 50_000, ..SendPhases::default() };
+        let packed = match order.form.packing {
+            Packing::None => PackedPhases::default(),
+            Packing::Lz4 => PackedPhases { pages: 8, bytes: 9_000 },
+        };
+        Ok(SentMachine { phases, packed })
     }
 
     async fn forward_packets(&self, _vm: &VmRecord, _epoch: u64) -> Result<u64, AskError> {

@@ -268,10 +268,13 @@ impl EventLoop {
             // Dealt with before.
             Request::Hello { .. } => Err(Refusal::HelloFirst),
             // One answer that comes later at a time.
-            Request::Send(_) | Request::Receive(_) | Request::ForwardPackets { .. } if self.waiting.is_some() => {
+            Request::Send(_) | Request::SendIn { .. } | Request::Receive(_) | Request::ForwardPackets { .. }
+                if self.waiting.is_some() =>
+            {
                 Err(Refusal::Sending)
             }
-            Request::Send(spec) => return self.send(spec, descriptors).map(|()| None),
+            Request::Send(spec) => return self.send(spec, None, descriptors).map(|()| None),
+            Request::SendIn { spec, form } => return self.send(spec, Some(form), descriptors).map(|()| None),
             Request::Receive(spec) => return self.receive(&spec, descriptors).map(|()| None),
             Request::ForwardPackets { last } => return self.forward_packets(last).map(|()| None),
             Request::SendProgress => Ok(Answer::Sending(self.send_progress())),

@@ -19,24 +19,22 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::link::{BoundedSocket, Link, LinkError};
+use super::socket::BoundedSocket;
 use super::tls::{End, TlsError, Wire};
 use crate::clock::SystemClock;
 use crate::machine::pages::{ArrivingRam, ReachPagesError};
 use crate::machine::{GuestRam, PacketDoor, PageRun};
 use crate::sys::thread::{self, ThreadClass};
 use crate::wire::control::{ReceiveSpec, ReceivedMemory, StreamTls};
-use crate::wire::stream::{Kind, PAGES_HEAD_BYTES, Pages, STATE_BYTES_MAX, StreamError, state_digest};
+use crate::wire::intake::{Intake, Step};
+use crate::wire::link::{Link, LinkError};
+use crate::wire::stream::{Kind, StreamError, state_digest};
 
 /// How long the other end may keep still. It is the one that hurries while its guest stands still; here nothing runs yet.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// How long the agents may take to decide, once the machine stands ready. After that packets are not waited for.
 const DECISION_MAX: Duration = Duration::from_secs(600);
-
-/// Frames and bytes that are acknowledged at once. The other end's window is many times as large.
-const ACK_FRAMES: u32 = 64;
-const ACK_BYTES: usize = 2 << 20;
 
 /// Why nothing came of it.
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +51,6 @@ pub(super) enum ReceiveMachineError {
     /// Guest memory could not be written.
     #[error("put pages into guest memory")]
     Memory(#[from] ReachPagesError),
-    /// More state than a machine has.
-    #[error("more than {STATE_BYTES_MAX} bytes of state")]
-    TooMuchState,
-    /// The state is not the one that was sent.
-    #[error("the state's digest does not fit its bytes")]
-    OtherState,
     /// The host refused something.
     #[error("prepare a connection")]
     Prepare(#[source] io::Error),
@@ -183,16 +175,8 @@ impl Line {
 
     fn receive(&self, socket: OwnedFd) -> Result<(), ReceiveMachineError> {
         let socket = BoundedSocket::new(socket, self.clock, SILENCE_MAX).map_err(ReceiveMachineError::Prepare)?;
-        let mut link = Link::new(Wire::new(socket, self.tls.as_ref(), End::Target)?);
-        let number = link.answer_hello(self.token, self.connections)?;
-        {
-            let mut greeted = self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
-            if greeted.contains(&number) {
-                return Err(ReceiveMachineError::Twice(number));
-            }
-            greeted.push(number);
-        }
-        let result = self.take_pages(&mut link, number);
+        let mut link = Link::new(Wire::new(socket, self.tls.as_ref(), End::Target)?, None);
+        let result = self.take_pages(&mut link);
         let Ok(Some(state)) = result else {
             if let Err(error) = &result {
                 link.give_up(&crate::report::chain(error));
@@ -218,66 +202,45 @@ impl Line {
         Ok(())
     }
 
-    /// Takes pages until the state is here too, on connection 0; on the others, until the other end hangs up.
-    fn take_pages(&self, link: &mut Link<Wire>, number: u8) -> Result<Option<Vec<u8>>, ReceiveMachineError> {
-        let (mut body, mut state) = (Vec::new(), Vec::new());
-        let (mut frames, mut bytes) = (0, 0);
+    /// Takes what comes ([`Intake`] says what that may be) until the state is here too, on connection 0; on the others,
+    /// until the other end hangs up.
+    fn take_pages(&self, link: &mut Link<Wire>) -> Result<Option<Vec<u8>>, ReceiveMachineError> {
+        let mut intake = Intake::new(self.token, self.connections, self.memory != ReceivedMemory::Shared);
+        let mut body = Vec::new();
         loop {
+            let is_another = intake.number().is_some_and(|number| number > 0);
             let kind = match link.receive(&mut body) {
                 Ok(kind) => kind,
                 // Between two frames: the other end is done with this connection, or connection 0 tells what happened.
-                Err(LinkError::Io { source, .. }) if number > 0 && source.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(LinkError::Io { source, .. }) if is_another && source.kind() == io::ErrorKind::UnexpectedEof => {
                     return Ok(None);
                 }
                 Err(error) => return Err(error.into()),
             };
-            match kind {
-                Kind::Pages | Kind::ZeroPages if self.memory != ReceivedMemory::Shared => self.put(kind, &body)?,
-                Kind::RoundEnd => {}
-                Kind::State if number == 0 => {
-                    if state.len() + body.len() > STATE_BYTES_MAX {
-                        return Err(ReceiveMachineError::TooMuchState);
-                    }
-                    state.extend_from_slice(&body);
-                    continue;
+            match intake.take(kind, &body, |first| self.ram.pages_from(first))? {
+                Step::Greet(hello) => {
+                    self.greeted(hello.connection)?;
+                    link.send(Kind::Hello, &hello.to_bytes())?;
                 }
-                Kind::End if number == 0 => {
-                    return match state_digest(&state) == body[..] {
-                        true => Ok(Some(state)),
-                        false => Err(ReceiveMachineError::OtherState),
-                    };
-                }
-                found @ (Kind::Hello
-                | Kind::Pages
-                | Kind::ZeroPages
-                | Kind::State
-                | Kind::End
-                | Kind::Packet
-                | Kind::PacketsEnd
-                | Kind::Ack
-                | Kind::Ready
-                | Kind::Abort) => {
-                    return Err(LinkError::Unexpected { found, wanted: "guest memory" }.into());
-                }
+                Step::Put(first, count, content) => self.ram.put(PageRun { first, count }, content)?,
+                Step::PutZeroes(first, count) => self.ram.put_zeroes(PageRun { first, count })?,
+                Step::Nothing => {}
+                Step::State(state) => return Ok(Some(state)),
             }
-            (frames, bytes) = (frames + 1, bytes + body.len());
-            if frames >= ACK_FRAMES || bytes >= ACK_BYTES || kind == Kind::RoundEnd {
+            if intake.ack_is_due() {
                 link.send(Kind::Ack, &link.received().to_le_bytes())?;
-                (frames, bytes) = (0, 0);
             }
         }
     }
 
-    /// Puts pages into guest memory.
-    fn put(&self, kind: Kind, body: &[u8]) -> Result<(), ReceiveMachineError> {
-        // A frame of pages has at least these; its length was checked.
-        let Some((head, content)) = body.split_first_chunk::<{ PAGES_HEAD_BYTES as usize }>() else { return Ok(()) };
-        let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
-        let there = |first| self.ram.pages_from(first);
-        let (first, count) = Pages::from_bytes(*head).check(kind, length, there)?;
-        let run = PageRun { first, count };
-        let put = if kind == Kind::Pages { self.ram.put(run, content) } else { self.ram.put_zeroes(run) };
-        Ok(put?)
+    /// A connection says that it is this one of them.
+    fn greeted(&self, number: u8) -> Result<(), ReceiveMachineError> {
+        let mut greeted = self.greeted.lock().unwrap_or_else(PoisonError::into_inner);
+        if greeted.contains(&number) {
+            return Err(ReceiveMachineError::Twice(number));
+        }
+        greeted.push(number);
+        Ok(())
     }
 }
 
@@ -291,7 +254,7 @@ fn take_packets(link: &mut Link<Wire>, door: &PacketDoor) -> Result<(), LinkErro
         match (found, body.split_first()) {
             (Kind::PacketsEnd, _) => return Ok(()),
             (Kind::Packet, Some((index, packet))) => drop(door.add(*index, packet)),
-            (_, _) => return Err(LinkError::Unexpected { found, wanted: "a packet" }),
+            (_, _) => return Err(StreamError::Unexpected { found, wanted: "a packet" }.into()),
         }
     }
 }

@@ -27,7 +27,6 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::link::LinkError;
 use super::tls::TlsError;
 use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::image::{self, WriteImageError};
@@ -38,8 +37,14 @@ use crate::report;
 use crate::sys::kvm::CallError;
 use crate::sys::thread::{self, ThreadClass};
 use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
-use crate::wire::control::{SendPhase, SendPhases, SendProgress, SendSpec, SentPages};
-use crate::wire::stream::{BODY_BYTES_MAX, CONNECTIONS_MAX, Kind, PAGES_MAX, Pages, STATE_BYTES_MAX, state_digest};
+use crate::wire::control::{
+    PackedPhases, Packing, SendPhase, SendPhases, SendProgress, SendSpec, SentPages, StreamForm,
+};
+use crate::wire::link::LinkError;
+use crate::wire::packed::Packer;
+use crate::wire::stream::{
+    BODY_BYTES_MAX, CONNECTIONS_MAX, Kind, PAGES_MAX, Pages, STATE_BYTES_MAX, VERSION, VERSION_MIN, state_digest,
+};
 
 mod lane;
 
@@ -68,6 +73,8 @@ pub(super) struct Outgoing {
     pub(super) sockets: Vec<OwnedFd>,
     /// How.
     pub(super) spec: SendSpec,
+    /// In frames of which form.
+    pub(super) form: StreamForm,
     /// This process's page map.
     pub(super) pagemap: File,
     /// Guest memory.
@@ -80,7 +87,7 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     /// Whether descriptors and bounds fit together.
-    pub(super) fn check(spec: &SendSpec, descriptors: usize) -> Result<(), String> {
+    pub(super) fn check(spec: &SendSpec, form: StreamForm, descriptors: usize) -> Result<(), String> {
         let wanted = 1 + usize::from(spec.connections);
         if !(1..=CONNECTIONS_MAX).contains(&spec.connections) {
             return Err(format!("{} connections: 1 to {CONNECTIONS_MAX} are possible", spec.connections));
@@ -90,6 +97,13 @@ impl Outgoing {
         }
         if spec.rate_bytes_max == Some(0) {
             return Err("a rate of 0 bytes a second sends nothing".to_owned());
+        }
+        let StreamForm { version, packing } = form;
+        if !(VERSION_MIN..=VERSION).contains(&version) {
+            return Err(format!("stream version {version}: {VERSION_MIN} to {VERSION} are possible"));
+        }
+        if packing != Packing::None && version < Kind::PackedPages.since_version() {
+            return Err(format!("stream version {version} has no packed pages"));
         }
         Ok(())
     }
@@ -125,7 +139,7 @@ pub(super) enum News {
     /// Little is left: hold the guest.
     Converged,
     /// The machine stands ready at the other end.
-    Sent(SendPhases),
+    Sent(SendPhases, PackedPhases),
     /// This many packets went over.
     Forwarded(Result<u64, SendError>),
     /// It will not come about.
@@ -244,9 +258,9 @@ impl Sender {
             // What belongs to a send that is over means nothing any more.
             let Job::Send(outgoing) = job else { continue };
             match self.send(*outgoing) {
-                Ok((phases, links)) => {
+                Ok((phases, packed, links)) => {
                     self.progress(|progress| progress.phase = SendPhase::Ready);
-                    self.tell(News::Sent(phases));
+                    self.tell(News::Sent(phases, packed));
                     self.stand_by(links);
                     self.progress(|progress| progress.phase = SendPhase::None);
                 }
@@ -286,21 +300,23 @@ impl Sender {
         change(&mut self.progress.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn send(&mut self, outgoing: Outgoing) -> Result<(SendPhases, Vec<Lane>), SendError> {
-        let Outgoing { sockets, spec, pagemap, ram, dirty, runs } = outgoing;
+    fn send(&mut self, outgoing: Outgoing) -> Result<(SendPhases, PackedPhases, Vec<Lane>), SendError> {
+        let Outgoing { sockets, spec, form, pagemap, ram, dirty, runs } = outgoing;
         let begun = self.clock.monotonic();
         let mut lanes = Vec::with_capacity(sockets.len());
         for (socket, number) in sockets.into_iter().zip(0..) {
-            lanes.push(Lane::open(socket, self.clock, &spec, number)?);
+            lanes.push(Lane::open(socket, self.clock, (&spec, form.version), number)?);
         }
+        let packer = (form.packing == Packing::Lz4).then(Packer::default);
+        let (counts, packed) = (SendPhases::default(), PackedPhases::default());
         let mut copy =
-            Copy { sender: self, ram, lanes, spec, counts: SendPhases::default(), held: false, state: None, round: 0 };
+            Copy { sender: self, ram, lanes, spec, packer, counts, packed, held: false, state: None, round: 0 };
         let result = copy.all(&dirty, &pagemap, runs, begun);
-        let Copy { mut lanes, counts, .. } = copy;
+        let Copy { mut lanes, counts, packed, .. } = copy;
         match result {
             Ok(()) => {
                 let wire_bytes = lanes.iter().map(|lane| lane.link.wire_bytes()).sum();
-                Ok((SendPhases { wire_bytes, ..counts }, lanes))
+                Ok((SendPhases { wire_bytes, ..counts }, packed, lanes))
             }
             Err(error) => {
                 let reason = report::chain(&error);
@@ -317,7 +333,10 @@ struct Copy<'a> {
     ram: GuestRam,
     lanes: Vec<Lane>,
     spec: SendSpec,
+    /// What packs pages, if they are packed.
+    packer: Option<Packer>,
     counts: SendPhases,
+    packed: PackedPhases,
     /// Whether the guest stands still.
     held: bool,
     /// Its state, if it came before it was needed.
@@ -427,7 +446,15 @@ impl Copy<'_> {
                 lane.push(Kind::ZeroPages, &head, &[], 0)?;
                 self.counts.zero_pages += count.0;
             } else {
-                lane.push(Kind::Pages, &head, part.bytes(), count.0 * PAGE_BYTES)?;
+                let memory = count.0 * PAGE_BYTES;
+                match self.packer.as_mut().and_then(|packer| packer.pack(part.bytes())) {
+                    Some(block) => {
+                        lane.push(Kind::PackedPages, &head, block, memory)?;
+                        self.packed.pages += count.0;
+                        self.packed.bytes += block.len() as u64;
+                    }
+                    None => lane.push(Kind::Pages, &head, part.bytes(), memory)?,
+                }
                 self.counts.pages += count.0;
             }
             first.0 += count.0;

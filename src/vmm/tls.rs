@@ -19,7 +19,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ServerConfig, ServerConnection};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme, StreamOwned};
 
-use super::link::BoundedSocket;
+use super::socket::BoundedSocket;
 use crate::clock::Monotonic;
 use crate::wire::control::StreamTls;
 

@@ -11,15 +11,17 @@
 //! Nothing is allocated for a length that is not checked, and no page number is believed: [`Pages::check`] compares it with
 //! the memory there is.
 
+use super::packed::UnpackError;
 use crate::units::{PAGE_BYTES, PageCount, PageIndex};
 
 /// First bytes of every frame.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"HRMS");
 
-/// Version of the stream this build speaks.
-pub const VERSION: u16 = 1;
+/// Version of the stream this build speaks. 2 has [`Kind::PackedPages`].
+pub const VERSION: u16 = 2;
 
-/// Oldest version this build still speaks: hosts are upgraded one after the other.
+/// Oldest version this build still speaks: hosts are upgraded one after the other. Both ends write in the version that the
+/// source says Hello in, which is one that the target's agent said it knows.
 pub const VERSION_MIN: u16 = 1;
 
 /// Bytes of a header.
@@ -67,6 +69,8 @@ pub enum Kind {
     End = 7,
     /// No packet follows; how many there were.
     PacketsEnd = 8,
+    /// Pages as an lz4 block, shorter than they are: [`Pages`], then the block ([`super::packed`]). Since version 2.
+    PackedPages = 9,
     /// To the source: how many frames of this connection are in the target's memory.
     Ack = 16,
     /// To the source: the machine stands ready, and its state has this digest.
@@ -76,7 +80,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Hello,
         Self::Pages,
         Self::ZeroPages,
@@ -85,16 +89,37 @@ impl Kind {
         Self::Packet,
         Self::End,
         Self::PacketsEnd,
+        Self::PackedPages,
         Self::Ack,
         Self::Ready,
         Self::Abort,
     ];
+
+    /// The first version of the stream that has it.
+    pub const fn since_version(self) -> u16 {
+        match self {
+            Self::Hello
+            | Self::Pages
+            | Self::ZeroPages
+            | Self::RoundEnd
+            | Self::State
+            | Self::Packet
+            | Self::End
+            | Self::PacketsEnd
+            | Self::Ack
+            | Self::Ready
+            | Self::Abort => 1,
+            Self::PackedPages => 2,
+        }
+    }
 
     /// The lengths its body may have.
     const fn lengths(self) -> (u32, u32) {
         match self {
             Self::Hello => (HELLO_BYTES, HELLO_BYTES),
             Self::Pages => (PAGES_HEAD_BYTES + PAGE, BODY_BYTES_MAX),
+            // As many as the pages have is not shorter.
+            Self::PackedPages => (PAGES_HEAD_BYTES + 1, BODY_BYTES_MAX - 1),
             Self::ZeroPages => (PAGES_HEAD_BYTES, PAGES_HEAD_BYTES),
             Self::RoundEnd | Self::Ack => (4, 4),
             Self::State => (1, BODY_BYTES_MAX),
@@ -121,11 +146,21 @@ pub enum StreamError {
         /// The version found.
         found: u16,
     },
+    /// Another version than the connection began with.
+    #[error("a frame of version {found} on a connection that began with {began}")]
+    OtherVersion {
+        /// The version found.
+        found: u16,
+        /// The version it began with.
+        began: u16,
+    },
     /// No such kind.
-    #[error("frame kind {found} is none of a migration's stream")]
+    #[error("frame kind {found} is none of version {version} of a migration's stream")]
     Kind {
         /// The kind found.
         found: u16,
+        /// The version it came in.
+        version: u16,
     },
     /// A length that a frame of this kind cannot have.
     #[error("a {kind:?} frame of {found} bytes; {min} to {max} are allowed")]
@@ -163,6 +198,29 @@ pub enum StreamError {
         /// What the guest has.
         memory: u64,
     },
+    /// Packed pages that are none.
+    #[error(transparent)]
+    Packed(#[from] UnpackError),
+    /// A frame that has no place here.
+    #[error("a {found:?} frame where {wanted} was expected")]
+    Unexpected {
+        /// What came.
+        found: Kind,
+        /// What was expected.
+        wanted: &'static str,
+    },
+    /// It is another migration's connection.
+    #[error("the connection belongs to another migration: its {what} is not this one's")]
+    Foreign {
+        /// What differs.
+        what: &'static str,
+    },
+    /// More state than a machine has.
+    #[error("more than {STATE_BYTES_MAX} bytes of state")]
+    TooMuchState,
+    /// The state is not the one that was sent.
+    #[error("the state's digest does not fit its bytes")]
+    OtherState,
     /// A greeting that contradicts itself.
     #[error("connection {connection} of {connections}; 1 to {CONNECTIONS_MAX} there are")]
     Connections {
@@ -189,14 +247,20 @@ pub struct Header {
 }
 
 impl Header {
-    /// A header for a body in these parts, which follow each other.
-    pub fn for_body(kind: Kind, sequence: u32, body: &[&[u8]]) -> Result<[u8; HEADER_BYTES], StreamError> {
+    /// A header in this version, for a body in these parts, which follow each other.
+    pub fn for_body(
+        version: u16,
+        kind: Kind,
+        sequence: u32,
+        body: &[&[u8]],
+    ) -> Result<[u8; HEADER_BYTES], StreamError> {
+        check_version(version, kind)?;
         let length: usize = body.iter().map(|part| part.len()).sum();
         let length = u32::try_from(length).unwrap_or(u32::MAX);
         check_length(kind, length)?;
         let mut bytes = [0; HEADER_BYTES];
         bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());
-        bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[4..6].copy_from_slice(&version.to_le_bytes());
         bytes[6..8].copy_from_slice(&(kind as u16).to_le_bytes());
         bytes[8..12].copy_from_slice(&length.to_le_bytes());
         bytes[12..16].copy_from_slice(&sequence.to_le_bytes());
@@ -213,11 +277,9 @@ impl Header {
         if magic != MAGIC {
             return Err(StreamError::Magic { found: magic });
         }
-        if !(VERSION_MIN..=VERSION).contains(&version) {
-            return Err(StreamError::Version { found: version });
-        }
         let kind = Kind::ALL.into_iter().find(|kind| *kind as u16 == number);
-        let kind = kind.ok_or(StreamError::Kind { found: number })?;
+        check_version(version, kind.unwrap_or(Kind::Hello))?;
+        let kind = kind.ok_or(StreamError::Kind { found: number, version })?;
         check_length(kind, length)?;
         if sequence != wanted {
             return Err(StreamError::Sequence { found: sequence, wanted });
@@ -235,6 +297,17 @@ impl Header {
         } else {
             Err(StreamError::Checksum { sequence: self.sequence })
         }
+    }
+}
+
+/// Whether this build speaks a version, and that has the kind.
+fn check_version(version: u16, kind: Kind) -> Result<(), StreamError> {
+    if !(VERSION_MIN..=VERSION).contains(&version) {
+        return Err(StreamError::Version { found: version });
+    }
+    match version < kind.since_version() {
+        true => Err(StreamError::Kind { found: kind as u16, version }),
+        false => Ok(()),
     }
 }
 
@@ -286,8 +359,8 @@ impl Pages {
         Self { first: u64::from_le_bytes([a, b, c, d, e, f, g, h]), count: u32::from_le_bytes(count) }
     }
 
-    /// The run, if the guest has all of it, and the frame a body of that many pages; zeroes have none. `memory` gives how
-    /// many pages there are from the first one on, without a gap.
+    /// The run, if the guest has all of it, and the frame a body of that many pages, or a block for no more than a frame
+    /// may have; zeroes have none. `memory` gives how many pages there are from the first one on, without a gap.
     pub fn check(
         self,
         kind: Kind,
@@ -296,7 +369,14 @@ impl Pages {
     ) -> Result<(PageIndex, PageCount), StreamError> {
         let there = memory(PageIndex(self.first)).0;
         let has = body_bytes.saturating_sub(PAGES_HEAD_BYTES) / PAGE;
-        let fits = kind == Kind::ZeroPages || has == self.count;
+        let fits = if kind == Kind::ZeroPages {
+            true
+        } else if kind == Kind::PackedPages {
+            // A block is shorter than what it becomes.
+            (has + 1..=PAGES_MAX).contains(&self.count)
+        } else {
+            has == self.count
+        };
         if self.count == 0 || !fits || u64::from(self.count) > there {
             return Err(StreamError::Pages { first: self.first, count: self.count, memory: there });
         }
@@ -336,6 +416,20 @@ impl Hello {
         bytes
     }
 
+    /// Whether it is the expected one; which of the connections it is, its reader may leave to it.
+    pub fn check(self, expected: Self) -> Result<(), StreamError> {
+        let what = if self.token != expected.token {
+            "token"
+        } else if self.connections != expected.connections {
+            "number of connections"
+        } else if self.connection != expected.connection {
+            "number"
+        } else {
+            return Ok(());
+        };
+        Err(StreamError::Foreign { what })
+    }
+
     /// Reads one that does not contradict itself. Whether the token is the right one is the reader's to see.
     pub fn from_bytes(bytes: [u8; HELLO_BYTES as usize]) -> Result<Self, StreamError> {
         let [token @ .., connection, connections] = bytes;
@@ -354,7 +448,7 @@ mod tests {
     const PAGE: [u8; 4096] = [7; 4096];
 
     fn header(kind: Kind, sequence: u32, body: &[&[u8]]) -> [u8; HEADER_BYTES] {
-        Header::for_body(kind, sequence, body).unwrap()
+        Header::for_body(VERSION, kind, sequence, body).unwrap()
     }
 
     #[test]
@@ -380,15 +474,20 @@ mod tests {
     #[test]
     fn lengths_have_bounds() {
         let odd = [0; 12 + 4096 + 1];
-        assert!(matches!(Header::for_body(Kind::Pages, 0, &[&odd]), Err(StreamError::Length { .. })));
+        assert!(matches!(Header::for_body(VERSION, Kind::Pages, 0, &[&odd]), Err(StreamError::Length { .. })));
         let most = vec![0; BODY_BYTES_MAX as usize];
-        assert!(Header::for_body(Kind::Pages, 0, &[&most]).is_ok());
-        assert!(Header::for_body(Kind::State, 0, &[&most]).is_ok());
-        for (kind, length) in
-            [(Kind::Pages, most.len() + 4096), (Kind::State, most.len() + 1), (Kind::State, 0), (Kind::Hello, 33)]
-        {
+        assert!(Header::for_body(VERSION, Kind::Pages, 0, &[&most]).is_ok());
+        assert!(Header::for_body(VERSION, Kind::State, 0, &[&most]).is_ok());
+        for (kind, length) in [
+            (Kind::Pages, most.len() + 4096),
+            (Kind::PackedPages, most.len()),
+            (Kind::PackedPages, 12),
+            (Kind::State, most.len() + 1),
+            (Kind::State, 0),
+            (Kind::Hello, 33),
+        ] {
             let body = vec![0; length];
-            let refused = Header::for_body(kind, 0, &[&body]);
+            let refused = Header::for_body(VERSION, kind, 0, &[&body]);
             assert!(matches!(refused, Err(StreamError::Length { .. })), "{kind:?} of {length}");
         }
         assert_eq!(Header::read(&[0; HEADER_BYTES], 0), Err(StreamError::Magic { found: 0 }));
@@ -417,6 +516,46 @@ mod tests {
         ] {
             assert!(matches!(check(kind, first, count, body), Err(StreamError::Pages { .. })), "{first} {count}");
         }
+    }
+
+    #[test]
+    fn packed_pages_are_fewer_than_a_frame_has_and_shorter_than_they_are() {
+        let check = |count, body| {
+            let mut bytes = [0; PAGES_HEAD_BYTES as usize];
+            bytes[8..].copy_from_slice(&u32::to_le_bytes(count));
+            Pages::from_bytes(bytes).check(Kind::PackedPages, body, |_| PageCount(1000)).is_ok()
+        };
+        let fits = [(1, 13), (1, 12 + 4095), (256, 13), (256, BODY_BYTES_MAX - 1), (2, 12 + 4096)];
+        let wrong = [(0, 13), (1, 12 + 4096), (257, 13), (u32::MAX, 13), (2, 12 + 8192)];
+        assert!(fits.iter().all(|(count, body)| check(*count, *body)));
+        assert!(!wrong.iter().any(|(count, body)| check(*count, *body)));
+    }
+
+    #[test]
+    fn a_version_has_its_kinds_and_no_later_ones() {
+        let body: [&[u8]; 1] = [&[0; 14]];
+        let refused = Err(StreamError::Kind { found: 9, version: 1 });
+        assert_eq!(Header::for_body(1, Kind::PackedPages, 0, &body), refused);
+        let mut bytes = header(Kind::PackedPages, 0, &body);
+        assert_eq!(Header::read(&bytes, 0).map(|header| header.kind), Ok(Kind::PackedPages));
+        bytes[4] = 1;
+        assert_eq!(Header::read(&bytes, 0), Err(StreamError::Kind { found: 9, version: 1 }));
+        for version in [0, VERSION + 1] {
+            let refused = Err(StreamError::Version { found: version });
+            assert_eq!(Header::for_body(version, Kind::Hello, 0, &[&[0; 34]]), refused);
+        }
+    }
+
+    /// The bytes of version 1, which hosts of the version before send and take.
+    #[test]
+    fn version_1_stays_as_it_was() {
+        let pages = Pages::new(PageIndex(3), PageCount(1)).unwrap().to_bytes();
+        let bytes = Header::for_body(1, Kind::Pages, 2, &[&pages, &PAGE]).unwrap();
+        assert_eq!(bytes[..16], [0x48, 0x52, 0x4d, 0x53, 1, 0, 2, 0, 12, 16, 0, 0, 2, 0, 0, 0]);
+        assert_eq!(pages, [3, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+        let kinds: Vec<u16> =
+            Kind::ALL.iter().filter(|kind| kind.since_version() == 1).map(|kind| *kind as u16).collect();
+        assert_eq!(kinds, [1, 2, 3, 4, 5, 6, 7, 8, 16, 17, 18]);
     }
 
     #[test]

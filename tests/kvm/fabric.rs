@@ -1,6 +1,6 @@
 //! Three hosts on one machine: network namespaces joined by a bridge, an agent in each.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::fixture::{Agent, text};
@@ -36,14 +36,19 @@ pub(crate) struct Fabric {
 impl Fabric {
     /// Makes the hosts and starts their agents.
     pub(crate) fn start(underlay: &str) -> Self {
+        Self::start_by(underlay, [None, None, None])
+    }
+
+    /// The same, with agents by other programs than the one that is tested: of an earlier version.
+    pub(crate) fn start_by(underlay: &str, programs: [Option<PathBuf>; 3]) -> Self {
         // Made readable for its owner alone.
         let key = tempfile::NamedTempFile::new().expect("a file for the key");
         std::fs::write(&key, "of this test's hosts alone: 32 bytes or more").expect("write the key");
         let mut fabric = Self { agents: Vec::new(), key };
         fabric.wire();
         let configs = [0, 1, 2].map(|host| config(host, underlay, fabric.key.path()));
-        for (config, name) in configs.iter().zip(HOSTS) {
-            fabric.agents.push(Some(Agent::start_with(config, Some(name))));
+        for ((config, name), program) in configs.iter().zip(HOSTS).zip(programs) {
+            fabric.agents.push(Some(Agent::start_by(config, Some(name), program)));
         }
         fabric
     }

@@ -57,7 +57,12 @@ impl Agent {
     /// Starts an agent with this configuration on an empty state directory, in a named network namespace: a host of
     /// its own as far as its network goes.
     pub(crate) fn start_with(config: &str, namespace: Option<&str>) -> Self {
-        Self::start_at(config, Place { namespace: namespace.map(str::to_owned), ..Place::default() })
+        Self::start_by(config, namespace, None)
+    }
+
+    /// The same, by another program if there is one: an earlier version.
+    pub(crate) fn start_by(config: &str, namespace: Option<&str>, program: Option<PathBuf>) -> Self {
+        Self::start_at(config, Place { namespace: namespace.map(str::to_owned), program, ..Place::default() })
     }
 
     /// Starts an agent in a named network namespace whose directory was prepared before: `state` in it is to be its state
@@ -69,11 +74,6 @@ impl Agent {
         clock: Option<(String, String)>,
     ) -> Self {
         Self::start_in(directory, config, Place { namespace: Some(namespace.to_owned()), clock, ..Place::default() })
-    }
-
-    /// Starts an agent by another program: an earlier version.
-    pub(crate) fn start_earlier(config: &str, program: PathBuf) -> Self {
-        Self::start_at(config, Place { program: Some(program), ..Place::default() })
     }
 
     /// Ends the agent as systemd does and starts the program that is tested instead.

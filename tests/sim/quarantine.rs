@@ -7,6 +7,7 @@ use hearth::agent::{
     Door, ExecSpec, Launched, SwapMode, SwapOrder, Verb, VerbError, VmError, VmRecord, VmState, Write,
 };
 use hearth::sim::{Faults, SimHost};
+use hearth::wire::frame;
 
 use crate::life::{life, request};
 
@@ -66,6 +67,14 @@ fn a_vmm_of_a_newer_program_is_left_alone() {
     life(&host, Faults::default(), runs).expect("no crash");
     rewrite(&host, |vm| vm.wire_version += 1);
     is_left_alone(&host, "start a newer agent");
+}
+
+#[test]
+fn a_vmm_of_a_program_two_versions_older_is_left_alone() {
+    let host = SimHost::new(26);
+    life(&host, Faults::default(), runs).expect("no crash");
+    rewrite(&host, |vm| vm.wire_version = frame::VERSION_MIN - 1);
+    is_left_alone(&host, "start the agent of the version before");
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use hearth::sys::{fd, file, process};
 use hearth::wire::control::{
-    Answer, DeviceSpec, MachineState, ReceiveSpec, ReceivedMemory, Request, SavedPages, SendPhase, SendPhases,
-    SendSpec, SentPages, StreamKey, StreamTls, StreamToken,
+    Answer, DeviceSpec, MachineState, PackedPhases, Packing, ReceiveSpec, ReceivedMemory, Request, SavedPages,
+    SendPhase, SendPhases, SendSpec, SentPages, StreamForm, StreamKey, StreamTls, StreamToken,
 };
 use hearth::wire::refusal::Refusal;
 
@@ -90,11 +90,16 @@ fn tls() -> (StreamTls, StreamTls) {
 }
 
 fn begin_send(vmm: &Vmm, ends: &[TcpStream], spec: SendSpec) {
+    begin_as(vmm, ends, |connections| Request::Send(SendSpec { connections, ..spec }));
+}
+
+/// Begins a send by the request for so many connections.
+fn begin_as(vmm: &Vmm, ends: &[TcpStream], request: impl FnOnce(u8) -> Request) {
     let pagemap = File::open(format!("/proc/{}/pagemap", vmm.spawned.pid)).unwrap();
     let mut descriptors = vec![pagemap.as_fd()];
     descriptors.extend(ends.iter().map(AsFd::as_fd));
     let connections = u8::try_from(ends.len()).unwrap();
-    begin(&vmm.control, &Request::Send(SendSpec { connections, ..spec }), &descriptors);
+    begin(&vmm.control, &request(connections), &descriptors);
 }
 
 /// Another conversation with the VMM, beside the one that waits.
@@ -112,17 +117,22 @@ fn moved(from: Vmm, count: u8, spec: SendSpec, tls: Option<StreamTls>) -> (Vmm, 
     moved_to(to, from, ours, spec)
 }
 
-fn moved_to(mut to: Vmm, mut from: Vmm, ours: Vec<TcpStream>, spec: SendSpec) -> (Vmm, SendPhases) {
+fn moved_to(to: Vmm, mut from: Vmm, ours: Vec<TcpStream>, spec: SendSpec) -> (Vmm, SendPhases) {
     begin_send(&from, &ours, spec);
     drop(ours);
     let sent = answer(&mut from.control);
     let Answer::Sent(phases) = sent else { panic!("{sent:?}\n{}\n{}", from.log(), to.log()) };
+    (goes_on(to, from), phases)
+}
+
+/// Lets a machine that stands ready at both ends run at the other one.
+fn goes_on(mut to: Vmm, mut from: Vmm) -> Vmm {
     let launched = answer(&mut to.control);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", to.log());
     assert_eq!(to.ask(&Request::Resume), Answer::Done);
     assert_eq!(from.ask(&Request::Stop), Answer::Done);
     from.wait_for_end();
-    (to, phases)
+    to
 }
 
 fn guest(vmm: &Vmm) -> Guest {
@@ -187,6 +197,62 @@ fn a_guest_goes_there_and_back_and_notices_nothing() {
         assert!(phases.rounds >= 1 && phases.pages > 1000 && phases.state_bytes > 4096, "{phases:?}");
         assert!(phases.wire_bytes > phases.pages * 4096 && phases.held_ns > 0, "{phases:?}");
     }
+}
+
+/// Moves a machine in a stream of this form.
+fn moved_in(form: StreamForm, mut from: Vmm, count: u8, tls: (Option<StreamTls>, Option<StreamTls>)) -> (Vmm, Answer) {
+    let (ours, theirs) = connections(count);
+    let to = arriving(&theirs, TOKEN, tls.1);
+    drop(theirs);
+    begin_as(&from, &ours, |connections| Request::SendIn { spec: SendSpec { connections, tls: tls.0, ..SPEC }, form });
+    drop(ours);
+    let sent = answer(&mut from.control);
+    assert!(matches!(sent, Answer::SentIn { .. }), "{sent:?}\n{}\n{}", from.log(), to.log());
+    (goes_on(to, from), sent)
+}
+
+#[test]
+fn pages_go_packed_where_that_is_asked_for() {
+    let (mut vmm, told) = loaded();
+    // Neither zero nor noise.
+    shell(
+        &vmm,
+        "cd /tmp; l='one line is like the other. '; while [ ${#l} -lt 65536 ]; do l=$l$l; done; echo $l > text
+        for i in 1 2 3 4; do cat text text > next; mv next text; done; md5sum text > text.sum",
+    );
+    let (_, mut last) = look(&vmm);
+    let packed = StreamForm { version: 2, packing: Packing::Lz4 };
+    for (form, count, encrypted) in [
+        (packed, 1, false),
+        (packed, 3, true),
+        (StreamForm { packing: Packing::None, ..packed }, 2, false),
+        (StreamForm::PLAIN, 1, true),
+    ] {
+        let (source, target) = tls();
+        let tls = if encrypted { (Some(source), Some(target)) } else { (None, None) };
+        let sent;
+        (vmm, sent) = moved_in(form, vmm, count, tls);
+        let Answer::SentIn { phases, packed } = sent else { unreachable!("looked at before") };
+        println!("{form:?} {phases:?} {packed:?}");
+        last = check(&vmm, &told, last);
+        assert_eq!(shell(&vmm, "cd /tmp; md5sum -c text.sum"), "text: OK\n");
+        if form.packing == Packing::Lz4 {
+            assert!(packed.pages > 256 && packed.pages <= phases.pages, "{phases:?} {packed:?}");
+            assert!(packed.bytes * 2 < packed.pages * 4096, "{packed:?}");
+            assert!(phases.wire_bytes < phases.pages * 4096 && phases.wire_bytes > packed.bytes, "{phases:?}");
+        } else {
+            assert_eq!(packed, PackedPhases::default());
+            assert!(phases.wire_bytes > phases.pages * 4096, "{phases:?}");
+        }
+    }
+    // What no other end understands is not begun.
+    for form in [StreamForm { version: 1, packing: Packing::Lz4 }, StreamForm { version: 3, packing: Packing::None }] {
+        let (ours, _theirs) = connections(1);
+        begin_as(&vmm, &ours, |connections| Request::SendIn { spec: SendSpec { connections, ..SPEC }, form });
+        let refused = answer(&mut vmm.control);
+        assert!(matches!(refused, Answer::Refused(Refusal::BadRequest { .. })), "{form:?}: {refused:?}");
+    }
+    check(&vmm, &told, last);
 }
 
 /// The file of a machine's memory, taken from the process that has it.

@@ -17,6 +17,7 @@ use crate::agent::world::{DiskIdentity, World};
 use crate::bundle::admit::GuestNeeds;
 use crate::clock::{Steady, UnixNanos};
 use crate::ids::{BundleId, MigrationId, VmId};
+use crate::wire::stream;
 
 /// Longest wait for a host to have a place for a machine.
 const ARRANGE_LIMIT: Duration = Duration::from_secs(25);
@@ -72,6 +73,11 @@ const fn one() -> u8 {
     1
 }
 
+/// What an agent understands that says nothing of it.
+const fn first_stream() -> u16 {
+    1
+}
+
 /// The session of a machine that is to come; made when it is not there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArrivingSession {
@@ -107,6 +113,9 @@ pub struct ArrivalReady {
     /// Whether the bundle that the machine was launched from is there, and its memory begins as that.
     #[serde(default)]
     pub has_base: bool,
+    /// The newest version of the stream that is understood there.
+    #[serde(default = "first_stream")]
+    pub stream_version: u16,
 }
 
 /// `POST /peer/v1/arrivals/check`: whether a machine could come, if it came now.
@@ -116,6 +125,9 @@ pub struct ArrivalVerdict {
     pub has_base: bool,
     /// Memory the host could give to guests, in bytes.
     pub memory_available_bytes: u64,
+    /// The newest version of the stream that is understood there.
+    #[serde(default = "first_stream")]
+    pub stream_version: u16,
 }
 
 /// Answer to the word of a decision, and to the question for one.
@@ -184,7 +196,8 @@ impl ArrivalOrder {
 impl ArrivalReady {
     /// A place to send a machine to.
     pub(in crate::agent) fn new(port: u16, certificate: &[u8], connections: u8, has_base: bool) -> Self {
-        Self { port, certificate: hexadecimal(certificate), connections, has_base }
+        let stream_version = stream::VERSION;
+        Self { port, certificate: hexadecimal(certificate), connections, has_base, stream_version }
     }
 
     /// The certificate of the receiving end, if it is one.
@@ -284,6 +297,15 @@ impl<W: World> Shared<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn agents_of_before_understand_the_first_stream() {
+        let ready: ArrivalReady = serde_json::from_str(r#"{"port":1,"certificate":"00"}"#).unwrap();
+        assert_eq!((ready.stream_version, ready.connections, ready.has_base), (1, 1, false));
+        let verdict: ArrivalVerdict =
+            serde_json::from_str(r#"{"has_base":true,"memory_available_bytes":5,"later":null}"#).unwrap();
+        assert_eq!(verdict.stream_version, 1);
+    }
 
     #[test]
     fn bytes_are_digits_and_back() {

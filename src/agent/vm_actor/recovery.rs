@@ -40,6 +40,9 @@ impl<W: World> VmActor<W> {
         if version > frame::VERSION {
             return Some(Doubt::NewerProtocol { version, known: frame::VERSION });
         }
+        if version < frame::VERSION_MIN {
+            return Some(Doubt::OlderProtocol { version, known: frame::VERSION_MIN });
+        }
         match self.shared.world.vmm().ask(&self.record, own, Ask::Status).await {
             Ok(_) => {
                 tracing::info!(vm = %self.record.id, state = self.record.state.name(), "adopted");

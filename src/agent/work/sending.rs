@@ -10,10 +10,12 @@ use tokio::time::{sleep, timeout};
 
 use super::{Outcome, Work, ask_failed, host, micros, no_network};
 use crate::agent::config::{FabricConfig, Peer};
-use crate::agent::migration_record::{MigrationRecord, MovePolicy, MoveRecord};
+use crate::agent::migration_record::{Compress, MigrationRecord, MovePolicy, MoveRecord};
 use crate::agent::peers::{ArrivalOrder, ArrivalReady, PeerError};
 use crate::agent::vm_state::FailureCause;
-use crate::agent::world::{Ask, SendOrder, StreamTerms, VmDisk, VmNetworks, VmmHost, VmmProcess, World, random_array};
+use crate::agent::world::{
+    Ask, SendOrder, SentMachine, StreamTerms, VmDisk, VmNetworks, VmmHost, VmmProcess, World, random_array,
+};
 use crate::report::chain;
 use crate::wire::control::{StreamTls, StreamToken};
 
@@ -66,20 +68,26 @@ impl<W: World> Work<W> {
         // A host of the version before waits for one connection.
         let policy = MovePolicy { connections: ready.connections.min(way.policy.connections), ..way.policy };
         let terms = StreamTerms { token: StreamToken(token), tls };
-        self.way = Some(SendOrder { to, terms, policy, is_base_there: ready.has_base });
+        let (form, uncompressed) = policy.compress.agreed(self.record.wire_version, ready.stream_version);
+        if let Some(why) = uncompressed {
+            tracing::info!(vm = %self.record.id, why = why.told(), "it is sent as it is");
+        }
+        let order = SendOrder { to, terms, policy, form, is_base_there: ready.has_base };
+        self.way = Some((order, uncompressed));
         Ok(())
     }
 
     pub(super) async fn send_machine(&mut self) -> Result<(), Outcome> {
         // This work's own: an agent that was killed between the two begins none of this again.
-        let (Some(order), Some(process)) = (self.way.take(), self.process.clone()) else {
+        let (Some((order, uncompressed)), Some(process)) = (self.way.take(), self.process.clone()) else {
             return Err(host("nothing waits for the machine on the other host".to_owned()));
         };
+        let compress = Compress::from(order.form.packing);
         let mut hurry = self.hurry.clone();
         let shared = Arc::clone(&self.shared);
         let sending = shared.world.vmm().send_machine(&self.record, shared.epoch, order);
         let mut sending = std::pin::pin!(sending);
-        let phases = tokio::select! {
+        let SentMachine { phases, packed } = tokio::select! {
             biased;
             sent = sending.as_mut() => sent.map_err(ask_failed)?,
             end = process.ended() => return Err(Outcome::VmmEnded(end)),
@@ -98,7 +106,9 @@ impl<W: World> Work<W> {
             let synced = self.shared.world.disk().sync_disk(disk).await;
             synced.map_err(|error| host(format!("flush {}: {error}", disk.path)))?;
         }
-        self.operation.moved = Some(MoveRecord::of(&phases));
+        let (packed_pages, packed_bytes) = (packed.pages, packed.bytes);
+        self.operation.moved =
+            Some(MoveRecord { compress, uncompressed, packed_pages, packed_bytes, ..MoveRecord::of(&phases) });
         Ok(())
     }
 

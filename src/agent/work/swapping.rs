@@ -93,6 +93,7 @@ impl<W: World> Work<W> {
                 | Answer::Saved(_)
                 | Answer::Balloon(_)
                 | Answer::Sent(_)
+                | Answer::SentIn { .. }
                 | Answer::Sending(_)
                 | Answer::Forwarded { .. }
                 | Answer::Refused(_)

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::{error_detail, ms, steps, timestamp};
 use crate::agent;
 use crate::api::types::{
-    MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationProgress, MigrationState, Moved,
-    OnNonconverge, PauseSteps,
+    Compress, MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationProgress, MigrationState,
+    Moved, OnNonconverge, PauseSteps, Uncompressed,
 };
 
 fn millis(micros: u64) -> f64 {
@@ -25,6 +25,10 @@ pub(in crate::api) fn moved(moved: &agent::MoveRecord) -> Moved {
         last_pages: moved.last_pages,
         bytes: moved.bytes,
         packets: moved.packets,
+        compress: compress(moved.compress),
+        uncompressed: moved.uncompressed.map(uncompressed),
+        packed_pages: moved.packed_pages,
+        packed_bytes: moved.packed_bytes,
         steps: PauseSteps {
             stop_ms: millis(steps.stop_us),
             last_pages_ms: millis(steps.last_pages_us),
@@ -32,6 +36,20 @@ pub(in crate::api) fn moved(moved: &agent::MoveRecord) -> Moved {
             decide_ms: millis(steps.decide_us),
             start_ms: millis(steps.start_us),
         },
+    }
+}
+
+const fn compress(compress: agent::Compress) -> Compress {
+    match compress {
+        agent::Compress::None => Compress::None,
+        agent::Compress::Lz4 => Compress::Lz4,
+    }
+}
+
+const fn uncompressed(why: agent::Uncompressed) -> Uncompressed {
+    match why {
+        agent::Uncompressed::OlderHost => Uncompressed::OlderHost,
+        agent::Uncompressed::OlderVmm => Uncompressed::OlderVmm,
     }
 }
 
@@ -49,6 +67,11 @@ pub(in crate::api) fn migrate_order(request: MigrateRequest) -> agent::MigrateOr
             None => had.unconverged,
             Some(OnNonconverge::Force) => agent::WhenUnconverged::Force,
             Some(OnNonconverge::Abort) => agent::WhenUnconverged::Abort,
+        },
+        compress: match request.compress {
+            None => had.compress,
+            Some(Compress::None) => agent::Compress::None,
+            Some(Compress::Lz4) => agent::Compress::Lz4,
         },
     };
     agent::MigrateOrder { to: request.to, policy, wait: request.wait.unwrap_or(true) }
@@ -93,6 +116,7 @@ pub(in crate::api) fn migration(view: &agent::MigrationView) -> Migration {
         direction,
         peer: view.way.peer.clone(),
         state,
+        compress: compress(view.way.policy.compress),
         progress: view.progress.as_ref().map(progress),
         pause_ms: ms(view.moved.and_then(|moved| moved.pause_us)),
         moved: view.moved.as_ref().map(moved),
@@ -112,6 +136,8 @@ pub(in crate::api) fn estimate(estimate: agent::MigrationEstimate) -> MigrationE
         has_base: estimate.has_base,
         memory_available_bytes: estimate.memory_available_bytes,
         copy_bytes: estimate.copy_bytes,
+        compress: compress(estimate.compress),
+        uncompressed: estimate.uncompressed.map(uncompressed),
         rate_bytes: estimate.rate_bytes,
         copy_ms: ms(copy_us),
         pause_ms: ms(estimate.pause_us),

@@ -29,7 +29,7 @@ pub struct MigrateRequest {
     /// Seconds after which no other round begins. Default 600.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_s: Option<u32>,
-    /// Most bytes a second while it runs, at least 65536. Default: no limit.
+    /// Most bytes of its memory a second while it runs, compressed or not, at least 65536. Default: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_bytes_max: Option<u64>,
     /// Whether it may be slowed down when it writes faster than its memory is copied. Default true.
@@ -38,6 +38,31 @@ pub struct MigrateRequest {
     /// What is done when that does not help. Default `force`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_nonconverge: Option<OnNonconverge>,
+    /// Whether its memory is compressed on its way, if both hosts can; if one cannot, it goes as it is, and `moved` of the
+    /// migration says why. Default `none`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compress: Option<Compress>,
+}
+
+/// Whether a VM's memory is compressed on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compress {
+    /// It goes as it is.
+    #[default]
+    None,
+    /// By lz4.
+    Lz4,
+}
+
+/// Why a VM's memory was not compressed although that was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Uncompressed {
+    /// The other host's agent is of an earlier version.
+    OlderHost,
+    /// The VM's process is of an earlier version: `POST /v1/vms/{id}/hand-over` renews it.
+    OlderVmm,
 }
 
 /// What is done with a VM that writes faster than its memory is copied.
@@ -60,8 +85,20 @@ pub struct Moved {
     pub running_ms: f64,
     /// Rounds in which memory was copied while it ran.
     pub rounds: u32,
-    /// Pages of guest memory that were copied.
+    /// Pages of guest memory that were copied, compressed or not.
     pub pages: u64,
+    /// Whether pages were compressed.
+    #[serde(default)]
+    pub compress: Compress,
+    /// Why they were not; null if they were, or if that was not asked for.
+    #[serde(default)]
+    pub uncompressed: Option<Uncompressed>,
+    /// Those of `pages` that became shorter: they were 4096 bytes each.
+    #[serde(default)]
+    pub packed_pages: u64,
+    /// Bytes that `packed_pages` went over as, which `bytes` has in it.
+    #[serde(default)]
+    pub packed_bytes: u64,
     /// Pages that were only named, being all zeroes.
     #[serde(default)]
     pub zero_pages: u64,
@@ -176,6 +213,9 @@ pub struct Migration {
     pub peer: String,
     /// How far it is.
     pub state: MigrationState,
+    /// Whether its memory was to be compressed, if both hosts can; at the host it comes to always `none`.
+    #[serde(default)]
+    pub compress: Compress,
     /// How far the copying is; null but while memory is copied from here.
     pub progress: Option<MigrationProgress>,
     /// How long no vCPU ran; null until that is known, and at the host it came to.
@@ -212,6 +252,12 @@ pub struct MigrationEstimate {
     pub memory_available_bytes: u64,
     /// Bytes of guest memory to copy once, at most: what the VM has touched.
     pub copy_bytes: u64,
+    /// Whether its memory would be compressed.
+    #[serde(default)]
+    pub compress: Compress,
+    /// Why not, if that was asked for; else null.
+    #[serde(default)]
+    pub uncompressed: Option<Uncompressed>,
     /// Bytes a second, by the last migrations to that host and the limit asked for; null without any.
     pub rate_bytes: Option<u64>,
     /// How long copying takes, by these two.

@@ -24,7 +24,8 @@ use crate::vmm::receive::{Arrival, Receiving};
 use crate::vmm::save;
 use crate::vmm::send::{Job, News, Outgoing, SendError};
 use crate::wire::control::{
-    Answer, LaunchPhases, MachineState, ReceiveSpec, SendPhase, SendPhases, SendProgress, SendSpec,
+    Answer, LaunchPhases, MachineState, PackedPhases, ReceiveSpec, SendPhase, SendPhases, SendProgress, SendSpec,
+    StreamForm,
 };
 use crate::wire::refusal::Refusal;
 
@@ -41,6 +42,8 @@ pub(super) const PACKETS_MAX: Duration = Duration::from_secs(1);
 pub(super) struct Sending {
     /// Whether its guest ran when that began: then it goes on if nothing comes of it.
     ran: bool,
+    /// Whether the form of its stream was named: then the answer has more.
+    names_form: bool,
     /// When it was held, and how long that and collecting its state took.
     held: Option<Held>,
     /// Why the state could not be collected.
@@ -75,18 +78,24 @@ impl EventLoop {
         if self.sending.is_some() { Err(Refusal::Sending) } else { Ok(()) }
     }
 
-    /// Begins a send; the answer comes later.
-    pub(super) fn send(&mut self, spec: SendSpec, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
+    /// Begins a send, in a form that is named or that every other end knows; the answer comes later.
+    pub(super) fn send(
+        &mut self,
+        spec: SendSpec,
+        form: Option<StreamForm>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), Refusal> {
         self.not_sending()?;
         let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
-        Outgoing::check(&spec, descriptors.len()).map_err(|reason| Refusal::BadRequest { reason })?;
+        let (names_form, form) = (form.is_some(), form.unwrap_or(StreamForm::PLAIN));
+        Outgoing::check(&spec, form, descriptors.len()).map_err(|reason| Refusal::BadRequest { reason })?;
         let mut sockets = descriptors;
         let pagemap = File::from(sockets.remove(0));
         let ran = guest.state == MachineState::Running;
         let (ram, dirty) = (guest.machine.ram().clone(), guest.machine.dirty().clone());
-        guest.sender.tell(Job::Send(Box::new(Outgoing { sockets, spec, pagemap, ram, dirty, runs: ran })));
+        guest.sender.tell(Job::Send(Box::new(Outgoing { sockets, spec, form, pagemap, ram, dirty, runs: ran })));
         let rests = self.clock.monotonic();
-        self.sending = Some(Sending { ran, held: None, failed: None, share: 100, rests, answered: false });
+        self.sending = Some(Sending { ran, names_form, held: None, failed: None, share: 100, rests, answered: false });
         Ok(())
     }
 
@@ -140,7 +149,7 @@ impl EventLoop {
                     let reason = bounded(report::chain(&error));
                     self.answer_waiting(&Answer::Refused(Refusal::Stream { reason }));
                 }
-                News::Sent(phases) => self.sent(phases),
+                News::Sent(phases, packed) => self.sent(phases, packed),
                 News::Failed(error) => self.send_failed(&error),
             }
         }
@@ -173,7 +182,7 @@ impl EventLoop {
         }
     }
 
-    fn sent(&mut self, phases: SendPhases) {
+    fn sent(&mut self, phases: SendPhases, packed: PackedPhases) {
         let (Some(sending), now) = (self.sending.as_mut(), self.clock.monotonic()) else { return };
         let held = sending.held.as_ref();
         let phases = SendPhases {
@@ -184,7 +193,8 @@ impl EventLoop {
         };
         sending.answered = true;
         // An agent that did not get the answer has decided nothing, and cannot any more.
-        if !self.answer_waiting(&Answer::Sent(phases)) {
+        let answer = if sending.names_form { Answer::SentIn { phases, packed } } else { Answer::Sent(phases) };
+        if !self.answer_waiting(&answer) {
             self.send_failed(&SendError::Cancelled);
         }
     }

@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use super::{SILENCE_MAX, SILENCE_MAX_HELD, SendError};
 use crate::clock::SystemClock;
 use crate::machine::PacketDoor;
-use crate::vmm::link::{BoundedSocket, Link, LinkError};
+use crate::vmm::socket::BoundedSocket;
 use crate::vmm::tls::{End, Wire};
 use crate::wire::control::SendSpec;
+use crate::wire::link::{Link, LinkError};
 use crate::wire::stream::{Hello, Kind, StreamError};
 
 /// Most packets of one interface that are sent at once: more than a tap holds, which is a thousand by default.
@@ -30,11 +31,16 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub(super) fn open(socket: OwnedFd, clock: SystemClock, spec: &SendSpec, number: u8) -> Result<Self, SendError> {
+    pub(super) fn open(
+        socket: OwnedFd,
+        clock: SystemClock,
+        (spec, version): (&SendSpec, u16),
+        number: u8,
+    ) -> Result<Self, SendError> {
         let socket = BoundedSocket::new(socket, clock, SILENCE_MAX).map_err(SendError::Prepare)?;
         let wire = Wire::new(socket, spec.tls.as_ref(), End::Source)?;
-        let mut lane =
-            Self { link: Link::new(wire), number: usize::from(number), in_flight: VecDeque::new(), in_flight_bytes: 0 };
+        let link = Link::new(wire, Some(version));
+        let mut lane = Self { link, number: usize::from(number), in_flight: VecDeque::new(), in_flight_bytes: 0 };
         let hello = Hello { token: spec.token.0, connection: number, connections: spec.connections };
         lane.link.greet(hello).map_err(|source| lane.failed(source))?;
         Ok(lane)

@@ -2,7 +2,7 @@
 //! and what is told of each.
 
 use super::*;
-use crate::agent::{Direction, MigrationState, MigrationView, MovePolicy};
+use crate::agent::{Compress, Direction, MigrationState, MigrationView, MovePolicy};
 
 /// Moments after a migration began, ever further apart: a whole one takes less than all of them.
 const MOMENTS: u64 = 80;
@@ -155,6 +155,31 @@ async fn both_hosts_tell_of_what_was() {
     b.door.migrate(NAME, MigrateOrder::to("auto")).await.expect("it goes back");
     let after = a.door.estimate_migration(NAME, MigrateOrder::to("b")).await.expect("an estimate");
     assert_eq!((after.based_on, after.pause_us), (1, moved.pause_us));
+    nothing_was_seen([&a, &b]);
+}
+
+/// What was asked for, what came of it, and what an estimate said before.
+#[tokio::test(start_paused = true)]
+async fn pages_are_compressed_if_both_ends_can() {
+    let (_wire, a, b) = two_with_a_road().await;
+    a.session(517).await;
+    a.vm(NAME, Some(517)).await;
+    let policy = MovePolicy { compress: Compress::Lz4, ..MovePolicy::default() };
+    let order = |to| MigrateOrder { policy, ..MigrateOrder::to(to) };
+    let plain = a.door.estimate_migration(NAME, MigrateOrder::to("b")).await.expect("an estimate");
+    assert_eq!((plain.compress, plain.uncompressed), (Compress::None, None));
+    let estimate = a.door.estimate_migration(NAME, order("b")).await.expect("an estimate");
+    assert_eq!((estimate.compress, estimate.uncompressed), (Compress::Lz4, None));
+    a.door.migrate(NAME, order("b")).await.expect("it goes there");
+    let out = a.door.migrations().await.expect("a list").remove(0);
+    let moved = out.moved.expect("what it took");
+    assert_eq!((out.way.policy.compress, moved.compress, moved.uncompressed), (Compress::Lz4, Compress::Lz4, None));
+    assert_eq!((moved.packed_pages, moved.packed_bytes), (8, 9_000));
+    let back = b.door.migrations().await.expect("a list").remove(0);
+    assert_eq!((back.way.policy.compress, back.moved), (Compress::None, None));
+    b.door.migrate(NAME, MigrateOrder::to("a")).await.expect("it goes back");
+    let moved = b.door.migrations().await.expect("a list").remove(0).moved.expect("what it took");
+    assert_eq!((moved.compress, moved.uncompressed, moved.packed_pages), (Compress::None, None, 0));
     nothing_was_seen([&a, &b]);
 }
 
