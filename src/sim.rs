@@ -235,6 +235,12 @@ impl SimHost {
         state.faults.crash_at_point = Some(state.points + points);
     }
 
+    /// The effect that many points from now fails, if one can fail there: no space, no memory, a link that cannot be made.
+    pub fn fail_in(&self, points: u64) {
+        let mut state = self.state();
+        state.faults.fail_at_point = Some(state.points + points);
+    }
+
     /// The agent dies no more by [`Self::crash_in`].
     pub fn crash_never(&self) {
         self.state().faults.crash_at_point = None;

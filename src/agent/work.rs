@@ -114,7 +114,11 @@ impl<W: World> Work<W> {
             let effect = self.operation.steps[index].effect;
             let begun = self.now();
             let before = (self.record.clone(), self.operation.makes.clone(), self.operation.moved);
-            let performed = self.perform(effect).await;
+            let performed = if self.goes_forward_only() {
+                self.perform_until_done(effect).await
+            } else {
+                self.perform(effect).await
+            };
             let took = self.now().since(begun);
             let (state, note) = match &performed {
                 Ok(()) => (StepState::Done, None),

@@ -173,6 +173,7 @@ impl Proof {
                 for host in [from, to] {
                     let _ = self.fabric.agent(host).run(&["vm", "rm", "mover", "--timeout", "0"]);
                 }
+                self.is_forgotten(&when);
                 self.launch();
             }
         }
@@ -256,6 +257,15 @@ impl Proof {
             }
             assert!(begun.elapsed() < REST_LIMIT, "{when}: {states:?}, {living:?}");
             std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until its home has seen that it is gone where it was handed to.
+    fn is_forgotten(&self, when: &str) {
+        let begun = Instant::now();
+        while [0, 1].iter().any(|host| !self.vm_of(*host).is_null()) {
+            assert!(begun.elapsed() < REST_LIMIT, "{when}: it is known still");
+            std::thread::sleep(Duration::from_millis(200));
         }
     }
 

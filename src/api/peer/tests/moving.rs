@@ -216,6 +216,33 @@ async fn an_agent_that_dies_at_any_point_leaves_it_in_one_place() {
     }
 }
 
+/// What an agent does fails, so many points after a migration began: a full disk, memory that is taken, a link that cannot
+/// be made.
+#[tokio::test(start_paused = true)]
+async fn an_effect_that_fails_at_any_point_leaves_it_in_one_place() {
+    for fails_at_target in [false, true] {
+        let (mut stayed, mut went) = (0, 0);
+        for point in 1..40 {
+            let (wire, a, b) = two_with_a_road().await;
+            a.session(517).await;
+            a.vm(NAME, Some(517)).await;
+            if fails_at_target { &b } else { &a }.sim.fail_in(point);
+            let told = a.door.migrate(NAME, MigrateOrder::to("b")).await;
+            tokio::time::sleep(REST).await;
+            let when = format!("point {point} failed, at the target: {fails_at_target}: {told:?}");
+            if vm(&b).is_some() {
+                went += 1
+            } else {
+                stayed += 1
+            }
+            assert!(told.is_err() || vm(&b).is_some(), "{when}");
+            is_in_one_place(&wire, &a, &b, &when).await;
+        }
+        println!("at the target: {fails_at_target}: stayed {stayed} times, went {went}");
+        assert!(stayed > 0 && went > 0, "stayed {stayed} times, went {went}");
+    }
+}
+
 /// The link is cut a while after a migration began, and mended later.
 #[tokio::test(start_paused = true)]
 async fn a_link_that_is_cut_at_any_moment_leaves_it_in_one_place() {

@@ -1,6 +1,6 @@
-//! Runs of many migrations, each with faults of a seed: agents that die, VMMs that are killed, links that are cut, two of
-//! them at once. How many runs is read from `HEARTH_PROVE_RUNS`; `scripts/prove-migration` asks for a thousand. The
-//! hosts' witness sees two copies that both run, and one that goes on from before it last ran.
+//! Runs of many migrations, each with faults of a seed: agents that die, VMMs that are killed, what an agent
+//! does that fails, clocks that are set, links that are cut, two of them at once. How many runs is read from
+//! `HEARTH_PROVE_RUNS`; `scripts/prove-migration` asks for a thousand. The hosts' witness sees two copies that both run, and one that goes on from before it last ran.
 
 use super::*;
 
@@ -21,15 +21,24 @@ enum Fault {
     AgentDies(bool, u64),
     /// The VMMs of a host are killed.
     VmmsKilled(bool),
+    /// What a host's agent does so many points later fails.
+    EffectFails(bool, u64),
+    /// A host's wall clock is set by so many seconds, forward or back, until somebody notices.
+    ClockSet(bool, i64),
     /// Nobody hears anybody for so many milliseconds.
     LinkCut(u64),
 }
 
 fn fault(random: &SimHost) -> Fault {
-    match random.pick(8) {
+    match random.pick(11) {
         0 => Fault::Nothing,
         1 | 2 | 3 => Fault::AgentDies(random.pick(2) == 0, 1 + random.pick(30)),
         4 => Fault::VmmsKilled(random.pick(2) == 0),
+        5 => Fault::ClockSet(
+            random.pick(2) == 0,
+            [-86_400, -30, 30, 86_400][usize::try_from(random.pick(4)).expect("small")],
+        ),
+        6 | 7 => Fault::EffectFails(random.pick(2) == 0, 1 + random.pick(30)),
         _ => Fault::LinkCut(1 + random.pick(60_000)),
     }
 }
@@ -46,13 +55,19 @@ impl Pair {
             Fault::Nothing => {}
             Fault::AgentDies(first, points) => self.hosts[usize::from(first)].sim.crash_in(points),
             Fault::VmmsKilled(first) => self.hosts[usize::from(first)].sim.end_vmms(),
+            Fault::EffectFails(first, points) => self.hosts[usize::from(first)].sim.fail_in(points),
+            Fault::ClockSet(first, seconds) => self.hosts[usize::from(first)].sim.move_wall_clock(seconds),
             Fault::LinkCut(_) => self.wire.is_cut.store(true, Ordering::Relaxed),
         }
     }
 
     async fn end(&mut self, fault: Fault, random: &SimHost) {
         match fault {
-            Fault::Nothing | Fault::VmmsKilled(_) => {}
+            Fault::Nothing | Fault::VmmsKilled(_) | Fault::EffectFails(..) => {}
+            Fault::ClockSet(first, seconds) => {
+                tokio::time::sleep(Duration::from_secs(random.pick(30))).await;
+                self.hosts[usize::from(first)].sim.move_wall_clock(-seconds);
+            }
             Fault::AgentDies(first, _) => {
                 let host = &mut self.hosts[usize::from(first)];
                 if host.sim.has_crashed() {
