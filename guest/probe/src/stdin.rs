@@ -11,6 +11,7 @@ use crate::words::Words;
 use crate::{ProbeError, failed};
 
 /// Whether the standard input says when to end.
+#[derive(Clone, Copy)]
 pub(crate) struct Stdin {
     is_asked: bool,
     /// When it is looked at next: each look is a system call, and a guest's take a third of a millisecond.
@@ -28,6 +29,11 @@ impl Stdin {
             None | Some("stdin") => Ok(Self { is_asked: asked.is_some(), next: Instant::now() }),
             Some(other) => Err(ProbeError::Words(format!("--while {other}?"))),
         }
+    }
+
+    /// Whether it means anything when it is closed.
+    pub(crate) const fn is_asked(&self) -> bool {
+        self.is_asked
     }
 
     /// Whether it was closed, if that means anything.
