@@ -143,7 +143,7 @@ at other times, which the host or another program of the guest made. Figures are
 Examples:
   hearth bench migrate --to host-b --back-socket /run/b/api.sock --back-to host-a --count 20 --memory 128
   hearth bench migrate ... --probe target/x86_64-unknown-linux-gnu/guest/probe --writes 0 --writes 10 --writes 100
-  hearth bench migrate ... --probe ... --memory 1024 --populate 800 --connections 2
+  hearth bench migrate ... --probe ... --memory 1024 --populate 800 --connections 1 --connections 2
   hearth bench migrate ... --probe ... --overhead 10M           what logging writes costs a guest that writes";
 
 /// `hearth bench migrate`.
@@ -173,9 +173,9 @@ pub struct BenchMigrateArgs {
     /// Session to launch it into: its id, name or network id
     #[arg(long, value_name = "SESSION")]
     pub session: Option<ReferenceWord>,
-    /// Number of connections
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
-    pub connections: u8,
+    /// Number of connections; may be given several times
+    #[arg(long, value_name = "N", default_values_t = [1], value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub connections: Vec<u8>,
     /// Program for the guest, as scripts/guest-probe builds it: also tell what the guest sees
     #[arg(long, value_name = "FILE")]
     pub probe: Option<PathBuf>,

@@ -37,7 +37,6 @@ pub(super) struct Report {
     vcpus: u32,
     memory_mib: u64,
     populated_mib: u64,
-    connections: u8,
     series: Vec<Series>,
     overhead: Vec<Overhead>,
 }
@@ -45,6 +44,7 @@ pub(super) struct Report {
 /// Ways, there and back, with one rate of writing.
 #[derive(Debug, Serialize)]
 struct Series {
+    connections: u8,
     /// What the guest writes; null if it is idle.
     writes: Option<Writes>,
     count: usize,
@@ -102,6 +102,13 @@ struct Plan<'a> {
     buffer_mib: u64,
 }
 
+/// One series.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    connections: u8,
+    mb_per_s: u32,
+}
+
 /// Boots a VM and moves it there and back.
 pub(super) async fn measure(agent: &Agent, args: &BenchMigrateArgs) -> Result<Report, BenchError> {
     let host: Host = agent.get("/v1/host").await?;
@@ -122,8 +129,11 @@ pub(super) async fn measure(agent: &Agent, args: &BenchMigrateArgs) -> Result<Re
         let (mut series, mut overhead) = (Vec::new(), Vec::new());
         for vm in vms.iter().map(|vm| vm.id.as_str()) {
             let held = bench.prepare(vm, args).await?;
-            for rate in if args.writes.is_empty() { &[0][..] } else { &args.writes } {
-                series.push(bench.series(vm, plan, *rate).await?);
+            let rates = if args.writes.is_empty() { &[0][..] } else { &args.writes };
+            let kinds =
+                args.connections.iter().flat_map(|connections| rates.iter().map(move |rate| (connections, rate)));
+            for (&connections, &mb_per_s) in kinds {
+                series.push(bench.series(vm, plan, Kind { connections, mb_per_s }).await?);
             }
             for rate in &args.overhead {
                 let measured = bench.overhead(vm, args.to.as_str(), (plan.buffer_mib, vcpus - 1), *rate);
@@ -142,7 +152,6 @@ pub(super) async fn measure(agent: &Agent, args: &BenchMigrateArgs) -> Result<Re
         vcpus,
         memory_mib: args.memory,
         populated_mib: args.populate.unwrap_or(0),
-        connections: args.connections,
         series,
         overhead,
     })
@@ -160,8 +169,8 @@ impl Bench<'_> {
     }
 
     /// Ways there and back, while the guest writes at a rate.
-    async fn series(&self, vm: &str, plan: Plan<'_>, mb_per_s: u32) -> Result<Series, BenchError> {
-        let (agent, mut ways) = (self.agent, Vec::new());
+    async fn series(&self, vm: &str, plan: Plan<'_>, kind: Kind) -> Result<Series, BenchError> {
+        let (agent, mb_per_s, mut ways) = (self.agent, kind.mb_per_s, Vec::new());
         let watched = plan.args.probe.is_some();
         let writing = if mb_per_s > 0 {
             let writing = Running::rewrite(agent, vm, (plan.buffer_mib, plan.vcpus - 1), Some(mb_per_s));
@@ -181,7 +190,7 @@ impl Bench<'_> {
         let began_us = self.wall_us();
         for index in 1..=plan.args.count {
             let title = format!("there and back, {index} of {}", plan.args.count);
-            ways.extend(shown(&title, self.there_and_back(vm, plan)).await?);
+            ways.extend(shown(&title, self.there_and_back(vm, plan, kind.connections)).await?);
         }
         let moving = Window { from_us: began_us, to_us: self.wall_us() };
         let written = match writing {
@@ -194,13 +203,14 @@ impl Bench<'_> {
         };
         let look = Window { from_us, to_us: began_us };
         let writes = written.map(|lines| writes(&lines, (mb_per_s, plan.buffer_mib), look, moving));
-        Ok(series(&ways, writes, stalls.as_ref(), (look, moving), plan.args.memory))
+        let figures = series(&ways, stalls.as_ref(), Window { from_us, ..moving }, plan.args.memory);
+        Ok(Series { connections: kind.connections, writes, ..figures })
     }
 
-    async fn there_and_back(&self, vm: &str, plan: Plan<'_>) -> Result<[Way; 2], BenchError> {
+    async fn there_and_back(&self, vm: &str, plan: Plan<'_>, connections: u8) -> Result<[Way; 2], BenchError> {
         let args = plan.args;
-        let there = self.way(self.agent, vm, args.to.as_str(), args.connections).await?;
-        Ok([there, self.way(plan.other, vm, args.back_to.as_str(), args.connections).await?])
+        let there = self.way(self.agent, vm, args.to.as_str(), connections).await?;
+        Ok([there, self.way(plan.other, vm, args.back_to.as_str(), connections).await?])
     }
 
     async fn way(&self, from: &Agent, vm: &str, to: &str, connections: u8) -> Result<Way, BenchError> {
@@ -229,19 +239,15 @@ fn writes(lines: &[Written], (asked_mb_per_s, buffer_mib): (u32, u64), look: Win
     Writes { asked_mb_per_s, buffer_mib, before_mb_per_s, meanwhile_mb_per_s }
 }
 
-fn series(
-    ways: &[Way],
-    writes: Option<Writes>,
-    stalls: Option<&Stalls>,
-    (look, moving): (Window, Window),
-    memory_mib: u64,
-) -> Series {
+/// The figures of some ways, and of what the guest saw from before them until after them.
+fn series(ways: &[Way], stalls: Option<&Stalls>, all: Window, memory_mib: u64) -> Series {
     let memory = float(memory_mib << 20);
     let windows: Vec<Window> = ways.iter().map(|way| way.window).collect();
     // Not what it saw of programs that were started and ended in it.
-    let beside = |stalls: &Stalls| stalls.longest_beside(&windows, Window { to_us: moving.to_us, ..look });
+    let beside = |stalls: &Stalls| stalls.longest_beside(&windows, all);
     Series {
-        writes,
+        connections: 1,
+        writes: None,
         count: ways.len(),
         pause_ms: Summary::of(ways.iter().filter_map(|way| way.pause_ms)),
         held_ms: Summary::of(ways.iter().filter_map(|way| way.held_ms)),
@@ -259,27 +265,32 @@ fn series(
 
 /// The report for people.
 pub(super) fn table(report: &Report) -> String {
-    let by = if report.connections == 1 {
-        "one connection".to_owned()
-    } else {
-        format!("{} connections", report.connections)
-    };
     let populated = if report.populated_mib == 0 {
         String::new()
     } else {
         format!(", {} MiB of them filled with random data", report.populated_mib)
     };
     let mut text = format!(
-        "a VM ({} vCPU, {} MiB{populated}) between {} and {} by {by}\n",
+        "a VM ({} vCPU, {} MiB{populated}) between {} and {}\n",
         report.vcpus, report.memory_mib, report.host, report.to
     );
     for series in &report.series {
-        text += &format!("\n{}, {} ways\n\n{}\n", title(series), series.count, series_table(series));
+        text += &format!(
+            "\n{}, {} ways{}\n\n{}\n",
+            title(series),
+            series.count,
+            by(series.connections),
+            series_table(series)
+        );
     }
     for overhead in &report.overhead {
         text += &format!("\n{}\n", logging::told(overhead));
     }
     text
+}
+
+fn by(connections: u8) -> String {
+    if connections == 1 { " by one connection".to_owned() } else { format!(" by {connections} connections") }
 }
 
 fn title(series: &Series) -> String {
