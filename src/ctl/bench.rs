@@ -53,7 +53,7 @@ pub enum BenchError {
         /// The VM.
         vm: String,
         /// Why not.
-        source: ExecError,
+        source: Box<ExecError>,
     },
     /// The traffic tool does not do in the guest what it is for.
     #[error("{what} in {vm}: {reason}")]
@@ -118,7 +118,8 @@ impl BenchError {
     pub(super) fn advice(&self) -> Option<String> {
         match self {
             Self::Call(error) => error.advice(),
-            Self::Exec { source, .. } | Self::InGuest { source, .. } => source.advice(),
+            Self::Exec { source, .. } => source.advice(),
+            Self::InGuest { source, .. } => source.advice(),
             Self::Probe { .. } => Some("is --probe the program that scripts/guest-probe builds?".to_owned()),
             Self::NotCopied { .. } => Some("a lower --overhead makes a migration take longer".to_owned()),
             Self::File { path, .. } if path.starts_with("/proc/sys") => {

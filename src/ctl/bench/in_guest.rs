@@ -25,7 +25,8 @@ const EXCERPT_CHARS_MAX: usize = 300;
 /// Runs a script in a guest; gives its standard output.
 async fn script(agent: &Agent, vm: &str, what: &'static str, script: &str, input: Bytes) -> Result<String, BenchError> {
     let ran = exec::collected(agent, vm, &["sh", "-c", script], input).await;
-    let (exit, stdout, stderr) = ran.map_err(|source| BenchError::InGuest { what, vm: vm.to_owned(), source })?;
+    let not_run = |source| BenchError::InGuest { what, vm: vm.to_owned(), source: Box::new(source) };
+    let (exit, stdout, stderr) = ran.map_err(not_run)?;
     match exit {
         Exit::Code(0) => Ok(stdout),
         Exit::Code(_) | Exit::Signal(_) | Exit::TimedOut => {
