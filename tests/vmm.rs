@@ -9,6 +9,8 @@ mod guest;
 mod moved;
 #[path = "vmm/restored.rs"]
 mod restored;
+#[path = "vmm/throughput.rs"]
+mod throughput;
 
 use std::fs::File;
 use std::io::{Read, Write};

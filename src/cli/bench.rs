@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::swap::SwapModeWord;
-use super::value::{ReferenceWord, duration_ms, name};
+use super::value::{ReferenceWord, duration_ms, name, number};
 use crate::api::types::IMAGE_DEFAULT;
 
 pub(super) const LAUNCH_HELP: &str = "\
@@ -135,8 +135,16 @@ The VM boots the image, so that all of its memory goes over. Pause is the time i
 knows that it runs at the other host. Both agents' sockets have to be on this machine: forward the other one's, if it is
 elsewhere (ssh -L).
 
-Example:
-  hearth bench migrate --to host-b --back-socket /run/b/api.sock --back-to host-a --count 20 --memory 128";
+With --probe, the program that scripts/guest-probe builds runs in the guest and looks at its time stamp counter all the
+time: \"seen in the guest\" is the longest time it did not get to, while the VM moved; \"beside that\" is the longest one
+at other times, which the host or another program of the guest made. Figures are sizes of 1,048,576 bytes, --writes of
+1,000,000.
+
+Examples:
+  hearth bench migrate --to host-b --back-socket /run/b/api.sock --back-to host-a --count 20 --memory 128
+  hearth bench migrate ... --probe target/x86_64-unknown-linux-gnu/guest/probe --writes 0 --writes 10 --writes 100
+  hearth bench migrate ... --probe ... --memory 1024 --populate 800 --connections 1 --connections 2
+  hearth bench migrate ... --probe ... --overhead 10M           what logging writes costs a guest that writes";
 
 /// `hearth bench migrate`.
 #[derive(Debug, Clone, Args)]
@@ -156,18 +164,32 @@ pub struct BenchMigrateArgs {
     /// Image to boot
     #[arg(long, value_name = "NAME", default_value = IMAGE_DEFAULT, value_parser = name)]
     pub image: String,
-    /// Its vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub vcpus: u32,
+    /// Its vCPUs [default: 1; 2 with --writes or --overhead]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u32>,
     /// Its memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     pub memory: u64,
     /// Session to launch it into: its id, name or network id
     #[arg(long, value_name = "SESSION")]
     pub session: Option<ReferenceWord>,
-    /// Number of connections
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
-    pub connections: u8,
+    /// Number of connections; may be given several times
+    #[arg(long, value_name = "N", default_values_t = [1], value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub connections: Vec<u8>,
+    /// Program for the guest, as scripts/guest-probe builds it: also tell what the guest sees
+    #[arg(long, value_name = "FILE")]
+    pub probe: Option<PathBuf>,
+    /// Millions of bytes that the guest writes every second, of a quarter of its memory, at most 32 MiB; may be given
+    /// several times [default: 0]
+    #[arg(long, value_name = "MB", requires = "probe", value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    pub writes: Vec<u32>,
+    /// Fill so much of its memory with random data before, in MiB
+    #[arg(long, value_name = "MIB", requires = "probe")]
+    pub populate: Option<u64>,
+    /// Also compare how fast the guest writes while it is copied at this rate, and while it is not; may be given several
+    /// times
+    #[arg(long, value_name = "RATE", requires = "probe", value_parser = number)]
+    pub overhead: Vec<u64>,
 }
 
 /// `hearth bench snapshot`.

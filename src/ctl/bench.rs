@@ -5,9 +5,12 @@ mod boot;
 mod clone;
 mod firecracker;
 mod hand_over;
+mod in_guest;
 mod launched;
+mod logging;
 mod migrate;
 mod process;
+mod seen;
 mod snapshot;
 mod summary;
 mod swap;
@@ -41,6 +44,34 @@ pub enum BenchError {
         vm: String,
         /// How it ended.
         exit: Exit,
+    },
+    /// The guest does not run the traffic tool.
+    #[error("{what} in {vm}")]
+    InGuest {
+        /// What was to be done.
+        what: &'static str,
+        /// The VM.
+        vm: String,
+        /// Why not.
+        source: Box<ExecError>,
+    },
+    /// The traffic tool does not do in the guest what it is for.
+    #[error("{what} in {vm}: {reason}")]
+    Probe {
+        /// What was to be done.
+        what: &'static str,
+        /// The VM.
+        vm: String,
+        /// How it ended, and what it said.
+        reason: String,
+    },
+    /// A migration ended before it was to.
+    #[error("{vm} was not copied for long enough: {reason}")]
+    NotCopied {
+        /// The VM.
+        vm: String,
+        /// What became of it.
+        reason: String,
     },
     /// There is no bundle to launch from.
     #[error("build a bundle: {message}")]
@@ -88,6 +119,9 @@ impl BenchError {
         match self {
             Self::Call(error) => error.advice(),
             Self::Exec { source, .. } => source.advice(),
+            Self::InGuest { source, .. } => source.advice(),
+            Self::Probe { .. } => Some("is --probe the program that scripts/guest-probe builds?".to_owned()),
+            Self::NotCopied { .. } => Some("a lower --overhead makes a migration take longer".to_owned()),
             Self::File { path, .. } if path.starts_with("/proc/sys") => {
                 Some("run it as root, or without --cold".to_owned())
             }

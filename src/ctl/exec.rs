@@ -5,6 +5,7 @@
 
 use std::io;
 
+use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
 
 use super::call::{Agent, CallError, advice_of};
@@ -153,6 +154,39 @@ pub(super) async fn quietly(agent: &Agent, vm: &str, argv: &[&str]) -> Result<Ex
     let (mut incoming, outgoing, _writer) = link::split(connection);
     let _ = outgoing.send(Frame::StdinClosed).await;
     pump(&mut incoming, &mut Sink::Collected { stdout: Kept::default(), stderr: Kept::default() }).await
+}
+
+/// Runs a command with this input to its end; gives what it wrote to standard output and error.
+pub(super) async fn collected(
+    agent: &Agent,
+    vm: &str,
+    argv: &[&str],
+    input: Bytes,
+) -> Result<(Exit, String, String), ExecError> {
+    let request = ExecRequest { argv: argv.iter().map(|&word| word.to_owned()).collect(), ..ExecRequest::default() };
+    let connection = agent.upgrade(&format!("/v1/vms/{vm}/exec"), Some(&request)).await?;
+    let (mut incoming, outgoing, _writer) = link::split(connection);
+    let feeder = tokio::spawn(feed_all(outgoing, input));
+    let mut sink = Sink::Collected { stdout: Kept::default(), stderr: Kept::default() };
+    let exit = pump(&mut incoming, &mut sink).await;
+    // A command may end without having read all of it.
+    feeder.abort();
+    let text = |kept: Kept| String::from_utf8_lossy(&kept.bytes).into_owned();
+    match sink {
+        Sink::Collected { stdout, stderr } => Ok((exit?, text(stdout), text(stderr))),
+        Sink::Live { .. } => Ok((exit?, String::new(), String::new())),
+    }
+}
+
+/// Sends this as standard input, and its end.
+async fn feed_all(outgoing: Outgoing, mut input: Bytes) {
+    while !input.is_empty() {
+        let part = input.split_to(input.len().min(link::CHUNK_BYTES));
+        if outgoing.send(Frame::Stdin(part)).await.is_err() {
+            return;
+        }
+    }
+    let _ = outgoing.send(Frame::StdinClosed).await;
 }
 
 /// Sends standard input, if it is wanted, and its end.

@@ -24,7 +24,7 @@ const READ_BYTES: usize = 64 * 1024;
 const FINISH_LIMIT: Duration = Duration::from_secs(1);
 
 /// Bytes read from standard input at a time: what one frame to the guest carries.
-const CHUNK_BYTES: usize = 32 * 1024;
+pub(super) const CHUNK_BYTES: usize = 32 * 1024;
 
 /// The connection cannot go on.
 #[derive(Debug, thiserror::Error)]

@@ -16,9 +16,9 @@ use hearth::wire::refusal::Refusal;
 use crate::guest::{Booted, Guest, MEMORY_BYTES};
 use crate::{NONCE, Vmm, answer, ask, begin, console};
 
-const TOKEN: StreamToken = StreamToken([5; 32]);
+pub(super) const TOKEN: StreamToken = StreamToken([5; 32]);
 
-const SPEC: SendSpec = SendSpec {
+pub(super) const SPEC: SendSpec = SendSpec {
     token: TOKEN,
     connections: 1,
     pages: SentPages::All,
@@ -32,7 +32,7 @@ const SPEC: SendSpec = SendSpec {
 };
 
 /// Connected pairs over loopback.
-fn connections(count: u8) -> (Vec<TcpStream>, Vec<TcpStream>) {
+pub(super) fn connections(count: u8) -> (Vec<TcpStream>, Vec<TcpStream>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let pair = |_| {
         let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -54,7 +54,18 @@ fn arriving_in(
     ends: &[TcpStream],
     token: StreamToken,
     tls: Option<StreamTls>,
+    memory: (ReceivedMemory, Option<&File>),
+) -> Vmm {
+    arriving_sized(ends, token, tls, memory, MEMORY_BYTES)
+}
+
+/// The same, of that size.
+pub(super) fn arriving_sized(
+    ends: &[TcpStream],
+    token: StreamToken,
+    tls: Option<StreamTls>,
     (memory, file): (ReceivedMemory, Option<&File>),
+    memory_bytes: u64,
 ) -> Vmm {
     let mut vmm = Vmm::start();
     vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
@@ -70,7 +81,7 @@ fn arriving_in(
         token,
         connections: u8::try_from(ends.len()).unwrap(),
         memory,
-        memory_bytes: MEMORY_BYTES,
+        memory_bytes,
         devices: vec![DeviceSpec::Vsock, DeviceSpec::Rng],
         tls,
     };
@@ -79,7 +90,7 @@ fn arriving_in(
 }
 
 /// Certificates for the source and the target of one move.
-fn tls() -> (StreamTls, StreamTls) {
+pub(super) fn tls() -> (StreamTls, StreamTls) {
     let made = || {
         let made = rcgen::generate_simple_self_signed(vec!["hearth".to_owned()]).unwrap();
         (made.cert.der().to_vec(), made.signing_key.serialize_der())
@@ -117,7 +128,7 @@ fn moved(from: Vmm, count: u8, spec: SendSpec, tls: Option<StreamTls>) -> (Vmm, 
     moved_to(to, from, ours, spec)
 }
 
-fn moved_to(to: Vmm, mut from: Vmm, ours: Vec<TcpStream>, spec: SendSpec) -> (Vmm, SendPhases) {
+pub(super) fn moved_to(to: Vmm, mut from: Vmm, ours: Vec<TcpStream>, spec: SendSpec) -> (Vmm, SendPhases) {
     begin_send(&from, &ours, spec);
     drop(ours);
     let sent = answer(&mut from.control);

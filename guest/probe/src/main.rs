@@ -5,6 +5,8 @@
 #![expect(clippy::disallowed_methods, reason = "a tool of its own that measures by the clock of where it runs")]
 
 mod ask;
+mod cpu;
+mod hold;
 mod packet;
 mod ping;
 mod report;
@@ -43,10 +45,14 @@ probe count udp PORT --seconds N [--stream S] [--first K] [--read late] [--while
       late: begins to read what came when the standard input is closed
 probe watch --interface I --seconds N [--stream S] [--while stdin]
       counts those in frames that leave by an interface, and all frames that do
-probe stall --seconds N [--cpus C,C...] [--gap-us G]
+probe stall --seconds N [--cpus C,C...] [--gap-us G] [--while stdin]
       looks at the time stamp counter all the time, on each of these processors, and tells when it did not get to look
-probe rewrite --mib M --seconds N [--every-ms E] [--while stdin]
-      writes a buffer again and again, 256 KiB at once, and looks each time whether it is as it was written
+probe rewrite --mib M --seconds N [--every-ms E | --mb-per-s R] [--cpu C] [--while stdin]
+      writes a buffer again and again, 256 KiB at once, and looks each time whether it is as it was written; says a few
+      times a second how much it has written; rests E milliseconds after each part (10), or as long as it takes to
+      write R million bytes a second after the first time
+probe hold --mib M --seconds N [--while stdin]
+      fills so much memory with random words, says when it is full, and keeps it
 probe kinds
       the kinds of frames
 ADDRESS may name an interface: fe80::1%eth0. PORT is 7777 where it may be left out.
@@ -68,6 +74,7 @@ fn main() -> ExitCode {
         Some("watch") => stream::watch(words),
         Some("stall") => stall::run(words),
         Some("rewrite") => rewrite::run(words),
+        Some("hold") => hold::run(words),
         Some("kinds") => packet::kinds(),
         Some(_) | None => Err(ProbeError::Words(String::from("which verb?"))),
     };

@@ -9,13 +9,12 @@ use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hearth_guest_probe::gaps::{Gap, Gaps};
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
 
 use crate::report::Report;
+use crate::stdin::Stdin;
 use crate::words::Words;
-use crate::{ProbeError, failed, tsc};
+use crate::{ProbeError, cpu, failed, tsc};
 
 /// From here on a time without a look is a gap, in microseconds.
 const GAP_US: u64 = 1000;
@@ -33,6 +32,7 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
     let limit = Duration::from_secs(words.option_needed("seconds")?);
     let gap_us: u64 = words.option("gap-us")?.unwrap_or(GAP_US);
     let cpus: String = words.option("cpus")?.unwrap_or_else(|| "0".to_owned());
+    let stdin = Stdin::of(&mut words)?;
     words.end()?;
     let cpus: Result<Vec<usize>, _> = cpus.split(',').map(str::parse).collect();
     let cpus = cpus.map_err(|error| ProbeError::Words(format!("--cpus: {error}")))?;
@@ -40,7 +40,7 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
     Report::new("stall").number("watching", true).number("tsc_khz", khz).print();
     let look = |cpu: usize| Look { khz, limit, gap_cycles: gap_us.saturating_mul(khz) / 1000, cpu };
     let seen: Vec<Result<Seen, ProbeError>> = thread::scope(|scope| {
-        let looking: Vec<_> = cpus.iter().map(|cpu| scope.spawn(|| look(*cpu).all())).collect();
+        let looking: Vec<_> = cpus.iter().map(|cpu| scope.spawn(|| look(*cpu).all(stdin))).collect();
         looking.into_iter().filter_map(|looking| looking.join().ok()).collect()
     });
     let mut is_right = seen.len() == cpus.len();
@@ -109,9 +109,8 @@ struct Seen {
 }
 
 impl Look {
-    fn all(self) -> Result<Seen, ProbeError> {
-        let mut cpus = CpuSet::new();
-        cpus.set(self.cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &cpus)).map_err(failed("take a CPU"))?;
+    fn all(self, mut stdin: Stdin) -> Result<Seen, ProbeError> {
+        cpu::take(self.cpu)?;
         let (began, clock_began) = pair(ClockId::CLOCK_MONOTONIC)?;
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut seen = Seen { began, began_unix_ns: wall.as_nanos(), ended: began, ..Seen::default() };
@@ -122,6 +121,7 @@ impl Look {
         // By either: one of them may be wrong.
         while last.saturating_sub(began) < most
             && self.limit.as_nanos() > (known.1 - clock_began).max(0).cast_unsigned().into()
+            && !stdin.has_ended()?
         {
             for _ in 0..LOOKS {
                 let now = tsc::read();

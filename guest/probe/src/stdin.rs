@@ -11,6 +11,7 @@ use crate::words::Words;
 use crate::{ProbeError, failed};
 
 /// Whether the standard input says when to end.
+#[derive(Clone, Copy)]
 pub(crate) struct Stdin {
     is_asked: bool,
     /// When it is looked at next: each look is a system call, and a guest's take a third of a millisecond.
@@ -30,8 +31,8 @@ impl Stdin {
         }
     }
 
-    /// Whether that means anything.
-    pub(crate) fn is_asked(&self) -> bool {
+    /// Whether it means anything when it is closed.
+    pub(crate) const fn is_asked(&self) -> bool {
         self.is_asked
     }
 

@@ -260,7 +260,8 @@ pub enum ReplayError {
 #[derive(Debug, Default)]
 pub(super) struct Nonces {
     taken: BTreeSet<(u64, [u8; 16])>,
-    /// Nonces from before are forgotten: requests from before are not taken, even when the clock goes back.
+    /// Nonces from before may be forgotten: requests from before are not taken, even when the clock goes back. It follows
+    /// what was taken, not the clock: one that was ahead for a while, and is right again, costs nothing.
     horizon_ms: u64,
 }
 
@@ -268,9 +269,10 @@ impl Nonces {
     /// Takes a request that was signed, once, and only around its time.
     pub(super) fn take(&mut self, head: &RequestHead, now_ms: u64) -> Result<(), ReplayError> {
         let difference_ms = now_ms.abs_diff(head.at_ms);
-        self.horizon_ms = self.horizon_ms.max(now_ms.saturating_sub(CLOCK_DIFFERENCE_MS));
-        while self.taken.first().is_some_and(|(at_ms, _)| *at_ms < self.horizon_ms) {
+        let oldest_ms = now_ms.saturating_sub(CLOCK_DIFFERENCE_MS);
+        while let Some((at_ms, _)) = self.taken.first().copied().filter(|(at_ms, _)| *at_ms < oldest_ms) {
             self.taken.pop_first();
+            self.horizon_ms = self.horizon_ms.max(at_ms.saturating_add(1));
         }
         if difference_ms > CLOCK_DIFFERENCE_MS || head.at_ms < self.horizon_ms {
             return Err(ReplayError::Time { difference_ms });

@@ -37,6 +37,8 @@ pub(super) struct Bench<'a> {
     pub(super) agent: &'a Agent,
     pub(super) clock: SystemClock,
     session: Option<String>,
+    /// The agent of the host that VMs of this one may be at.
+    elsewhere: Option<&'a Agent>,
     /// Words for the VMs that have to go.
     vms: Vec<String>,
     /// Words for the bundles that have to go, in the order they were made: a later one may build on an earlier one.
@@ -101,7 +103,11 @@ impl Bench<'_> {
                 Ok(()) => {}
                 // A launch that was cut short may have left no VM, and a build leaves none.
                 Err(error) if error.code() == Some("not_found") => {}
-                Err(error) => note(&format!("{name} could not be removed: {error}")),
+                // Removed there, it is soon forgotten here.
+                Err(error) => match self.elsewhere {
+                    Some(other) if other.delete(&format!("/v1/vms/{name}?timeout_ms=0"), PROMPT).await.is_ok() => {}
+                    Some(_) | None => note(&format!("{name} could not be removed: {error}")),
+                },
             }
         }
     }
@@ -145,15 +151,17 @@ impl Bench<'_> {
     }
 }
 
-/// Has `work` done without one. Whatever happens, what was made for it is removed in the end.
+/// Has `work` done without one. Whatever happens, what was made for it is removed in the end, also if it is `elsewhere`.
 pub(super) async fn without_bundle<T>(
     agent: &Agent,
+    elsewhere: &Agent,
     session: Option<String>,
     work: impl AsyncFnOnce(&mut Bench<'_>) -> Result<T, BenchError>,
 ) -> Result<T, BenchError> {
     let mut signals = Signals::catch().map_err(BenchError::Signals)?;
     let clock = SystemClock::new();
-    let mut bench = Bench { agent, clock, session, vms: Vec::new(), bundles: Vec::new(), number: 0 };
+    let mut bench =
+        Bench { agent, clock, session, elsewhere: Some(elsewhere), vms: Vec::new(), bundles: Vec::new(), number: 0 };
     let outcome = tokio::select! {
         outcome = work(&mut bench) => outcome,
         _ = signals.end() => Err(BenchError::Interrupted),
@@ -171,7 +179,7 @@ pub(super) async fn with_bundle<T>(
     let mut signals = Signals::catch().map_err(BenchError::Signals)?;
     let session = wanted.session.as_ref().map(|session| session.as_str().to_owned());
     let clock = SystemClock::new();
-    let mut bench = Bench { agent, clock, session, vms: Vec::new(), bundles: Vec::new(), number: 0 };
+    let mut bench = Bench { agent, clock, session, elsewhere: None, vms: Vec::new(), bundles: Vec::new(), number: 0 };
     let working = async {
         let bundle = bench.source(wanted).await?;
         let worked = work(&mut bench, &bundle).await?;
