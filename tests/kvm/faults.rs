@@ -210,9 +210,10 @@ impl Proof {
             }
             What::LinkLossy | What::LinkCorrupt => {
                 // A byte of the TCP payload; what is joined by pairs of interfaces has no checksum to be found out by.
-                let rule = match fault.what {
-                    What::LinkLossy => "numgen random mod 5 0 drop",
-                    _ => "meta l4proto tcp numgen random mod 20 0 @th,512,8 set 0x55",
+                let rule = if fault.what == What::LinkLossy {
+                    "numgen random mod 5 0 drop"
+                } else {
+                    "meta l4proto tcp numgen random mod 20 0 @th,512,8 set 0x55"
                 };
                 nft(&format!(
                     "add table bridge bad; add chain bridge bad between {{ type filter hook forward priority 0; }}; \

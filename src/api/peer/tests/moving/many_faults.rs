@@ -32,7 +32,7 @@ enum Fault {
 fn fault(random: &SimHost) -> Fault {
     match random.pick(11) {
         0 => Fault::Nothing,
-        1 | 2 | 3 => Fault::AgentDies(random.pick(2) == 0, 1 + random.pick(30)),
+        1..=3 => Fault::AgentDies(random.pick(2) == 0, 1 + random.pick(30)),
         4 => Fault::VmmsKilled(random.pick(2) == 0),
         5 => Fault::ClockSet(
             random.pick(2) == 0,
