@@ -114,7 +114,7 @@ impl<W: World> Work<W> {
             let effect = self.operation.steps[index].effect;
             let begun = self.now();
             let before = (self.record.clone(), self.operation.makes.clone(), self.operation.moved);
-            let performed = if self.goes_forward_only() {
+            let performed = if self.is_here_or_lost() && !effect.is_best_effort() {
                 self.perform_until_done(effect).await
             } else {
                 self.perform(effect).await

@@ -10,7 +10,7 @@ use crate::agent::arrivals::{Decision, Waiting};
 use crate::agent::effect::Effect;
 use crate::agent::peers::ArrivalReady;
 use crate::agent::record::{StepRecord, StepState};
-use crate::agent::vm_state::{FailureCause, Goal};
+use crate::agent::vm_state::{FailureCause, Goal, VmState};
 use crate::agent::world::{ReceiveOrder, StreamTerms, VmmHost, VmmProcess, World};
 use crate::report::chain;
 use crate::wire::control::{MachineState, StreamTls};
@@ -24,10 +24,14 @@ const FORWARD_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration
 const FORWARD_LIMIT: Duration = Duration::from_secs(60);
 
 impl<W: World> Work<W> {
-    /// Whether the machine was decided to be this host's and does not run yet: if it does not come to run here, it is lost.
-    pub(super) fn goes_forward_only(&self) -> bool {
+    /// Whether the VM is this host's and does not run yet, at the end of its way here or back where it was to go from: if it
+    /// does not come to run here, it is lost.
+    pub(super) fn is_here_or_lost(&self) -> bool {
         let decided = |step: &StepRecord| step.effect == Effect::AwaitDecision && step.state == StepState::Done;
-        self.operation.goal == Goal::Arrive && self.operation.steps.iter().any(decided)
+        match self.operation.goal {
+            Goal::Arrive => self.operation.steps.iter().any(decided),
+            goal => goal == Goal::Undo && self.record.state == VmState::Sending,
+        }
     }
 
     /// Performs an effect again until it succeeds, the machine has ended, or it was tried for long enough.
