@@ -137,7 +137,8 @@ elsewhere (ssh -L).
 
 With --probe, the program that scripts/guest-probe builds runs in the guest and looks at its time stamp counter all the
 time: \"seen in the guest\" is the longest time it did not get to, while the VM moved; \"beside that\" is the longest one
-at other times, which the host or another program of the guest made. Figures are sizes of 1,048,576 bytes, --writes of
+at other times, which the host or another program of the guest made. Whoever looks takes a processor of the host, so that
+an idle guest is moved without that as well: how long all takes and how fast it goes is to be read there. Figures are sizes of 1,048,576 bytes, --writes of
 1,000,000.
 
 Examples:

@@ -45,6 +45,8 @@ pub(super) struct Report {
 #[derive(Debug, Serialize)]
 struct Series {
     connections: u8,
+    /// Whether a program looked at the clock in the guest, which takes a processor of the host.
+    watched: bool,
     /// What the guest writes; null if it is idle.
     writes: Option<Writes>,
     count: usize,
@@ -103,10 +105,26 @@ struct Plan<'a> {
 }
 
 /// One series.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Kind {
     connections: u8,
     mb_per_s: u32,
+    watched: bool,
+}
+
+/// What is measured, in this order. An idle guest that somebody watches is not idle: it is moved without that as well.
+fn kinds(connections: &[u8], writes: &[u32], has_probe: bool) -> Vec<Kind> {
+    let rates = if writes.is_empty() { &[0][..] } else { writes };
+    let mut kinds = Vec::new();
+    for (&connections, &mb_per_s) in connections.iter().flat_map(|one| rates.iter().map(move |rate| (one, rate))) {
+        if has_probe {
+            kinds.push(Kind { connections, mb_per_s, watched: true });
+        }
+        if mb_per_s == 0 {
+            kinds.push(Kind { connections, mb_per_s, watched: false });
+        }
+    }
+    kinds
 }
 
 /// Boots a VM and moves it there and back.
@@ -129,11 +147,8 @@ pub(super) async fn measure(agent: &Agent, args: &BenchMigrateArgs) -> Result<Re
         let (mut series, mut overhead) = (Vec::new(), Vec::new());
         for vm in vms.iter().map(|vm| vm.id.as_str()) {
             let held = bench.prepare(vm, args).await?;
-            let rates = if args.writes.is_empty() { &[0][..] } else { &args.writes };
-            let kinds =
-                args.connections.iter().flat_map(|connections| rates.iter().map(move |rate| (connections, rate)));
-            for (&connections, &mb_per_s) in kinds {
-                series.push(bench.series(vm, plan, Kind { connections, mb_per_s }).await?);
+            for kind in kinds(&args.connections, &args.writes, args.probe.is_some()) {
+                series.push(bench.series(vm, plan, kind).await?);
             }
             for rate in &args.overhead {
                 let measured = bench.overhead(vm, args.to.as_str(), (plan.buffer_mib, vcpus - 1), *rate);
@@ -171,7 +186,6 @@ impl Bench<'_> {
     /// Ways there and back, while the guest writes at a rate.
     async fn series(&self, vm: &str, plan: Plan<'_>, kind: Kind) -> Result<Series, BenchError> {
         let (agent, mb_per_s, mut ways) = (self.agent, kind.mb_per_s, Vec::new());
-        let watched = plan.args.probe.is_some();
         let writing = if mb_per_s > 0 {
             let writing = Running::rewrite(agent, vm, (plan.buffer_mib, plan.vcpus - 1), Some(mb_per_s));
             Some(shown("have the guest write", writing).await?)
@@ -179,12 +193,12 @@ impl Bench<'_> {
             None
         };
         // Behind that: what is written the first time takes the guest long, and others of its programs wait for it.
-        let stall = if watched { Some(Running::stall(agent, vm).await?) } else { None };
-        if watched {
+        let stall = if kind.watched { Some(Running::stall(agent, vm).await?) } else { None };
+        if plan.args.probe.is_some() {
             tokio::time::sleep(SETTLE).await;
         }
         let from_us = self.wall_us();
-        if watched {
+        if kind.watched {
             tokio::time::sleep(LOOK_BEFORE).await;
         }
         let began_us = self.wall_us();
@@ -204,7 +218,7 @@ impl Bench<'_> {
         let look = Window { from_us, to_us: began_us };
         let writes = written.map(|lines| writes(&lines, (mb_per_s, plan.buffer_mib), look, moving));
         let figures = series(&ways, stalls.as_ref(), Window { from_us, ..moving }, plan.args.memory);
-        Ok(Series { connections: kind.connections, writes, ..figures })
+        Ok(Series { connections: kind.connections, watched: kind.watched, writes, ..figures })
     }
 
     async fn there_and_back(&self, vm: &str, plan: Plan<'_>, connections: u8) -> Result<[Way; 2], BenchError> {
@@ -247,6 +261,7 @@ fn series(ways: &[Way], stalls: Option<&Stalls>, all: Window, memory_mib: u64) -
     let beside = |stalls: &Stalls| stalls.longest_beside(&windows, all);
     Series {
         connections: 1,
+        watched: false,
         writes: None,
         count: ways.len(),
         pause_ms: Summary::of(ways.iter().filter_map(|way| way.pause_ms)),
@@ -294,7 +309,9 @@ fn by(connections: u8) -> String {
 }
 
 fn title(series: &Series) -> String {
-    let Some(writes) = &series.writes else { return "idle".to_owned() };
+    let Some(writes) = &series.writes else {
+        return if series.watched { "idle but for who looks at the clock" } else { "idle" }.to_owned();
+    };
     let rate = |rate: Option<f64>| rate.map_or_else(|| "?".to_owned(), |rate| format!("{rate:.1}"));
     format!(
         "writes {} MiB at {} MB/s (before it was moved {}, meanwhile {})",
@@ -324,4 +341,21 @@ fn series_table(series: &Series) -> String {
     add("of its memory", series.of_memory.as_ref(), &part);
     add("rate per second", series.rate_bytes.as_ref(), &size);
     columns(&["WHAT", "P50", "P99", "MIN", "MAX"], rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_guests_are_moved_unwatched_as_well() {
+        let kinds_of = |connections: &[u8], writes: &[u32], has_probe| -> Vec<(u8, u32, bool)> {
+            let kinds = kinds(connections, writes, has_probe);
+            kinds.iter().map(|kind| (kind.connections, kind.mb_per_s, kind.watched)).collect()
+        };
+        assert_eq!(kinds_of(&[1], &[], false), [(1, 0, false)]);
+        assert_eq!(kinds_of(&[1], &[], true), [(1, 0, true), (1, 0, false)]);
+        let wanted = [(1, 0, true), (1, 0, false), (1, 10, true), (2, 0, true), (2, 0, false), (2, 10, true)];
+        assert_eq!(kinds_of(&[1, 2], &[0, 10], true), wanted);
+    }
 }
