@@ -28,10 +28,9 @@ impl<W: World> Work<W> {
     /// does not come to run here, it is lost.
     pub(super) fn is_here_or_lost(&self) -> bool {
         let decided = |step: &StepRecord| step.effect == Effect::AwaitDecision && step.state == StepState::Done;
-        match self.operation.goal {
-            Goal::Arrive => self.operation.steps.iter().any(decided),
-            goal => goal == Goal::Undo && self.record.state == VmState::Sending,
-        }
+        let goal = self.operation.goal;
+        (goal == Goal::Arrive && self.operation.steps.iter().any(decided))
+            || (goal == Goal::Undo && self.record.state == VmState::Sending)
     }
 
     /// Performs an effect again until it succeeds, the machine has ended, or it was tried for long enough.
