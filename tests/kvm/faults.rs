@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
 
 use super::fabric::run;
 use super::fixture::Agent;
@@ -259,22 +258,6 @@ impl Proof {
             assert!(begun.elapsed() < REST_LIMIT, "{when}: {states:?}, {living:?}");
             std::thread::sleep(Duration::from_millis(50));
         }
-    }
-
-    /// Waits until its home has seen that it is gone where it was handed to.
-    fn is_forgotten(&self, when: &str) {
-        let begun = Instant::now();
-        while [0, 1].iter().any(|host| !self.vm_of(*host).is_null()) {
-            assert!(begun.elapsed() < REST_LIMIT, "{when}: it is known still");
-            std::thread::sleep(Duration::from_millis(200));
-        }
-    }
-
-    /// The VM as a host has it, if it does.
-    fn vm_of(&self, host: usize) -> Value {
-        let list = self.fabric.agent(host).json(&["vm", "ls"]);
-        let all = list["vms"].as_array().expect("a list");
-        all.iter().find(|vm| vm["id"] == self.id.as_str()).cloned().unwrap_or(Value::Null)
     }
 }
 

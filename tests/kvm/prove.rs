@@ -255,8 +255,25 @@ impl Proof {
         }
     }
 
+    /// Waits until its home has seen that it is gone where it was handed to.
+    pub(super) fn is_forgotten(&self, when: &str) {
+        let begun = Instant::now();
+        while [0, 1].iter().any(|host| !self.vm_of(*host).is_null()) {
+            assert!(begun.elapsed() < REST_LIMIT, "{when}: it is known still");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// The VM as a host has it, if it does.
+    pub(super) fn vm_of(&self, host: usize) -> Value {
+        let list = self.fabric.agent(host).json(&["vm", "ls"]);
+        let all = list["vms"].as_array().expect("a list");
+        all.iter().find(|vm| vm["id"] == self.id.as_str()).cloned().unwrap_or(Value::Null)
+    }
+
     pub(super) fn finish(self) {
         self.agent().ok(&["vm", "rm", "mover", "--timeout", "0"]);
+        self.is_forgotten("at the end");
         self.fabric.finish();
     }
 }
