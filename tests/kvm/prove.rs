@@ -35,10 +35,11 @@ const MEASURED_SECONDS: u32 = 6;
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 
 /// The disk that both hosts see is written with a number, and read back; `drop_caches`: what is read comes from the disk.
+/// The number of the last pass is renamed into its place: whoever looks sees one at any moment.
 const DISK_LOAD: &str = "cd /tmp; (i=0; while [ ! -e bad ]; do i=$((i+1)); printf %065536d $i > block
 dd if=block of=/dev/vda bs=64k conv=fsync; echo 1 > /proc/sys/vm/drop_caches
 cmp block /dev/vda || echo bad disk in pass $i > bad
-echo $i > blocks; sleep 0.3; done) > /dev/null 2>&1 & until [ -s blocks ]; do sleep 0.1; done";
+echo $i > blocks.new; mv blocks.new blocks; sleep 0.3; done) > /dev/null 2>&1 & until [ -s blocks ]; do sleep 0.1; done";
 
 /// Bytes of that disk.
 const DISK_BYTES: u64 = 65_536;
