@@ -23,6 +23,7 @@ mod kvm {
     pub(crate) mod faults;
     pub(crate) mod fixture;
     pub(crate) mod forbidden;
+    pub(crate) mod full;
     pub(crate) mod hand_over;
     pub(crate) mod host_harm;
     pub(crate) mod jail;
@@ -116,6 +117,7 @@ const TESTS: &[Test] = &[
     ("migrate_compressed_sends_less_and_loses_nothing", kvm::versions::compressed_sends_less_and_loses_nothing),
     ("migrate_between_hosts_of_two_versions_works_both_ways", kvm::versions::two_versions_work_both_ways),
     ("migrate_there_and_back_loses_nothing", kvm::migrate::there_and_back_loses_nothing),
+    ("migrate_to_a_host_whose_disk_fills_up_costs_no_vm", kvm::full::a_target_that_fills_up_costs_no_vm),
     ("prove_many_migrations_lose_nothing", kvm::prove::many_migrations_lose_nothing),
     ("prove_faults_leave_one_copy", kvm::faults::leave_one_copy),
     ("host_wall_clock_that_is_set_changes_no_vm", kvm::host_harm::a_wall_clock_that_is_set_changes_no_vm),

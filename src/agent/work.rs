@@ -31,6 +31,7 @@ mod arriving;
 mod greeting;
 mod handing_over;
 mod registering;
+mod retrying;
 mod saving;
 mod sending;
 mod swapping;

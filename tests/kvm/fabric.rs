@@ -27,6 +27,17 @@ pub(crate) const PREFIX: &str = "fd3c:91aa:7e2::/48";
 /// Whoever is outside of the fabric: the bridge itself.
 pub(crate) const OUTSIDE: [&str; 2] = ["fd00:f::1", "192.0.2.1"];
 
+/// What is particular to a host.
+#[derive(Default)]
+pub(crate) struct Host {
+    /// The agent's program, if it is another one than is tested.
+    pub(crate) program: Option<PathBuf>,
+    /// Its directory, if that was prepared before: `state` in it is to be its state directory.
+    pub(crate) directory: Option<tempfile::TempDir>,
+    /// Lines of `[limits]` in its configuration.
+    pub(crate) limits: &'static str,
+}
+
 /// Hosts and what joins them; gone when dropped.
 pub(crate) struct Fabric {
     agents: Vec<Option<Agent>>,
@@ -41,14 +52,20 @@ impl Fabric {
 
     /// The same, with agents by other programs than the one that is tested: of an earlier version.
     pub(crate) fn start_by(underlay: &str, programs: [Option<PathBuf>; 3]) -> Self {
+        Self::start_each(underlay, programs.map(|program| Host { program, ..Host::default() }))
+    }
+
+    /// The same, with whatever is particular to each host.
+    pub(crate) fn start_each(underlay: &str, hosts: [Host; 3]) -> Self {
         // Made readable for its owner alone.
         let key = tempfile::NamedTempFile::new().expect("a file for the key");
         std::fs::write(&key, "of this test's hosts alone: 32 bytes or more").expect("write the key");
         let mut fabric = Self { agents: Vec::new(), key };
         fabric.wire();
-        let configs = [0, 1, 2].map(|host| config(host, underlay, fabric.key.path()));
-        for ((config, name), program) in configs.iter().zip(HOSTS).zip(programs) {
-            fabric.agents.push(Some(Agent::start_by(config, Some(name), program)));
+        for (number, host) in hosts.into_iter().enumerate() {
+            let config = config(number, underlay, fabric.key.path(), host.limits);
+            let directory = host.directory.unwrap_or_else(|| tempfile::tempdir().expect("a temporary directory"));
+            fabric.agents.push(Some(Agent::start_prepared(&config, HOSTS[number], directory, host.program)));
         }
         fabric
     }
@@ -159,10 +176,10 @@ impl Drop for Fabric {
     }
 }
 
-fn config(host: usize, underlay: &str, key: &Path) -> String {
+fn config(host: usize, underlay: &str, key: &Path, limits: &str) -> String {
     let (name, number, key) = (HOSTS[host], NUMBERS[host], key.display());
     let mut text = format!(
-        "host_name = \"{name}\"\n[fabric]\nhost_number = {number}\nipv6_prefix = \"{PREFIX}\"\n\
+        "host_name = \"{name}\"\n[limits]\n{limits}\n[fabric]\nhost_number = {number}\nipv6_prefix = \"{PREFIX}\"\n\
          underlay = \"{underlay}\"\nlisten = \"[fd00:f::{number}]:7787\"\nkey_file = \"{key}\"\n"
     );
     for (peer, name) in HOSTS.iter().enumerate().filter(|(peer, _)| *peer != host) {

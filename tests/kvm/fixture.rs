@@ -76,6 +76,16 @@ impl Agent {
         Self::start_in(directory, config, Place { namespace: Some(namespace.to_owned()), clock, ..Place::default() })
     }
 
+    /// The same, by another program if there is one.
+    pub(crate) fn start_prepared(
+        config: &str,
+        namespace: &str,
+        directory: tempfile::TempDir,
+        program: Option<PathBuf>,
+    ) -> Self {
+        Self::start_in(directory, config, Place { namespace: Some(namespace.to_owned()), program, ..Place::default() })
+    }
+
     /// Ends the agent as systemd does and starts the program that is tested instead.
     pub(crate) fn upgrade(&self) {
         terminate(self.pid());
@@ -216,6 +226,11 @@ impl Agent {
     pub(crate) fn kill_and_restart(&self) {
         self.kill();
         self.start_again();
+    }
+
+    /// Whether the agent has ended by itself.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.child.lock().expect("the agent").try_wait().expect("look at the agent").is_some()
     }
 
     /// Waits until the agent ends by itself; how it did.

@@ -58,6 +58,8 @@ impl Drop for FileSystem {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(&self.at).output();
         let _ = Command::new("losetup").args(["--detach", &self.device]).output();
+        // The agent's directory could not go while this was in it.
+        let _ = std::fs::remove_dir_all(self.at.parent().expect("the agent's directory"));
     }
 }
 
