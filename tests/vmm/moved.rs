@@ -211,11 +211,22 @@ fn a_guest_goes_there_and_back_and_notices_nothing() {
 }
 
 /// Moves a machine in a stream of this form.
-fn moved_in(form: StreamForm, mut from: Vmm, count: u8, tls: (Option<StreamTls>, Option<StreamTls>)) -> (Vmm, Answer) {
+fn moved_in(form: StreamForm, from: Vmm, count: u8, tls: (Option<StreamTls>, Option<StreamTls>)) -> (Vmm, Answer) {
     let (ours, theirs) = connections(count);
     let to = arriving(&theirs, TOKEN, tls.1);
     drop(theirs);
-    begin_as(&from, &ours, |connections| Request::SendIn { spec: SendSpec { connections, tls: tls.0, ..SPEC }, form });
+    moved_to_in(form, to, from, ours, SendSpec { tls: tls.0, ..SPEC })
+}
+
+/// The same, to a VMM that waits for it.
+pub(super) fn moved_to_in(
+    form: StreamForm,
+    to: Vmm,
+    mut from: Vmm,
+    ours: Vec<TcpStream>,
+    spec: SendSpec,
+) -> (Vmm, Answer) {
+    begin_as(&from, &ours, |connections| Request::SendIn { spec: SendSpec { connections, ..spec }, form });
     drop(ours);
     let sent = answer(&mut from.control);
     assert!(matches!(sent, Answer::SentIn { .. }), "{sent:?}\n{}\n{}", from.log(), to.log());

@@ -4,10 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use hearth::wire::control::{Answer, ReceivedMemory, Request, SendPhases, SendSpec};
+use hearth::wire::control::{Answer, Packing, ReceivedMemory, Request, SendPhases, SendSpec, StreamForm};
+use hearth::wire::stream::VERSION;
 use tiny::Code;
 
-use crate::moved::{SPEC, TOKEN, arriving_sized, connections, moved_to, tls};
+use crate::moved::{SPEC, TOKEN, arriving_sized, connections, moved_to_in, tls};
 use crate::{NONCE, Vmm, console};
 
 #[path = "../machine/guest.rs"]
@@ -54,7 +55,11 @@ fn sent(from: Vmm, memory_bytes: u64, count: u8, is_sealed: bool) -> (Vmm, SendP
     let (source, target) = if is_sealed { Some(tls()).unzip() } else { (None, None) };
     let to = arriving_sized(&theirs, TOKEN, target, (ReceivedMemory::New, None), memory_bytes);
     drop(theirs);
-    moved_to(to, from, ours, SendSpec { tls: source, ..SPEC })
+    // As agents have it between hosts of this version.
+    let form = StreamForm { version: VERSION, packing: Packing::None };
+    let (next, sent) = moved_to_in(form, to, from, ours, SendSpec { tls: source, ..SPEC });
+    let Answer::SentIn { phases, .. } = sent else { panic!("{sent:?}") };
+    (next, phases)
 }
 
 #[test]
