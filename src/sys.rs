@@ -7,6 +7,7 @@ pub mod entropy;
 pub mod extent;
 pub mod fd;
 pub mod file;
+pub mod fill;
 pub mod host;
 pub mod jail;
 pub mod kvm;

@@ -6,6 +6,7 @@ use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryBackend as _,
 use super::dirty::PageRun;
 use super::image::{self, PAGE};
 use super::ram::{GuestRam, GuestRegion};
+use crate::sys::fill::fill;
 use crate::units::{PAGE_BYTES, PageCount, PageIndex};
 
 /// Guest memory could not be read or written.
@@ -86,7 +87,7 @@ impl ArrivingRam {
 
     /// Puts what a run holds.
     pub fn put(&self, run: PageRun, content: &[u8]) -> Result<(), ReachPagesError> {
-        self.ram.write_slice(content, address(run.first)).map_err(|source| ReachPagesError { run, source })
+        fill(&self.ram, address(run.first), content).map_err(|source| ReachPagesError { run, source })
     }
 
     /// Makes a run zero. What is zero is left alone, so that it stays a hole.
