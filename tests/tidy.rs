@@ -52,7 +52,7 @@ const FLOORS: &[Floor] = &[
     Floor {
         module: "wire",
         ours: &["ids", "units", "clock", "report", "saved"],
-        outside: &["postcard", "serde_json", "serde_bytes", "blake3", "lz4_flex"],
+        outside: &["postcard", "serde_json", "serde_bytes", "blake3", "lz4_flex", "twox_hash"],
     },
     Floor {
         module: "machine",
