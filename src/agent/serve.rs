@@ -174,11 +174,11 @@ impl<W: World> Agent<W> {
 
     async fn host_view(&self) -> io::Result<HostView> {
         let facts: HostFacts = self.shared.world.disk().host().await?;
-        let Shared { config, epoch, started_at, connections, .. } = &*self.shared;
+        let Shared { config, epoch, connections, .. } = &*self.shared;
         let vms = self.records();
         let mut view = HostView {
             facts,
-            started_at: *started_at,
+            started_at: self.shared.started_at(),
             state_dir: config.state_dir.display().to_string(),
             epoch: *epoch,
             vm_states: health::count(vms.iter().map(|vm| vm.state.name())),

@@ -36,7 +36,6 @@ pub(crate) struct Shared<W: World> {
     pub(crate) config: Config,
     /// This agent's number among those that had the ledger.
     pub(crate) epoch: u64,
-    pub(crate) started_at: UnixNanos,
     /// The time of what rests when it began, and when that was.
     steady: (Steady, Monotonic),
     /// Number of the last event; readers of events wait on it.
@@ -119,13 +118,11 @@ pub(crate) struct Begun {
 impl<W: World> Shared<W> {
     pub(crate) fn new(world: W, config: Config, begun: Begun) -> Self {
         let Begun { epoch, last_event, steady } = begun;
-        let started_at = world.clock().wall();
         let steady = (steady, world.clock().monotonic());
         Self {
             world,
             config,
             epoch,
-            started_at,
             steady,
             last_event: watch::Sender::new(last_event),
             broken: watch::Sender::new(None),
@@ -147,6 +144,14 @@ impl<W: World> Shared<W> {
             bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
+    }
+
+    /// When this agent started, by the wall clock as it is now: one that was wrong at the start, and has been set since,
+    /// would put the start into another day.
+    pub(crate) fn started_at(&self) -> UnixNanos {
+        let clock = self.world.clock();
+        let ago = clock.monotonic().since(self.steady.1);
+        UnixNanos(clock.wall().0.saturating_sub(u64::try_from(ago.as_nanos()).unwrap_or(u64::MAX)))
     }
 
     /// The time of what rests and runs out.

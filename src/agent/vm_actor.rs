@@ -36,6 +36,9 @@ use waking::has_no_way_back;
 /// Requests that may wait for one VM. More are refused at once: somebody calls in a loop.
 pub(crate) const INBOX_MAX: usize = 32;
 
+/// Time after which what a VM left behind is taken away again, if that failed.
+const FORGET_AGAIN: Duration = Duration::from_secs(10);
+
 /// Something asked of a VM.
 #[derive(Debug)]
 pub(crate) struct Request {
@@ -141,6 +144,10 @@ impl<W: World> VmActor<W> {
                     self.vmm_ended(end, None).await?;
                 }
                 cause = call.wait() => self.wake(cause).await?,
+                // What is left of one that is gone is in the way of the next of its name, and nobody asks for its end again.
+                () = tokio::time::sleep(FORGET_AGAIN), if self.work.is_none() && self.record.state == VmState::Gone => {
+                    self.remove().await?;
+                }
                 request = self.inbox.recv(), if may_take && self.waiting.len() < INBOX_MAX => match request {
                     Some(request) => self.take(request).await?,
                     // The agent is ending: the VM goes on.

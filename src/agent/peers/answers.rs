@@ -217,8 +217,8 @@ impl<W: World> Agent<W> {
             return refused(PeerRefusal::Plain { own });
         }
         // Nonces are forgotten when an agent ends. A hello taken twice does no harm.
-        if !is_hello && head.at_ms < shared.started_at.0 / 1_000_000 {
-            return Err(PeerRefusal::BeforeStart.into());
+        if !is_hello && head.at_ms < shared.started_at().0 / 1_000_000 {
+            return refused(PeerRefusal::BeforeStart);
         }
         // A hello for another host, or from one, is how two find out that they disagree on a number.
         if !is_hello && head.to != own {
