@@ -494,7 +494,12 @@ impl<W: World> Agent<W> {
         }
         match best {
             Some((peer, _)) => Ok((peer.name.clone(), peer.host)),
-            None => Err(MigrateError::NoTarget { vm: called(vm), why }.into()),
+            None => {
+                if fabric.peers.is_empty() {
+                    why.push("this host knows none; [[peers]] in its configuration names them".to_owned());
+                }
+                Err(MigrateError::NoTarget { vm: called(vm), why }.into())
+            }
         }
     }
 
