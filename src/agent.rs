@@ -59,6 +59,7 @@ mod migration_record;
 mod migrations;
 mod network;
 pub mod peers;
+mod pool;
 mod record;
 mod recover;
 mod register;
@@ -126,6 +127,7 @@ pub use migrations::{
     Direction, MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate, MigrationProgress, MigrationState,
     MigrationView,
 };
+pub use pool::{POOL_SIZE_MAX, PoolDoor, PoolError, PoolView};
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,
     QuarantineRecord, Remains, StepRecord, StepState, Subject, SwapPolicy, SwapRecord, Timings, VmRecord, VmSpec,
@@ -182,9 +184,12 @@ impl<W: World> Agent<W> {
         let age = std::time::Duration::from_secs(u64::from(days) * 24 * 3600);
         let (up, wall) = (world.uptime(), world.clock().wall());
         let rest_max = config.uids.quarantine().max(session_end::quarantine(&config));
+        let uid_rest = config.uids.quarantine();
         let begin = move |store: &mut Store| {
             store.keep_events(kept, age)?;
             let steady = store.steady(up, wall, rest_max)?;
+            // No agent of before lends anything any more.
+            store.release_strays(steady.after(uid_rest))?;
             Ok((store.begin()?, steady, store.file().is_some()))
         };
         let (loaded, steady, has_file) = world.records().with(begin).await?;
@@ -201,7 +206,7 @@ impl<W: World> Agent<W> {
             let unfinished = operations.iter().position(|operation| operation.vm == vm.id);
             let operation = unfinished.map(|index| operations.remove(index));
             let recovered = Box::new(vm_actor::Recovered { operation });
-            vm_actor::start(&shared, vm, vm_actor::Begin::Recover(recovered));
+            vm_actor::start(&shared, vm, vm_actor::Begin::Recover(recovered), None);
         }
         recover::end_orphans(&shared, operations).await?;
         tokio::spawn(recover::sweep(Arc::clone(&shared)));
@@ -214,6 +219,7 @@ impl<W: World> Agent<W> {
         tokio::spawn(agent.clone().give_out_calculations());
         tokio::spawn(agent.clone().watch_idle_vms());
         tokio::spawn(agent.clone().look_after_those_away());
+        tokio::spawn(agent.clone().keep_pools());
         Ok(agent)
     }
 

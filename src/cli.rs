@@ -8,6 +8,7 @@ mod bundle;
 mod cluster;
 mod ledger;
 mod migration;
+mod pool;
 mod session;
 mod swap;
 mod value;
@@ -27,6 +28,7 @@ pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
 pub use migration::{CompressWord, EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
+pub use pool::{PoolCommand, PoolSetArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
@@ -127,6 +129,9 @@ pub enum ClientCommand {
     /// Bundles: guests frozen once, launched any number of times in milliseconds
     #[command(subcommand)]
     Bundle(BundleCommand),
+    /// Machines of bundles that are kept ready, for launches in a few milliseconds
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Images that VMs boot
     #[command(subcommand)]
     Image(ImageCommand),

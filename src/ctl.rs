@@ -23,6 +23,7 @@ mod link;
 mod migration;
 mod operation;
 mod output;
+mod pool;
 mod progress;
 mod session;
 mod signal;
@@ -265,6 +266,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Wake { vm }) => swap::wake(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::SwapPolicy(args)) => swap::set_policy(agent, out, args).await?,
         ClientCommand::Vm(VmCommand::Snapshot(args)) => bundle::snapshot(agent, out, args).await?,
+        ClientCommand::Pool(command) => pool::run(agent, out, command).await?,
         ClientCommand::Bundle(command) => bundle::run(agent, out, command).await?,
         ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
         ClientCommand::Session(command) => session::run(agent, out, command).await?,

@@ -17,6 +17,8 @@ mod histories;
 mod life;
 #[path = "sim/points.rs"]
 mod points;
+#[path = "sim/pools.rs"]
+mod pools;
 #[path = "sim/quarantine.rs"]
 mod quarantine;
 #[path = "sim/rest.rs"]

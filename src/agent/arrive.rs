@@ -365,7 +365,7 @@ impl<W: World> Agent<W> {
         self.shared.wake_readers(last);
         tracing::info!(vm = %record.id, name = record.name, from = ?record.migration, "arriving");
         let asked_at = world.clock().monotonic();
-        start(&self.shared, record, Begin::Launch(Box::new(operation), asked_at));
+        start(&self.shared, record, Begin::Launch(Box::new(operation), asked_at), None);
         Ok(())
     }
 

@@ -161,6 +161,9 @@ impl<W: World> Agent<W> {
         if vms > 0 {
             return Err(BundleError::InUse { bundle, vms });
         }
+        if let Some(size) = self.shared.pools.size(&bundle) {
+            return Err(BundleError::Pooled { bundle, size });
+        }
         self.shared.world.bundles().remove(&bundle).await
     }
 }

@@ -114,6 +114,14 @@ pub enum BundleError {
         /// How many.
         vms: usize,
     },
+    /// Machines of it are kept ready.
+    #[error("machines of bundle {bundle} are kept ready ({size} of them)")]
+    Pooled {
+        /// Which.
+        bundle: BundleId,
+        /// How many.
+        size: u32,
+    },
     /// A file beside it could not be used.
     #[error("{what}")]
     Host {
@@ -142,7 +150,7 @@ impl BundleError {
             Self::Ledger(error) => error.retry(),
             Self::NothingSaved { .. } => Retry::Never,
             Self::Name { .. } | Self::NameTaken { .. } => Retry::WithChange,
-            Self::NoFacts | Self::InUse { .. } | Self::Host { .. } => Retry::Later,
+            Self::NoFacts | Self::Pooled { .. } | Self::InUse { .. } | Self::Host { .. } => Retry::Later,
         }
     }
 }

@@ -27,6 +27,7 @@ use super::launch_error::LaunchError;
 use super::ledger::{KeyRow, LedgerError, StoredAnswer};
 use super::migrations::{MigrateError, MigrationDoor};
 use super::peers::PeerDoor;
+use super::pool::PoolDoor;
 use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::self_door::SelfDoor;
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
@@ -214,7 +215,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor {
+pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

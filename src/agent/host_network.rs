@@ -254,10 +254,14 @@ impl VmNetworks for HostNetworks {
     }
 
     fn take(&self, used: &BTreeSet<u16>) -> Option<u16> {
+        // One that an earlier agent left may have a process in it, until it is swept.
+        let there = self.0.network.jails().unwrap_or_default();
         let mut numbers = lock(&self.0.numbers);
         let ready = std::iter::from_fn(|| numbers.ready.pop_front()).find(|number| !used.contains(number));
-        let held =
-            |number: &u16| used.contains(number) || numbers.filling.contains(number) || numbers.taken.contains(number);
+        let held = |number: &u16| {
+            let is_known = used.contains(number) || numbers.filling.contains(number) || numbers.taken.contains(number);
+            is_known || there.contains(number)
+        };
         let number =
             ready.or_else(|| (0..JAILS_MAX).find(|number| !held(number) && !numbers.ready.contains(number)))?;
         numbers.taken.insert(number);

@@ -21,7 +21,7 @@ use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort,
 use super::shared::{cluster_event, operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Origin, Step, VmState, step};
-use super::world::{Records, VmBundles, VmDisk, VmNetworks, World, random_array, random_nonce};
+use super::world::{Records, VmBundles, VmDisk, VmNetworks, VmmHost, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::bundle::Manifest;
 use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
@@ -152,28 +152,32 @@ impl<W: World> Agent<W> {
             None => None,
         };
         let place = self.place(&request, session.as_ref().map(|(session, _)| session)).await?;
-        let mut record = self.reserve(&request, spec).await?;
-        record.spec.cluster = place.as_ref().map(|place| place.membership(&record.id));
-        let goal = if place.is_some() { Goal::Enlist } else { Goal::Launch };
-        let (origin, goal) = match (&record.spec.build, &record.spec.bundle) {
-            (Some(_), _) => (Origin::Build, Goal::Build),
-            (None, Some(_)) => (Origin::Bundle, goal),
-            (None, None) => (Origin::Image, goal),
+        let spare = bundle.and_then(|(bundle, _)| self.shared.pools.claim(&request, bundle));
+        let admitted = Admitted { request, spec, session, place, asked_at };
+        let begun = match &spare {
+            Some(spare) => {
+                let record = self.take_over(&admitted, &spare.record);
+                let held = (Some(spare.record.jail), Some(spare.process.clone()));
+                match record {
+                    Ok(record) => self.begin_launch(admitted, record, held).await,
+                    Err(error) => Err(error),
+                }
+            }
+            None => {
+                let record = self.reserve(&admitted.request, admitted.spec.clone()).await?;
+                let networks = self.shared.world.networks();
+                let jail = networks.take(&self.shared.pools.jails_beside(&vms));
+                let begun = self.begin_launch(admitted, record, (jail, None)).await;
+                if let (Err(_), Some(jail)) = (&begun, jail) {
+                    networks.give_back(jail);
+                }
+                begun
+            }
         };
-        let next = step(&record.state, &Event::LaunchAsked(origin)).map_err(|_| LaunchError::Ending)?;
-        let makes = request.build.map(|(_, order)| order);
-        let addressing = request.addressing.unwrap_or_default();
-        let fabric = self.shared.config.fabric.clone();
-        let (now, steady) = (self.shared.world.clock().wall(), self.shared.steady());
-        let published = request.published;
-        let draft =
-            Draft { record, next, goal, makes, fabric, place, addressing, published, now, steady, key: request.key };
-        let networks = self.shared.world.networks();
-        let used = vms.iter().map(|vm| vm.jail).collect();
-        let jail = networks.take(&used);
-        let begun = self.begin_launch(draft, session, jail, asked_at).await;
-        if let (Err(_), Some(jail)) = (&begun, jail) {
-            networks.give_back(jail);
+        match (&begun, spare) {
+            (Ok(vm), Some(_)) => self.shared.pools.became_vm(&vm.id),
+            (Err(_), Some(spare)) => self.shared.pools.give_back(spare),
+            (_, None) => {}
         }
         begun.map(Launched::Vm)
     }
@@ -203,7 +207,20 @@ impl<W: World> Agent<W> {
         self.shared.world.records().with(move |store| store.key(&word, &route, now)).await
     }
 
-    async fn reserve(&self, request: &LaunchRequest, spec: VmSpec) -> Result<VmRecord, LaunchError> {
+    /// The record of a VM that is made of a machine that was kept ready: what that was lent is the VM's now.
+    fn take_over(&self, admitted: &Admitted, spare: &VmRecord) -> Result<VmRecord, LaunchError> {
+        let world = &self.shared.world;
+        let random = |source| LaunchError::Host { what: "read randomness", source };
+        Ok(VmRecord {
+            name: admitted.request.name.clone(),
+            spec: admitted.spec.clone(),
+            generation: Generation(random_array(world).map_err(random)?).to_string(),
+            created_at: world.clock().wall(),
+            ..spare.clone()
+        })
+    }
+
+    pub(super) async fn reserve(&self, request: &LaunchRequest, spec: VmSpec) -> Result<VmRecord, LaunchError> {
         let world = &self.shared.world;
         let random = |source| LaunchError::Host { what: "read randomness", source };
         let now = self.shared.steady();
@@ -241,11 +258,26 @@ impl<W: World> Agent<W> {
 
     async fn begin_launch(
         &self,
-        draft: Draft,
-        session: Option<(SessionRecord, u32)>,
-        jail: Option<u16>,
-        asked_at: Monotonic,
+        admitted: Admitted,
+        mut record: VmRecord,
+        (jail, process): (Option<u16>, Option<<W::Vmm as VmmHost>::Process>),
     ) -> Result<Arc<VmRecord>, LaunchError> {
+        let Admitted { request, session, place, asked_at, .. } = admitted;
+        record.spec.cluster = place.as_ref().map(|place| place.membership(&record.id));
+        let goal = if place.is_some() { Goal::Enlist } else { Goal::Launch };
+        let (origin, goal) = match (&record.spec.build, &record.spec.bundle) {
+            (Some(_), _) => (Origin::Build, Goal::Build),
+            (None, Some(_)) => (if process.is_some() { Origin::Pool } else { Origin::Bundle }, goal),
+            (None, None) => (Origin::Image, goal),
+        };
+        let next = step(&record.state, &Event::LaunchAsked(origin)).map_err(|_| LaunchError::Ending)?;
+        let makes = request.build.map(|(_, order)| order);
+        let addressing = request.addressing.unwrap_or_default();
+        let fabric = self.shared.config.fabric.clone();
+        let (now, steady) = (self.shared.world.clock().wall(), self.shared.steady());
+        let published = request.published;
+        let draft =
+            Draft { record, next, goal, makes, fabric, place, addressing, published, now, steady, key: request.key };
         let random = random_array(&self.shared.world);
         let random = random.map_err(|source| LaunchError::Host { what: "read randomness", source })?;
         let id = OperationId::from_random(random);
@@ -265,14 +297,14 @@ impl<W: World> Agent<W> {
         };
         self.shared.wake_readers(last);
         tracing::info!(vm = %record.id, name = record.name, image = record.spec.image, "launching");
-        let handle = start(&self.shared, record, Begin::Launch(Box::new(operation), asked_at));
+        let handle = start(&self.shared, record, Begin::Launch(Box::new(operation), asked_at), process);
         let record = handle.record.borrow().clone();
         Ok(record)
     }
 }
 
 /// The image a bundle's guest was booted from, as far as a launch cares: it need not be there any more.
-fn image_of(manifest: &Manifest) -> Image {
+pub(super) fn image_of(manifest: &Manifest) -> Image {
     let image = &manifest.guest.image;
     Image {
         name: image.name.clone(),
@@ -283,6 +315,15 @@ fn image_of(manifest: &Manifest) -> Image {
         memory_mib_min: 0,
         created_at: manifest.provenance.built_at,
     }
+}
+
+/// A launch that was found possible.
+struct Admitted {
+    request: LaunchRequest,
+    spec: VmSpec,
+    session: Option<(SessionRecord, u32)>,
+    place: Option<Place>,
+    asked_at: Monotonic,
 }
 
 /// A VM to be, but for what is handed out one by one. Becomes a VM on the ledger's thread, so it asks nobody anything

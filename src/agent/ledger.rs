@@ -7,6 +7,7 @@
 pub(super) mod backup;
 mod calculations;
 mod clusters;
+mod pools;
 mod rows;
 mod schema;
 mod sessions;
@@ -23,7 +24,7 @@ use super::record::{EventRecord, OperationRecord, OperationState, StepRecord, Su
 use super::session_record::SessionRecord;
 use super::swap::SwapDecision;
 use crate::clock::{Steady, UnixNanos, Uptime};
-use crate::ids::{OperationId, VmId};
+use crate::ids::{BundleId, OperationId, VmId};
 use crate::report::Retry;
 use crate::wire::control::SealingKey;
 
@@ -241,6 +242,13 @@ pub enum Write {
     },
     /// There is nothing sealed of this VM.
     NoSwapKey(VmId),
+    /// So many machines of a bundle are to be kept ready; 0: none.
+    Pool {
+        /// The bundle.
+        bundle: BundleId,
+        /// How many.
+        size: u32,
+    },
     /// Something was decided about idle VMs. Old decisions are dropped.
     SwapDecision(Box<SwapDecision>),
     /// A create with an idempotency key began; fails when the key is known.
@@ -514,6 +522,7 @@ fn apply(to: &Transaction<'_>, write: &Write) -> Result<(), LedgerError> {
         Write::Relaunched { vm, successor } => clusters::relaunched(to, vm, successor.as_ref()),
         Write::SwapKey { vm, key } => swap::put_key(to, vm, key),
         Write::NoSwapKey(vm) => swap::forget_key(to, vm),
+        Write::Pool { bundle, size } => pools::put(to, bundle, *size),
         Write::SwapDecision(decision) => swap::put_decision(to, decision),
         Write::Key(key) => rows::put_key(to, key),
         Write::Answer { key, route, answer } => {

@@ -1,7 +1,6 @@
 //! What others do to this host's network, and what becomes of it: each change that was put right is an event, and a VM
 //! whose tap was deleted gets the new one. Also the sweep of jails that no VM has.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::ledger::{LedgerError, NewEvent, Write};
@@ -111,11 +110,13 @@ async fn replace_taps<W: World>(shared: &Arc<Shared<W>>, vm: &VmRecord, steps: &
 
 /// Removes the jails that belong to no VM: what an earlier agent left half-made.
 pub(super) async fn sweep<W: World>(shared: &Arc<Shared<W>>) {
-    let known: BTreeSet<u16> = {
+    // In this order: what is kept ready becomes a VM.
+    let mut known = shared.pools.jails_beside(&[]);
+    {
         let vms = shared.vms();
         let records = vms.values().map(|vm| vm.record.borrow().clone());
-        records.filter(|vm| vm.state.holds_resources()).map(|vm| vm.jail).collect()
-    };
+        known.extend(records.filter(|vm| vm.state.holds_resources()).map(|vm| vm.jail));
+    }
     match shared.world.networks().sweep(known).await {
         Ok(removed) if removed.is_empty() => {}
         Ok(removed) => tracing::warn!(?removed, "removed jails that belong to no VM"),

@@ -205,8 +205,10 @@ fn begun_again(mut operation: OperationRecord) -> OperationRecord {
     operation
 }
 
+/// Whether its VMM was there: also one that was kept ready, which the launch did not have to start.
 fn was_started(operation: &OperationRecord) -> bool {
-    was_done(operation, Effect::StartVmm)
+    let step = operation.steps.iter().find(|step| step.effect == Effect::StartVmm);
+    step.is_none_or(|step| step.state == StepState::Done)
 }
 
 pub(super) fn was_done(operation: &OperationRecord, effect: Effect) -> bool {
@@ -279,8 +281,7 @@ pub(super) async fn sweep<W: World>(shared: Arc<Shared<W>>) {
     match shared.world.disk().list().await {
         Ok(found) => {
             for id in found {
-                let known = shared.vms().get(&id).is_some_and(|vm| vm.record.borrow().state.holds_resources());
-                if known {
+                if is_known(&shared, &id) {
                     continue;
                 }
                 tracing::warn!(vm = %id, "removing a directory that belongs to no living VM");
@@ -301,13 +302,19 @@ pub(super) async fn sweep<W: World>(shared: Arc<Shared<W>>) {
     }
 }
 
+/// Whether it is a VM that lives, or a machine that is kept ready to become one.
+fn is_known<W: World>(shared: &Shared<W>, id: &VmId) -> bool {
+    // In this order: one becomes the other.
+    shared.pools.has(id) || shared.vms().get(id).is_some_and(|vm| vm.record.borrow().state.holds_resources())
+}
+
 async fn remove_unknown<W: World>(shared: &Arc<Shared<W>>, id: &VmId) -> std::io::Result<()> {
     if let Some(process) = shared.world.vmm().find_stray(id).await? {
         process.kill()?;
         process.ended().await;
     }
     // Looked at again: a launch may have been recorded meanwhile.
-    if shared.vms().get(id).is_some_and(|vm| vm.record.borrow().state.holds_resources()) {
+    if is_known(shared, id) {
         return Ok(());
     }
     shared.world.disk().remove(id).await

@@ -18,6 +18,7 @@ use super::drain::Draining;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::peers::{ArrivingSession, Peers};
+use super::pool::Pools;
 use super::record::{OperationRecord, Subject, VmRecord};
 use super::register::Desk;
 use super::self_door::Asking;
@@ -72,6 +73,8 @@ pub(crate) struct Shared<W: World> {
     pub(crate) streams: Streams,
     /// Machines on their way here.
     pub(super) arrivals: Arrivals,
+    /// Machines that are kept ready.
+    pub(super) pools: Pools<W>,
     /// Names of bundles that are being committed.
     pub(super) bundle_names: BundleNames,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
@@ -141,6 +144,7 @@ impl<W: World> Shared<W> {
             adoption: Adoption::default(),
             streams: Streams::default(),
             arrivals: Arrivals::default(),
+            pools: Pools::default(),
             bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),
         }

@@ -89,8 +89,14 @@ struct VmActor<W: World> {
     over: bool,
 }
 
-/// Starts the actor of a VM that is in the ledger, and makes it known.
-pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: Begin) -> VmHandle {
+/// Starts the actor of a VM that is in the ledger, and makes it known. `process`: its VMM, where that is there already and
+/// held.
+pub(crate) fn start<W: World>(
+    shared: &Arc<Shared<W>>,
+    record: VmRecord,
+    begin: Begin,
+    process: Option<<W::Vmm as VmmHost>::Process>,
+) -> VmHandle {
     let (inbox, requests) = mpsc::channel(INBOX_MAX);
     let (published, view) = watch::channel(Arc::new(record.clone()));
     let handle = VmHandle { id: record.id.clone(), name: record.name.clone(), inbox, record: view };
@@ -99,7 +105,7 @@ pub(crate) fn start<W: World>(shared: &Arc<Shared<W>>, record: VmRecord, begin: 
         shared: Arc::clone(shared),
         record,
         published,
-        process: None,
+        process,
         inbox: requests,
         waiting: VecDeque::new(),
         work: None,

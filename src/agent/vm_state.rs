@@ -211,6 +211,8 @@ pub(super) enum Origin {
     Image,
     /// From a bundle, to run.
     Bundle,
+    /// From a machine of a bundle that was kept ready, to run.
+    Pool,
     /// From an image, to become a bundle.
     Build,
 }
@@ -283,6 +285,7 @@ const LAUNCH: [Effect; 7] = [
     Effect::GreetGuest,
     Effect::OpenNetwork,
 ];
+/// What comes before `RunMachine` was done before, of a machine that was kept ready.
 const LAUNCH_FROM_BUNDLE: [Effect; 7] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
@@ -452,6 +455,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Reserved | S::Launching => match origin {
                 Origin::Image => step_to(S::Launching, &LAUNCH),
                 Origin::Bundle => step_to(S::Launching, &LAUNCH_FROM_BUNDLE),
+                Origin::Pool => step_to(S::Launching, &LAUNCH_FROM_BUNDLE[4..]),
                 Origin::Build => step_to(S::Launching, &BUILD),
             },
             _ => denied(),

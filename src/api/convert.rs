@@ -5,6 +5,7 @@ mod bundle;
 mod cluster;
 mod isolation;
 mod migration;
+mod pool;
 mod session;
 mod swap;
 
@@ -30,6 +31,7 @@ pub(super) use bundle::{bundle, bundles};
 pub(super) use cluster::{calculation, cluster, member};
 pub(super) use isolation::{host_isolation, vm_jail};
 pub(super) use migration::{estimate, migrate_order, migration, moved};
+pub(super) use pool::pool;
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 pub(super) use swap::{swap_decision, swap_mode, swap_policy};
 

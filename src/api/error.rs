@@ -2,6 +2,7 @@
 //! new error has to be given its answer here.
 
 mod cluster;
+mod pool;
 
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};
@@ -300,6 +301,7 @@ impl From<BundleError> for ApiError {
             BundleError::InUse { .. } => {
                 (StatusCode::CONFLICT, "bundle_in_use", Some("remove its VMs first: `hearth vm ls`"))
             }
+            BundleError::Pooled { .. } => (StatusCode::CONFLICT, "bundle_in_use", Some("`hearth pool rm` ends them")),
             BundleError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name", None),
             BundleError::NameTaken { .. } => (StatusCode::CONFLICT, "name_taken", Some(listed)),
             BundleError::Ledger(_) => (StatusCode::SERVICE_UNAVAILABLE, "ledger_failure", None),

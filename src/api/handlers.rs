@@ -9,6 +9,7 @@ pub(super) mod host;
 pub(super) mod images;
 pub(super) mod migrations;
 pub(super) mod operations;
+pub(super) mod pools;
 pub(super) mod sessions;
 pub(super) mod swap;
 pub(super) mod vms;

@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
 use super::handlers::{
-    balloon, bundles, calculations, clusters, exec, host, images, migrations, operations, sessions, swap, vms,
+    balloon, bundles, calculations, clusters, exec, host, images, migrations, operations, pools, sessions, swap, vms,
 };
 use super::http::Client;
 use super::types;
@@ -87,6 +87,8 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(bundles::verify_bundle))
         .routes(routes!(bundles::compact_bundle))
         .routes(routes!(bundles::snapshot_vm))
+        .routes(routes!(pools::list_pools))
+        .routes(routes!(pools::show_pool, pools::set_pool, pools::remove_pool))
         .routes(routes!(clusters::create_cluster, clusters::list_clusters))
         .routes(routes!(clusters::show_cluster, clusters::remove_cluster))
         .routes(routes!(clusters::list_members))

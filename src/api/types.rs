@@ -18,6 +18,7 @@ mod isolation;
 mod migration;
 mod network;
 mod operation;
+mod pool;
 mod session;
 mod swap;
 mod vm;
@@ -46,6 +47,7 @@ pub use migration::{
 };
 pub use network::{FlowLimits, FlowStats, InterfaceStats, NetworkLimits};
 pub use operation::{Event, EventsQuery, Operation, OperationList, OperationState, Step, StepState};
+pub use pool::{Pool, PoolList, PoolRequest};
 pub use session::{
     Addressing, Drops, Egress, EgressProtocol, EgressRule, Fabric, FabricIpv4, FabricPeer, Session,
     SessionCreateRequest, SessionList, SessionMember, SessionRemoveQuery, SessionState,

@@ -102,7 +102,9 @@ impl VmNetworks for SimHost {
     }
 
     fn take(&self, used: &BTreeSet<u16>) -> Option<u16> {
-        (0..4096).find(|number| !used.contains(number))
+        // Also what an earlier agent left is somebody's, until it is swept.
+        let state = self.state();
+        (0..4096).find(|number| !used.contains(number) && !state.jails.contains_key(number))
     }
 
     fn give_back(&self, _number: u16) {}

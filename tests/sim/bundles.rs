@@ -40,7 +40,7 @@ async fn ended(door: &Arc<dyn Door>, operation: &OperationRecord) -> OperationRe
 }
 
 /// Builds a bundle and waits for it; the operation.
-async fn built(door: &Arc<dyn Door>, request: BuildRequest) -> OperationRecord {
+pub(crate) async fn built(door: &Arc<dyn Door>, request: BuildRequest) -> OperationRecord {
     let work = door.build_bundle(request).await;
     let Ok(BundleWork::Operation(operation)) = work else { panic!("a build: {work:?}") };
     ended(door, &operation).await
@@ -64,7 +64,7 @@ fn named(name: &str) -> Option<String> {
 const NOW: Verb = Verb::Remove { grace: Duration::ZERO };
 
 /// A bundle `warm`, built.
-async fn warm(door: Arc<dyn Door>) {
+pub(crate) async fn warm(door: Arc<dyn Door>) {
     let operation = built(&door, build(named("warm"), Some("true"), None)).await;
     assert_eq!(operation.state, OperationState::Succeeded, "{:?}", operation.error);
 }

@@ -19,6 +19,11 @@ pub(crate) async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
             VmState::Running | VmState::Paused | VmState::SwappedOut { .. } | VmState::Stopped | VmState::Failed { .. }
         )
     };
+    // What is kept ready is whole, whatever was in its way, and goes without a trace.
+    for pool in door.pools().await.expect("pools") {
+        assert_eq!((pool.ready, &pool.trouble), (pool.size, &None), "{pool:?}");
+        door.remove_pool(pool.bundle.as_str()).await.expect("removed");
+    }
     for vm in door.vms() {
         assert!(at_rest(&vm.state), "{} is still {}", vm.id, vm.state.name());
         let (lives, holds) = (host.living().contains(&vm.id), vm.state.holds_resources());

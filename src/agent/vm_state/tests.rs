@@ -38,6 +38,7 @@ fn events() -> Vec<Event> {
     let mut events = vec![
         Event::LaunchAsked(Origin::Image),
         Event::LaunchAsked(Origin::Bundle),
+        Event::LaunchAsked(Origin::Pool),
         Event::LaunchAsked(Origin::Build),
         Event::SnapshotAsked,
         Event::HandOverAsked,
