@@ -24,7 +24,6 @@ use super::launch::{LaunchRequest, image_of};
 use super::ledger::Write;
 use super::record::VmRecord;
 use super::room::{NewWork, check};
-use super::vm_state::VmState;
 use super::world::{Ask, Records, RestorePlan, VmBundles, VmDisk, VmNetworks, VmmHost, VmmProcess, World};
 use crate::clock::{Clock, Monotonic};
 use crate::ids::{BundleId, VmId};
@@ -40,8 +39,8 @@ use plan::{Next, PoolFacts};
 /// Most machines that are kept ready of one bundle.
 pub const POOL_SIZE_MAX: u32 = 256;
 
-/// How long after a change the next is made: launches go first, and more than one may be on its way.
-const MAKE_DELAY: Duration = Duration::from_millis(100);
+/// How long after a change the next is made: the launch that took one goes first.
+const MAKE_DELAY: Duration = Duration::from_millis(20);
 
 /// How often is looked without a reason, for what nobody tells: memory that is short.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -211,7 +210,9 @@ impl<W: World> Agent<W> {
             if facts.iter().all(|pool| pool.size == 0 && pool.ready == 0) {
                 return None;
             }
-            match plan::next(&facts, self.is_launching(), self.is_short_of_memory().await) {
+            // Each guest on its way to its identity would be later for a machine that nobody waits for.
+            let is_busy = self.shared.turns.available_permits() == 0;
+            match plan::next(&facts, is_busy, self.is_short_of_memory().await) {
                 Next::Make(bundle) => self.make_one(&bundle).await,
                 Next::End(bundle) => {
                     if let Some(spare) = self.take_spare(|one| *one == bundle) {
@@ -221,14 +222,6 @@ impl<W: World> Agent<W> {
                 Next::Rest(wait) => return wait,
             }
         }
-    }
-
-    /// Whether VMs from bundles are on their way: each of them would be later for a machine that nobody waits for.
-    fn is_launching(&self) -> bool {
-        let is_on_its_way = |vm: &Arc<VmRecord>| {
-            matches!(vm.state, VmState::Launching | VmState::Registering) && vm.spec.bundle.is_some()
-        };
-        self.records().iter().any(is_on_its_way)
     }
 
     /// Whether VMs and machines together were promised more than there is. A host that does not tell is not short.

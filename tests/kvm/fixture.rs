@@ -289,13 +289,23 @@ impl Agent {
         for vm in self.json(&["vm", "ls"])["vms"].as_array().expect("a list") {
             self.ok(&["vm", "rm", vm["id"].as_str().expect("an id")]);
         }
+        self.has_no_directories();
+        self.end();
+    }
+
+    fn has_no_directories(&self) {
         let left = std::fs::read_dir(self.state().join("vms")).map(Iterator::count).unwrap_or(0);
-        assert_eq!(left, 0, "directories of removed VMs");
+        assert_eq!(left, 0, "directories of what is gone");
+    }
+
+    /// Stops the agent, which has no VMs; it has to end well, and what it kept for itself is gone with it.
+    pub(crate) fn end(self) {
         let mut child = self.child.lock().expect("the agent");
         terminate(child.id());
         let status = child.wait().expect("wait for the agent");
         assert!(status.success(), "the agent ended with {status}");
         assert!(!self.socket().exists(), "the API socket is left");
+        self.has_no_directories();
     }
 }
 

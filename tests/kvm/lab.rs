@@ -81,6 +81,13 @@ impl Lab {
         self.ends();
     }
 
+    /// Ends the agent while machines are kept ready; nothing may be left but what is for the next one.
+    pub(crate) fn ends_with_a_pool(mut self) {
+        self.agent.take().expect("the agent runs").end();
+        let links = run("ip", &["-n", self.namespace, "-o", "link"]);
+        assert!(!links.contains("hth"), "links: {links}");
+    }
+
     /// Removes the bundles and ends the agent; nothing may be left.
     pub(crate) fn ends(mut self) {
         let agent = self.agent.take().expect("the agent runs");
