@@ -383,9 +383,11 @@ impl<W: World> Work<W> {
         if self.operation.goal == Goal::Undo {
             self.give_up_send().await?;
         }
-        match self.status().await?.state {
-            MachineState::Running => {}
-            MachineState::Paused | MachineState::Empty => drop(self.ask(Ask::Resume).await?),
+        // Of a launch that this agent began it is known that it stands still; whoever continues one looks.
+        let is_known = self.is_launch() && self.asked_at.is_some();
+        let runs = !is_known && self.status().await?.state == MachineState::Running;
+        if !runs {
+            self.ask(Ask::Resume).await?;
         }
         self.note_run();
         if self.is_launch() {
