@@ -20,6 +20,7 @@ mod image;
 mod isolation;
 mod launch;
 mod link;
+mod manual;
 mod migration;
 mod operation;
 mod output;
@@ -36,7 +37,7 @@ use std::io;
 use std::path::Path;
 
 use crate::api::types::{LedgerBackup, LedgerBackupRequest};
-use crate::cli::{ClientCommand, Global, HostCommand, VmCommand};
+use crate::cli::{ClientCommand, Global, HostCommand, ShellWord, VmCommand};
 
 pub use bench::BenchError;
 pub use bundle::BundleError;
@@ -50,6 +51,7 @@ pub use host::ProbeError;
 pub use image::ImportError;
 pub use launch::LaunchError;
 pub use link::LinkError;
+pub use manual::ManualError;
 pub use output::OutputError;
 pub use session::SessionError;
 
@@ -98,6 +100,8 @@ pub enum Error {
     Session(#[from] SessionError),
     /// `events`.
     Events(#[from] EventsError),
+    /// `man`.
+    Manual(#[from] ManualError),
     /// `agent --drain`.
     Drain(#[from] DrainError),
     /// `host probe`.
@@ -125,6 +129,7 @@ impl Error {
             Self::Cluster(error) => error.advice(),
             Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
+            Self::Manual(error) => error.advice(),
             Self::Drain(error) => error.advice(),
             Self::Probe(error) => error.advice(),
             Self::Bench(error) => error.advice(),
@@ -150,6 +155,7 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Manual(_)
             | Self::Drain(_)
             | Self::Probe(_)
             | Self::Bench(_)
@@ -176,6 +182,7 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Manual(_)
             | Self::Drain(_)
             | Self::Probe(_)
             | Self::Bench(_)
@@ -219,7 +226,26 @@ pub fn back_up_ledger(global: &Global, to: Option<&Path>) -> Result<(), Error> {
 
 /// Prints one value, as JSON or as a line for people.
 pub fn print<T: serde::Serialize>(global: &Global, value: &T, people: impl FnOnce(&T) -> String) -> Result<(), Error> {
-    Ok(Output::new(global.json).value(value, people)?)
+    match Output::new(global.json).value(value, people) {
+        Err(error) if error.is_unread() => Ok(()),
+        outcome => Ok(outcome?),
+    }
+}
+
+/// Prints a shell's completions.
+pub fn print_completions(global: &Global, shell: ShellWord) -> Result<(), Error> {
+    let script = manual::Completions::of(shell);
+    print(global, &script, |script| script.script.clone())
+}
+
+/// Prints the manual page of the whole, or writes those of all commands into a directory.
+pub fn write_manual(global: &Global, dir: Option<&Path>) -> Result<(), Error> {
+    match dir {
+        None => print(global, &manual::first(), |page| page.text.clone()),
+        Some(dir) => print(global, &manual::write(dir)?, |written| {
+            format!("{}: {} manual pages", dir.display(), written.pages.len())
+        }),
+    }
 }
 
 /// What a running agent says of itself: each by a name, as text. What it does not answer is told in its place.

@@ -18,6 +18,8 @@ mod fake;
 mod firecracker;
 #[path = "cli/launch.rs"]
 mod launch;
+#[path = "cli/manual.rs"]
+mod manual;
 #[path = "cli/prometheus.rs"]
 mod prometheus;
 #[path = "cli/run.rs"]

@@ -2,7 +2,7 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 12] = [
+const NOUNS: [&str; 14] = [
     "vm",
     "session",
     "cluster",
@@ -15,6 +15,8 @@ const NOUNS: [&str; 12] = [
     "bench",
     "ledger",
     "support-bundle",
+    "completions",
+    "man",
 ];
 
 #[test]
@@ -63,6 +65,9 @@ fn wrong_words_are_usage_errors() {
         &["bench", "migrate", "--to", "b", "--back-socket", "b.sock", "--back-to", "a", "--overhead", "10M"],
         &["ledger"],
         &["ledger", "restore"],
+        &["completions"],
+        &["completions", "tcsh"],
+        &["man", "--dir"],
         &["image", "import", "mine"],
         &["agent", "--log-format", "poem"],
     ] {
