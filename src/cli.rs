@@ -11,6 +11,7 @@ mod manual;
 mod migration;
 mod session;
 mod swap;
+mod top;
 mod value;
 mod vm;
 
@@ -32,6 +33,7 @@ pub use migration::{CompressWord, EvacuateArgs, MigrateArgs, MigrationCommand, N
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
+pub use top::{SortWord, TopArgs};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
@@ -145,6 +147,9 @@ pub enum ClientCommand {
     /// Migrations from and to this host: how far they are, what they took
     #[command(subcommand)]
     Migration(MigrationCommand),
+    /// What the VMs of this host use, again and again
+    #[command(after_help = top::TOP_HELP)]
+    Top(TopArgs),
     /// What happened on this host, in order
     #[command(after_help = EVENTS_HELP)]
     Events(EventsArgs),

@@ -30,6 +30,7 @@ mod signal;
 mod swap;
 mod table;
 mod terminal;
+mod top;
 mod vm;
 
 use std::future::Future;
@@ -54,6 +55,7 @@ pub use link::LinkError;
 pub use manual::ManualError;
 pub use output::OutputError;
 pub use session::SessionError;
+pub use top::TopError;
 
 use call::Agent;
 use output::Output;
@@ -100,6 +102,8 @@ pub enum Error {
     Session(#[from] SessionError),
     /// `events`.
     Events(#[from] EventsError),
+    /// `top`.
+    Top(#[from] TopError),
     /// `man`.
     Manual(#[from] ManualError),
     /// `agent --drain`.
@@ -129,6 +133,7 @@ impl Error {
             Self::Cluster(error) => error.advice(),
             Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
+            Self::Top(error) => error.advice(),
             Self::Manual(error) => error.advice(),
             Self::Drain(error) => error.advice(),
             Self::Probe(error) => error.advice(),
@@ -155,6 +160,7 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Top(_)
             | Self::Manual(_)
             | Self::Drain(_)
             | Self::Probe(_)
@@ -172,7 +178,7 @@ impl Error {
             Self::Import(ImportError::Output(error)) | Self::Probe(ProbeError::Output(error)) => error.is_unread(),
             Self::Bench(BenchError::Output(error)) | Self::Exec(ExecError::Output(error)) => error.is_unread(),
             Self::Session(SessionError::Output(error)) | Self::Bundle(BundleError::Output(error)) => error.is_unread(),
-            Self::Cluster(ClusterError::Output(error)) => error.is_unread(),
+            Self::Cluster(ClusterError::Output(error)) | Self::Top(TopError::Output(error)) => error.is_unread(),
             Self::Call(_)
             | Self::Launch(_)
             | Self::Exec(_)
@@ -182,6 +188,7 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Top(_)
             | Self::Manual(_)
             | Self::Drain(_)
             | Self::Probe(_)
@@ -298,6 +305,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Image(command) => image::run(agent, out, command).await?,
         ClientCommand::Operation(command) => operation::run(agent, out, command).await?,
         ClientCommand::Migration(command) => migration::run(agent, out, command).await?,
+        ClientCommand::Top(args) => top::run(agent, out, args).await?,
         ClientCommand::Events(args) => event::run(agent, out, args).await?,
         ClientCommand::Host(HostCommand::Probe) => host::probe(out).await?,
         ClientCommand::Host(HostCommand::Show) => host::show(agent, out).await?,

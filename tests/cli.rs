@@ -24,5 +24,7 @@ mod manual;
 mod prometheus;
 #[path = "cli/run.rs"]
 mod run;
+#[path = "cli/top.rs"]
+mod top;
 #[path = "cli/words.rs"]
 mod words;

@@ -33,6 +33,7 @@ use super::session_error::SessionError;
 use super::shared::{Shared, VmHandle};
 use super::swap::SwapDecision;
 use super::traffic;
+use super::usage::{self, Usages};
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{
@@ -410,6 +411,10 @@ impl<W: World> Door for Agent<W> {
 
     fn remove_image<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), ImageError>> {
         self.remove_unused_image(name).boxed()
+    }
+
+    fn usage(&self) -> BoxFuture<'_, Usages> {
+        async move { usage::of(&self.shared, self.records()).await }.boxed()
     }
 
     fn host(&self) -> BoxFuture<'_, io::Result<HostView>> {

@@ -7,6 +7,7 @@ mod isolation;
 mod migration;
 mod session;
 mod swap;
+mod usage;
 
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub(super) use isolation::{host_isolation, vm_jail};
 pub(super) use migration::{estimate, migrate_order, migration, moved};
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 pub(super) use swap::{swap_decision, swap_mode, swap_policy};
+pub(super) use usage::usage;
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {

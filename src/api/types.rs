@@ -20,6 +20,7 @@ mod network;
 mod operation;
 mod session;
 mod swap;
+mod usage;
 mod vm;
 
 pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
@@ -54,6 +55,7 @@ pub use swap::{
     SwapChoice, SwapDecision, SwapDecisionList, SwapMode, SwapNeed, SwapOutRequest, SwapPolicy, SwapVerdict,
     SwapWeighed, Swapped, WakeCause,
 };
+pub use usage::{NetworkUsage, ProcessUsage, UsageList, VmUsage};
 pub use vm::{
     Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
     Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,

@@ -2,7 +2,7 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 14] = [
+const NOUNS: [&str; 15] = [
     "vm",
     "session",
     "cluster",
@@ -10,6 +10,7 @@ const NOUNS: [&str; 14] = [
     "image",
     "operation",
     "migration",
+    "top",
     "events",
     "host",
     "bench",
@@ -65,6 +66,9 @@ fn wrong_words_are_usage_errors() {
         &["bench", "migrate", "--to", "b", "--back-socket", "b.sock", "--back-to", "a", "--overhead", "10M"],
         &["ledger"],
         &["ledger", "restore"],
+        &["top", "--interval", "0"],
+        &["top", "--sort", "age"],
+        &["top", "web"],
         &["completions"],
         &["completions", "tcsh"],
         &["man", "--dir"],
