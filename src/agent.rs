@@ -79,6 +79,7 @@ mod support;
 mod swap;
 mod swap_watch;
 mod traffic;
+mod usage;
 mod vm_actor;
 mod vm_state;
 mod work;
@@ -143,6 +144,7 @@ pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use support::{SupportError, SupportRequest, support_bundle};
 pub use swap::{HostLoad, Need, SwapDecision, Verdict, Weighed};
+pub use usage::{Usages, VmUsage};
 pub use vm_actor::{Arrival, SwapOrder, Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
 

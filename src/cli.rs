@@ -7,10 +7,12 @@ mod bench;
 mod bundle;
 mod cluster;
 mod ledger;
+mod manual;
 mod migration;
 mod pool;
 mod session;
 mod swap;
+mod top;
 mod value;
 mod vm;
 
@@ -27,11 +29,13 @@ pub use bench::{
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
+pub use manual::{CompletionsArgs, ManArgs, Page, ShellWord, completions, first_page, pages};
 pub use migration::{CompressWord, EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
 pub use pool::{PoolCommand, PoolSetArgs};
 pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
+pub use top::{SortWord, TopArgs};
 pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
@@ -50,6 +54,7 @@ Examples:
   hearth bundle build --name base           freeze a booted guest; `hearth vm launch --bundle base` continues it
 
 IDs may be shortened to a unique prefix, and names work wherever ids do.
+
 Exit codes: 0 done; 1 refused or failed (standard error says what, why and what to do); 2 usage.";
 
 /// Run small Linux VMs on this host.
@@ -109,6 +114,12 @@ pub enum Command {
     /// Collect what helps to find out what went wrong on this host, without secrets
     #[command(after_help = ledger::SUPPORT_HELP)]
     SupportBundle(SupportBundleArgs),
+    /// Print a script that has a shell complete the words of this command line
+    #[command(after_help = manual::COMPLETIONS_HELP)]
+    Completions(CompletionsArgs),
+    /// Print the manual page hearth(1), or write the pages of all commands
+    #[command(after_help = manual::MAN_HELP)]
+    Man(ManArgs),
     /// What a client asks of the agent.
     #[command(flatten)]
     Client(ClientCommand),
@@ -141,6 +152,9 @@ pub enum ClientCommand {
     /// Migrations from and to this host: how far they are, what they took
     #[command(subcommand)]
     Migration(MigrationCommand),
+    /// What the VMs of this host use, again and again
+    #[command(after_help = top::TOP_HELP)]
+    Top(TopArgs),
     /// What happened on this host, in order
     #[command(after_help = EVENTS_HELP)]
     Events(EventsArgs),

@@ -20,6 +20,7 @@ mod image;
 mod isolation;
 mod launch;
 mod link;
+mod manual;
 mod migration;
 mod operation;
 mod output;
@@ -30,6 +31,7 @@ mod signal;
 mod swap;
 mod table;
 mod terminal;
+mod top;
 mod vm;
 
 use std::future::Future;
@@ -37,7 +39,7 @@ use std::io;
 use std::path::Path;
 
 use crate::api::types::{LedgerBackup, LedgerBackupRequest};
-use crate::cli::{ClientCommand, Global, HostCommand, VmCommand};
+use crate::cli::{ClientCommand, Global, HostCommand, ShellWord, VmCommand};
 
 pub use bench::BenchError;
 pub use bundle::BundleError;
@@ -51,8 +53,10 @@ pub use host::ProbeError;
 pub use image::ImportError;
 pub use launch::LaunchError;
 pub use link::LinkError;
+pub use manual::ManualError;
 pub use output::OutputError;
 pub use session::SessionError;
+pub use top::TopError;
 
 use call::Agent;
 use output::Output;
@@ -99,6 +103,10 @@ pub enum Error {
     Session(#[from] SessionError),
     /// `events`.
     Events(#[from] EventsError),
+    /// `top`.
+    Top(#[from] TopError),
+    /// `man`.
+    Manual(#[from] ManualError),
     /// `agent --drain`.
     Drain(#[from] DrainError),
     /// `host probe`.
@@ -126,6 +134,8 @@ impl Error {
             Self::Cluster(error) => error.advice(),
             Self::Session(error) => error.advice(),
             Self::Events(error) => error.advice(),
+            Self::Top(error) => error.advice(),
+            Self::Manual(error) => error.advice(),
             Self::Drain(error) => error.advice(),
             Self::Probe(error) => error.advice(),
             Self::Bench(error) => error.advice(),
@@ -151,6 +161,8 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Top(_)
+            | Self::Manual(_)
             | Self::Drain(_)
             | Self::Probe(_)
             | Self::Bench(_)
@@ -167,7 +179,7 @@ impl Error {
             Self::Import(ImportError::Output(error)) | Self::Probe(ProbeError::Output(error)) => error.is_unread(),
             Self::Bench(BenchError::Output(error)) | Self::Exec(ExecError::Output(error)) => error.is_unread(),
             Self::Session(SessionError::Output(error)) | Self::Bundle(BundleError::Output(error)) => error.is_unread(),
-            Self::Cluster(ClusterError::Output(error)) => error.is_unread(),
+            Self::Cluster(ClusterError::Output(error)) | Self::Top(TopError::Output(error)) => error.is_unread(),
             Self::Call(_)
             | Self::Launch(_)
             | Self::Exec(_)
@@ -177,6 +189,8 @@ impl Error {
             | Self::Cluster(_)
             | Self::Session(_)
             | Self::Events(_)
+            | Self::Top(_)
+            | Self::Manual(_)
             | Self::Drain(_)
             | Self::Probe(_)
             | Self::Bench(_)
@@ -220,7 +234,26 @@ pub fn back_up_ledger(global: &Global, to: Option<&Path>) -> Result<(), Error> {
 
 /// Prints one value, as JSON or as a line for people.
 pub fn print<T: serde::Serialize>(global: &Global, value: &T, people: impl FnOnce(&T) -> String) -> Result<(), Error> {
-    Ok(Output::new(global.json).value(value, people)?)
+    match Output::new(global.json).value(value, people) {
+        Err(error) if error.is_unread() => Ok(()),
+        outcome => Ok(outcome?),
+    }
+}
+
+/// Prints a shell's completions.
+pub fn print_completions(global: &Global, shell: ShellWord) -> Result<(), Error> {
+    let script = manual::Completions::of(shell);
+    print(global, &script, |script| script.script.clone())
+}
+
+/// Prints the manual page of the whole, or writes those of all commands into a directory.
+pub fn write_manual(global: &Global, dir: Option<&Path>) -> Result<(), Error> {
+    match dir {
+        None => print(global, &manual::first(), |page| page.text.clone()),
+        Some(dir) => print(global, &manual::write(dir)?, |written| {
+            format!("{}: {} manual pages", dir.display(), written.pages.len())
+        }),
+    }
 }
 
 /// What a running agent says of itself: each by a name, as text. What it does not answer is told in its place.
@@ -274,6 +307,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Image(command) => image::run(agent, out, command).await?,
         ClientCommand::Operation(command) => operation::run(agent, out, command).await?,
         ClientCommand::Migration(command) => migration::run(agent, out, command).await?,
+        ClientCommand::Top(args) => top::run(agent, out, args).await?,
         ClientCommand::Events(args) => event::run(agent, out, args).await?,
         ClientCommand::Host(HostCommand::Probe) => host::probe(out).await?,
         ClientCommand::Host(HostCommand::Show) => host::show(agent, out).await?,

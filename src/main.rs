@@ -50,6 +50,8 @@ fn main() -> ExitCode {
         Command::Ledger(LedgerCommand::Backup(args)) => ended(ctl::back_up_ledger(&cli.global, args.output.as_deref())),
         Command::Ledger(LedgerCommand::Restore(args)) => restore_ledger(args, &cli.global),
         Command::SupportBundle(args) => make_support_bundle(args, &cli.global),
+        Command::Completions(args) => ended(ctl::print_completions(&cli.global, args.shell)),
+        Command::Man(args) => ended(ctl::write_manual(&cli.global, args.dir.as_deref())),
         Command::Agent(args) => {
             if args.drain
                 && let Some(code) = drain_running(&args, &cli.global)

@@ -18,9 +18,13 @@ mod fake;
 mod firecracker;
 #[path = "cli/launch.rs"]
 mod launch;
+#[path = "cli/manual.rs"]
+mod manual;
 #[path = "cli/prometheus.rs"]
 mod prometheus;
 #[path = "cli/run.rs"]
 mod run;
+#[path = "cli/top.rs"]
+mod top;
 #[path = "cli/words.rs"]
 mod words;

@@ -33,6 +33,7 @@ use super::self_door::SelfDoor;
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
 use super::swap::SwapDecision;
+use super::usage::Usages;
 use super::vm_actor::{Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{HostFacts, ImageImport, OpenStreamError, ProcessUsage};
@@ -245,6 +246,8 @@ pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor +
     fn vm(&self, word: &str) -> Result<Arc<VmRecord>, FindError>;
     /// Asks something of a VM and waits for its answer.
     fn ask<'a>(&'a self, word: &'a str, verb: Verb) -> BoxFuture<'a, Result<Arc<VmRecord>, VmError>>;
+    /// What all VMs use, oldest first. No guest is asked.
+    fn usage(&self) -> BoxFuture<'_, Usages>;
     /// Starts a program in a guest.
     fn exec<'a>(&'a self, word: &'a str, spec: ExecSpec) -> BoxFuture<'a, Result<ExecSession, VmError>>;
     /// A stream to a guest's console, from the last `history_bytes` of what it wrote before on.

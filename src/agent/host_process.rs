@@ -123,10 +123,12 @@ impl VmmProcess for HostProcess {
 
     fn usage(&self) -> ProcessUsage {
         let residence = pageout::residence(self.0.record.pid).ok();
+        let stat = self.proc_file("stat").and_then(|text| Stat::read(&text));
         ProcessUsage {
             resident_bytes: residence.map(|residence| residence.resident),
             swapped_bytes: residence.map(|residence| residence.swapped),
-            cpu: self.cpu_time(),
+            cpu: stat.map(|stat| stat.cpu),
+            faults: stat.map(|stat| stat.faults),
         }
     }
 
@@ -146,15 +148,25 @@ impl VmmProcess for HostProcess {
     }
 }
 
-impl HostProcess {
-    /// Fields 14 and 15 of `/proc/PID/stat`, in clock ticks of 10 ms (USER_HZ is 100 on every Linux for x86).
-    fn cpu_time(&self) -> Option<Duration> {
-        let stat = self.proc_file("stat")?;
-        let (_, rest) = stat.rsplit_once(") ")?;
-        let mut fields = rest.split(' ').skip(11);
-        let ticks = |field: Option<&str>| field.and_then(|field| field.parse::<u64>().ok());
-        let (user, system) = (ticks(fields.next())?, ticks(fields.next())?);
-        Some(Duration::from_millis(user.saturating_add(system).saturating_mul(10)))
+/// What `/proc/PID/stat` tells of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stat {
+    /// Processor time, user and system.
+    cpu: Duration,
+    /// Page faults; and those of them that waited for a disk.
+    faults: (u64, u64),
+}
+
+impl Stat {
+    /// Fields 10, 12, 14 and 15: minor and major faults; ticks of 10 ms (USER_HZ is 100 on every Linux for x86).
+    fn read(text: &str) -> Option<Self> {
+        let (_, rest) = text.rsplit_once(") ")?;
+        // The first of the rest is field 3.
+        let fields: Vec<&str> = rest.split(' ').collect();
+        let field = |number: usize| fields.get(number - 3).and_then(|field| field.parse::<u64>().ok());
+        let (minor, major, user, system) = (field(10)?, field(12)?, field(14)?, field(15)?);
+        let cpu = Duration::from_millis(user.saturating_add(system).saturating_mul(10));
+        Some(Self { cpu, faults: (minor.saturating_add(major), major) })
     }
 }
 
@@ -219,6 +231,17 @@ pub(super) fn search_all(id: &VmId, host: u16) -> io::Result<Vec<(ProcessRecord,
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stat_is_read_whatever_the_program_is_called() {
+        let fields: Vec<String> = (4..=52).map(|field: u64| field.to_string()).collect();
+        let text = format!("7 (a) (b) S {}\n", fields.join(" "));
+        let wanted = Stat { cpu: Duration::from_millis((14 + 15) * 10), faults: (10 + 12, 12) };
+        assert_eq!(Stat::read(&text), Some(wanted));
+        for wrong in ["", "7 (a) S 1 2", "7 (a) S 4 5 6 7 8 9 x 11 12 13 14 15 16"] {
+            assert_eq!(Stat::read(wrong), None, "{wrong}");
+        }
+    }
 
     #[tokio::test]
     async fn an_end_is_told_to_all_who_wait() {

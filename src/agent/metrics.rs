@@ -20,6 +20,8 @@ use gauges::ShownGauges;
 pub(crate) use gauges::Gauges;
 
 mod gauges;
+#[cfg(test)]
+mod packaged;
 
 /// Upper bounds of launch durations in seconds: milliseconds from bundles to minutes of emulated boot.
 const LAUNCH_BUCKETS: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];

@@ -33,6 +33,7 @@ use super::session_error::SessionError;
 use super::shared::{Shared, VmHandle};
 use super::swap::SwapDecision;
 use super::traffic;
+use super::usage::{self, Usages};
 use super::vm_actor::{Request, Verb, VerbError};
 use super::vm_state::{Denied, VmState};
 use super::world::{
@@ -40,6 +41,7 @@ use super::world::{
 };
 use super::{Agent, Store};
 use crate::clock::{Clock, UnixNanos};
+use crate::units::MIB;
 use crate::wire::console_ring::RING_BYTES;
 use crate::wire::control::{Answer, BalloonStatus};
 
@@ -156,7 +158,11 @@ impl<W: World> Agent<W> {
         let traffic = traffic::last(&self.shared, &vms);
         let states = health::count(vms.iter().map(|vm| vm.state.name()));
         let facts = self.shared.world.disk().host().await.unwrap_or_default();
-        let history = self.shared.world.records().with(|store: &mut Store| store.history()).await.unwrap_or_default();
+        let look = |store: &mut Store| Ok((store.history()?, store.try_to_write().is_ok()));
+        let (history, is_ledger_writable) = self.shared.world.records().with(look).await.unwrap_or_default();
+        let pressure = self.shared.world.disk().pressure().await;
+        let peers = self.fabric_view().map(|fabric| fabric.peers).unwrap_or_default();
+        let limits = self.shared.config.limits;
         let now = Gauges {
             states,
             last_event: *self.shared.last_event.borrow(),
@@ -167,6 +173,12 @@ impl<W: World> Agent<W> {
             inboxes: self.shared.vms().values().map(|vm| vm.inbox.max_capacity() - vm.inbox.capacity()).sum(),
             turns_free: self.shared.turns.available_permits(),
             is_draining: self.shared.is_draining(),
+            is_ledger_writable,
+            starts: self.shared.epoch,
+            peers: health::count(peers.iter().map(|peer| peer.state.name())),
+            conflicts: self.shared.conflicts().len(),
+            reserves: (limits.memory_reserve_mib * MIB, limits.disk_reserve_mib * MIB),
+            pressure,
             facts,
         };
         self.shared.metrics.text(&now, &traffic)
@@ -399,6 +411,10 @@ impl<W: World> Door for Agent<W> {
 
     fn remove_image<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<(), ImageError>> {
         self.remove_unused_image(name).boxed()
+    }
+
+    fn usage(&self) -> BoxFuture<'_, Usages> {
+        async move { usage::of(&self.shared, self.records()).await }.boxed()
     }
 
     fn host(&self) -> BoxFuture<'_, io::Result<HostView>> {

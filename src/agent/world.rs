@@ -342,6 +342,8 @@ pub struct ProcessUsage {
     pub swapped_bytes: Option<u64>,
     /// Processor time so far, user and system.
     pub cpu: Option<Duration>,
+    /// Page faults so far; and those of them that waited for a disk.
+    pub faults: Option<(u64, u64)>,
 }
 
 /// Why a VMM could not be started.

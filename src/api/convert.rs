@@ -8,6 +8,7 @@ mod migration;
 mod pool;
 mod session;
 mod swap;
+mod usage;
 
 use std::time::Duration;
 
@@ -34,6 +35,7 @@ pub(super) use migration::{estimate, migrate_order, migration, moved};
 pub(super) use pool::pool;
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 pub(super) use swap::{swap_decision, swap_mode, swap_policy};
+pub(super) use usage::usage;
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {

@@ -70,6 +70,7 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(migrations::show_migration))
         .routes(routes!(migrations::cancel_migration))
         .routes(routes!(vms::vm_stats))
+        .routes(routes!(vms::list_usage))
         .routes(routes!(balloon::set_balloon))
         .routes(routes!(swap::swap_out_vm))
         .routes(routes!(swap::wake_vm))

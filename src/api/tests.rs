@@ -375,6 +375,23 @@ async fn network_limits_are_kept_and_what_passed_is_shown() {
 /// The first reader of the metrics finds no sample and is not kept waiting for one; a later one finds it, until the VM
 /// is gone.
 #[tokio::test]
+async fn usage_is_of_all_vms_and_asks_no_guest() {
+    let api = Api::start().await;
+    let web = api.launch("web").await;
+    api.launch("idle").await;
+    assert_eq!(api.post("/v1/vms/idle/stop", &json!({})).await.0, 200);
+    let (status, first) = api.get("/v1/usage").await;
+    assert_eq!(status, 200, "{first}");
+    let [of_web, of_idle] = first["vms"].as_array().unwrap().as_slice() else { panic!("two VMs: {first}") };
+    assert_eq!((&of_web["id"], &of_web["name"], &of_web["state"]), (&web["id"], &json!("web"), &json!("running")));
+    assert_eq!((&of_web["process"]["pid"], &of_web["network"]["rx_bytes"]), (&web["pid"], &json!(0)));
+    assert_eq!((&of_idle["state"], &of_idle["process"]), (&json!("stopped"), &Value::Null));
+    assert_eq!(of_idle["network"], Value::Null);
+    let (_, second) = api.get("/v1/usage").await;
+    assert!(second["at_ms"].as_f64().unwrap() > first["at_ms"].as_f64().unwrap(), "{second}");
+}
+
+#[tokio::test]
 async fn metrics_show_the_traffic_of_living_vms() {
     let api = Api::start().await;
     let id = api.launch("web").await["id"].as_str().unwrap().to_owned();

@@ -21,6 +21,7 @@ mod operation;
 mod pool;
 mod session;
 mod swap;
+mod usage;
 mod vm;
 
 pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
@@ -56,6 +57,7 @@ pub use swap::{
     SwapChoice, SwapDecision, SwapDecisionList, SwapMode, SwapNeed, SwapOutRequest, SwapPolicy, SwapVerdict,
     SwapWeighed, Swapped, WakeCause,
 };
+pub use usage::{NetworkUsage, ProcessUsage, UsageList, VmUsage};
 pub use vm::{
     Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
     Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,

@@ -204,6 +204,9 @@ fn metrics_are_what_prometheus_reads() {
     assert!(value("hearth_api_refusals_total{code=\"not_found\"}") >= 1.0);
     assert!(value("hearth_connections") >= 1.0 && value("hearth_descriptors") > 5.0);
     assert_eq!(value("hearth_draining"), 0.0);
+    assert_eq!((value("hearth_ledger_writable"), value("hearth_agent_starts")), (1.0, 1.0));
+    assert_eq!(value("hearth_fabric_conflicts"), 0.0);
+    assert!(value("hearth_memory_reserve_bytes") > 0.0 && value("hearth_disk_reserve_bytes") > 0.0);
     for name in ["ledger_queue", "vm_inboxes", "launch_turns_free", "events_kept", "disk_free_bytes"] {
         value(&format!("hearth_{name}"));
     }

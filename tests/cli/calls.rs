@@ -25,6 +25,7 @@ fn json_is_exactly_one_value() {
         &["vm", "pause", "web"],
         &["vm", "resume", "web"],
         &["vm", "stats", "web"],
+        &["top", "--once", "--interval", "100ms"],
         &["vm", "rm", "web", "other"],
         &["vm", "rm", "--all"],
         &["vm", "launch"],

@@ -48,6 +48,8 @@ pub(crate) struct Notes {
     pub(crate) flooded: usize,
     /// Streams whose client went away.
     pub(crate) hung_up: usize,
+    /// How often it was looked at what VMs use.
+    usages: u32,
     /// How often the operation was looked at.
     looks: usize,
 }
@@ -114,6 +116,7 @@ fn routes(shared: Shared) -> Router {
         .route("/v1/vms/{vm}/pause", post(|| async { ok(vm("paused")) }))
         .route("/v1/vms/{vm}/resume", post(|| async { ok(vm("running")) }))
         .route("/v1/vms/{vm}/stats", get(|| async { ok(stats()) }))
+        .route("/v1/usage", get(usage))
         .route("/v1/vms/{vm}/exec", post(exec))
         .route("/v1/vms/{vm}/snapshot", post(snapshot))
         .route("/v1/bundles", post(build))
@@ -136,6 +139,29 @@ fn stats() -> Value {
     let flow = json!({"packets": 3, "bytes": 1536, "dropped": 0, "throttled": 1});
     let interface = json!({"slot": 0, "link_up": false, "rx": flow, "tx": flow});
     json!({"id": VM, "vmm": vmm(), "network": [interface], "guest": null})
+}
+
+/// Two seconds later with each look. `web` uses the same all the time, `late` comes with the second look, and `restless`
+/// is in another process each time.
+async fn usage(State(shared): State<Shared>) -> Response {
+    let look = {
+        let mut notes = shared.notes.lock().expect("notes");
+        notes.usages += 1;
+        notes.usages
+    };
+    let vm = |id: &str, name: &str, pid: u32, count: u32| {
+        json!({
+            "id": id, "name": name, "state": "running", "vcpus": 1, "memory_mib": 128, "a_field_of_a_later_version": 1,
+            "process": {"pid": pid, "cpu_ms": count * 500, "resident_bytes": 64 << 20, "swapped_bytes": 0,
+                        "faults": count * 100, "major_faults": 0},
+            "network": {"rx_bytes": count * 2048, "tx_bytes": 0, "rx_packets": count, "tx_packets": 0},
+        })
+    };
+    let mut vms = vec![vm(VM, "web", 10, look), vm("vm-baaaaaaaaaaaaaaa", "restless", 10 + look, 1000 / look)];
+    if look > 1 {
+        vms.push(vm("vm-caaaaaaaaaaaaaaa", "late", 11, look));
+    }
+    ok(json!({"at_ms": f64::from(look) * 2000.0, "vms": vms}))
 }
 
 async fn note(State(shared): State<Shared>, request: Request, next: axum::middleware::Next) -> Response {

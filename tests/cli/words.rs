@@ -2,7 +2,7 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 12] = [
+const NOUNS: [&str; 15] = [
     "vm",
     "session",
     "cluster",
@@ -10,11 +10,14 @@ const NOUNS: [&str; 12] = [
     "image",
     "operation",
     "migration",
+    "top",
     "events",
     "host",
     "bench",
     "ledger",
     "support-bundle",
+    "completions",
+    "man",
 ];
 
 #[test]
@@ -63,6 +66,12 @@ fn wrong_words_are_usage_errors() {
         &["bench", "migrate", "--to", "b", "--back-socket", "b.sock", "--back-to", "a", "--overhead", "10M"],
         &["ledger"],
         &["ledger", "restore"],
+        &["top", "--interval", "0"],
+        &["top", "--sort", "age"],
+        &["top", "web"],
+        &["completions"],
+        &["completions", "tcsh"],
+        &["man", "--dir"],
         &["image", "import", "mine"],
         &["agent", "--log-format", "poem"],
     ] {

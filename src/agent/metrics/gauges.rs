@@ -8,6 +8,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::agent::health::Pressure;
 use crate::agent::world::HostFacts;
 
 /// How things are at the moment.
@@ -31,6 +32,18 @@ pub(crate) struct Gauges {
     pub(crate) turns_free: usize,
     /// Whether no new work is taken.
     pub(crate) is_draining: bool,
+    /// Whether the ledger can be written.
+    pub(crate) is_ledger_writable: bool,
+    /// How often an agent was started on this state directory.
+    pub(crate) starts: u64,
+    /// Peers by how they answer.
+    pub(crate) peers: BTreeMap<String, u32>,
+    /// What speaks against session networks.
+    pub(crate) conflicts: usize,
+    /// What is kept for what runs: memory and disk, in bytes.
+    pub(crate) reserves: (u64, u64),
+    /// How pressed the host is.
+    pub(crate) pressure: Pressure,
     /// What the host has.
     pub(crate) facts: HostFacts,
 }
@@ -40,10 +53,17 @@ struct StateLabels {
     state: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResourceLabels {
+    resource: &'static str,
+}
+
 /// The same, where Prometheus finds it.
 #[derive(Debug, Default)]
 pub(super) struct ShownGauges {
     vms: Family<StateLabels, Gauge>,
+    peers: Family<StateLabels, Gauge>,
+    pressure: Family<ResourceLabels, Gauge<f64, AtomicU64>>,
     events: Gauge,
     events_kept: Gauge,
     memory: Gauge<f64, AtomicU64>,
@@ -54,8 +74,13 @@ pub(super) struct ShownGauges {
     inboxes: Gauge,
     turns_free: Gauge,
     draining: Gauge,
+    ledger_writable: Gauge,
+    starts: Gauge,
+    conflicts: Gauge,
     disk_free: Gauge<f64, AtomicU64>,
+    disk_reserve: Gauge<f64, AtomicU64>,
     memory_available: Gauge<f64, AtomicU64>,
+    memory_reserve: Gauge<f64, AtomicU64>,
     descriptors: Gauge,
     descriptors_max: Gauge,
 }
@@ -64,6 +89,9 @@ impl ShownGauges {
     pub(super) fn new(registry: &mut Registry) -> Self {
         let this = Self::default();
         registry.register("vms", "VMs, by state", this.vms.clone());
+        registry.register("peers", "Peers of the fabric, by how they answer", this.peers.clone());
+        let help = "Percent of the last ten seconds in which something waited for this resource of the host";
+        registry.register_with_unit("pressure", help, Unit::Other("percent".to_owned()), this.pressure.clone());
         for (name, help, gauge) in [
             ("events", "Number of the last event", &this.events),
             ("events_kept", "Events that are kept, up to limits.events_kept", &this.events_kept),
@@ -74,6 +102,17 @@ impl ShownGauges {
             ("vm_inboxes", "Requests that wait for VMs' actors, up to 32 for each VM", &this.inboxes),
             ("launch_turns_free", "Guests from bundles that might begin at once now", &this.turns_free),
             ("draining", "1 while no new work is taken because the agent will end", &this.draining),
+            (
+                "ledger_writable",
+                "1 while the agent can write its records; else new work is refused",
+                &this.ledger_writable,
+            ),
+            ("agent_starts", "How often an agent was started on this state directory", &this.starts),
+            (
+                "fabric_conflicts",
+                "What speaks against session networks; while there is any, sessions are refused",
+                &this.conflicts,
+            ),
             ("descriptors", "Descriptors the agent has open", &this.descriptors),
             ("descriptors_max", "Descriptors the agent may have open", &this.descriptors_max),
         ] {
@@ -82,6 +121,8 @@ impl ShownGauges {
         for (name, help, gauge) in [
             ("memory_promised", "Guest memory of VMs that live", &this.memory),
             ("memory_available", "Memory of the host that is available without swapping", &this.memory_available),
+            ("memory_reserve", "Memory kept for what runs: below it, launches are refused", &this.memory_reserve),
+            ("disk_reserve", "Space kept for what runs: below it, new work is refused", &this.disk_reserve),
             ("disk_free", "Space that is free on the file system of the state directory", &this.disk_free),
         ] {
             registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
@@ -94,6 +135,17 @@ impl ShownGauges {
         for (state, count) in &now.states {
             self.vms.get_or_create(&StateLabels { state: state.clone() }).set(i64::from(*count));
         }
+        self.peers.clear();
+        for (state, count) in &now.peers {
+            self.peers.get_or_create(&StateLabels { state: state.clone() }).set(i64::from(*count));
+        }
+        self.pressure.clear();
+        let Pressure { cpu, memory, io } = now.pressure;
+        for (resource, percent) in [("cpu", cpu), ("memory", memory), ("io", io)] {
+            if let Some(percent) = percent {
+                self.pressure.get_or_create(&ResourceLabels { resource }).set(percent);
+            }
+        }
         let (open, refused, stalled) = now.connections;
         for (gauge, value) in [
             (&self.events, now.last_event),
@@ -105,6 +157,9 @@ impl ShownGauges {
             (&self.inboxes, now.inboxes as u64),
             (&self.turns_free, now.turns_free as u64),
             (&self.draining, now.is_draining.into()),
+            (&self.ledger_writable, now.is_ledger_writable.into()),
+            (&self.starts, now.starts),
+            (&self.conflicts, now.conflicts as u64),
             (&self.descriptors, now.facts.descriptors_open),
             (&self.descriptors_max, now.facts.descriptors_max),
         ] {
@@ -113,6 +168,8 @@ impl ShownGauges {
         for (gauge, bytes) in [
             (&self.memory, now.promised_bytes),
             (&self.memory_available, now.facts.memory_available_bytes),
+            (&self.memory_reserve, now.reserves.0),
+            (&self.disk_reserve, now.reserves.1),
             (&self.disk_free, now.facts.disk_free_bytes),
         ] {
             gauge.set(f64::from(u32::try_from(bytes >> 20).unwrap_or(u32::MAX)) * 1_048_576.0);

@@ -14,7 +14,7 @@ use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
 use crate::api::types::{
-    Disk, ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, Vm, VmLaunchRequest, VmList, Wait,
+    Disk, ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, UsageList, Vm, VmLaunchRequest, VmList, Wait,
 };
 use crate::units::NetLimits;
 
@@ -227,6 +227,12 @@ pub(in crate::api) async fn vm_stats(
 ) -> Result<Json<Stats>, ApiError> {
     let (vm, stats) = served.door.stats(&id).await?;
     Ok(Json(convert::stats(&vm, &stats)))
+}
+
+/// What all VMs use, as the host and the VMMs see it: no guest is asked.
+#[utoipa::path(get, path = "/v1/usage", tag = "vms", responses((status = 200, body = UsageList)))]
+pub(in crate::api) async fn list_usage(State(served): State<Served>) -> Json<UsageList> {
+    Json(convert::usage(&served.door.usage().await))
 }
 
 /// A body without fields: `{}` or nothing.
