@@ -71,7 +71,7 @@ pub(crate) fn launches_take_what_is_ready_and_are_others(_shared: &Agent) {
         let output = agent.run(words);
         assert!(!output.status.success() && text(&output.stderr).contains(wanted), "{words:?}: {output:?}");
     }
-    let (status, answer) = agent.curl(&["-X", "PUT", "-d", "{\"size\":1,\"more\":1}"], "/v1/pools/base");
+    let (status, answer) = agent.curl(&["-X", "PUT", "--json", "{\"size\":1,\"more\":1}"], "/v1/pools/base");
     assert_eq!(status, 400, "{answer}");
     println!("    {}", agent.ok(&["pool", "set", "base", "4"]).trim());
     filled(agent);
@@ -139,6 +139,10 @@ fn killed_ones_are_replaced(agent: &Agent) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(*pid).expect("a pid"));
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it is killed");
     }
+    // Dead as soon as their parent, which watches them, knows it.
+    while before[..2].iter().any(|(_, pid)| Path::new(&format!("/proc/{pid}")).exists()) {
+        std::thread::yield_now();
+    }
     // A launch at this moment gets none of the two.
     let vm = launch(agent, "beside");
     assert!(before[..2].iter().all(|(id, _)| vm["id"] != *id.as_str()), "{vm:#}");
@@ -167,7 +171,7 @@ fn agents_that_die_leave_none(agent: &Agent) {
         assert!(begun.elapsed() < LIMIT, "{now:?}, before {before:?}\n{}", agent.log_tail());
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(before.iter().filter(|one| !vmms(agent).contains(one)).all(|(_, pid)| !is_there(*pid)));
+    assert!(before.iter().filter(|one| !vmms(agent).contains(one)).all(|(_, pid)| !runs(*pid)));
     for number in 0..6 {
         assert_eq!(agent.sh(&format!("vm-{number}"), "hostname"), format!("vm-{number}"));
     }
@@ -175,6 +179,7 @@ fn agents_that_die_leave_none(agent: &Agent) {
     assert_eq!(agent.sh("after", "hostname"), "after");
 }
 
-fn is_there(pid: u32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+/// Whether it is more than what its parent has not waited for yet.
+fn runs(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| !words.is_empty())
 }
