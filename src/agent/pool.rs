@@ -149,7 +149,12 @@ impl<W: World> Pools<W> {
         let mut state = self.state();
         let pool = state.pools.entry(bundle).or_insert_with(|| Pool::new(0));
         pool.claimed = pool.claimed.saturating_sub(1);
-        pool.ready.push_front(spare);
+        // Nobody watches one any more that ended meanwhile.
+        if spare.process.ended().now_or_never().is_some() {
+            state.left.push_back((spare.record, Some(spare.process)));
+        } else {
+            pool.ready.push_front(spare);
+        }
     }
 
     /// A launch made a VM of it, and the VM is known.
@@ -186,7 +191,8 @@ impl<W: World> Agent<W> {
         {
             let mut state = self.shared.pools.state();
             for (bundle, size) in wanted {
-                state.pools.insert(bundle, Pool::new(size));
+                // The API is open: somebody may have said since how many.
+                state.pools.entry(bundle).or_insert_with(|| Pool::new(size));
             }
         }
         loop {
