@@ -10,13 +10,18 @@ use hearth_guest_probe::forge::{Kind, Party, Scene, frames};
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::{RcvBuf, RcvBufForce};
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, recvfrom, sendto, socket,
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind, getsockopt, recvfrom, sendto,
+    setsockopt, socket,
 };
 
 use crate::report::Report;
 use crate::words::{Words, parse_mac};
 use crate::{ProbeError, failed};
+
+/// Room for what comes while this program does not run: a guest stands still when it moves.
+const BUFFER_BYTES: usize = 32 << 20;
 
 /// What the kernel says of frames that this host sent.
 pub(crate) const PACKET_OUTGOING: u8 = 4;
@@ -92,6 +97,7 @@ pub(crate) fn count(mut words: Words) -> Result<bool, ProbeError> {
     let seconds: u64 = words.option_needed("seconds")?;
     words.end()?;
     let socket = packet_socket()?;
+    widen(&socket);
     bind(socket.as_raw_fd(), &link_address(&interface)?).map_err(failed("listen on the interface"))?;
     Report::new("count").number("listening", true).print();
     let deadline = Instant::now() + Duration::from_secs(seconds);
@@ -150,6 +156,14 @@ impl Counted {
 pub(crate) fn after<'a>(frame: &'a [u8], wanted: &[u8]) -> Option<&'a [u8]> {
     let at = frame.windows(wanted.len().max(1)).position(|window| window == wanted)?;
     frame.get(at + wanted.len()..)
+}
+
+/// Gives a socket as much room as it may have; how much that is.
+pub(crate) fn widen(socket: &impl AsFd) -> usize {
+    if setsockopt(socket, RcvBufForce, &BUFFER_BYTES).is_err() {
+        let _ = setsockopt(socket, RcvBuf, &BUFFER_BYTES);
+    }
+    getsockopt(socket, RcvBuf).unwrap_or(0)
 }
 
 pub(crate) fn packet_socket() -> Result<OwnedFd, ProbeError> {

@@ -5,6 +5,7 @@
 //! it to where it would be. So a gap in it is the whole time in which no program ran, whatever the kernel's clocks make
 //! of that. What those make of it is written down as well.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -37,10 +38,16 @@ pub(crate) fn run(mut words: Words) -> Result<bool, ProbeError> {
     let cpus: Result<Vec<usize>, _> = cpus.split(',').map(str::parse).collect();
     let cpus = cpus.map_err(|error| ProbeError::Words(format!("--cpus: {error}")))?;
     let khz = calibrate(ClockId::CLOCK_MONOTONIC_RAW)?;
-    Report::new("stall").number("watching", true).number("tsc_khz", khz).print();
+    let beginning = AtomicUsize::new(cpus.len());
+    // Said by the last to begin, so that whoever reads it knows that what happens from then on is seen.
+    let has_begun = || {
+        if beginning.fetch_sub(1, Ordering::AcqRel) == 1 {
+            Report::new("stall").number("watching", true).number("tsc_khz", khz).print();
+        }
+    };
     let look = |cpu: usize| Look { khz, limit, gap_cycles: gap_us.saturating_mul(khz) / 1000, cpu };
     let seen: Vec<Result<Seen, ProbeError>> = thread::scope(|scope| {
-        let looking: Vec<_> = cpus.iter().map(|cpu| scope.spawn(|| look(*cpu).all(stdin))).collect();
+        let looking: Vec<_> = cpus.iter().map(|cpu| scope.spawn(|| look(*cpu).all(stdin, has_begun))).collect();
         looking.into_iter().filter_map(|looking| looking.join().ok()).collect()
     });
     let mut is_right = seen.len() == cpus.len();
@@ -109,7 +116,7 @@ struct Seen {
 }
 
 impl Look {
-    fn all(self, mut stdin: Stdin) -> Result<Seen, ProbeError> {
+    fn all(self, mut stdin: Stdin, has_begun: impl Fn()) -> Result<Seen, ProbeError> {
         cpu::take(self.cpu)?;
         let (began, clock_began) = pair(ClockId::CLOCK_MONOTONIC)?;
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -118,6 +125,7 @@ impl Look {
         // Where both were when the clock was read last.
         let mut known = (began, clock_began);
         let mut last = began;
+        has_begun();
         // By either: one of them may be wrong.
         while last.saturating_sub(began) < most
             && self.limit.as_nanos() > (known.1 - clock_began).max(0).cast_unsigned().into()

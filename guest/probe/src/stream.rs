@@ -2,22 +2,20 @@
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use hearth_guest_probe::datagram::{Datagram, MAGIC, Unreadable};
 use hearth_guest_probe::numbers::Tally;
-use nix::sys::socket::sockopt::{RcvBuf, RcvBufForce};
-use nix::sys::socket::{LinkAddr, bind, getsockopt, recvfrom, setsockopt};
+use nix::fcntl::FcntlArg::F_SETFL;
+use nix::fcntl::{OFlag, fcntl};
+use nix::sys::socket::{LinkAddr, bind, recvfrom};
 
-use crate::packet::{PACKET_OUTGOING, after, link_address, packet_socket, wait_until};
+use crate::packet::{PACKET_OUTGOING, after, link_address, packet_socket, wait_until, widen};
 use crate::report::Report;
 use crate::stdin::{Stdin, wait_for_end};
 use crate::words::Words;
 use crate::{ProbeError, failed};
-
-/// Room for what comes while this program does not run: a guest stands still when it moves.
-const BUFFER_BYTES: usize = 32 << 20;
 
 /// Longest wait between two looks at whether to end.
 const LOOK: Duration = Duration::from_millis(200);
@@ -109,26 +107,21 @@ pub(crate) fn watch(mut words: Words) -> Result<bool, ProbeError> {
     Ok(counted.print(Report::new("watch").text("interface", interface).number("frames", frames)))
 }
 
-/// The next frame; none if the interface went away.
+/// The next frame; none if the interface went away. That is told before what came until then, which is still read.
 fn next_frame(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<(usize, Option<LinkAddr>)>, ProbeError> {
-    use nix::errno::Errno::{EINTR, ENETDOWN, ENODEV, ENXIO};
+    use nix::errno::Errno::{EAGAIN, EINTR, ENETDOWN, ENODEV, ENXIO};
     loop {
         let received = recvfrom::<LinkAddr>(socket.as_raw_fd(), buffer);
         match received {
             Ok(received) => return Ok(Some(received)),
             Err(EINTR) => {}
-            Err(ENETDOWN | ENODEV | ENXIO) => return Ok(None),
+            Err(ENETDOWN) => {
+                fcntl(socket, F_SETFL(OFlag::O_NONBLOCK)).map_err(failed("read what is left"))?;
+            }
+            Err(EAGAIN | ENODEV | ENXIO) => return Ok(None),
             Err(errno) => return Err(failed("receive a frame")(errno)),
         }
     }
-}
-
-/// Gives a socket as much room as it may have; how much that is.
-fn widen(socket: &impl AsFd) -> usize {
-    if setsockopt(socket, RcvBufForce, &BUFFER_BYTES).is_err() {
-        let _ = setsockopt(socket, RcvBuf, &BUFFER_BYTES);
-    }
-    getsockopt(socket, RcvBuf).unwrap_or(0)
 }
 
 /// What came of one stream.
