@@ -45,6 +45,7 @@ mod host_move;
 mod host_network;
 mod host_probe;
 mod host_process;
+mod host_save;
 mod host_vmm;
 mod host_world;
 mod images;

@@ -3,6 +3,8 @@
 
 #![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
 
+#[path = "vmm/copied.rs"]
+mod copied;
 #[path = "vmm/guest.rs"]
 mod guest;
 #[path = "vmm/moved.rs"]

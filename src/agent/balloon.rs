@@ -94,6 +94,7 @@ pub(super) async fn set_target<W: World>(
             | Answer::Sent(_)
             | Answer::SentIn { .. }
             | Answer::Sending(_)
+            | Answer::Copied(_)
             | Answer::Forwarded { .. },
         ) => AskError::Unexpected,
         Err(error) => error,

@@ -46,6 +46,8 @@ pub struct SnapshotRequest {
     pub name: Option<String>,
     /// Only what differs from the bundle the VM was launched from.
     pub diff: bool,
+    /// Most of memory while the guest runs.
+    pub live: bool,
 }
 
 /// What became of a request for a bundle.
@@ -115,8 +117,7 @@ impl<W: World> Agent<W> {
             return Ok(BundleWork::Operation(Box::new(operation)));
         }
         let BuildRequest { name, image, vcpus, memory_mib, interfaces, build, key } = request;
-        let order =
-            BundleOrder { name, parent: None, bundle: None, pause_us: None, memory_bytes: None, quiesced: None };
+        let order = BundleOrder { name, ..BundleOrder::default() };
         let launch = LaunchRequest {
             image,
             vcpus,
@@ -146,8 +147,8 @@ impl<W: World> Agent<W> {
         } else {
             None
         };
-        let name = request.name;
-        let order = BundleOrder { name, parent, bundle: None, pause_us: None, memory_bytes: None, quiesced: None };
+        let SnapshotRequest { name, live, .. } = request;
+        let order = BundleOrder { name, parent, live, ..BundleOrder::default() };
         let vm = self.ask_actor(&handle, Verb::Snapshot(Box::new(order))).await?;
         let operation = self.operation_of(&vm).await.map_err(VmError::Ledger)?;
         operation.ok_or_else(|| VmError::NoParent { vm: handle.id.to_string() })

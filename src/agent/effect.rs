@@ -33,6 +33,9 @@ pub enum Effect {
     QuiesceGuest,
     /// Let the guest go on after a quiesce and set its wall clock. Nothing to undo.
     ThawGuest,
+    /// Have most of the running machine's memory in files of the bundle store, and what it writes from then on known.
+    /// Inverse: [`Effect::DiscardSaved`].
+    CopyMemory,
     /// Have the state and memory of the held machine in files of the bundle store. Inverse: [`Effect::DiscardSaved`].
     SaveMachine,
     /// Have no such files.
@@ -112,6 +115,7 @@ impl Effect {
             Self::WarmUp => "warm_up",
             Self::QuiesceGuest => "quiesce_guest",
             Self::ThawGuest => "thaw_guest",
+            Self::CopyMemory => "copy_memory",
             Self::SaveMachine => "save_machine",
             Self::DiscardSaved => "discard_saved",
             Self::CommitBundle => "commit_bundle",
@@ -165,7 +169,7 @@ impl Effect {
             Self::HoldTaps => Some(Self::ReleaseTaps),
             Self::SealMachine => Some(Self::DiscardSealed),
             Self::QuiesceGuest => Some(Self::ThawGuest),
-            Self::SaveMachine => Some(Self::DiscardSaved),
+            Self::CopyMemory | Self::SaveMachine => Some(Self::DiscardSaved),
             Self::RunMachine => Some(Self::HoldMachine),
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest

@@ -17,6 +17,7 @@ use super::held_taps::HeldTaps;
 use super::host_disk::VmDirs;
 use super::host_move::{accept_from, connect_to};
 use super::host_process::{HostProcess, Started, joined, search, search_all};
+use super::host_save::{COPY_S_MAX, copy_spec};
 use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
@@ -35,8 +36,8 @@ use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SavedPages, SendPhases, StartMessage,
-    StreamKey, UnsealSpec,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SendPhases, StartMessage, StreamKey,
+    UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
@@ -374,9 +375,13 @@ impl HostVmm {
     fn ask_blocking(&self, vm: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
         let limit = Duration::from_secs(
             match ask {
-                Ask::Launch(_) | Ask::Restore(_) | Ask::Unseal(_) | Ask::Save { .. } | Ask::Seal { .. } => {
-                    self.waits.vmm_launch_s
-                }
+                Ask::Launch(_)
+                | Ask::Restore(_)
+                | Ask::Unseal(_)
+                | Ask::Save { .. }
+                | Ask::SaveRest { .. }
+                | Ask::Seal { .. } => self.waits.vmm_launch_s,
+                Ask::CopyMemory { .. } => COPY_S_MAX.saturating_add(self.waits.vmm_launch_s),
                 Ask::Status
                 | Ask::CancelSend
                 | Ask::SendProgress
@@ -406,6 +411,7 @@ impl HostVmm {
             | Answer::Sent(_)
             | Answer::SentIn { .. }
             | Answer::Sending(_)
+            | Answer::Copied(_)
             | Answer::Forwarded { .. } => {
                 return Err(AskError::Unexpected);
             }
@@ -435,6 +441,14 @@ impl HostVmm {
             Ask::Save { pages } => {
                 let files = self.open_to_save(vm, *pages)?;
                 exchange(&Request::Save { pages: *pages }, &files)
+            }
+            Ask::CopyMemory { pages } => {
+                let files = self.open_to_copy(vm)?;
+                exchange(&Request::CopyMemory(copy_spec(*pages)), &files)
+            }
+            Ask::SaveRest { pages } => {
+                let files = self.open_for_rest(vm, *pages)?;
+                exchange(&Request::SaveRest, &files)
             }
             Ask::Seal { pages, key } => {
                 let pagemap = open_pagemap(vm)?;
@@ -535,26 +549,6 @@ impl HostVmm {
         }
         Ok(devices)
     }
-
-    /// Files to save a machine into, in the order the request names them.
-    fn open_to_save(&self, vm: &VmRecord, pages: SavedPages) -> Result<Vec<OwnedFd>, AskError> {
-        let pagemap = open_pagemap(vm)?;
-        let token = vm.id.as_str();
-        // What an earlier try left is not whole.
-        if let Some(earlier) = self.bundles.reopen(token).map_err(AskError::Stage)? {
-            earlier.discard().map_err(AskError::Stage)?;
-        }
-        let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
-        let staging = self.bundles.stage(token, memory_bytes).map_err(AskError::Stage)?;
-        let state = staging.state_file().map_err(AskError::Stage)?;
-        let memory = staging.memory_file().map_err(AskError::Stage)?;
-        let mut files: Vec<OwnedFd> = vec![pagemap, state.into(), memory.into()];
-        if pages == SavedPages::Changed {
-            let list = self.dirs.create(&vm.id, names::PAGES).map_err(unopened("the list of pages"))?;
-            files.push(list.into());
-        }
-        Ok(files)
-    }
 }
 
 pub(super) fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {
@@ -623,6 +617,7 @@ pub(super) fn exchange(
         | Answer::Sent(_)
         | Answer::SentIn { .. }
         | Answer::Sending(_)
+        | Answer::Copied(_)
         | Answer::Forwarded { .. }) => Ok(answer),
     }
 }

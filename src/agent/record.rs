@@ -250,12 +250,18 @@ pub struct BuildSpec {
 }
 
 /// The bundle an operation makes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct BundleOrder {
     /// Its label.
     pub name: Option<String>,
     /// The bundle it holds the difference to; `None`: it is whole.
     pub parent: Option<BundleId>,
+    /// Whether most of memory is copied while the guest runs.
+    #[serde(default)]
+    pub live: bool,
+    /// In how many rounds it was, once it was.
+    #[serde(default)]
+    pub rounds: Option<u32>,
     /// Its id, once it is there.
     pub bundle: Option<BundleId>,
     /// How long no vCPU ran, in microseconds.

@@ -171,6 +171,7 @@ impl<W: World> VmActor<W> {
             VmState::Launching
                 | VmState::Registering
                 | VmState::Stopping
+                | VmState::Saving { .. }
                 | VmState::Sending
                 | VmState::HandedOver
                 | VmState::Arriving { .. }
@@ -184,9 +185,13 @@ impl<W: World> VmActor<W> {
         let hurries = match (&request.verb, &self.record.state) {
             // A migration is given up for it, as long as the VM is not the other host's.
             (Verb::CancelMigration(_), VmState::Sending) => true,
-            (Verb::Stop { .. } | Verb::Remove { .. }, VmState::Launching | VmState::Registering | VmState::Sending) => {
-                true
-            }
+            // A snapshot is given up for it as long as the guest's memory is being copied; what follows is soon over.
+            (
+                Verb::Stop { .. } | Verb::Remove { .. },
+                VmState::Launching | VmState::Registering | VmState::Sending | VmState::Saving { .. },
+            ) => true,
+            // After that, as it will be as it was.
+            (_, VmState::Saving { .. }) => false,
             (Verb::Stop { .. } | Verb::Remove { .. }, VmState::HandedOver | VmState::Arriving { .. }) => {
                 let denied = Denied { state: self.record.state.clone() };
                 self.reply(&request.verb, request.reply, Err(denied));
@@ -264,7 +269,7 @@ impl<W: World> VmActor<W> {
             return Ok(());
         }
         let (event, goal, grace, then_remove) = match &verb {
-            Verb::Snapshot(_) => (Event::SnapshotAsked, Goal::Snapshot, Duration::ZERO, false),
+            Verb::Snapshot(order) => (Event::SnapshotAsked { live: order.live }, Goal::Snapshot, Duration::ZERO, false),
             Verb::Migrate(_) => (Event::MigrateAsked, Goal::Migrate, Duration::ZERO, false),
             Verb::Arrive(_) => (Event::ArriveAsked, Goal::Arrive, Duration::ZERO, false),
             Verb::ForgetAway(_) => (Event::ForgetLeft, Goal::Remove, Duration::ZERO, true),
@@ -417,8 +422,9 @@ impl<W: World> VmActor<W> {
         self.process = process;
         let (state, error, event) = match outcome {
             Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
-            Outcome::Hurried if operation.goal == Goal::Migrate => {
-                let message = "the migration was cancelled by request; the VM goes on here".to_owned();
+            Outcome::Hurried if matches!(operation.goal, Goal::Migrate | Goal::Snapshot) => {
+                let what = if operation.goal == Goal::Migrate { "migration" } else { "snapshot" };
+                let message = format!("the {what} was cancelled by request; the VM goes on here");
                 let cause = FailureCause::Host { detail: message.clone() };
                 let error = OperationError { code: "cancelled".to_owned(), message, retry: Retry::Later };
                 (OperationState::Cancelled, Some(error), Some(Event::WorkFailed { cause }))

@@ -159,7 +159,10 @@ pub(super) enum Event {
     /// Somebody wants it to run.
     LaunchAsked(Origin),
     /// Somebody wants a bundle of it.
-    SnapshotAsked,
+    SnapshotAsked {
+        /// Whether most of memory is copied while the guest runs.
+        live: bool,
+    },
     /// Somebody wants it in another process.
     HandOverAsked,
     /// Somebody wants it on another host.
@@ -318,6 +321,17 @@ const SNAPSHOT: [Effect; 6] = [
     Effect::ThawGuest,
     Effect::CommitBundle,
 ];
+/// The guest runs while most of its memory is copied, with its file systems as they are: only what is left is saved at
+/// rest.
+const SNAPSHOT_LIVE: [Effect; 7] = [
+    Effect::CopyMemory,
+    Effect::QuiesceGuest,
+    Effect::HoldMachine,
+    Effect::SaveMachine,
+    Effect::RunMachine,
+    Effect::ThawGuest,
+    Effect::CommitBundle,
+];
 const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
 const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
 /// The taps are held for the process that takes over: a tap has one opener, whose descriptors can be copied.
@@ -460,7 +474,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             },
             _ => denied(),
         },
-        Event::SnapshotAsked => match state {
+        Event::SnapshotAsked { live } => match state {
+            S::Running if *live => step_to(S::Saving { then_running: true }, &SNAPSHOT_LIVE),
             S::Running => step_to(S::Saving { then_running: true }, &SNAPSHOT),
             S::Paused => step_to(S::Saving { then_running: false }, &SNAPSHOT_PAUSED),
             _ => denied(),

@@ -222,6 +222,7 @@ impl<W: World> Work<W> {
             Effect::WarmUp => self.warm_up().await,
             Effect::QuiesceGuest => self.quiesce_guest().await,
             Effect::ThawGuest => self.thaw_guest().await,
+            Effect::CopyMemory => self.copy_memory().await,
             Effect::SaveMachine => self.save_machine().await,
             Effect::DiscardSaved => self.discard_saved().await,
             Effect::CommitBundle => self.commit_bundle().await,
@@ -531,6 +532,7 @@ fn ask_failed(error: AskError) -> Outcome {
         AskError::Refused(Refusal::BadState { reason }) => Outcome::Failed(FailureCause::Bundle { detail: reason }),
         AskError::Bundle(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
         AskError::Stage(_)
+        | AskError::NothingCopied
         | AskError::Sealed(_)
         | AskError::OlderVmm { .. }
         | AskError::Refused(_)

@@ -218,6 +218,16 @@ pub enum Ask {
         /// Which pages of memory.
         pages: SavedPages,
     },
+    /// Write the machine's memory to files of the bundle store while it runs, until little is left.
+    CopyMemory {
+        /// Which pages of memory.
+        pages: SavedPages,
+    },
+    /// Write what such a copy left of the machine, which is held now.
+    SaveRest {
+        /// Which pages of memory: those that were copied.
+        pages: SavedPages,
+    },
     /// Write the machine, which is held, encrypted to a file of the VM's directory.
     Seal {
         /// Which pages of memory.
@@ -403,6 +413,9 @@ pub enum AskError {
     /// There is no place to save to.
     #[error("stage a bundle")]
     Stage(#[source] crate::bundle::StageError),
+    /// There is nothing that memory was copied to.
+    #[error("nothing was copied of the VM's memory before")]
+    NothingCopied,
     /// The socket failed: usually the VMM is gone.
     #[error("talk to the VMM")]
     Socket(#[source] io::Error),

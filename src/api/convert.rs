@@ -202,6 +202,7 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         pause_ms: ms(pause_us),
         moved: operation.moved.as_ref().map(moved),
         memory_bytes: operation.makes.as_ref().and_then(|makes| makes.memory_bytes),
+        copy_rounds: operation.makes.as_ref().and_then(|makes| makes.rounds),
         quiesced: operation.makes.as_ref().and_then(|makes| makes.quiesced),
         error: operation.error.as_ref().map(error_detail),
         created_at: timestamp(operation.created_at),

@@ -26,12 +26,13 @@ Example:
 
 pub(super) const SNAPSHOT_HELP: &str = "\
 Pause is the time in which no vCPU runs. Each full snapshot is followed by some idle time and then by a difference, which
-holds what the VM has changed since it was launched. Each is removed before the next; in the end the VM goes as well, and
-the bundle if it was built for this.
+holds what the VM has changed since it was launched, and by a live one, of all memory again, most of it while the VM runs.
+Each is removed before the next; in the end the VM goes as well, and the bundle if it was built for this.
 
 Examples:
   hearth bench snapshot --count 10
-  hearth bench snapshot --bundle web --idle 5s --json";
+  hearth bench snapshot --bundle web --idle 5s --json
+  hearth bench snapshot --memory 1280 --probe target/x86_64-unknown-linux-gnu/guest/probe --populate 1024 --writes 20";
 
 /// What to launch from.
 #[derive(Debug, Clone, Args)]
@@ -205,4 +206,13 @@ pub struct BenchSnapshotArgs {
     /// How long the VM does nothing before each difference
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration_ms)]
     pub idle: u32,
+    /// Program for the guest, as scripts/guest-probe builds it: for --populate and --writes
+    #[arg(long, value_name = "FILE")]
+    pub probe: Option<PathBuf>,
+    /// Fill so much of its memory with random data before, in MiB
+    #[arg(long, value_name = "MIB", requires = "probe")]
+    pub populate: Option<u64>,
+    /// Millions of bytes that the guest writes every second, of 16 MiB
+    #[arg(long, value_name = "MB", requires = "probe", default_value_t = 0)]
+    pub writes: u32,
 }

@@ -24,6 +24,7 @@ are launched from the bundle get others.
 
 Examples:
   hearth vm snapshot web --bundle-name web-monday
+  hearth vm snapshot web --live                         with a pause of milliseconds, however large it is
   hearth vm snapshot web --diff                         only what differs from the bundle that it was launched from";
 
 /// `hearth bundle`.
@@ -111,4 +112,7 @@ pub struct SnapshotArgs {
     /// Hold only what differs from the bundle that the VM was launched from
     #[arg(long)]
     pub diff: bool,
+    /// Copy memory while the VM runs, and hold it for what is left: a shorter pause, a longer snapshot
+    #[arg(long)]
+    pub live: bool,
 }

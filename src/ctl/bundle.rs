@@ -115,7 +115,7 @@ async fn build(agent: &Agent, out: Output, args: BundleBuildArgs) -> Result<(), 
 
 /// Takes a snapshot.
 pub(super) async fn snapshot(agent: &Agent, out: Output, args: SnapshotArgs) -> Result<(), BundleError> {
-    let request = SnapshotRequest { bundle_name: args.bundle_name, diff: args.diff };
+    let request = SnapshotRequest { bundle_name: args.bundle_name, diff: args.diff, live: args.live };
     let path = format!("/v1/vms/{}/snapshot", args.vm.as_str());
     let call = agent.post(&path, &request, DISK_LIMIT);
     let operation: Operation = shown(&format!("snapshot {}", args.vm.as_str()), call).await?;

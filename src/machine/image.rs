@@ -87,11 +87,42 @@ pub fn write(ram: &GuestRam, pages: Pages, pagemap: &File, image: &File) -> Resu
         for run in found {
             let in_image = PageRun { first: PageIndex(first + run.first.0), count: run.count };
             let guest = GuestAddress(region.start_addr().raw_value() + run.first.0 * PAGE_BYTES);
-            written.bytes.0 += write_run(ram, guest, in_image, image)?;
+            written.bytes.0 += write_run(ram, (guest, in_image), image, Zeroes::LeftOut)?;
             written.pages.push(in_image);
         }
     }
     Ok(written)
+}
+
+/// What becomes of pages that are zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zeroes {
+    /// They are left out: nothing was written where they belong yet.
+    LeftOut,
+    /// They are written, over what was there.
+    Written,
+}
+
+/// Writes guest-physical pages to `image`, which is as long as guest memory; gives how many bytes those are.
+pub fn write_pages(ram: &GuestRam, run: PageRun, image: &File, zeroes: Zeroes) -> Result<Bytes, WriteImageError> {
+    let mut bytes = 0;
+    for (guest, in_image) in places(ram, run) {
+        bytes += write_run(ram, (guest, in_image), image, zeroes)?;
+    }
+    Ok(Bytes(bytes))
+}
+
+/// Where guest-physical pages lie in an image: a run for each region they are in.
+pub fn places(ram: &GuestRam, run: PageRun) -> impl Iterator<Item = (GuestAddress, PageRun)> {
+    let end = run.first.0.saturating_add(run.count.0);
+    ram.iter().filter_map(move |region| {
+        let start = region.start_addr().raw_value() / PAGE_BYTES;
+        let (first, last) = (run.first.0.max(start), end.min(start + region.len() / PAGE_BYTES));
+        let in_file = region.file_offset().map_or(0, |backing| backing.start()) / PAGE_BYTES;
+        let count = last.checked_sub(first).filter(|count| *count > 0)?;
+        let place = PageRun { first: PageIndex(in_file + first - start), count: PageCount(count) };
+        Some((GuestAddress(first * PAGE_BYTES), place))
+    })
 }
 
 /// The guest-physical pages that can be anything but zero, ascending. While the guest runs, those it touches meanwhile
@@ -173,8 +204,13 @@ fn runs(wanted: &[bool]) -> Vec<PageRun> {
     runs
 }
 
-/// Writes the pages of a run that are not zero; gives how many bytes those are.
-fn write_run(ram: &GuestRam, guest: GuestAddress, run: PageRun, image: &File) -> Result<u64, WriteImageError> {
+/// Writes the pages of a run; gives how many bytes those are.
+fn write_run(
+    ram: &GuestRam,
+    (guest, run): (GuestAddress, PageRun),
+    image: &File,
+    zeroes: Zeroes,
+) -> Result<u64, WriteImageError> {
     let mut buffer = vec![0; BUFFER_BYTES];
     let (mut done, bytes, mut written) = (0, run.count.0 * PAGE_BYTES, 0);
     while done < bytes {
@@ -186,7 +222,7 @@ fn write_run(ram: &GuestRam, guest: GuestAddress, run: PageRun, image: &File) ->
         let same_kind = |one: &[u8; PAGE], next: &[u8; PAGE]| is_zero(one) == is_zero(next);
         for pages in part.as_chunks::<PAGE>().0.chunk_by(same_kind) {
             let bytes = pages.as_flattened();
-            if pages.first().is_some_and(|page| !is_zero(page)) {
+            if zeroes == Zeroes::Written || pages.first().is_some_and(|page| !is_zero(page)) {
                 image.write_all_at(bytes, at + offset).map_err(WriteImageError::Write)?;
                 written += bytes.len() as u64;
             }
@@ -238,6 +274,28 @@ mod tests {
         assert_eq!([1, 2, 0x100].map(|index| page(&image, index)), [[1, 2], [3, 4], [5, 6]]);
         assert_eq!(next_data(&image, 0x3000, 4 * MIB).unwrap(), Some(0x10_0000..0x10_1000));
         assert!(matches!(write(&memory, Pages::Changed, &pagemap(), &image), Err(WriteImageError::NoOriginal)));
+    }
+
+    #[test]
+    fn pages_are_written_over_others_and_lie_where_their_region_does() {
+        // Two regions: the second begins at 4 GiB, and in the image where the first one ends.
+        let bytes = Bytes(3 * 1024 * MIB + 2 * MIB);
+        let memory = ram::make(RamBacking::SharedMemfd, bytes).unwrap();
+        let high = 4 * 1024 * MIB / PAGE_BYTES;
+        let found: Vec<_> = places(&memory, run(high - 8, 16)).map(|(guest, place)| (guest.0, place)).collect();
+        assert_eq!(found, [(high * PAGE_BYTES, run(3 * 1024 * MIB / PAGE_BYTES, 8))]);
+        assert_eq!(places(&memory, run(u64::MAX - 1, 2)).count(), 0);
+
+        let image = tempfile::tempfile().unwrap();
+        image.set_len(bytes.0).unwrap();
+        image.write_all_at(&[7; 2 * PAGE], PAGE_BYTES).unwrap();
+        memory.write_slice(&[9; 2], GuestAddress(0x2000)).unwrap();
+        memory.write_slice(&[8; 2], GuestAddress(high * PAGE_BYTES)).unwrap();
+        assert_eq!(write_pages(&memory, run(1, 2), &image, Zeroes::LeftOut).unwrap(), Bytes(PAGE_BYTES));
+        assert_eq!([1, 2].map(|index| page(&image, index)), [[7, 7], [9, 9]]);
+        assert_eq!(write_pages(&memory, run(1, 2), &image, Zeroes::Written).unwrap(), Bytes(2 * PAGE_BYTES));
+        assert_eq!(write_pages(&memory, run(high, 1), &image, Zeroes::LeftOut).unwrap(), Bytes(PAGE_BYTES));
+        assert_eq!([1, 2, found[0].1.first.0].map(|index| page(&image, index)), [[0, 0], [9, 9], [8, 8]]);
     }
 
     #[test]

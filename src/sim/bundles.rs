@@ -50,6 +50,20 @@ impl State {
         self.bundles.staged.insert(vm.clone(), staged);
     }
 
+    /// A VMM has copied most of its machine's memory, which is no machine as long as that is all.
+    pub(super) fn begin_copy(&mut self, vm: &VmId, pid: i32, pages: SavedPages) {
+        self.bundles.staged.insert(vm.clone(), Staged { pid, pages, memory: 0, whole_at_ns: None });
+    }
+
+    /// A VMM writes what such a copy left.
+    pub(super) fn complete_copy(&mut self, vm: &VmId, saved: (i32, SavedPages, u64), whole_at_ns: u64) {
+        let begun = self.bundles.staged.get(vm);
+        if begun.is_none_or(|begun| (begun.pid, begun.pages) != (saved.0, saved.1)) {
+            self.violations.push(format!("the rest of {vm} was saved to where its memory was not copied"));
+        }
+        self.begin_save(vm, saved, whole_at_ns);
+    }
+
     /// A VMM ended: what it had not written by then stays as it is.
     pub(super) fn end_save(&mut self, pid: i32) {
         let now = self.now_ns();

@@ -17,14 +17,17 @@ use crate::agent::world::{
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::ids::VmId;
 use crate::wire::control::{
-    Answer, BalloonStatus, InterfaceStatus, LaunchPhases, MachineState, Nonce, PackedPhases, Packing, SavePhases,
-    SavedPages, SendPhase, SendPhases, SendProgress, Status, StreamKey,
+    Answer, BalloonStatus, CopyPhases, InterfaceStatus, LaunchPhases, MachineState, Nonce, PackedPhases, Packing,
+    SavePhases, SavedPages, SendPhase, SendPhases, SendProgress, Status, StreamKey,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
 
 /// How long a VMM writes its machine.
 const SAVE_NS: u64 = 5_000_000;
+
+/// How long it copies its memory while its guest runs.
+const COPY: Duration = Duration::from_millis(20);
 
 /// Which of the names in a VM's directory lead to a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +67,8 @@ pub(super) struct Vmm {
     pub(super) words: Option<LastWords>,
     /// Whether its machine stands ready elsewhere.
     is_sent: bool,
+    /// The pages of its memory that were copied while it ran, and are to be completed.
+    copied: Option<SavedPages>,
     /// Which of the names in its directory lead to it.
     names: Names,
     /// The agent's life it was started in: only that one can learn how it ended.
@@ -147,6 +152,7 @@ impl State {
             ended_by_agent: false,
             words: None,
             is_sent: false,
+            copied: None,
             names,
             life: self.life,
         };
@@ -272,6 +278,10 @@ impl State {
         if epoch < vmm.epoch {
             return Err(AskError::Refused(Refusal::StaleEpoch { offered: epoch, current: vmm.epoch }));
         }
+        if epoch > vmm.epoch {
+            // What was copied for an agent that is gone is completed by nobody.
+            vmm.copied = None;
+        }
         vmm.epoch = epoch;
         let denied = |state| Err(AskError::Refused(Refusal::State { state }));
         match (ask, vmm.machine) {
@@ -298,6 +308,7 @@ impl State {
             }
             (Ask::CancelSend, _) => {
                 vmm.is_sent = false;
+                vmm.copied = None;
                 Ok(Answer::Done)
             }
             (Ask::SendProgress, _) => {
@@ -331,6 +342,24 @@ impl State {
                 self.seal(&record.id, *key, guest);
                 Ok(Answer::Saved(SavePhases { memory_bytes: 1 << 20, ..SavePhases::default() }))
             }
+            (Ask::CopyMemory { .. }, MachineState::Running) if vmm.is_sent => Err(AskError::Refused(Refusal::Sending)),
+            (Ask::CopyMemory { pages }, MachineState::Running) => {
+                vmm.copied = Some(*pages);
+                let pid = vmm.pid;
+                self.begin_copy(&record.id, pid, *pages);
+                Ok(Answer::Copied(CopyPhases { rounds: 2, memory_bytes: 1 << 20, ..CopyPhases::default() }))
+            }
+            (Ask::SaveRest { pages }, MachineState::Paused) if vmm.copied != Some(*pages) => {
+                let reason = "no memory was copied before".to_owned();
+                Err(AskError::Refused(Refusal::BadRequest { reason }))
+            }
+            (Ask::SaveRest { pages }, MachineState::Paused) => {
+                vmm.copied = None;
+                vmm.busy_until_ns = now.saturating_add(SAVE_NS);
+                let (saved, whole_at) = ((vmm.pid, *pages, vmm.memory), vmm.busy_until_ns);
+                self.complete_copy(&record.id, saved, whole_at);
+                Ok(Answer::Saved(SavePhases { memory_bytes: 1 << 12, ..SavePhases::default() }))
+            }
             (Ask::Save { pages: SavedPages::Changed }, MachineState::Paused) if !vmm.restored => {
                 let reason = "this machine was not made from a memory image".to_owned();
                 Err(AskError::Refused(Refusal::BadRequest { reason }))
@@ -362,6 +391,8 @@ impl State {
                 | Ask::Restore(_)
                 | Ask::Unseal(_)
                 | Ask::Save { .. }
+                | Ask::CopyMemory { .. }
+                | Ask::SaveRest { .. }
                 | Ask::Seal { .. }
                 | Ask::Resume
                 | Ask::Pause
@@ -487,7 +518,15 @@ impl VmmHost for SimHost {
         self.while_busy(&vm.id).await;
         let answer = self.state().answer(vm, epoch, &ask);
         self.changed.notify_waiters();
-        if matches!(ask, Ask::Save { .. }) {
+        if matches!(ask, Ask::CopyMemory { .. }) && answer.is_ok() {
+            sleep(COPY).await;
+            let given_up = Err(AskError::Refused(Refusal::Cancelled));
+            let ended = Err(AskError::Socket(io::ErrorKind::ConnectionReset.into()));
+            let copied = self.state().living(&vm.id).map(|vmm| vmm.copied);
+            self.point(false).await.map_err(AskError::Socket)?;
+            return copied.map_or(ended, |copied| if copied.is_some() { answer } else { given_up });
+        }
+        if matches!(ask, Ask::Save { .. } | Ask::SaveRest { .. }) {
             // The agent may die here, and the answer may get lost: the VMM writes on.
             self.point(true).await.map_err(AskError::Socket)?;
             self.while_busy(&vm.id).await;

@@ -34,8 +34,10 @@ use crate::wire::control::{
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
 
+mod copying;
 mod moving;
 
+use copying::Copying;
 use moving::{ARRIVAL_TIME, Arriving, PACKETS_MAX, Sending};
 
 /// Most agents connected at once: one owner, one that takes over, and some that are being refused.
@@ -69,6 +71,7 @@ pub(super) struct EventLoop {
     waiting: Option<Connection>,
     guest: Option<Guest>,
     sending: Option<Sending>,
+    copying: Option<Copying>,
     arriving: Option<Arriving>,
     clock: Arc<SystemClock>,
 }
@@ -89,6 +92,7 @@ impl EventLoop {
             waiting: None,
             guest: None,
             sending: None,
+            copying: None,
             arriving: None,
             clock: Arc::new(SystemClock::new()),
         };
@@ -248,6 +252,7 @@ impl EventLoop {
     fn stop_waiting(&mut self) {
         self.waiting = None;
         self.cancel_send();
+        self.cancel_copy();
         // Its threads end with their connections.
         drop(self.take_arriving());
     }
@@ -268,7 +273,12 @@ impl EventLoop {
             // Dealt with before.
             Request::Hello { .. } => Err(Refusal::HelloFirst),
             // One answer that comes later at a time.
-            Request::Send(_) | Request::SendIn { .. } | Request::Receive(_) | Request::ForwardPackets { .. }
+            Request::Send(_)
+            | Request::SendIn { .. }
+            | Request::Receive(_)
+            | Request::ForwardPackets { .. }
+            | Request::CopyMemory(_)
+            | Request::SaveRest
                 if self.waiting.is_some() =>
             {
                 Err(Refusal::Sending)
@@ -277,9 +287,12 @@ impl EventLoop {
             Request::SendIn { spec, form } => return self.send(spec, Some(form), descriptors).map(|()| None),
             Request::Receive(spec) => return self.receive(&spec, descriptors).map(|()| None),
             Request::ForwardPackets { last } => return self.forward_packets(last).map(|()| None),
+            Request::CopyMemory(spec) => return self.copy_memory(spec, descriptors).map(|()| None),
+            Request::SaveRest => return self.save_rest(descriptors).map(|()| None),
             Request::SendProgress => Ok(Answer::Sending(self.send_progress())),
             Request::CancelSend => {
                 self.cancel_send();
+                self.cancel_copy();
                 Ok(Answer::Done)
             }
             Request::Launch(spec) => self.launch(spec, descriptors).map(Answer::Launched),

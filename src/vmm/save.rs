@@ -47,6 +47,27 @@ pub(super) struct SaveFiles {
     list: Option<File>,
 }
 
+/// Files to save into what was left by a copy of memory.
+#[derive(Debug)]
+pub(super) struct RestFiles {
+    /// For the state.
+    pub(super) state: File,
+    /// Where all pages are listed, if they are asked for.
+    pub(super) list: Option<File>,
+}
+
+impl RestFiles {
+    /// Gives each descriptor its name.
+    pub(super) fn new(pages: SavedPages, descriptors: Vec<OwnedFd>) -> Result<Self, SaveRequestError> {
+        let (found, wanted) = (descriptors.len(), 1 + usize::from(pages == SavedPages::Changed));
+        let mut rest = descriptors.into_iter().map(File::from);
+        match (rest.next(), rest.next(), found == wanted) {
+            (Some(state), list, true) => Ok(Self { state, list }),
+            (..) => Err(SaveRequestError { found, wanted }),
+        }
+    }
+}
+
 /// Another number of descriptors than a save takes.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{found} descriptors came with the request, it names {wanted}")]
@@ -131,7 +152,8 @@ pub(super) fn seal(
     Ok(phases([begun, collected, clock.monotonic()], &bytes, written))
 }
 
-const fn pages_of(pages: SavedPages) -> Pages {
+/// The pages that a request names.
+pub(super) const fn pages_of(pages: SavedPages) -> Pages {
     match pages {
         SavedPages::All => Pages::All,
         SavedPages::Changed => Pages::Changed,

@@ -38,7 +38,7 @@ use crate::sys::kvm::CallError;
 use crate::sys::thread::{self, ThreadClass};
 use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
 use crate::wire::control::{
-    PackedPhases, Packing, SendPhase, SendPhases, SendProgress, SendSpec, SentPages, StreamForm,
+    CopyPhases, PackedPhases, Packing, SendPhase, SendPhases, SendProgress, SendSpec, SentPages, StreamForm,
 };
 use crate::wire::link::LinkError;
 use crate::wire::packed::Packer;
@@ -46,8 +46,10 @@ use crate::wire::stream::{
     BODY_BYTES_MAX, CONNECTIONS_MAX, Kind, PAGES_MAX, Pages, STATE_BYTES_MAX, VERSION, VERSION_MIN, state_digest,
 };
 
+pub(super) mod checkpoint;
 mod lane;
 
+use checkpoint::{Checkpoint, CheckpointError};
 use lane::Lane;
 
 /// Pages that are re-protected at once. Each time all vCPUs have to notice; the smaller this is, the fewer pages are
@@ -114,6 +116,13 @@ impl Outgoing {
 pub(super) enum Job {
     /// Send this.
     Send(Box<Outgoing>),
+    /// Write its memory to a file.
+    Checkpoint(Box<Checkpoint>),
+    /// Write what is left of it, and list all of it here if that is asked for.
+    Rest {
+        /// Where.
+        list: Option<File>,
+    },
     /// The guest stands still.
     Held,
     /// Its state.
@@ -144,6 +153,10 @@ pub(super) enum News {
     Forwarded(Result<u64, SendError>),
     /// It will not come about.
     Failed(SendError),
+    /// Its memory is written, but for little.
+    Copied(Result<CopyPhases, CheckpointError>),
+    /// All of it is; so many bytes were left.
+    Rested(Result<Bytes, CheckpointError>),
 }
 
 /// Why a machine was not sent.
@@ -255,8 +268,17 @@ struct Sender {
 impl Sender {
     fn run(&mut self) {
         while let Ok(job) = self.jobs.recv() {
-            // What belongs to a send that is over means nothing any more.
-            let Job::Send(outgoing) = job else { continue };
+            let outgoing = match job {
+                Job::Send(outgoing) => outgoing,
+                Job::Checkpoint(checkpoint) => {
+                    checkpoint::serve(self, *checkpoint);
+                    continue;
+                }
+                // What belongs to something that is over means nothing any more.
+                Job::Rest { .. } | Job::Held | Job::State(_) | Job::Cancel | Job::Packets { .. } | Job::Forget => {
+                    continue;
+                }
+            };
             match self.send(*outgoing) {
                 Ok((phases, packed, links)) => {
                     self.progress(|progress| progress.phase = SendPhase::Ready);
@@ -285,7 +307,7 @@ impl Sender {
                     let result = lane.forward(&door, last, &mut packets);
                     self.tell(News::Forwarded(result.map(|()| packets - before)));
                 }
-                Job::Send(_) | Job::Held | Job::State(_) | Job::Cancel => {}
+                Job::Send(_) | Job::Checkpoint(_) | Job::Rest { .. } | Job::Held | Job::State(_) | Job::Cancel => {}
             }
         }
     }

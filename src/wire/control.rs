@@ -7,8 +7,10 @@ use super::frame::{Kind, Message};
 use super::refusal::Refusal;
 use crate::units::NetLimits;
 
+mod copying;
 mod moving;
 
+pub use copying::{CopyPhases, CopySpec};
 pub use moving::{
     PackedPhases, Packing, ReceiveSpec, ReceivedMemory, SendPhase, SendPhases, SendProgress, SendSpec, SentPages,
     StreamForm, StreamKey, StreamTls, StreamToken,
@@ -138,6 +140,15 @@ pub enum Request {
         /// The form.
         form: StreamForm,
     },
+    /// Write the machine's memory to a file while it runs, again and again what it wrote meanwhile, until little is left;
+    /// answered then. What it writes from there on is written by [`Request::SaveRest`]. Who hangs up before the answer
+    /// gives it up, as does [`Request::CancelSend`]. Descriptors: the VMM's own `/proc/PID/pagemap` and a memory image,
+    /// as long as guest memory and without data.
+    CopyMemory(CopySpec),
+    /// After [`Answer::Copied`]: write what is left of the machine, which is paused now and stays so. Answered by
+    /// [`Answer::Saved`], whose memory is what was written by this request only. Descriptors: a file for the state, and
+    /// with [`SavedPages::Changed`] one for the list of all pages.
+    SaveRest,
 }
 
 impl Message for Request {
@@ -167,6 +178,7 @@ impl Request {
             | Self::ForwardPackets { .. }
             | Self::Receive(_) => 2,
             Self::SendIn { .. } => 3,
+            Self::CopyMemory(_) | Self::SaveRest => 4,
         }
     }
 }
@@ -198,7 +210,7 @@ pub enum Answer {
     Refused(Refusal),
     /// To [`Request::Network`]: the interfaces, by index.
     Network(Vec<InterfaceStatus>),
-    /// To [`Request::Save`] and [`Request::Seal`]: the files are written, not yet durable.
+    /// To [`Request::Save`], [`Request::SaveRest`] and [`Request::Seal`]: the files are written, not yet durable.
     Saved(SavePhases),
     /// To [`Request::Balloon`].
     Balloon(BalloonStatus),
@@ -218,6 +230,8 @@ pub enum Answer {
         /// What packing made of it.
         packed: PackedPhases,
     },
+    /// To [`Request::CopyMemory`]: little is left, and the machine still runs.
+    Copied(CopyPhases),
 }
 
 impl Message for Answer {

@@ -60,7 +60,9 @@ pub(crate) fn agents_killed_in_the_middle_are_made_good(_shared: &Agent) {
     agent.sh("steady", "echo kept > /tmp/note");
     for (number, moment) in MOMENTS.into_iter().enumerate() {
         let name = format!("snap-{number}");
-        let mut client = begin(agent, &["vm", "snapshot", "steady", "--bundle-name", &name, "--diff"]);
+        let live: &[&str] = if number % 2 == 0 { &["--live"] } else { &[] };
+        let words = ["vm", "snapshot", "steady", "--bundle-name", &name, "--diff"];
+        let mut client = begin(agent, &[&words, live].concat());
         std::thread::sleep(Duration::from_millis(moment));
         agent.kill_and_restart();
         let acknowledged = client.wait().expect("wait").success();
@@ -110,7 +112,8 @@ pub(crate) fn vmms_killed_in_the_middle_are_told_of(_shared: &Agent) {
         lab.clone_of("base", &name);
         let pid = agent.vmm_pid(&name);
         let bundle = format!("of-{name}");
-        let mut client = begin(agent, &["vm", "snapshot", &name, "--bundle-name", &bundle]);
+        let live: &[&str] = if number % 2 == 0 { &["--live"] } else { &[] };
+        let mut client = begin(agent, &[&["vm", "snapshot", &name, "--bundle-name", &bundle], live].concat());
         std::thread::sleep(Duration::from_millis(moment));
         let killed = std::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status().expect("run kill");
         assert!(killed.success());

@@ -126,6 +126,18 @@ pub(crate) fn snapshots_hold_what_was_there_and_differences_build_on_them(_share
     assert_eq!(one["parent"], base["id"]);
     let size = |bundle: &Value| bundle["disk_bytes"].as_u64().expect("a size");
     assert!(size(&one) * 2 < size(&full), "a difference of {} to {}", size(&one), size(&full));
+    // Most of it while it runs: the same guest, as a whole and as a difference.
+    let live = agent.json(&["vm", "snapshot", "one", "--bundle-name", "live", "--live"]);
+    let live_diff = agent.json(&["vm", "snapshot", "one", "--bundle-name", "live-diff", "--live", "--diff"]);
+    assert_eq!((&live["parent"], &live_diff["parent"]), (&Value::Null, &base["id"]));
+    assert!(size(&live_diff) * 2 < size(&live), "a difference of {} to {}", size(&live_diff), size(&live));
+    for bundle in ["live", "live-diff"] {
+        agent.ok(&["bundle", "verify", bundle]);
+        lab.clone_of(bundle, "again");
+        assert_eq!(agent.sh("again", "cat /tmp/note /tmp/cpus; hostname"), "second\n2\nagain", "{bundle}");
+        agent.ok(&["vm", "rm", "again", "--timeout", "0"]);
+        agent.ok(&["bundle", "rm", bundle]);
+    }
     assert_eq!(agent.sh("one", "cat /tmp/note /tmp/cpus"), "second\n2", "the VM goes on");
 
     lab.clone_of("one-diff", "two");
@@ -192,7 +204,9 @@ pub(crate) fn ten_cycles_lose_nothing_under_load(_shared: &Agent) {
         let mut talk = agent.command(["vm", "exec", &before, "--", "sh", "-c", "while :; do echo; done"]);
         let mut talk =
             talk.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().expect("run");
-        agent.ok(&["vm", "snapshot", &before, "--bundle-name", &bundle]);
+        // Held for all of its memory, or for what it wrote last only.
+        let live: &[&str] = if cycle % 2 == 0 { &["--live"] } else { &[] };
+        agent.ok(&[&["vm", "snapshot", &before, "--bundle-name", &bundle], live].concat());
         // The disk belongs to the next: two writers would spoil it.
         agent.ok(&["vm", "rm", &before, "--timeout", "0"]);
         let _ = talk.wait();

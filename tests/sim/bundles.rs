@@ -74,16 +74,24 @@ async fn whole_story(host: SimHost, door: Arc<dyn Door>) {
     let operation = built(&door, build(named("warm"), Some("echo READY"), Some("READY"))).await;
     let warm = bundle_of(&operation);
     runs(&door, from_bundle(named("clone"), "warm")).await;
-    let full = door.snapshot("clone", SnapshotRequest { name: named("full"), diff: false }).await.expect("a snapshot");
+    let full = door
+        .snapshot("clone", SnapshotRequest { name: named("full"), diff: false, live: false })
+        .await
+        .expect("a snapshot");
     door.ask("clone", Verb::Pause).await.expect("paused");
-    let diff = door.snapshot("clone", SnapshotRequest { name: named("diff"), diff: true }).await.expect("a diff");
+    let diff =
+        door.snapshot("clone", SnapshotRequest { name: named("diff"), diff: true, live: false }).await.expect("a diff");
     assert_eq!(door.vm("clone").expect("it is there").state, VmState::Paused);
+    door.ask("clone", Verb::Resume).await.expect("resumed");
+    let live = SnapshotRequest { name: named("live"), diff: true, live: true };
+    let live = door.snapshot("clone", live).await.expect("a live diff");
+    assert_eq!(door.vm("clone").expect("it is there").state, VmState::Running);
     let removed = door.remove_bundle("warm").await;
     assert!(matches!(removed, Err(BundleError::InUse { vms: 1, .. })), "{removed:?}");
     door.ask("clone", NOW).await.expect("removed");
     let removed = door.remove_bundle("warm").await;
     assert!(matches!(removed, Err(BundleError::Remove(_))), "the diff builds on it: {removed:?}");
-    for bundle in [bundle_of(&diff), bundle_of(&full), warm] {
+    for bundle in [bundle_of(&live), bundle_of(&diff), bundle_of(&full), warm] {
         door.remove_bundle(bundle.as_str()).await.expect("removed");
     }
     assert_eq!((host.bundles(), host.staged(), host.directories()), (vec![], vec![], vec![]));
@@ -122,9 +130,9 @@ fn a_build_that_fails_at_any_point_leaves_nothing() {
 }
 
 /// A snapshot of which one effect may fail: the VM is as before, or tells of its end.
-async fn snapshot_with_a_fault(host: SimHost, door: Arc<dyn Door>) {
+async fn snapshot_with_a_fault(host: SimHost, door: Arc<dyn Door>, live: bool) {
     let Ok(before) = door.vm("web") else { panic!("it is there") };
-    let taken = door.snapshot("web", SnapshotRequest { name: named("still"), diff: true }).await;
+    let taken = door.snapshot("web", SnapshotRequest { name: named("still"), diff: true, live }).await;
     let after = door.vm("web").expect("it is there");
     assert_eq!(host.staged(), [], "{taken:?}");
     assert_eq!(host.bundles().len(), 1 + usize::from(taken.is_ok()), "{taken:?}");
@@ -147,10 +155,13 @@ async fn a_paused_clone(door: Arc<dyn Door>) {
 
 #[test]
 fn a_snapshot_that_fails_at_any_point_leaves_the_vm_as_it_was() {
-    let fails = |before| at_every_point(fail, before, |host, door| Box::pin(snapshot_with_a_fault(host, door)));
-    let running = fails(|_, door| Box::pin(a_clone(door)));
-    let paused = fails(|_, door| Box::pin(a_paused_clone(door)));
-    assert!(running > 20 && paused > 10, "snapshots have more points than {running} and {paused}");
+    let held: Story = |host, door| Box::pin(snapshot_with_a_fault(host, door, false));
+    let live: Story = |host, door| Box::pin(snapshot_with_a_fault(host, door, true));
+    let running = at_every_point(fail, |_, door| Box::pin(a_clone(door)), held);
+    let paused = at_every_point(fail, |_, door| Box::pin(a_paused_clone(door)), held);
+    let copied = at_every_point(fail, |_, door| Box::pin(a_clone(door)), live);
+    let points = [running, paused, copied];
+    assert!(running > 20 && paused > 10 && copied > running, "snapshots have more points than {points:?}");
 }
 
 /// A launch from a bundle of which one effect may fail.
@@ -206,6 +217,33 @@ fn what_is_asked_during_a_snapshot_waits_for_its_end() {
 }
 
 #[test]
+fn a_live_snapshot_counts_both_parts_and_gives_way_to_an_end() {
+    let host = SimHost::new(12);
+    let ran = life(&host, Faults::default(), |door| {
+        let host = host.clone();
+        async move {
+            let live = || SnapshotRequest { live: true, ..SnapshotRequest::default() };
+            runs(&door, request(named("web"))).await;
+            let taken = door.snapshot("web", live()).await.expect("a snapshot");
+            let order = taken.makes.expect("it makes a bundle");
+            assert_eq!((order.rounds, order.memory_bytes), (Some(2), Some((1 << 20) + (1 << 12))));
+            let grace = Duration::from_secs(10);
+            for verb in [Verb::Stop { grace }, Verb::Remove { grace }] {
+                let name = named(verb.name());
+                runs(&door, request(name.clone())).await;
+                let web = name.unwrap_or_default();
+                let (taken, ended) = tokio::join!(door.snapshot(&web, live()), door.ask(&web, verb));
+                let error = taken.expect_err("it is given up");
+                assert!(matches!(&error, VmError::Verb(_)) && error.to_string().contains("cancelled"), "{error:?}");
+                ended.expect("it ends");
+                assert_eq!((host.bundles().len(), host.staged()), (1, vec![]));
+            }
+        }
+    });
+    ran.expect("no crash");
+}
+
+#[test]
 fn a_build_that_is_removed_ends_and_leaves_nothing() {
     let host = SimHost::new(3);
     life(&host, Faults::default(), |door| {
@@ -255,7 +293,7 @@ fn a_name_is_one_bundles() {
         for vm in ["one", "two"] {
             runs(&door, request(named(vm))).await;
         }
-        let wanted = || SnapshotRequest { name: named("still"), diff: false };
+        let wanted = || SnapshotRequest { name: named("still"), diff: false, live: false };
         let (one, two) = tokio::join!(door.snapshot("one", wanted()), door.snapshot("two", wanted()));
         assert!(one.is_ok() != two.is_ok(), "{one:?} {two:?}");
         let refused = door.snapshot("one", wanted()).await;

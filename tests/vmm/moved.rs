@@ -114,7 +114,7 @@ fn begin_as(vmm: &Vmm, ends: &[TcpStream], request: impl FnOnce(u8) -> Request) 
 }
 
 /// Another conversation with the VMM, beside the one that waits.
-fn second(vmm: &Vmm) -> std::os::unix::net::UnixStream {
+pub(super) fn second(vmm: &Vmm) -> std::os::unix::net::UnixStream {
     let mut second = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
     assert!(matches!(ask(&mut second, &Request::Hello { nonce: NONCE, epoch: 1 }, &[]), Answer::Welcome(_)));
     second
@@ -150,7 +150,7 @@ fn guest(vmm: &Vmm) -> Guest {
     Guest::connect(vmm).unwrap_or_else(|| panic!("the guest listens; its console:\n{}", console(vmm)))
 }
 
-fn shell(vmm: &Vmm, words: &str) -> String {
+pub(super) fn shell(vmm: &Vmm, words: &str) -> String {
     String::from_utf8(guest(vmm).output(&["sh", "-c", words])).unwrap()
 }
 
@@ -166,7 +166,7 @@ until [ -s ticks ] && [ -s sum ]; do sleep 0.1; done";
 const LOOK: &str = "cd /tmp; read nonce < nonce; read boot < boot; until read ticks < ticks; do :; done
 [ -e bad ] && nonce=bad; echo $nonce $boot $ticks";
 
-fn loaded() -> (Vmm, String) {
+pub(super) fn loaded() -> (Vmm, String) {
     let booted = Booted::boot();
     booted.guest().identify(1);
     shell(&booted.0, LOAD);
@@ -175,14 +175,14 @@ fn loaded() -> (Vmm, String) {
 }
 
 /// What of it has to stay as it is, and how far it has counted.
-fn look(vmm: &Vmm) -> (String, u64) {
+pub(super) fn look(vmm: &Vmm) -> (String, u64) {
     let told = shell(vmm, LOOK);
     let (kept, ticks) = told.trim_end().rsplit_once(' ').unwrap();
     (kept.to_owned(), ticks.parse().unwrap())
 }
 
 /// It is the same guest, nothing in its memory is wrong, and it counts on.
-fn check(vmm: &Vmm, told: &str, ticks_before: u64) -> u64 {
+pub(super) fn check(vmm: &Vmm, told: &str, ticks_before: u64) -> u64 {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let (kept, ticks) = look(vmm);

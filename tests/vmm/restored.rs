@@ -39,7 +39,7 @@ impl Booted {
 
 /// State and memory of a guest.
 pub(crate) struct Saved {
-    state: File,
+    pub(crate) state: File,
     pub(crate) memory: File,
 }
 

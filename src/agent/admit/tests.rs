@@ -117,8 +117,7 @@ fn a_bundle_is_launched_as_it_was_frozen() {
 #[test]
 fn a_warm_up_has_bounds() {
     let build = |build: BuildSpec| {
-        let order =
-            BundleOrder { name: None, parent: None, bundle: None, pause_us: None, memory_bytes: None, quiesced: None };
+        let order = BundleOrder::default();
         decide(&LaunchRequest { build: Some((build, order)), ..request() }, &image())
     };
     let plain = BuildSpec { warmup: None, ready_marker: None, timeout_s: 300 };

@@ -1,11 +1,13 @@
 //! The effects by which a guest becomes a bundle: warm up, bring to rest, save, commit.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use hearth_guest_wire::{Exec, Exit, FromGuest, ToGuest, VERSION};
 use tokio::io::AsyncReadExt;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
+use super::sending::wanted;
 use super::{Outcome, Work, ask_failed, ended, host, micros, unreachable};
 use crate::agent::bundles::{BundleView, CommitOrder};
 use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, printable};
@@ -13,11 +15,17 @@ use crate::agent::record::{BuildSpec, BundleOrder};
 use crate::agent::vm_state::FailureCause;
 use crate::agent::world::{Ask, AskError, VmBundles, VmmHost, World};
 use crate::report::chain;
-use crate::wire::control::{Answer, MachineState, SavedPages};
+use crate::wire::control::{Answer, MachineState, Request, SavedPages};
 
 /// Longest wait for a guest's file systems to come to rest. A guest that writes without end is saved all the same: its
 /// disks are as after a power cut then, and the operation says so.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// The first version of a VMM's protocol that copies memory while the guest runs.
+const COPY_SINCE: u16 = Request::SaveRest.since_version();
+
+/// Time between two tries to have a copy given up.
+const CANCEL_AGAIN: Duration = Duration::from_millis(50);
 
 /// Bytes of a warm-up program's output that are kept, to look for its marker and to tell why it failed.
 const OUTPUT_BYTES: usize = 16 * 1024;
@@ -146,16 +154,55 @@ impl<W: World> Work<W> {
         thawing.await.map_err(|error| unreachable(&error))
     }
 
+    /// Has memory copied while the guest runs. Whoever asks the VM to end ends this.
+    pub(super) async fn copy_memory(&mut self) -> Result<(), Outcome> {
+        if self.record.wire_version < COPY_SINCE {
+            tracing::info!(vm = %self.record.id, "its VMM is of an earlier version: it is held for the whole of its memory");
+            return Ok(());
+        }
+        let pages = self.saved_pages()?;
+        let mut hurry = self.hurry.clone();
+        let (shared, record) = (Arc::clone(&self.shared), self.record.clone());
+        let copying = shared.world.vmm().ask(&record, shared.epoch, Ask::CopyMemory { pages });
+        let mut copying = std::pin::pin!(copying);
+        let process = self.process.clone();
+        let answer = tokio::select! {
+            biased;
+            answer = copying.as_mut() => answer.map_err(ask_failed)?,
+            end = ended(process.as_ref()) => return Err(Outcome::VmmEnded(end)),
+            () = wanted(&mut hurry) => {
+                // It may not have begun in the VMM yet.
+                loop {
+                    let _ = self.ask(Ask::CancelSend).await;
+                    if timeout(CANCEL_AGAIN, copying.as_mut()).await.is_ok() {
+                        return Err(Outcome::Hurried);
+                    }
+                }
+            }
+        };
+        let Answer::Copied(phases) = answer else { return Err(ask_failed(AskError::Unexpected)) };
+        let order = self.order()?;
+        (order.rounds, order.memory_bytes) = (Some(phases.rounds), Some(phases.memory_bytes));
+        Ok(())
+    }
+
+    fn saved_pages(&mut self) -> Result<SavedPages, Outcome> {
+        Ok(if self.order()?.parent.is_some() { SavedPages::Changed } else { SavedPages::All })
+    }
+
     pub(super) async fn save_machine(&mut self) -> Result<(), Outcome> {
         // A machine that runs would be saved at two moments.
         if self.status().await?.state != MachineState::Paused {
             return Err(host("the machine to save is not held".to_owned()));
         }
-        let pages = if self.order()?.parent.is_some() { SavedPages::Changed } else { SavedPages::All };
-        let Answer::Saved(phases) = self.ask(Ask::Save { pages }).await? else {
+        let pages = self.saved_pages()?;
+        // What was copied before, by this work: an agent that finds a copy that it did not order begins anew.
+        let copied = self.order()?.rounds.and(self.order()?.memory_bytes);
+        let ask = if copied.is_some() { Ask::SaveRest { pages } } else { Ask::Save { pages } };
+        let Answer::Saved(phases) = self.ask(ask).await? else {
             return Err(ask_failed(AskError::Unexpected));
         };
-        self.order()?.memory_bytes = Some(phases.memory_bytes);
+        self.order()?.memory_bytes = Some(copied.unwrap_or(0).saturating_add(phases.memory_bytes));
         Ok(())
     }
 

@@ -95,6 +95,7 @@ impl<W: World> Work<W> {
                 | Answer::Sent(_)
                 | Answer::SentIn { .. }
                 | Answer::Sending(_)
+                | Answer::Copied(_)
                 | Answer::Forwarded { .. }
                 | Answer::Refused(_)
                 | Answer::Network(_),

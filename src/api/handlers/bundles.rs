@@ -56,7 +56,7 @@ pub(in crate::api) async fn snapshot_vm(
     Path(id): Path<String>,
     OptionalBody(request): OptionalBody<SnapshotRequest>,
 ) -> Result<Json<Operation>, ApiError> {
-    let request = agent::SnapshotRequest { name: request.bundle_name, diff: request.diff };
+    let request = agent::SnapshotRequest { name: request.bundle_name, diff: request.diff, live: request.live };
     Ok(Json(convert::operation(&served.door.snapshot(&id, request).await?)))
 }
 

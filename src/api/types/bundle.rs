@@ -74,6 +74,9 @@ pub struct SnapshotRequest {
     /// Hold only what differs from the bundle the VM was launched from.
     #[serde(default)]
     pub diff: bool,
+    /// Copy most of memory while the VM runs, and hold it for the rest only: a shorter pause, a longer snapshot.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// `POST /v1/bundles/{id}/compact`.

@@ -28,9 +28,12 @@ pub struct Operation {
     /// How long no vCPU ran for a snapshot or hand-over.
     #[serde(default)]
     pub pause_ms: Option<f64>,
-    /// Bytes of guest memory that were written for a build or snapshot.
+    /// Bytes of guest memory that were written for a build or snapshot, each as often as it was.
     #[serde(default)]
     pub memory_bytes: Option<u64>,
+    /// Rounds in which memory was copied while the VM ran; null without `live`.
+    #[serde(default)]
+    pub copy_rounds: Option<u32>,
     /// Whether the guest's file systems were at rest when it was saved.
     #[serde(default)]
     pub quiesced: Option<bool>,

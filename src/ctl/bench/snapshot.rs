@@ -1,11 +1,12 @@
-//! `hearth bench snapshot`: how long a VM stands still while it becomes a bundle, as a whole and as a difference, and
-//! what is written for it.
+//! `hearth bench snapshot`: how long a VM stands still while it becomes a bundle, as a whole, as a difference, and with
+//! its memory copied before; and what is written for it.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::BenchError;
+use super::in_guest::{self, Running};
 use super::launched::{Bench, from, launch_limit, with_bundle};
 use super::summary::{Summary, float, milliseconds_since, whole};
 use crate::api::types::{Bundle, Host, Operation, OperationState, SnapshotRequest};
@@ -16,10 +17,13 @@ use crate::ctl::call::{Agent, PROMPT};
 use crate::ctl::progress::shown;
 use crate::ctl::table::{bytes, columns, milliseconds};
 
+/// Memory that a program in the guest writes again and again, in MiB.
+const BUFFER_MIB: u64 = 16;
+
 /// Snapshots of one kind.
 #[derive(Debug, Serialize)]
 struct Series {
-    /// `full` or `diff`.
+    /// `full`, `diff` or `live`.
     name: &'static str,
     count: usize,
     /// How long no vCPU ran.
@@ -42,13 +46,38 @@ pub(super) struct Report {
     vcpus: u32,
     memory_mib: u64,
     idle_ms: u32,
+    populated_mib: u64,
+    writes_mb_per_s: u32,
     series: Vec<Series>,
+}
+
+/// How a snapshot is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Of all memory, while the VM stands still.
+    Full,
+    /// Of what differs from its bundle.
+    Diff,
+    /// Of all memory, most of it while the VM runs.
+    Live,
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Full, Self::Diff, Self::Live];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Diff => "diff",
+            Self::Live => "live",
+        }
+    }
 }
 
 /// One snapshot.
 #[derive(Debug, Clone, Copy)]
 struct Taken {
-    diff: bool,
+    kind: Kind,
     pause_ms: Option<f64>,
     total_ms: f64,
     memory_bytes: Option<u64>,
@@ -56,7 +85,7 @@ struct Taken {
     quiesced: bool,
 }
 
-/// Launches a VM and takes snapshots of it, a full one and a difference by turns.
+/// Launches a VM and takes snapshots of it, of each kind by turns.
 pub(super) async fn measure(agent: &Agent, args: &BenchSnapshotArgs) -> Result<Report, BenchError> {
     let host: Host = agent.get("/v1/host").await?;
     let (bundle, taken) = with_bundle(agent, &args.source, async |bench, bundle| {
@@ -64,17 +93,20 @@ pub(super) async fn measure(agent: &Agent, args: &BenchSnapshotArgs) -> Result<R
         let (vms, _) = bench.launch(title, 1, &from(bundle), launch_limit(1)).await?;
         let idle = Duration::from_millis(args.idle.into());
         let mut taken = Vec::new();
-        for vm in &vms {
+        for vm in vms.iter().map(|vm| vm.id.as_str()) {
+            let busy = bench.occupy(vm, args).await?;
             for index in 1..=args.count {
-                for diff in [false, true] {
-                    if diff {
+                for kind in Kind::ALL {
+                    if kind == Kind::Diff {
                         // What is measured: a guest that did nothing for a while.
                         tokio::time::sleep(idle).await;
                     }
-                    let kind = if diff { "difference" } else { "full snapshot" };
-                    let title = format!("{kind} {index} of {}", args.count);
-                    taken.push(shown(&title, bench.take(vm.id.as_str(), diff)).await?);
+                    let title = format!("{} snapshot {index} of {}", kind.name(), args.count);
+                    taken.push(shown(&title, bench.take(vm, kind)).await?);
                 }
+            }
+            for program in busy {
+                program.let_go(agent, vm).await?;
             }
         }
         Ok(taken)
@@ -86,16 +118,34 @@ pub(super) async fn measure(agent: &Agent, args: &BenchSnapshotArgs) -> Result<R
         vcpus: bundle.vcpus,
         memory_mib: bundle.memory_mib,
         idle_ms: args.idle,
-        series: vec![series("full", &taken, false), series("diff", &taken, true)],
+        populated_mib: args.populate.unwrap_or(0),
+        writes_mb_per_s: args.writes,
+        series: Kind::ALL.into_iter().map(|kind| series(kind, &taken)).collect(),
     })
 }
 
 impl Bench<'_> {
+    /// Has the guest hold and write memory, as far as that is asked for.
+    async fn occupy(&self, vm: &str, args: &BenchSnapshotArgs) -> Result<Vec<Running>, BenchError> {
+        let Some(file) = &args.probe else { return Ok(Vec::new()) };
+        shown("copy the program into the guest", in_guest::install(self.agent, vm, file)).await?;
+        let mut busy = Vec::new();
+        if let Some(mib) = args.populate.filter(|mib| *mib > 0) {
+            busy.push(shown("fill the guest's memory", Running::hold(self.agent, vm, mib)).await?);
+        }
+        if args.writes > 0 {
+            let writing = Running::rewrite(self.agent, vm, (BUFFER_MIB, 0), Some(args.writes));
+            busy.push(shown("have the guest write", writing).await?);
+        }
+        Ok(busy)
+    }
+
     /// Takes one snapshot and removes it.
-    async fn take(&mut self, vm: &str, diff: bool) -> Result<Taken, BenchError> {
-        let name = self.name(if diff { "diff-" } else { "full-" });
+    async fn take(&mut self, vm: &str, kind: Kind) -> Result<Taken, BenchError> {
+        let name = self.name(&format!("{}-", kind.name()));
         self.owes_bundle(name.clone());
-        let request = SnapshotRequest { bundle_name: Some(name.clone()), diff };
+        let (diff, live) = (kind == Kind::Diff, kind == Kind::Live);
+        let request = SnapshotRequest { bundle_name: Some(name.clone()), diff, live };
         let begun = self.clock.monotonic();
         let operation: Operation = self.agent.post(&format!("/v1/vms/{vm}/snapshot"), &request, DISK_LIMIT).await?;
         let total_ms = milliseconds_since(&self.clock, begun);
@@ -107,7 +157,7 @@ impl Bench<'_> {
         self.agent.delete(&format!("/v1/bundles/{name}"), PROMPT).await?;
         self.owes_no_bundle(&name);
         Ok(Taken {
-            diff,
+            kind,
             pause_ms: operation.pause_ms,
             total_ms,
             memory_bytes: operation.memory_bytes,
@@ -117,10 +167,10 @@ impl Bench<'_> {
     }
 }
 
-fn series(name: &'static str, taken: &[Taken], diff: bool) -> Series {
-    let of_kind: Vec<&Taken> = taken.iter().filter(|taken| taken.diff == diff).collect();
+fn series(kind: Kind, taken: &[Taken]) -> Series {
+    let of_kind: Vec<&Taken> = taken.iter().filter(|taken| taken.kind == kind).collect();
     Series {
-        name,
+        name: kind.name(),
         count: of_kind.len(),
         pause_ms: Summary::of(of_kind.iter().filter_map(|taken| taken.pause_ms)),
         total_ms: Summary::of(of_kind.iter().map(|taken| taken.total_ms)),
@@ -147,10 +197,13 @@ pub(super) fn table(report: &Report) -> String {
     }
     let unquiet: usize = report.series.iter().map(|series| series.count - series.quiesced).sum();
     let mut text = format!(
-        "snapshots of a VM of {} ({} vCPU, {} MiB) on {}\neach difference after {} of idleness\n\n{}",
+        "snapshots of a VM of {} ({} vCPU, {} MiB, {} of them filled, {} MB/s written) on {}\neach difference after {} of \
+         idleness\n\n{}",
         report.bundle,
         report.vcpus,
         report.memory_mib,
+        report.populated_mib,
+        report.writes_mb_per_s,
         report.host,
         milliseconds(report.idle_ms.into()),
         columns(&["WHAT", "P50", "P99", "MIN", "MAX"], rows),

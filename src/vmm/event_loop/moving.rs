@@ -73,9 +73,9 @@ pub(super) struct Arriving {
 }
 
 impl EventLoop {
-    /// Refuses what must not happen to a machine that is being sent.
+    /// Refuses what must not happen to a machine that is being sent, or whose memory is being copied.
     pub(super) fn not_sending(&self) -> Result<(), Refusal> {
-        if self.sending.is_some() { Err(Refusal::Sending) } else { Ok(()) }
+        if self.sending.is_some() || self.is_copying() { Err(Refusal::Sending) } else { Ok(()) }
     }
 
     /// Begins a send, in a form that is named or that every other end knows; the answer comes later.
@@ -86,6 +86,7 @@ impl EventLoop {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), Refusal> {
         self.not_sending()?;
+        self.forget_copy();
         let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
         let (names_form, form) = (form.is_some(), form.unwrap_or(StreamForm::PLAIN));
         Outgoing::check(&spec, form, descriptors.len()).map_err(|reason| Refusal::BadRequest { reason })?;
@@ -111,9 +112,12 @@ impl EventLoop {
         }
     }
 
-    /// How far a send is. It is one as long as this thread knows of it, also when the other one has given it up already.
+    /// How far a send is, or a copy of memory. It is one as long as this thread knows of it, also when the other one has given it up already.
     pub(super) fn send_progress(&self) -> SendProgress {
-        let (Some(guest), Some(_)) = (&self.guest, &self.sending) else { return SendProgress::default() };
+        let (Some(guest), Some(_)) = (&self.guest, &self.sending) else {
+            let phase = if self.is_copying() { SendPhase::Copying } else { SendPhase::None };
+            return SendProgress { phase, ..SendProgress::default() };
+        };
         let progress = guest.sender.progress();
         let phase = if progress.phase == SendPhase::None { SendPhase::Critical } else { progress.phase };
         SendProgress { phase, ..progress }
@@ -122,6 +126,7 @@ impl EventLoop {
     /// Whether the agent may let the machine go on here: always, but not while it is being sent.
     pub(super) fn forget_send(&mut self) -> Result<(), Refusal> {
         match (&self.guest, &self.sending) {
+            (_, None) if self.is_resting() => Err(Refusal::Sending),
             (_, None) => Ok(()),
             (Some(guest), Some(Sending { answered: true, .. })) => {
                 guest.sender.tell(Job::Forget);
@@ -151,6 +156,8 @@ impl EventLoop {
                 }
                 News::Sent(phases, packed) => self.sent(phases, packed),
                 News::Failed(error) => self.send_failed(&error),
+                News::Copied(result) => self.copied(result),
+                News::Rested(result) => self.rested(result),
             }
         }
     }
