@@ -57,15 +57,18 @@ fn snapshots_are_measured_by_turns_and_removed() {
     let (full, diff) = (&report["series"][0], &report["series"][1]);
     assert_eq!((&full["name"], &full["count"], &full["quiesced"]), (&"full".into(), &2.into(), &0.into()));
     assert_eq!((&diff["name"], &diff["count"], &diff["quiesced"]), (&"diff".into(), &2.into(), &2.into()));
+    let live = &report["series"][2];
+    assert_eq!((&live["name"], &live["count"], &live["pause_ms"]["p50"]), (&"live".into(), &2.into(), &9.0.into()));
     assert_eq!((&full["pause_ms"]["p99"], &diff["pause_ms"]["p50"]), (&900.0.into(), &20.0.into()));
     assert_eq!(full["memory_bytes"]["max"], f64::from(64 << 20));
     let asked = fake.noted(|notes| notes.bodies.clone());
-    let kinds: Vec<_> = asked.iter().filter_map(|body| body.get("diff")).cloned().collect();
-    assert_eq!(kinds, [false, true, false, true]);
+    let asked: Vec<_> = asked.iter().filter_map(|body| Some([body.get("diff")?, body.get("live")?])).collect();
+    let turn = [[false, false], [true, false], [false, true]];
+    assert_eq!(asked, [turn, turn].concat());
     let removed = fake.noted(|notes| notes.calls.clone());
     let removed: Vec<_> = removed.iter().filter(|call| call.starts_with("DELETE")).collect();
     // The bundle that it was launched from stays: it was there before.
-    assert_eq!(removed.iter().filter(|call| call.starts_with("DELETE /v1/bundles/bench-")).count(), 4, "{removed:?}");
+    assert_eq!(removed.iter().filter(|call| call.starts_with("DELETE /v1/bundles/bench-")).count(), 6, "{removed:?}");
     assert!(removed.last().is_some_and(|call| call.starts_with("DELETE /v1/vms/bench-")), "{removed:?}");
 }
 
@@ -74,7 +77,9 @@ fn snapshots_make_a_table() {
     let fake = Fake::start();
     let output = output(at(&fake.socket(), &["bench", "snapshot", "--count", "1", "--idle", "1ms"]));
     let said = text(&output.stdout);
-    for wanted in ["WHAT", "full: pause", "900.0 ms", "diff: pause", "20.0 ms", "64.0 MiB", "in 1 of them"] {
+    for wanted in
+        ["WHAT", "full: pause", "900.0 ms", "diff: pause", "20.0 ms", "live: pause", "64.0 MiB", "in 1 of them"]
+    {
         assert!(said.contains(wanted), "no {wanted:?} in\n{said}");
     }
     assert!(said.lines().all(|line| line.chars().count() <= 80), "{said}");

@@ -222,16 +222,20 @@ async fn build(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>
 }
 
 async fn snapshot(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {
-    let diff = body["diff"] == true;
+    let (diff, live) = (body["diff"] == true, body["live"] == true);
     shared.notes.lock().expect("notes").bodies.push(body);
     if shared.fate == Fate::HangsSnapshots {
         std::future::pending::<()>().await;
     }
     let mut operation = operation("succeeded");
     operation["bundle_id"] = json!(BUNDLE);
-    operation["pause_ms"] = json!(if diff { 20.0 } else { 900.0 });
+    operation["pause_ms"] = json!(match (diff, live) {
+        (_, true) => 9.0,
+        (true, false) => 20.0,
+        (false, false) => 900.0,
+    });
     operation["memory_bytes"] = json!(if diff { 1 << 20 } else { 64 << 20 });
-    operation["quiesced"] = json!(diff);
+    operation["quiesced"] = json!(diff || live);
     ok(operation)
 }
 

@@ -40,19 +40,17 @@ fn begin_copy(vmm: &Vmm, spec: CopySpec, image: &File) {
 /// Copies while the guest runs.
 fn copied(vmm: &mut Vmm, spec: CopySpec, image: &File) -> CopyPhases {
     begin_copy(vmm, spec, image);
-    match answer(&mut vmm.control) {
-        Answer::Copied(phases) => phases,
-        other => panic!("{other:?}\n{}", vmm.log()),
-    }
+    let copied = answer(&mut vmm.control);
+    let Answer::Copied(phases) = copied else { panic!("{copied:?}\n{}", vmm.log()) };
+    phases
 }
 
 /// Writes what was left of a guest that is held now.
 fn rest(vmm: &mut Vmm, descriptors: &[&File]) -> SavePhases {
     let descriptors: Vec<_> = descriptors.iter().map(|file| file.as_fd()).collect();
-    match ask(&mut vmm.control, &Request::SaveRest, &descriptors) {
-        Answer::Saved(phases) => phases,
-        other => panic!("{other:?}\n{}", vmm.log()),
-    }
+    let saved = ask(&mut vmm.control, &Request::SaveRest, &descriptors);
+    let Answer::Saved(phases) = saved else { panic!("{saved:?}\n{}", vmm.log()) };
+    phases
 }
 
 /// What the guest has in memory, read from its process.

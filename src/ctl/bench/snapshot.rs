@@ -197,14 +197,14 @@ pub(super) fn table(report: &Report) -> String {
     }
     let unquiet: usize = report.series.iter().map(|series| series.count - series.quiesced).sum();
     let mut text = format!(
-        "snapshots of a VM of {} ({} vCPU, {} MiB, {} of them filled, {} MB/s written) on {}\neach difference after {} of \
+        "snapshots of a VM of {} ({} vCPU, {} MiB) on {}\n{} MiB of it filled, {} MB/s written; each difference after {} of \
          idleness\n\n{}",
         report.bundle,
         report.vcpus,
         report.memory_mib,
+        report.host,
         report.populated_mib,
         report.writes_mb_per_s,
-        report.host,
         milliseconds(report.idle_ms.into()),
         columns(&["WHAT", "P50", "P99", "MIN", "MAX"], rows),
     );

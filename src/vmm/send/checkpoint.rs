@@ -68,10 +68,9 @@ pub(super) fn serve(sender: &Sender, checkpoint: Checkpoint) {
         Ok(phases) => sender.tell(News::Copied(Ok(phases))),
         Err(error) => return sender.tell(News::Copied(Err(error))),
     }
-    match sender.jobs.recv() {
-        Ok(Job::Rest { list }) => sender.tell(News::Rested(copy.rest(list))),
-        // What was copied is of no use any more.
-        Ok(_) | Err(_) => {}
+    // Whatever else comes, what was copied is of no use any more.
+    if let Ok(Job::Rest { list }) = sender.jobs.recv() {
+        sender.tell(News::Rested(copy.rest(list)));
     }
 }
 
