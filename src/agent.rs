@@ -46,6 +46,7 @@ mod host_network;
 mod host_probe;
 mod host_process;
 mod host_save;
+mod host_touched;
 mod host_vmm;
 mod host_world;
 mod images;

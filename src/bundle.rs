@@ -30,6 +30,7 @@ mod stage;
 mod stamp;
 mod store;
 mod verify;
+pub mod working_set;
 
 pub use commit::{CommitError, Committed, Contents};
 pub use compact::{CompactError, Compaction};

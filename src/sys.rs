@@ -16,6 +16,7 @@ pub mod netconf;
 pub mod netlink;
 pub mod netns;
 pub mod nft;
+pub mod pagemap;
 pub mod pageout;
 pub mod process;
 pub mod ram;

@@ -35,6 +35,7 @@ mod kvm {
     pub(crate) mod outside;
     pub(crate) mod pause;
     pub(crate) mod pool;
+    pub(crate) mod prefault;
     pub(crate) mod probe;
     pub(crate) mod prove;
     pub(crate) mod refusals;
@@ -110,6 +111,7 @@ const TESTS: &[Test] = &[
         kvm::bundle_many::a_hundred_in_a_row_and_thirty_at_once_leave_nothing,
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
+    ("prefault_what_is_reached_first_is_mapped_ahead", kvm::prefault::what_is_reached_first_is_mapped_ahead),
     ("swap_out_and_back_loses_nothing", kvm::swap::out_and_back_loses_nothing),
     ("swap_takes_idle_vms_and_leaves_busy_ones", kvm::swap_harm::takes_idle_vms_and_leaves_busy_ones),
     ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),

@@ -59,6 +59,8 @@ pub struct Limits {
     pub memory_reserve_mib: u64,
     /// Space in MiB on the state directory's file system that new work may not use up.
     pub disk_reserve_mib: u64,
+    /// Most MiB of memory that are mapped for a guest from a bundle before it reaches them; 0: none.
+    pub prefault_mib: u64,
     /// Most connections of clients at once; one process may have half of them.
     pub connections_max: u32,
     /// Events that are kept.
@@ -81,6 +83,7 @@ impl Default for Limits {
             vcpus_max: VCPUS_MAX,
             memory_reserve_mib: 256,
             disk_reserve_mib: 512,
+            prefault_mib: 64,
             connections_max: 512,
             events_kept: 10_000,
             events_kept_days: 30,
@@ -330,6 +333,7 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
     in_range("limits.vcpus_max", limits.vcpus_max.into(), 1, VCPUS_MAX.into())?;
     in_range("limits.memory_reserve_mib", limits.memory_reserve_mib, 0, 1 << 40)?;
     in_range("limits.disk_reserve_mib", limits.disk_reserve_mib, 0, 1 << 40)?;
+    in_range("limits.prefault_mib", limits.prefault_mib, 0, 1 << 20)?;
     in_range("limits.connections_max", limits.connections_max.into(), 2, 65_536)?;
     in_range("limits.events_kept", limits.events_kept.into(), 100, 10_000_000)?;
     in_range("limits.events_kept_days", limits.events_kept_days.into(), 1, 3650)?;

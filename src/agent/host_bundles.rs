@@ -20,6 +20,7 @@ use crate::bundle::admit::{GuestNeeds, HostFacts, admit, admit_guest};
 use crate::bundle::manifest::{
     Backing, DeviceKind, DeviceSlot, FrozenIdentity, GuestSystem, MachineShape, Provenance, Recipe, SourceImage,
 };
+use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{Compaction, Contents, Digest, Listed, Manifest, ManifestDraft, Run, Store, Verified};
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};
@@ -245,6 +246,28 @@ impl VmBundles for HostBundles {
 
     async fn admit_guest(&self, needs: &GuestNeeds, agent_protocol: Option<u16>) -> Result<(), BundleError> {
         Ok(admit_guest(needs, agent_protocol, &self.facts().await?)?)
+    }
+
+    async fn working_set(&self, bundle: &BundleId, bytes_max: u64) -> Result<Option<WorkingSet>, WorkingSetError> {
+        let (store, id) = (self.store.clone(), bundle.clone());
+        let read = spawn_blocking(move || {
+            let set = store.working_set(&id)?.map(|set| set.capped(bytes_max));
+            if let Some(set) = &set {
+                store.read_ahead(&id, set);
+            }
+            Ok(set)
+        });
+        read.await.unwrap_or(Ok(None))
+    }
+
+    async fn keep_working_set(&self, bundle: &BundleId, set: WorkingSet) -> Result<(), WorkingSetError> {
+        let (store, id) = (self.store.clone(), bundle.clone());
+        spawn_blocking(move || store.keep_working_set(&id, &set)).await.unwrap_or(Ok(()))
+    }
+
+    async fn forget_working_set(&self, bundle: &BundleId) -> Result<(), WorkingSetError> {
+        let (store, id) = (self.store.clone(), bundle.clone());
+        spawn_blocking(move || store.forget_working_set(&id)).await.unwrap_or(Ok(()))
     }
 
     async fn commit(&self, order: CommitOrder) -> Result<BundleView, BundleError> {

@@ -18,6 +18,7 @@ use super::host_disk::VmDirs;
 use super::host_move::{accept_from, connect_to};
 use super::host_process::{HostProcess, Started, joined, search, search_all};
 use super::host_save::{COPY_S_MAX, copy_spec};
+use super::host_touched::prefault_spec;
 use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
@@ -26,6 +27,7 @@ use super::world::{
     StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
 };
 use crate::bundle::Store;
+use crate::bundle::working_set::WorkingSet;
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
 use crate::net::rules::host_tag;
@@ -196,6 +198,12 @@ impl VmmHost for HostVmm {
         let (host, vm) = (self.clone(), vm.clone());
         let answer = spawn_blocking(move || host.ask_blocking(&vm, epoch, &ask)).await;
         answer.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
+    }
+
+    async fn touched(&self, vm: &VmRecord, epoch: u64) -> Result<WorkingSet, AskError> {
+        let (host, vm) = (self.clone(), vm.clone());
+        let touched = spawn_blocking(move || host.touched_blocking(&vm, epoch)).await;
+        touched.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
     }
 
     async fn guest(&self, vm: &VmId, port: u32) -> Result<Self::Stream, OpenStreamError> {
@@ -372,7 +380,7 @@ impl HostVmm {
         tokio::net::UnixStream::connect(path).await.map_err(OpenStreamError::Socket)
     }
 
-    fn ask_blocking(&self, vm: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
+    pub(super) fn ask_blocking(&self, vm: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
         let limit = Duration::from_secs(
             match ask {
                 Ask::Launch(_)
@@ -389,6 +397,7 @@ impl HostVmm {
                 | Ask::Resume
                 | Ask::Network
                 | Ask::ReplaceTap { .. }
+                | Ask::Prefault(_)
                 | Ask::Balloon { .. } => self.waits.vmm_answer_s,
             }
             .into(),
@@ -430,6 +439,7 @@ impl HostVmm {
                 exchange(&Request::ReplaceTap { index }, &[tap.into()])
             }
             Ask::Balloon { target_bytes } => exchange(&Request::Balloon { target_bytes: *target_bytes }, &[]),
+            Ask::Prefault(set) => exchange(&Request::Prefault(prefault_spec(set)), &[]),
             Ask::Launch(plan) => {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
                 exchange(&Request::Launch(spec), &files)

@@ -325,8 +325,14 @@ impl<W: World> Agent<W> {
             disks: Vec::new(),
             network_limits: record.spec.network_limits,
         };
+        let set = self.shared.working_set(&record).await;
         match world.vmm().ask(&record, self.shared.epoch, Ask::Restore(plan)).await {
-            Ok(_) => Ok(Spare { record, process }),
+            Ok(_) => {
+                if let Some(set) = set {
+                    self.shared.prefault(&record, set).await;
+                }
+                Ok(Spare { record, process })
+            }
             Err(error) => Err((chain(&error), Some(process))),
         }
     }

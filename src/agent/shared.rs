@@ -1,6 +1,6 @@
 //! What all parts of one agent share: its world, its configuration, its place in the line of agents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ use super::vm_actor::Request;
 use super::world::{DiskIdentity, Records, VmBundles, VmDisk, World};
 use crate::bundle::admit::GuestNeeds;
 use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
-use crate::ids::{SessionId, VmId};
+use crate::ids::{BundleId, SessionId, VmId};
 
 /// One agent's shared parts.
 pub(crate) struct Shared<W: World> {
@@ -67,6 +67,8 @@ pub(crate) struct Shared<W: World> {
     /// Guests from bundles that may be on their way from their first instruction to their identity at once. All of them
     /// want a processor then: more than a few for each would all be late.
     pub(crate) turns: Arc<Semaphore>,
+    /// Bundles of which is noted, or being noted, what their guests reach first.
+    pub(crate) noted: Mutex<BTreeSet<BundleId>>,
     /// VMs of the agent before that are to be looked at.
     pub(super) adoption: Adoption,
     /// Streams into guests.
@@ -140,6 +142,7 @@ impl<W: World> Shared<W> {
             peers: Peers::default(),
             asking: Asking::new(),
             traffic: Traffic::default(),
+            noted: Mutex::default(),
             turns: Arc::new(Semaphore::new(TURNS_PER_CPU * cpus())),
             adoption: Adoption::default(),
             streams: Streams::default(),

@@ -30,6 +30,7 @@ use crate::wire::refusal::Refusal;
 mod arriving;
 mod greeting;
 mod handing_over;
+mod prefaulting;
 mod registering;
 mod retrying;
 mod saving;
@@ -363,7 +364,13 @@ impl<W: World> Work<W> {
             disks: spec.disks.clone(),
             network_limits: spec.network_limits,
         };
-        self.make_machine(Ask::Restore(plan)).await
+        // It is read from the disk while the machine is made.
+        let set = self.shared.working_set(&self.record).await;
+        self.make_machine(Ask::Restore(plan)).await?;
+        if let Some(set) = set {
+            self.shared.prefault(&self.record, set).await;
+        }
+        Ok(())
     }
 
     async fn make_machine(&mut self, ask: Ask) -> Result<(), Outcome> {

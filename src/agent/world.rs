@@ -20,6 +20,7 @@ use super::ledger::{LedgerError, Store};
 use super::migration_record::MovePolicy;
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use crate::bundle::admit::GuestNeeds;
+use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
@@ -93,6 +94,9 @@ pub trait VmmHost: Send + Sync + 'static {
 
     /// A stream to a port of the guest.
     fn guest(&self, vm: &VmId, port: u32) -> impl Future<Output = Result<Self::Stream, OpenStreamError>> + Send;
+
+    /// What its guest has reached of its memory until now.
+    fn touched(&self, vm: &VmRecord, epoch: u64) -> impl Future<Output = Result<WorkingSet, AskError>> + Send;
 
     /// A stream to the guest's console, which begins with the history.
     fn console(&self, vm: &VmId) -> impl Future<Output = Result<Self::Stream, OpenStreamError>> + Send;
@@ -218,6 +222,8 @@ pub enum Ask {
         /// Which pages of memory.
         pages: SavedPages,
     },
+    /// Map these pages of the machine's memory image ahead of their use.
+    Prefault(WorkingSet),
     /// Write the machine's memory to files of the bundle store while it runs, until little is left.
     CopyMemory {
         /// Which pages of memory.
@@ -560,6 +566,21 @@ pub trait VmBundles: Send + Sync + 'static {
         needs: &GuestNeeds,
         agent_protocol: Option<u16>,
     ) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// What earlier guests from it reached first, up to so many bytes; begins to read that into memory. `None`: that is
+    /// not known yet.
+    fn working_set(
+        &self,
+        bundle: &BundleId,
+        bytes_max: u64,
+    ) -> impl Future<Output = Result<Option<WorkingSet>, WorkingSetError>> + Send;
+    /// Has this known, from now on.
+    fn keep_working_set(
+        &self,
+        bundle: &BundleId,
+        set: WorkingSet,
+    ) -> impl Future<Output = Result<(), WorkingSetError>> + Send;
+    /// Has nothing known of it.
+    fn forget_working_set(&self, bundle: &BundleId) -> impl Future<Output = Result<(), WorkingSetError>> + Send;
     /// Has a bundle of what was saved; the same one when it is asked for again.
     fn commit(&self, order: CommitOrder) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
     /// Has nothing that was saved of this VM and did not become a bundle.

@@ -25,6 +25,9 @@ pub(super) const REMOVING: &str = ".removing-";
 /// Directory of memory images composed of a chain of diffs.
 const FLAT: &str = ".flat";
 
+/// Directory of working sets.
+const WORKING_SETS: &str = ".working-sets";
+
 /// The paths of a store.
 #[derive(Debug)]
 pub(super) struct Places {
@@ -56,6 +59,14 @@ impl Places {
     /// A flat image that is being composed.
     pub(super) fn flat_image_new(&self, id: &BundleId) -> PathBuf {
         self.flat_images().join(format!(".{id}.new"))
+    }
+
+    pub(super) fn working_sets(&self) -> PathBuf {
+        self.root.join(WORKING_SETS)
+    }
+
+    pub(super) fn working_set(&self, id: &BundleId) -> PathBuf {
+        self.working_sets().join(format!("{id}.json"))
     }
 
     /// Opens one of a bundle's files for reading.

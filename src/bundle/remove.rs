@@ -85,6 +85,8 @@ impl Store {
             }
             Ok(()) | Err(_) => {}
         }
+        // What is left of it is swept.
+        let _ = self.forget_working_set(id);
         file::remove_tree(&removing).map_err(failed(&removing))
     }
 }

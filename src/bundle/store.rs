@@ -115,7 +115,9 @@ impl Store {
     /// The bundles below `root`; makes what directories are missing.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         let places = Places { root: root.to_owned() };
-        file::make_directories(&places.flat_images()).map_err(|source| StoreError { path: root.to_owned(), source })?;
+        for directory in [places.flat_images(), places.working_sets()] {
+            file::make_directories(&directory).map_err(|source| StoreError { path: root.to_owned(), source })?;
+        }
         let shared = Shared { places, known: Mutex::default(), busy: Mutex::default(), changes: Mutex::default() };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -136,12 +138,14 @@ impl Store {
                 remove(path, removed);
             }
         }
-        for name in self.names(&self.places().flat_images())? {
-            let bundle = name.strip_suffix(".img").and_then(|id| id.parse().ok());
-            if !bundle.is_some_and(|id| self.places().bundle(&id).is_dir()) {
-                let path = self.places().flat_images().join(name);
-                let removed = std::fs::remove_file(&path);
-                remove(path, removed);
+        for (directory, ending) in [(self.places().flat_images(), ".img"), (self.places().working_sets(), ".json")] {
+            for name in self.names(&directory)? {
+                let bundle = name.strip_suffix(ending).and_then(|id| id.parse().ok());
+                if !bundle.is_some_and(|id| self.places().bundle(&id).is_dir()) {
+                    let path = directory.join(name);
+                    let removed = std::fs::remove_file(&path);
+                    remove(path, removed);
+                }
             }
         }
         Ok(swept)

@@ -22,6 +22,7 @@ use vm_memory::{Address, Bytes as _, GuestAddress, GuestMemoryBackend, GuestMemo
 
 use super::dirty::PageRun;
 use super::ram::{GuestRam, GuestRegion};
+use crate::sys::pagemap;
 use crate::sys::sparse::next_data;
 use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
 
@@ -65,15 +66,6 @@ const BUFFER_BYTES: usize = 256 * 1024;
 
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
 pub(super) const PAGE: usize = PAGE_BYTES as usize;
-
-/// Bits of an entry of `/proc/PID/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`): the page is in memory, it is
-/// in swap, it belongs to a file or is shared.
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_FILE: u64 = 1 << 61;
-
-/// Bytes of such an entry.
-const ENTRY_BYTES: usize = 8;
 
 /// Writes `ram` to `image`, an empty file, which becomes as long as guest memory. `pagemap` is this process's
 /// `/proc/PID/pagemap`.
@@ -158,18 +150,12 @@ pub(super) fn pages_of(region: &GuestRegion, pages: Pages, pagemap: &File) -> Re
 /// Marks the pages that this process has a copy of its own of.
 fn own_pages(region: &GuestRegion, pagemap: &File, wanted: &mut [bool]) -> io::Result<()> {
     let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
-    let mut at = (start.addr() / PAGE * ENTRY_BYTES) as u64;
-    let mut entries = vec![0; BUFFER_BYTES];
-    for part in wanted.chunks_mut(BUFFER_BYTES / ENTRY_BYTES) {
-        let bytes = &mut entries[..part.len() * ENTRY_BYTES];
-        pagemap.read_exact_at(bytes, at)?;
-        at += bytes.len() as u64;
-        for (page, entry) in part.iter_mut().zip(bytes.as_chunks::<ENTRY_BYTES>().0) {
-            let entry = u64::from_le_bytes(*entry);
-            *page |= entry & SWAPPED != 0 || entry & PRESENT != 0 && entry & OF_FILE == 0;
+    let count = wanted.len();
+    pagemap::read(pagemap, start.addr() as u64, count, |page, entry| {
+        if let Some(wanted) = wanted.get_mut(page) {
+            *wanted |= entry.is_own();
         }
-    }
-    Ok(())
+    })
 }
 
 /// Marks the pages that the backing file holds as data.
@@ -202,6 +188,17 @@ fn runs(wanted: &[bool]) -> Vec<PageRun> {
         at += count;
     }
     runs
+}
+
+/// Where a part of an image lies in guest memory: address and bytes, for each region it is in.
+pub fn in_guest(ram: &GuestRam, offset: u64, bytes: u64) -> impl Iterator<Item = (GuestAddress, u64)> {
+    let end = offset.saturating_add(bytes);
+    ram.iter().filter_map(move |region| {
+        let start = region.file_offset().map_or(0, |backing| backing.start());
+        let (first, last) = (offset.max(start), end.min(start + region.len()));
+        let bytes = last.checked_sub(first).filter(|bytes| *bytes > 0)?;
+        Some((region.start_addr().unchecked_add(first - start), bytes))
+    })
 }
 
 /// Writes the pages of a run; gives how many bytes those are.

@@ -9,6 +9,7 @@ use crate::agent::world::VmBundles;
 use crate::agent::{BundleError, BundleListed, BundleView, CommitOrder};
 use crate::bundle::admit::{GuestNeeds, admit_guest};
 use crate::bundle::manifest::id_of;
+use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{FindError, Manifest, ReadBundleError, RemoveError, Verified};
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};
@@ -215,6 +216,18 @@ impl VmBundles for SimHost {
     async fn admit_guest(&self, needs: &GuestNeeds, agent_protocol: Option<u16>) -> Result<(), BundleError> {
         self.point(true).await.map_err(host_error)?;
         Ok(admit_guest(needs, agent_protocol, &self.state().facts)?)
+    }
+
+    async fn working_set(&self, _: &BundleId, _: u64) -> Result<Option<WorkingSet>, WorkingSetError> {
+        Ok(None)
+    }
+
+    async fn keep_working_set(&self, _: &BundleId, _: WorkingSet) -> Result<(), WorkingSetError> {
+        Ok(())
+    }
+
+    async fn forget_working_set(&self, _: &BundleId) -> Result<(), WorkingSetError> {
+        Ok(())
     }
 
     async fn commit(&self, order: CommitOrder) -> Result<BundleView, BundleError> {

@@ -15,6 +15,7 @@ use crate::agent::world::{
     StreamIdentity, VmmHost, VmmProcess,
 };
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
+use crate::bundle::working_set::WorkingSet;
 use crate::ids::VmId;
 use crate::wire::control::{
     Answer, BalloonStatus, CopyPhases, InterfaceStatus, LaunchPhases, MachineState, Nonce, PackedPhases, Packing,
@@ -319,7 +320,9 @@ impl State {
             (Ask::Save { .. } | Ask::Seal { .. } | Ask::Pause, _) if vmm.is_sent => {
                 Err(AskError::Refused(Refusal::Sending))
             }
-            (Ask::ReplaceTap { .. }, MachineState::Paused | MachineState::Running) => Ok(Answer::Done),
+            (Ask::Prefault(_) | Ask::ReplaceTap { .. }, MachineState::Paused | MachineState::Running) => {
+                Ok(Answer::Done)
+            }
             (Ask::Launch(_), MachineState::Empty) => {
                 vmm.machine = MachineState::Paused;
                 Ok(Answer::Launched(LaunchPhases::default()))
@@ -397,6 +400,7 @@ impl State {
                 | Ask::Resume
                 | Ask::Pause
                 | Ask::ReplaceTap { .. }
+                | Ask::Prefault(_)
                 | Ask::Balloon { .. },
                 state,
             ) => denied(state),
@@ -537,6 +541,10 @@ impl VmmHost for SimHost {
         }
         self.point(false).await.map_err(AskError::Socket)?;
         answer
+    }
+
+    async fn touched(&self, _: &VmRecord, _: u64) -> Result<WorkingSet, AskError> {
+        Ok(WorkingSet::default())
     }
 
     async fn guest(&self, vm: &VmId, port: u32) -> Result<DuplexStream, OpenStreamError> {

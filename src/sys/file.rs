@@ -3,16 +3,24 @@
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::{Flock, FlockArg, OFlag, PosixFadviseAdvice, posix_fadvise};
 
 /// Mode of files the agent makes: its own only.
 pub const FILE_MODE: u32 = 0o600;
 
 /// Mode of directories the agent makes.
 pub const DIRECTORY_MODE: u32 = 0o700;
+
+/// Has a part of a file read into memory ahead of its use, if the kernel is so kind.
+pub fn will_need(file: &File, part: Range<u64>) {
+    let offset = i64::try_from(part.start).unwrap_or(i64::MAX);
+    let length = i64::try_from(part.end.saturating_sub(part.start)).unwrap_or(i64::MAX);
+    let _ = posix_fadvise(file, offset, length, PosixFadviseAdvice::POSIX_FADV_WILLNEED);
+}
 
 /// Replaces `path` whole: readers see the old content or the new, also after a crash.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {

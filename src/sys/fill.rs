@@ -34,11 +34,38 @@ pub fn fill(ram: &GuestRam, at: GuestAddress, content: &[u8]) -> Result<(), Gues
     Ok(())
 }
 
+/// What memory is mapped for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To be read: a private page stays the file's.
+    Read,
+    /// To be written: a private page becomes this process's own, with what it held.
+    Write,
+}
+
+/// Maps memory from `at` on ahead of its use, as far as it lies in one region. What it holds stays as it is. Needs Linux
+/// 5.14.
+pub fn populate(ram: &GuestRam, at: GuestAddress, bytes: u64, access: Access) -> io::Result<()> {
+    let Some(region) = ram.find_region(at) else { return Ok(()) };
+    let offset = at.unchecked_offset_from(region.start_addr());
+    let host = region.get_host_address(vm_memory::MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+    let bytes = usize::try_from(bytes.min(region.len() - offset)).unwrap_or(0);
+    NonNull::new(host).map_or(Ok(()), |host| populate_range(host.cast(), bytes, access))
+}
+
 /// Maps pages that the file has.
 fn map_pages(host: NonNull<libc::c_void>, bytes: usize) -> io::Result<()> {
+    populate_range(host, bytes, Access::Read)
+}
+
+fn populate_range(host: NonNull<libc::c_void>, bytes: usize, access: Access) -> io::Result<()> {
+    let advice = match access {
+        Access::Read => libc::MADV_POPULATE_READ,
+        Access::Write => libc::MADV_POPULATE_WRITE,
+    };
     // SAFETY: the range lies in one mapping of guest memory, which its region keeps for as long as it is borrowed. What
     // it holds stays as it is.
-    match unsafe { libc::madvise(host.as_ptr(), bytes, libc::MADV_POPULATE_READ) } {
+    match unsafe { libc::madvise(host.as_ptr(), bytes, advice) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -289,6 +289,7 @@ impl EventLoop {
             Request::ForwardPackets { last } => return self.forward_packets(last).map(|()| None),
             Request::CopyMemory(spec) => return self.copy_memory(spec, descriptors).map(|()| None),
             Request::SaveRest => return self.save_rest(descriptors).map(|()| None),
+            Request::Prefault(spec) => self.prefault(spec).map(|()| Answer::Done),
             Request::SendProgress => Ok(Answer::Sending(self.send_progress())),
             Request::CancelSend => {
                 self.cancel_send();

@@ -38,7 +38,8 @@ use crate::sys::kvm::CallError;
 use crate::sys::thread::{self, ThreadClass};
 use crate::units::{Bytes, PAGE_BYTES, PageCount, PageIndex};
 use crate::wire::control::{
-    CopyPhases, PackedPhases, Packing, SendPhase, SendPhases, SendProgress, SendSpec, SentPages, StreamForm,
+    CopyPhases, PackedPhases, Packing, PrefaultSpec, SendPhase, SendPhases, SendProgress, SendSpec, SentPages,
+    StreamForm,
 };
 use crate::wire::link::LinkError;
 use crate::wire::packed::Packer;
@@ -48,6 +49,7 @@ use crate::wire::stream::{
 
 pub(super) mod checkpoint;
 mod lane;
+mod prefault;
 
 use checkpoint::{Checkpoint, CheckpointError};
 use lane::Lane;
@@ -123,6 +125,8 @@ pub(super) enum Job {
         /// Where.
         list: Option<File>,
     },
+    /// Map these pages of its memory ahead.
+    Prefault(GuestRam, PrefaultSpec),
     /// The guest stands still.
     Held,
     /// Its state.
@@ -274,6 +278,10 @@ impl Sender {
                     checkpoint::serve(self, *checkpoint);
                     continue;
                 }
+                Job::Prefault(ram, spec) => {
+                    prefault::serve(&ram, &spec);
+                    continue;
+                }
                 // What belongs to something that is over means nothing any more.
                 Job::Rest { .. } | Job::Held | Job::State(_) | Job::Cancel | Job::Packets { .. } | Job::Forget => {
                     continue;
@@ -307,7 +315,13 @@ impl Sender {
                     let result = lane.forward(&door, last, &mut packets);
                     self.tell(News::Forwarded(result.map(|()| packets - before)));
                 }
-                Job::Send(_) | Job::Checkpoint(_) | Job::Rest { .. } | Job::Held | Job::State(_) | Job::Cancel => {}
+                Job::Send(_)
+                | Job::Checkpoint(_)
+                | Job::Prefault(..)
+                | Job::Rest { .. }
+                | Job::Held
+                | Job::State(_)
+                | Job::Cancel => {}
             }
         }
     }

@@ -9,12 +9,14 @@ use crate::units::NetLimits;
 
 mod copying;
 mod moving;
+mod prefault;
 
 pub use copying::{CopyPhases, CopySpec};
 pub use moving::{
     PackedPhases, Packing, ReceiveSpec, ReceivedMemory, SendPhase, SendPhases, SendProgress, SendSpec, SentPages,
     StreamForm, StreamKey, StreamTls, StreamToken,
 };
+pub use prefault::{PREFAULT_RUNS_MAX, PrefaultSpec};
 
 /// Most descriptors beside one frame: kvm, kernel, initrd, console file and socket, and 19 slots. Linux allows 253.
 pub const DESCRIPTORS_MAX: usize = 32;
@@ -149,6 +151,9 @@ pub enum Request {
     /// [`Answer::Saved`], whose memory is what was written by this request only. Descriptors: a file for the state, and
     /// with [`SavedPages::Changed`] one for the list of all pages.
     SaveRest,
+    /// Map pages of the memory image that the machine was restored from ahead of their use. Answered when that is begun;
+    /// how it ends makes no difference but to speed.
+    Prefault(PrefaultSpec),
 }
 
 impl Message for Request {
@@ -178,7 +183,7 @@ impl Request {
             | Self::ForwardPackets { .. }
             | Self::Receive(_) => 2,
             Self::SendIn { .. } => 3,
-            Self::CopyMemory(_) | Self::SaveRest => 4,
+            Self::CopyMemory(_) | Self::SaveRest | Self::Prefault(_) => 4,
         }
     }
 }
@@ -201,7 +206,7 @@ pub enum Answer {
     /// To [`Request::Launch`], [`Request::Restore`], [`Request::Unseal`] and [`Request::Receive`]: the machine is built
     /// and paused.
     Launched(LaunchPhases),
-    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`] and
+    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`], [`Request::Prefault`] and
     /// [`Request::CancelSend`].
     Done,
     /// To [`Request::Status`].

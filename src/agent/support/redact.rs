@@ -13,6 +13,7 @@ const SHOWN: &[(&str, &[&str])] = &[
             "vcpus_max",
             "memory_reserve_mib",
             "disk_reserve_mib",
+            "prefault_mib",
             "connections_max",
             "events_kept",
             "events_kept_days",

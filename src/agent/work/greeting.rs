@@ -7,7 +7,7 @@ use std::time::Duration;
 use hearth_guest_wire::{FromGuest, HardwareAddress, Identity, ToGuest};
 use tokio::time::sleep;
 
-use super::{Outcome, Work, ended, micros, unreachable};
+use super::{Outcome, Work, ended, micros, prefaulting, unreachable};
 use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, GuestLink};
 use crate::agent::guest_network::{self, guest_network};
 use crate::agent::host_vmm::interface_mac;
@@ -95,6 +95,9 @@ impl<W: World> Work<W> {
             }
         };
         self.turn = None;
+        if self.is_launch() {
+            prefaulting::note(&self.shared, &self.record);
+        }
         self.keep_boot_times(begun, heard).await;
         Ok(())
     }

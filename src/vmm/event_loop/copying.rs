@@ -15,7 +15,9 @@ use crate::units::Bytes;
 use crate::vmm::save::{self, RestFiles, SaveMachineError};
 use crate::vmm::send::Job;
 use crate::vmm::send::checkpoint::{Checkpoint, CheckpointError};
-use crate::wire::control::{Answer, CopyPhases, CopySpec, MachineState, SavePhases, SavedPages};
+use crate::wire::control::{
+    Answer, CopyPhases, CopySpec, MachineState, PREFAULT_RUNS_MAX, PrefaultSpec, SavePhases, SavedPages,
+};
 use crate::wire::refusal::Refusal;
 
 /// Memory that is being copied, or was.
@@ -45,6 +47,17 @@ impl EventLoop {
     pub(super) fn is_copying(&self) -> bool {
         let stage = self.copying.as_ref().map(|copying| &copying.stage);
         matches!(stage, Some(Stage::UnderWay | Stage::GivenUp | Stage::Resting(..)))
+    }
+
+    /// Has pages mapped ahead, unless the thread that would do it has something to do that somebody waits for.
+    pub(super) fn prefault(&self, spec: PrefaultSpec) -> Result<(), Refusal> {
+        self.not_sending()?;
+        let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
+        if spec.read.len() + spec.written.len() > PREFAULT_RUNS_MAX {
+            return Err(Refusal::BadRequest { reason: format!("more than {PREFAULT_RUNS_MAX} runs of pages") });
+        }
+        guest.sender.tell(Job::Prefault(guest.machine.ram().clone(), spec));
+        Ok(())
     }
 
     /// Begins to copy memory; the answer comes later.

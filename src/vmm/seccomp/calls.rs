@@ -46,7 +46,13 @@ pub(super) const LINES: &[Line] = &[
         ALL,
         "free gives an arena back, a thread its stack, a balloon a guest's private pages",
     ),
-    line(libc::SYS_madvise, Is(2, flag(libc::MADV_POPULATE_READ)), STREAM, "pages that arrived are mapped"),
+    line(
+        libc::SYS_madvise,
+        Is(2, flag(libc::MADV_POPULATE_READ)),
+        STREAM,
+        "pages that arrived, or will be read, are mapped",
+    ),
+    line(libc::SYS_madvise, Is(2, flag(libc::MADV_POPULATE_WRITE)), STREAM, "pages that will be written are mapped"),
     // Waiting and the end.
     line(libc::SYS_futex, Always, ALL, "locks, condition variables, channels, join"),
     line(libc::SYS_sched_yield, Always, ALL, "channels spin for a moment before they sleep"),
