@@ -5,6 +5,7 @@
 mod balloon;
 mod bench;
 mod bundle;
+mod bundle_file;
 mod cluster;
 mod ledger;
 mod manual;
@@ -26,6 +27,7 @@ pub use balloon::BalloonArgs;
 pub use bench::{
     BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchMigrateArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs,
 };
+pub use bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};

@@ -24,6 +24,8 @@ pub(super) const STAGING: &str = ".staging-";
 pub(super) const REMOVING: &str = ".removing-";
 /// Directory of memory images composed of a chain of diffs.
 const FLAT: &str = ".flat";
+/// Directory of what is known of bundles and is no part of them: who signed them, and which were made here.
+const SIGNATURES: &str = ".signatures";
 
 /// The paths of a store.
 #[derive(Debug)]
@@ -56,6 +58,14 @@ impl Places {
     /// A flat image that is being composed.
     pub(super) fn flat_image_new(&self, id: &BundleId) -> PathBuf {
         self.flat_images().join(format!(".{id}.new"))
+    }
+
+    pub(super) fn signatures(&self) -> PathBuf {
+        self.root.join(SIGNATURES)
+    }
+
+    pub(super) fn signatures_of(&self, id: &BundleId) -> PathBuf {
+        self.signatures().join(format!("{id}.json"))
     }
 
     /// Opens one of a bundle's files for reading.
