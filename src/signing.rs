@@ -238,7 +238,10 @@ mod tests {
         }
         let plain = Ed25519KeyPair::from_seed_unchecked(&[7; KEY_BYTES]).unwrap().sign(&[1; DIGEST_BYTES]);
         let plain = Signature(plain.as_ref().try_into().unwrap());
-        assert!(!key.public().has_signed_bundle(&[1; DIGEST_BYTES], &plain), "the same digest signed as something else");
+        assert!(
+            !key.public().has_signed_bundle(&[1; DIGEST_BYTES], &plain),
+            "the same digest signed as something else"
+        );
         assert!(!format!("{key:?}").contains(&encode(&[7; KEY_BYTES])), "{key:?}");
     }
 

@@ -179,7 +179,11 @@ impl BundleError {
             Self::Import(error) => error.retry(),
             Self::NothingSaved { .. } => Retry::Never,
             Self::Untrusted { .. } | Self::Name { .. } | Self::NameTaken { .. } => Retry::WithChange,
-            Self::NoFacts | Self::TooManyTransfers { .. } | Self::Pooled { .. } | Self::InUse { .. } | Self::Host { .. } => Retry::Later,
+            Self::NoFacts
+            | Self::TooManyTransfers { .. }
+            | Self::Pooled { .. }
+            | Self::InUse { .. }
+            | Self::Host { .. } => Retry::Later,
         }
     }
 }

@@ -23,7 +23,8 @@ use crate::bundle::manifest::{
     Backing, DeviceKind, DeviceSlot, FrozenIdentity, GuestSystem, MachineShape, Provenance, Recipe, SourceImage,
 };
 use crate::bundle::{
-    BundleSignature, Committed, Compaction, Contents, Digest, Listed, Manifest, ManifestDraft, Run, Signed, Store, Verified,
+    BundleSignature, Committed, Compaction, Contents, Digest, Listed, Manifest, ManifestDraft, Run, Signed, Store,
+    Verified,
 };
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};

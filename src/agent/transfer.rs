@@ -40,8 +40,10 @@ pub struct Imported {
 /// Bundles as files, as seen from above.
 pub trait TransferDoor: Send + Sync + 'static {
     /// The bytes of a bundle and of what it builds on. It is not removed while they are written.
-    fn export_bundle<'a>(&'a self, word: &'a str)
-    -> BoxFuture<'a, Result<(BundleView, mpsc::Receiver<Piece>), BundleError>>;
+    fn export_bundle<'a>(
+        &'a self,
+        word: &'a str,
+    ) -> BoxFuture<'a, Result<(BundleView, mpsc::Receiver<Piece>), BundleError>>;
     /// Has the bundles of these bytes, parents first: the last one is what was exported.
     fn import_bundle(&self, from: mpsc::Receiver<Piece>) -> BoxFuture<'_, Result<Vec<Imported>, BundleError>>;
     /// Keeps a signature of a bundle.

@@ -14,8 +14,9 @@ use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal, TlsError};
 use crate::agent::{
     ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, ExportError, FailureCause,
-    FindBundleError, FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError,
-    OwnError, ReadBundleError, RemoveError, SessionError, SignError, VerbError, VerifyError, VmError, VmState,
+    FindBundleError, FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning,
+    OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, SignError, VerbError, VerifyError, VmError,
+    VmState,
 };
 use crate::report::{Retry, chain};
 

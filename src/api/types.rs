@@ -23,8 +23,8 @@ mod swap;
 mod usage;
 mod vm;
 
-pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
 pub(crate) use crate::base64::{decode as decode_base64, encode as encode_base64};
+pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
 pub use bundle::{
     Bundle, BundleBuildRequest, BundleHost, BundleImported, BundleList, BundleRecipe, BundleSignRequest, BundleTrust,
     BundleVerified, CompactRequest, SnapshotRequest, UnreadableBundle,

@@ -13,11 +13,11 @@ use super::output::{Output, OutputError, note};
 use super::progress::{follow, shown};
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, word};
 use crate::api::types::{
-    Bundle, BundleBuildRequest, BundleList, BundleTrust, BundleVerified, CompactRequest, ErrorDetail, Operation, OperationState,
-    RetryHint, SnapshotRequest,
+    Bundle, BundleBuildRequest, BundleList, BundleTrust, BundleVerified, CompactRequest, ErrorDetail, Operation,
+    OperationState, RetryHint, SnapshotRequest,
 };
-use crate::signing::ParseKeyError;
 use crate::cli::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+use crate::signing::ParseKeyError;
 
 /// How long a snapshot, a verification or a compaction may take: tens of GiB at a slow disk's speed.
 pub(super) const DISK_LIMIT: Duration = Duration::from_secs(600);

@@ -99,7 +99,11 @@ fn beside(path: &Path) -> Option<PathBuf> {
 fn create_private(path: &Path, is_new: bool) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).mode(0o600);
-    if is_new { options.create_new(true) } else { options.create(true).truncate(true) };
+    if is_new {
+        options.create_new(true)
+    } else {
+        options.create(true).truncate(true)
+    };
     options.open(path)
 }
 
@@ -229,7 +233,9 @@ mod tests {
         let text = std::fs::read_to_string(&args.output).unwrap();
         PrivateKey::from_text(&text).unwrap();
         let again = make_key(Output::new(true), &args);
-        assert!(matches!(&again, Err(BundleError::File { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists));
+        assert!(
+            matches!(&again, Err(BundleError::File { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists)
+        );
         assert_eq!(std::fs::read_to_string(&args.output).unwrap(), text);
     }
 

@@ -26,7 +26,9 @@ const fn bad(code: &'static str, todo: Option<&'static str>) -> Answer {
 
 pub(super) const fn import(error: &ImportError) -> Answer {
     match error {
-        ImportError::Archive(ArchiveError::Magic) => bad("import_unknown", Some("`hearth bundle export` makes such files")),
+        ImportError::Archive(ArchiveError::Magic) => {
+            bad("import_unknown", Some("`hearth bundle export` makes such files"))
+        }
         ImportError::Archive(ArchiveError::Version { .. }) => {
             bad("import_version", Some("import it with a program of the version that exported it, or a later one"))
         }
@@ -42,7 +44,9 @@ pub(super) const fn import(error: &ImportError) -> Answer {
         ImportError::Parent { .. } => bad("import_parent_missing", Some(AGAIN)),
         ImportError::Signature { .. } => bad("bad_signature", Some(AGAIN)),
         ImportError::Stage(StageError::NoSpace { .. })
-        | ImportError::Commit(CommitError::NoSpace { .. })
+        | ImportError::Commit(
+            CommitError::NoSpace { .. } | CommitError::Signatures { source: SignError::NoSpace { .. }, .. },
+        )
         | ImportError::NoSpace { .. } => FULL,
         ImportError::Stage(_) | ImportError::Commit(_) | ImportError::File { .. } => HOST,
     }

@@ -29,7 +29,11 @@ fn a_committed_bundle_is_three_files_that_nobody_writes() {
         let found = std::fs::metadata(directory.join(name)).unwrap();
         assert_eq!(found.permissions().mode() & 0o777, 0o400, "{name}");
     }
-    assert_eq!(names(&rig.root), [".flat".to_owned(), ".signatures".to_owned(), committed.id.to_string()], "nothing is staged");
+    assert_eq!(
+        names(&rig.root),
+        [".flat".to_owned(), ".signatures".to_owned(), committed.id.to_string()],
+        "nothing is staged"
+    );
     let manifest = &committed.manifest;
     assert_eq!(manifest.memory.chunks.iter().map(|chunk| chunk.index).collect::<Vec<_>>(), [0, 12]);
     assert_eq!(manifest.memory.zero_runs, [(1, 11), (13, 3)].map(Run::from));

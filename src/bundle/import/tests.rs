@@ -3,7 +3,7 @@
 use super::*;
 use crate::bundle::archive::Writer;
 use crate::bundle::samples::{Rig, content, draft, names, state};
-use crate::bundle::{Contents, Export, ExportError, ManifestDraft, RemoveError};
+use crate::bundle::{Contents, Export, ExportError, ManifestDraft, RemoveError, SignError};
 use crate::signing::PrivateKey;
 use proptest::prelude::*;
 
@@ -228,12 +228,21 @@ fn what_is_damaged_is_not_exported() {
     }
 }
 
-/// A store whose disk takes no more than some bytes.
 #[test]
-fn no_place_for_the_memory_is_told() {
+fn a_full_disk_is_said_and_leaves_nothing() {
     let (here, there) = (Rig::new(64 << 10), Rig::new(64 << 10));
     let id = here.full("base", &[(0, b"x")]).id;
+    sign(&here, &id, 1);
     let bytes = export(&here.store, &id);
+    // Where the signatures are written first: a device that is always full.
+    let full = there.root.join(".signatures").join(format!(".{id}.json.new"));
+    std::os::unix::fs::symlink("/dev/full", &full).unwrap();
+    let error = import(&there, &bytes).unwrap_err();
+    let is_told =
+        matches!(&error, ImportError::Commit(CommitError::Signatures { source: SignError::NoSpace { .. }, .. }));
+    assert!(is_told && error.retry() == Retry::Later, "{error:?}");
+    assert_nothing(&there);
+    import(&there, &bytes).unwrap();
     std::fs::remove_dir_all(&there.root).unwrap();
     assert!(matches!(import(&there, &bytes), Err(ImportError::Stage(StageError::File { .. }))));
 }
