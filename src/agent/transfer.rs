@@ -66,7 +66,13 @@ impl<W: World> Agent<W> {
         let (to, pieces) = mpsc::channel(PIECES_MAX);
         let watched = async move {
             let mut unseen = 0;
-            while let Some(piece) = from.recv().await {
+            loop {
+                let piece = tokio::select! {
+                    biased;
+                    () = to.closed() => return None,
+                    piece = from.recv() => piece,
+                };
+                let Some(piece) = piece else { return None };
                 unseen += piece.as_ref().map_or(0, Bytes::len);
                 if unseen >= ROOM_BYTES {
                     unseen = 0;
@@ -77,10 +83,9 @@ impl<W: World> Agent<W> {
                     }
                 }
                 if to.send(piece).await.is_err() {
-                    return None;
+                    return None::<NoRoom>;
                 }
             }
-            None::<NoRoom>
         };
         let bundles = self.shared.world.bundles();
         let (full, imported) = tokio::join!(watched, bundles.import(pieces, token));

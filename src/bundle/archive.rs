@@ -183,15 +183,16 @@ impl<R: Read> Reader<R> {
             kind::MANIFEST => Ok(Part::Manifest(&self.buffer)),
             kind::STATE => Ok(Part::State(&self.buffer)),
             kind::MEMORY => Ok(Part::Memory { offset, bytes: &self.buffer }),
-            kind::SIGNATURE => match self.buffer.split_at(KEY_BYTES) {
-                (key, signature) => match (key.try_into(), signature.try_into()) {
+            kind::SIGNATURE => {
+                let (key, signature) = self.buffer.split_at(KEY_BYTES);
+                match (key.try_into(), signature.try_into()) {
                     (Ok(key), Ok(signature)) => Ok(Part::Signature(BundleSignature {
                         key: PublicKey::from_bytes(key),
                         signature: Signature::from_bytes(signature),
                     })),
                     (_, _) => Err(wrong("its length cannot be")),
-                },
-            },
+                }
+            }
             _ => self.end(found),
         }
     }

@@ -13,7 +13,7 @@ use super::image::{Content, Image, View};
 use super::manifest::Manifest;
 use super::places::{MANIFEST, MEMORY, STATE};
 use super::run;
-use super::signatures::{BundleSignature, SignError};
+use super::signatures::{BundleSignature, SignError, Signed};
 use super::store::Store;
 use crate::ids::BundleId;
 use crate::report::Retry;
@@ -95,7 +95,9 @@ impl Store {
         let open = |name| self.places().open(id, name);
         let (manifest_file, state, memory) = (open(MANIFEST)?, open(STATE)?, open(MEMORY)?);
         self.check_length(id, &self.stamp(id, &memory, MEMORY)?, &manifest)?;
-        let signatures = self.signed(id)?.signatures;
+        let Signed { manifest_digest, mut signatures, .. } = self.signed(id)?;
+        // Somebody wrote into the file who is not this program: nobody would take the others with it.
+        signatures.retain(|one| one.is_of(&manifest_digest));
         Ok(Link { id: id.clone(), manifest, manifest_file, state, memory, signatures })
     }
 }

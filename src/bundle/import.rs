@@ -148,17 +148,11 @@ impl Store {
                     let number = coming.len();
                     coming.push(self.begin(bytes, &format!("{token}-{number}"), coming.last())?);
                 }
-                part => {
-                    // The reader has records of a bundle come after its manifest.
-                    let Some(one) = coming.last_mut() else { return Ok(()) };
-                    match part {
-                        Part::State(bytes) => one.state(bytes)?,
-                        Part::Memory { offset, bytes } => one.memory(offset, bytes)?,
-                        Part::Signature(signature) => one.signature(signature)?,
-                        Part::Manifest(_) => {}
-                        Part::End => return Ok(()),
-                    }
-                }
+                // The reader has these come after a manifest.
+                Part::State(bytes) => coming.last().map_or(Ok(()), |one| one.state(bytes))?,
+                Part::Memory { offset, bytes } => coming.last().map_or(Ok(()), |one| one.memory(offset, bytes))?,
+                Part::Signature(one) => coming.last_mut().map_or(Ok(()), |last| last.signature(one))?,
+                Part::End => return Ok(()),
             }
         }
     }

@@ -72,8 +72,8 @@ pub enum BundleError {
         /// How.
         source: hyper::Error,
     },
-    /// Somebody would see bytes.
-    #[error("a bundle is not for terminals: name a file with --output, or let another program read it")]
+    /// Somebody would see bytes, or would have to type them.
+    #[error("a bundle is not for terminals: name a file, or use a pipe")]
     Terminal,
     /// Nobody takes the output.
     #[error(transparent)]

@@ -129,6 +129,9 @@ async fn copy(word: &str, mut body: Incoming, to: &mut impl Write, path: &Path) 
 }
 
 pub(super) async fn import(agent: &Agent, out: Output, args: BundleImportArgs) -> Result<(), BundleError> {
+    if is_dash(&args.file) && io::stdin().is_terminal() {
+        return Err(BundleError::Terminal);
+    }
     let from: Box<dyn AsyncRead + Send + Unpin> = if is_dash(&args.file) {
         Box::new(tokio::io::stdin())
     } else {

@@ -83,7 +83,13 @@ pub(in crate::api) async fn import_bundle(
 /// Hands a body on, piece by piece; what nobody wants any more is given back.
 async fn take(mut body: Body, to: mpsc::Sender<Piece>) -> Option<Body> {
     loop {
-        let piece = match timeout(SEND_LIMIT, body.frame()).await {
+        let piece = tokio::select! {
+            biased;
+            // Refused, while the client may send nothing more before it is told.
+            () = to.closed() => return Some(body),
+            piece = timeout(SEND_LIMIT, body.frame()) => piece,
+        };
+        let piece = match piece {
             Ok(None) => return None,
             // Frames that are not data are trailers, and mean nothing here.
             Ok(Some(Ok(frame))) => frame.into_data().map(Ok).unwrap_or_else(|_| Ok(bytes::Bytes::new())),
