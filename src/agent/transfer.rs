@@ -72,7 +72,7 @@ impl<W: World> Agent<W> {
                     () = to.closed() => return None,
                     piece = from.recv() => piece,
                 };
-                let Some(piece) = piece else { return None };
+                let piece = piece?;
                 unseen += piece.as_ref().map_or(0, Bytes::len);
                 if unseen >= ROOM_BYTES {
                     unseen = 0;

@@ -246,7 +246,7 @@ mod tests {
         let path = rig.root.join(".signatures").join(format!("{id}.json"));
         let whole = std::fs::read(&path).unwrap();
         for bytes in [&b""[..], b"{}", &whole[..whole.len() - 1], &[whole.as_slice(), b"x"].concat(), &[b' '; 70_000]] {
-            std::fs::write(&path, bytes).unwrap();
+            file::replace(&path, bytes).unwrap();
             assert!(matches!(rig.store.signed(&id), Err(SignError::Malformed { .. })));
         }
         rig.store.remove(&id).unwrap();
@@ -271,7 +271,7 @@ mod tests {
         let two = compact("two");
         assert!(!rig.store.signed(&two).unwrap().made_here);
         let left = rig.root.join(".signatures/b-77777777777777777777777774.json");
-        std::fs::write(&left, "{}").unwrap();
+        file::replace(&left, b"{}").unwrap();
         rig.store.sweep(&[]).unwrap();
         assert!(!left.exists() && rig.store.signed(&base).unwrap().made_here);
         assert!(matches!(rig.store.remove(&base), Err(RemoveError::HasChildren { .. })));

@@ -42,7 +42,7 @@ fn an_import_sends_all_of_a_file() {
     let (fake, directory) = (Fake::start(), tempfile::tempdir().expect("a directory"));
     let file = directory.path().join("web.hearth");
     let bytes: Vec<u8> = (0..1_000_000_u32).map(|at| u8::try_from(at % 251).expect("a byte")).collect();
-    std::fs::write(&file, &bytes).expect("a file");
+    hearth::sys::file::replace(&file, &bytes).expect("a file");
     let done = output(at(&fake.socket(), &["bundle", "import", word(&file)]));
     assert!(done.status.success(), "{done:?}");
     let said = text(&done.stderr);
