@@ -131,9 +131,9 @@ fn words_after_the_dashes_are_the_commands() {
 fn a_bundle_goes_to_a_file_and_comes_from_one() {
     let parse = |words: &[&str]| {
         let words = ["hearth", "bundle"].into_iter().chain(words.iter().copied());
-        Cli::try_parse_from(words).map(|cli| match cli.command {
-            Command::Client(ClientCommand::Bundle(command)) => command,
-            _ => panic!("a command of bundles"),
+        Cli::try_parse_from(words).map(|cli| {
+            let Command::Client(ClientCommand::Bundle(command)) = cli.command else { panic!("a command of bundles") };
+            command
         })
     };
     let Ok(BundleCommand::Export(args)) = parse(&["export", "web", "--output", "web.hearth"]) else { panic!() };

@@ -158,9 +158,9 @@ fn what_has_a_good_digest_and_is_wrong_is_refused() {
         assert_nothing(&there);
         error
     };
-    let damage = |error: ImportError| match error {
-        ImportError::Damaged { damage, .. } => damage,
-        other => panic!("{other:?}"),
+    let damage = |error: ImportError| {
+        let ImportError::Damaged { damage, .. } = error else { panic!("{error:?}") };
+        damage
     };
     let mut diff_alone = of(&diff);
     diff_alone.memory.clear();
