@@ -81,6 +81,8 @@ mod support;
 mod swap;
 mod swap_watch;
 mod traffic;
+mod transfer;
+mod trust;
 mod usage;
 mod vm_actor;
 mod vm_state;
@@ -146,13 +148,17 @@ pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
 pub use support::{SupportError, SupportRequest, support_bundle};
 pub use swap::{HostLoad, Need, SwapDecision, Verdict, Weighed};
+pub use transfer::{Imported, PIECES_MAX, Piece, TransferDoor};
+pub use trust::{Trust, TrustConfig};
 pub use usage::{Usages, VmUsage};
 pub use vm_actor::{Arrival, SwapOrder, Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
 
+pub use crate::bundle::archive::ArchiveError;
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
 pub use crate::bundle::{
-    FindError as FindBundleError, OpenBundleError, ReadBundleError, RemoveError, Verified, VerifyError,
+    BundleSignature, CommitError, ExportError, FindError as FindBundleError, ImportError, OpenBundleError,
+    ReadBundleError, RemoveError, SignError, StageError, Verified, VerifyError,
 };
 pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};
 pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};

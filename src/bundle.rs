@@ -5,7 +5,8 @@
 //! Store ── stage ──▶ Staging ── commit ──▶ <root>/<id>/{manifest.json, state.bin, memory.img}   never changed again
 //!   │                   │ files for a VMM        │
 //!   │                   └── discard              ├── open_for_launch ──▶ verified files, memory flat
-//!   └── list find children verify compact remove ┘
+//!   ├── list find children verify compact remove ┤
+//!   └── import ◀── one file ◀── export ◀─────────┘
 //! ```
 //!
 //! All calls block on the disk: callers that may not wait use a thread for them. A store is for one process; it is free
@@ -14,11 +15,14 @@
 #![forbid(unsafe_code)]
 
 pub mod admit;
+pub mod archive;
 mod commit;
 mod compact;
 mod damage;
 mod digest;
+mod export;
 mod image;
+mod import;
 mod launch;
 pub mod manifest;
 mod places;
@@ -26,6 +30,7 @@ mod remove;
 mod run;
 #[cfg(test)]
 mod samples;
+mod signatures;
 mod stage;
 mod stamp;
 mod store;
@@ -36,11 +41,14 @@ pub use commit::{CommitError, Committed, Contents};
 pub use compact::{CompactError, Compaction};
 pub use damage::{Damage, ReadBundleError};
 pub use digest::{Digest, ParseDigestError};
+pub use export::{Export, ExportError};
 pub use image::{OnProgress, Progress};
+pub use import::ImportError;
 pub use launch::{LaunchFiles, OpenBundleError};
 pub use manifest::{Manifest, ManifestDraft};
 pub use remove::RemoveError;
 pub use run::{Run, push as push_run};
+pub use signatures::{BundleSignature, SIGNATURES_MAX, SignError, Signed};
 pub use stage::{StageError, Staging};
 pub use store::{FindError, Listed, Store, StoreError, Swept};
 pub use verify::{Verified, VerifyError};

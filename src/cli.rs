@@ -5,6 +5,7 @@
 mod balloon;
 mod bench;
 mod bundle;
+mod bundle_file;
 mod cluster;
 mod ledger;
 mod manual;
@@ -27,6 +28,7 @@ pub use bench::{
     BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchMigrateArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs,
 };
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+pub use bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
 pub use manual::{CompletionsArgs, ManArgs, Page, ShellWord, completions, first_page, pages};

@@ -8,6 +8,7 @@
 mod balloon;
 mod bench;
 mod bundle;
+mod bundle_file;
 mod calculation;
 mod call;
 mod cluster;

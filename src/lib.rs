@@ -5,10 +5,12 @@
 // dependencies would take most of the time.
 
 // Floor 0: vocabulary. std and serde; no I/O; the only clock reads are in `clock`.
+mod base64;
 pub mod clock;
 pub mod ids;
 pub mod report;
 pub mod saved;
+pub mod signing;
 pub mod units;
 
 // Floor 1: the kernel. The only unsafe code; no policy, no logging.

@@ -26,5 +26,7 @@ mod prometheus;
 mod run;
 #[path = "cli/top.rs"]
 mod top;
+#[path = "cli/trust.rs"]
+mod trust;
 #[path = "cli/words.rs"]
 mod words;

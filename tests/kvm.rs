@@ -43,6 +43,7 @@ mod kvm {
     pub(crate) mod swap;
     pub(crate) mod swap_harm;
     pub(crate) mod terminal;
+    pub(crate) mod trust;
     pub(crate) mod unfit;
     pub(crate) mod versions;
     pub(crate) mod witness;
@@ -112,6 +113,10 @@ const TESTS: &[Test] = &[
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
     ("prefault_what_is_reached_first_is_mapped_ahead", kvm::prefault::what_is_reached_first_is_mapped_ahead),
+    (
+        "trust_a_bundle_leaves_its_host_and_is_asked_who_signed_it",
+        kvm::trust::a_bundle_leaves_its_host_and_is_asked_who_signed_it,
+    ),
     ("swap_out_and_back_loses_nothing", kvm::swap::out_and_back_loses_nothing),
     ("swap_takes_idle_vms_and_leaves_busy_ones", kvm::swap_harm::takes_idle_vms_and_leaves_busy_ones),
     ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),

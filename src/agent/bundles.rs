@@ -9,11 +9,12 @@ use super::room::NoRoom;
 use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
-    CommitError, CompactError, FindError, Manifest, OpenBundleError, ReadBundleError, RemoveError, StoreError,
-    VerifyError,
+    CommitError, CompactError, ExportError, FindError, ImportError, Manifest, OpenBundleError, ReadBundleError,
+    RemoveError, SignError, Signed, StoreError, VerifyError,
 };
 use crate::ids::{BundleId, VmId};
 use crate::report::Retry;
+use crate::signing::PublicKey;
 
 /// A bundle of this host.
 #[derive(Debug, Clone)]
@@ -24,6 +25,8 @@ pub struct BundleView {
     pub manifest: Arc<Manifest>,
     /// Bytes it takes on disk.
     pub disk_bytes: u64,
+    /// Who stands for it.
+    pub signed: Signed,
 }
 
 /// One of all bundles: one that cannot be read is told of, too.
@@ -82,6 +85,29 @@ pub enum BundleError {
     /// It is damaged, or could not be looked at.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// Nobody this host trusts stands for it.
+    #[error("bundle {bundle} is not launched here: {}", describe(signers))]
+    Untrusted {
+        /// Which.
+        bundle: BundleId,
+        /// Who signed it.
+        signers: Vec<PublicKey>,
+    },
+    /// A signature was not kept.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// It was not exported.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// It was not imported.
+    #[error(transparent)]
+    Import(#[from] ImportError),
+    /// As many as may be are on their way.
+    #[error("{most} bundles are being exported or imported already")]
+    TooManyTransfers {
+        /// How many may be.
+        most: usize,
+    },
     /// It was not removed.
     #[error(transparent)]
     Remove(#[from] RemoveError),
@@ -148,11 +174,26 @@ impl BundleError {
             Self::Compact(error) => error.retry(),
             Self::Store(error) => error.retry(),
             Self::Ledger(error) => error.retry(),
+            Self::Sign(error) => error.retry(),
+            Self::Export(error) => error.retry(),
+            Self::Import(error) => error.retry(),
             Self::NothingSaved { .. } => Retry::Never,
-            Self::Name { .. } | Self::NameTaken { .. } => Retry::WithChange,
-            Self::NoFacts | Self::Pooled { .. } | Self::InUse { .. } | Self::Host { .. } => Retry::Later,
+            Self::Untrusted { .. } | Self::Name { .. } | Self::NameTaken { .. } => Retry::WithChange,
+            Self::NoFacts
+            | Self::TooManyTransfers { .. }
+            | Self::Pooled { .. }
+            | Self::InUse { .. }
+            | Self::Host { .. } => Retry::Later,
         }
     }
+}
+
+fn describe(signers: &[PublicKey]) -> String {
+    if signers.is_empty() {
+        return "it has no signature, and this host asks for one".to_owned();
+    }
+    let signers: Vec<String> = signers.iter().map(ToString::to_string).collect();
+    format!("it is signed by {}, and this host trusts other keys", signers.join(" and "))
 }
 
 /// A bundle to make of what was saved of a VM.

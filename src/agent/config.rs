@@ -8,6 +8,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use super::swap::SwapConfig;
+use super::trust::TRUSTED_KEYS_MAX;
+pub use super::trust::TrustConfig;
 pub use fabric::{FabricConfig, Peer, Underlay};
 
 /// Where the configuration is looked for when no path is given. It may be absent.
@@ -41,6 +43,8 @@ pub struct Config {
     pub waits: Waits,
     /// When idle VMs are moved out.
     pub swap: SwapConfig,
+    /// Whose bundles are launched.
+    pub trust: TrustConfig,
     /// What session networks are made of; without it there are none.
     pub fabric: Option<FabricConfig>,
     /// The control group below which VMs have theirs, from the mount of version 2; found when it is not said.
@@ -193,6 +197,7 @@ struct Written {
     uids: WrittenUids,
     waits: Waits,
     swap: SwapConfig,
+    bundles: TrustConfig,
     fabric: Option<fabric::WrittenFabric>,
     peers: Vec<fabric::WrittenPeer>,
     cgroup: WrittenCgroup,
@@ -319,9 +324,8 @@ fn check_swap(swap: &SwapConfig) -> Result<(), ConfigError> {
 }
 
 fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> {
-    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, fabric, peers, cgroup } =
-        written;
-    let fabric = fabric::check(fabric, peers)?;
+    let Written { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, bundles, .. } = written;
+    let fabric = fabric::check(written.fabric, written.peers)?;
     let defaults = Uids::default();
     let in_fabric = fabric.as_ref().map(|fabric| u16::from(fabric.host).into());
     let uids = Uids {
@@ -339,17 +343,19 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
     in_range("limits.events_kept_days", limits.events_kept_days.into(), 1, 3650)?;
     in_range("limits.ledger_backups_kept", limits.ledger_backups_kept.into(), 1, 365)?;
     check_swap(&swap)?;
+    in_range("the number of bundles.trusted_keys", bundles.trusted_keys.len() as u64, 0, TRUSTED_KEYS_MAX as u64)?;
     in_range("uids.base", uids.base.into(), 1000, 0x7fff_ffff)?;
     in_range("uids.host_number", uids.host_number.into(), 0, 0xffff)?;
     in_range("uids.quarantine_s", uids.quarantine_s.into(), 0, 86_400)?;
     in_range("waits.guest_ready_s", waits.guest_ready_s.into(), 1, 86_400)?;
     in_range("waits.vmm_answer_s", waits.vmm_answer_s.into(), 1, 3600)?;
     in_range("waits.vmm_launch_s", waits.vmm_launch_s.into(), 1, 3600)?;
-    let cgroup_parent = cgroup.parent.map(group_path).transpose()?;
+    let cgroup_parent = written.cgroup.parent.map(group_path).transpose()?;
     let state_dir = overrides.state_dir.or(state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
     let images_dir = overrides.images_dir.or(images_dir).unwrap_or_else(|| state_dir.join("images"));
     let socket = overrides.socket.or(socket).unwrap_or_else(|| SOCKET_DEFAULT.into());
-    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, fabric, cgroup_parent })
+    let trust = bundles;
+    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, trust, fabric, cgroup_parent })
 }
 
 #[cfg(test)]
@@ -387,6 +393,20 @@ mod tests {
             assert!(parent(path).unwrap_err().contains("cgroup.parent"), "{path}");
         }
         assert_eq!(checked("").unwrap().cgroup_parent, None);
+    }
+
+    #[test]
+    fn trusted_keys_are_keys() {
+        let key = "ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=";
+        let trust = checked(&format!("[bundles]\ntrusted_keys = ['{key}']\ntrust_local = true")).unwrap().trust;
+        assert_eq!((trust.trusted_keys, trust.trust_local), (vec![key.parse().unwrap()], true));
+        assert_eq!(checked("").unwrap().trust, TrustConfig::default());
+        for wrong in ["['rsa:AAAA']", "['ed25519:AAAA']", "'x'", "[1]"] {
+            assert!(checked(&format!("[bundles]\ntrusted_keys = {wrong}")).is_err(), "{wrong}");
+        }
+        assert!(checked("[bundles]\ntrust = true").unwrap_err().contains("trust"));
+        let many = format!("'{key}',").repeat(257);
+        assert!(checked(&format!("[bundles]\ntrusted_keys = [{many}]")).unwrap_err().contains("257"));
     }
 
     #[test]

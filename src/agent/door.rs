@@ -33,6 +33,7 @@ use super::self_door::SelfDoor;
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
 use super::swap::SwapDecision;
+use super::transfer::TransferDoor;
 use super::usage::Usages;
 use super::vm_actor::{Verb, VerbError};
 use super::vm_state::{Denied, VmState};
@@ -216,7 +217,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor {
+pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor + TransferDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

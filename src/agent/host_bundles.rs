@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 
 use super::bundles::{BundleError, BundleListed, BundleView, CommitOrder};
@@ -14,6 +15,7 @@ use super::host_probe::{HostProbe, build_host, processor};
 use super::host_vmm::{interface_mac, names};
 use super::images::ImageStore;
 use super::record::VmRecord;
+use super::transfer::{Imported, Piece, PieceWriter, Pieces};
 use super::work::command_line;
 use super::world::VmBundles;
 use crate::bundle::admit::{GuestNeeds, HostFacts, admit, admit_guest};
@@ -21,7 +23,10 @@ use crate::bundle::manifest::{
     Backing, DeviceKind, DeviceSlot, FrozenIdentity, GuestSystem, MachineShape, Provenance, Recipe, SourceImage,
 };
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
-use crate::bundle::{Compaction, Contents, Digest, Listed, Manifest, ManifestDraft, Run, Store, Verified};
+use crate::bundle::{
+    BundleSignature, Committed, Compaction, Contents, Digest, Listed, Manifest, ManifestDraft, Run, Signed, Store,
+    Verified,
+};
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};
 use crate::units::{MIB, PAGE_BYTES};
@@ -44,7 +49,12 @@ pub struct HostBundles {
     host_name: Option<String>,
     mtu: u16,
     probe: HostProbe,
+    /// One for each bundle that may be on its way at once.
+    transfers: Arc<Semaphore>,
 }
+
+/// Most bundles that are exported or imported at once: each keeps a disk busy, and holds up to 50 MiB.
+const TRANSFERS_MAX: usize = 4;
 
 impl HostBundles {
     /// The bundles below `root`.
@@ -56,7 +66,8 @@ impl HostBundles {
         probe: HostProbe,
     ) -> Result<Self, BundleError> {
         let store = Store::open(&root)?;
-        Ok(Self { root, store, dirs, images, host_name, mtu, probe })
+        let transfers = Arc::new(Semaphore::new(TRANSFERS_MAX));
+        Ok(Self { root, store, dirs, images, host_name, mtu, probe, transfers })
     }
 
     /// The store, for who hands its files to a VMM.
@@ -76,6 +87,11 @@ impl HostBundles {
         })
     }
 
+    fn transfer(&self) -> Result<OwnedSemaphorePermit, BundleError> {
+        let permit = Arc::clone(&self.transfers).try_acquire_owned();
+        permit.map_err(|_| BundleError::TooManyTransfers { most: TRANSFERS_MAX })
+    }
+
     async fn facts(&self) -> Result<HostFacts, BundleError> {
         self.probe.facts().await.ok_or(BundleError::NoFacts)
     }
@@ -85,7 +101,12 @@ impl HostBundles {
         let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
         // 512: what the system counts blocks in, whatever the file system's are.
         let disk_bytes = files.filter_map(|file| Some(file.metadata().ok()?.blocks() * 512)).sum();
-        BundleView { id, manifest, disk_bytes }
+        let signed = self.store.signed(&id).unwrap_or_else(|error| {
+            tracing::warn!(bundle = %id, error = %crate::report::chain(&error), "no signature of it counts");
+            // Nobody signed this.
+            Signed { manifest_digest: Digest::default(), made_here: false, signatures: Vec::new() }
+        });
+        BundleView { id, manifest, disk_bytes, signed }
     }
 
     /// The bundle that was already made of what this order saved: the agent ended between the commit and its record.
@@ -326,6 +347,37 @@ impl VmBundles for HostBundles {
         self.blocking(move |this| {
             let made = this.store.compact(&bundle, Compaction { token, name, built_at }, &mut |_| {})?;
             Ok(this.view(made.id, made.manifest))
+        })
+        .await
+    }
+
+    async fn sign(&self, bundle: &BundleId, signature: BundleSignature) -> Result<(), BundleError> {
+        let bundle = bundle.clone();
+        self.blocking(move |this| Ok(this.store.sign(&bundle, signature)?)).await
+    }
+
+    async fn export(&self, bundle: &BundleId, to: mpsc::Sender<Piece>) -> Result<(), BundleError> {
+        let (permit, bundle) = (self.transfer()?, bundle.clone());
+        let export = self.blocking(move |this| Ok(this.store.open_export(&bundle)?)).await?;
+        spawn_blocking(move || {
+            if let Err(error) = export.write(PieceWriter::new(to.clone())) {
+                let text = crate::report::chain(&error);
+                tracing::warn!(error = text, "an export broke off");
+                // Nobody may be there to be told.
+                let _ = to.blocking_send(Err(io::Error::other(text)));
+            }
+            drop(permit);
+        });
+        Ok(())
+    }
+
+    async fn import(&self, from: mpsc::Receiver<Piece>, token: String) -> Result<Vec<Imported>, BundleError> {
+        let permit = self.transfer()?;
+        self.blocking(move |this| {
+            let committed = this.store.import(Pieces::new(from), &token, &mut |_| {})?.into_iter();
+            drop(permit);
+            let one = |one: Committed| Imported { view: this.view(one.id, one.manifest), existed: one.existed };
+            Ok(committed.map(one).collect())
         })
         .await
     }

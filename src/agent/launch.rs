@@ -182,10 +182,12 @@ impl<W: World> Agent<W> {
         begun.map(Launched::Vm)
     }
 
-    /// The bundle a word means, if it is whole and runs here.
+    /// The bundle a word means, if it is trusted, whole and runs here.
     async fn bundle_to_launch(&self, word: &str) -> Result<(BundleId, Arc<Manifest>), LaunchError> {
         let bundles = self.shared.world.bundles();
-        let id = bundles.find(word).await.map_err(LaunchError::Bundle)?.id;
+        let view = bundles.find(word).await.map_err(LaunchError::Bundle)?;
+        self.shared.require_trust(&view).map_err(LaunchError::Bundle)?;
+        let id = view.id;
         let manifest = bundles.check(&id).await.map_err(LaunchError::Bundle)?;
         Ok((id, manifest))
     }

@@ -280,7 +280,10 @@ impl<W: World> Agent<W> {
     /// What a launch would be lent, for one that nobody asked for.
     async fn lend(&self, bundle: &BundleId) -> Result<VmRecord, String> {
         let request = LaunchRequest { bundle: Some(bundle.to_string()), ..LaunchRequest::default() };
-        let manifest = self.shared.world.bundles().check(bundle).await.map_err(|error| chain(&error))?;
+        let bundles = self.shared.world.bundles();
+        let view = bundles.find(bundle.as_str()).await.map_err(|error| chain(&error))?;
+        self.shared.require_trust(&view).map_err(|error| chain(&error))?;
+        let manifest = bundles.check(bundle).await.map_err(|error| chain(&error))?;
         // Names, memory and uids are handed out one by one.
         let _admission = self.admission.lock().await;
         let disk = self.shared.world.disk();

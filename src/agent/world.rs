@@ -19,9 +19,10 @@ use super::isolation::{HostIsolation, VmJail};
 use super::ledger::{LedgerError, Store};
 use super::migration_record::MovePolicy;
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
+use super::transfer::{Imported, Piece};
 use crate::bundle::admit::GuestNeeds;
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
-use crate::bundle::{Manifest, OpenBundleError, Verified};
+use crate::bundle::{BundleSignature, Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
@@ -599,6 +600,25 @@ pub trait VmBundles: Send + Sync + 'static {
         token: String,
         built_at: UnixNanos,
     ) -> impl Future<Output = Result<BundleView, BundleError>> + Send;
+    /// Keeps a signature of it.
+    fn sign(
+        &self,
+        bundle: &BundleId,
+        signature: BundleSignature,
+    ) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// Begins to write it, with what it builds on, and goes on behind the answer. The last piece is an error if it breaks
+    /// off.
+    fn export(
+        &self,
+        bundle: &BundleId,
+        to: mpsc::Sender<Piece>,
+    ) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// Has the bundles that these bytes are, or nothing of them, staged under this token until then.
+    fn import(
+        &self,
+        from: mpsc::Receiver<Piece>,
+        token: String,
+    ) -> impl Future<Output = Result<Vec<Imported>, BundleError>> + Send;
 }
 
 /// The VMs' jails: network namespaces with a tap for each interface, rules, and what leads to them on the host.

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod pool;
+mod transfer;
 
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};
@@ -12,9 +13,10 @@ use axum::{Extension, Json};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal, TlsError};
 use crate::agent::{
-    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError,
-    FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError,
-    OwnError, ReadBundleError, RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
+    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, ExportError, FailureCause,
+    FindBundleError, FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning,
+    OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, SignError, VerbError, VerifyError, VmError,
+    VmState,
 };
 use crate::report::{Retry, chain};
 
@@ -280,6 +282,18 @@ impl From<BundleError> for ApiError {
         };
         let (status, code, todo) = match &error {
             BundleError::NoRoom(error) => return error.clone().into(),
+            BundleError::Untrusted { .. } => {
+                let todo = "sign it with a key that is in [bundles] trusted_keys of this host's configuration (`hearth \
+                            bundle sign`), or add the key of who signed it there and restart the agent";
+                (StatusCode::FORBIDDEN, "bundle_untrusted", Some(todo))
+            }
+            BundleError::Export(ExportError::Read(error)) | BundleError::Sign(SignError::Read(error)) => read(error),
+            BundleError::Export(ExportError::Write { .. }) => host,
+            BundleError::Export(ExportError::Signatures(error)) | BundleError::Sign(error) => {
+                transfer::signatures(error)
+            }
+            BundleError::Import(error) => transfer::import(error),
+            BundleError::TooManyTransfers { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many_transfers", None),
             BundleError::Find(FindBundleError::Unknown { .. }) => unknown,
             BundleError::Find(FindBundleError::Ambiguous { .. }) => (StatusCode::CONFLICT, "ambiguous_id", None),
             BundleError::Read(error) => read(error),
@@ -297,6 +311,9 @@ impl From<BundleError> for ApiError {
             BundleError::Remove(RemoveError::Unknown { .. }) => unknown,
             BundleError::Remove(RemoveError::HasChildren { .. }) => {
                 (StatusCode::CONFLICT, "bundle_in_use", Some("remove those first, or `hearth bundle compact` them"))
+            }
+            BundleError::Remove(RemoveError::Exported { .. }) => {
+                (StatusCode::CONFLICT, "bundle_in_use", Some("wait until it is exported, or end that"))
             }
             BundleError::InUse { .. } => {
                 (StatusCode::CONFLICT, "bundle_in_use", Some("remove its VMs first: `hearth vm ls`"))

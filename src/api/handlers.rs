@@ -12,4 +12,5 @@ pub(super) mod operations;
 pub(super) mod pools;
 pub(super) mod sessions;
 pub(super) mod swap;
+pub(super) mod transfers;
 pub(super) mod vms;

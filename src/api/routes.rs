@@ -15,7 +15,8 @@ use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
 use super::handlers::{
-    balloon, bundles, calculations, clusters, exec, host, images, migrations, operations, pools, sessions, swap, vms,
+    balloon, bundles, calculations, clusters, exec, host, images, migrations, operations, pools, sessions, swap,
+    transfers, vms,
 };
 use super::http::Client;
 use super::types;
@@ -88,6 +89,9 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(bundles::verify_bundle))
         .routes(routes!(bundles::compact_bundle))
         .routes(routes!(bundles::snapshot_vm))
+        .routes(routes!(transfers::export_bundle))
+        .routes(routes!(transfers::import_bundle))
+        .routes(routes!(transfers::sign_bundle))
         .routes(routes!(pools::list_pools))
         .routes(routes!(pools::show_pool, pools::set_pool, pools::remove_pool))
         .routes(routes!(clusters::create_cluster, clusters::list_clusters))

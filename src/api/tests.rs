@@ -5,6 +5,7 @@ mod bundles;
 mod clusters;
 mod limits;
 mod sessions;
+mod trust;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,7 +6,6 @@
 //!   `_bytes`, except where people give them (`memory_mib`).
 
 mod balloon;
-mod base64;
 mod bundle;
 mod calculation;
 mod cluster;
@@ -24,11 +23,11 @@ mod swap;
 mod usage;
 mod vm;
 
+pub(crate) use crate::base64::{decode as decode_base64, encode as encode_base64};
 pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
-pub(crate) use base64::{decode as decode_base64, encode as encode_base64};
 pub use bundle::{
-    Bundle, BundleBuildRequest, BundleHost, BundleList, BundleRecipe, BundleVerified, CompactRequest, SnapshotRequest,
-    UnreadableBundle,
+    Bundle, BundleBuildRequest, BundleHost, BundleImported, BundleList, BundleRecipe, BundleSignRequest, BundleTrust,
+    BundleVerified, CompactRequest, SnapshotRequest, UnreadableBundle,
 };
 pub use calculation::{Calculation, CalculationCreateRequest, CalculationList, CalculationQuery, CalculationState};
 pub use cluster::{

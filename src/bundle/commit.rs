@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::damage::ReadBundleError;
+use super::digest::Digest;
 use super::image::OnProgress;
 use super::launch::OpenBundleError;
 use super::manifest::{
@@ -16,6 +17,7 @@ use super::manifest::{
 };
 use super::places::{FILES, MANIFEST, MEMORY, Places, STATE};
 use super::run::Run;
+use super::signatures::{Beside, SignError};
 use super::stage::{Staging, is_no_space};
 use super::stamp::Stamp;
 use super::store::Known;
@@ -120,6 +122,15 @@ pub enum CommitError {
         #[source]
         source: OpenBundleError,
     },
+    /// What is known beside the bundle cannot be kept.
+    #[error("staging {token}: the signatures")]
+    Signatures {
+        /// The token.
+        token: String,
+        /// Why not.
+        #[source]
+        source: SignError,
+    },
     /// The disk is full.
     #[error("staging {token}: no space left for {}", path.display())]
     NoSpace {
@@ -149,19 +160,32 @@ impl CommitError {
             Self::Length { .. } | Self::State { .. } => Retry::Never,
             Self::Changed { .. } | Self::NoSpace { .. } | Self::File { .. } => Retry::Later,
             Self::Parent { source, .. } => source.retry(),
+            Self::Signatures { source, .. } => source.retry(),
         }
     }
 }
 
 impl Staging {
-    /// Makes a bundle of it. Afterwards nothing is staged, whatever the outcome.
+    /// Makes a bundle of it, which was made here. Afterwards nothing is staged, whatever the outcome.
     pub fn commit(
         self,
         draft: ManifestDraft,
         contents: Contents,
         on_progress: OnProgress<'_>,
     ) -> Result<Committed, CommitError> {
-        let committed = self.make(draft, contents, on_progress);
+        let beside = Beside { made_here: true, signatures: Vec::new() };
+        self.commit_with(draft, contents, beside, on_progress)
+    }
+
+    /// The same, with what is to be known beside it.
+    pub(super) fn commit_with(
+        self,
+        draft: ManifestDraft,
+        contents: Contents,
+        beside: Beside,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Committed, CommitError> {
+        let committed = self.make(draft, contents, beside, on_progress);
         if committed.as_ref().map_or(true, |committed| committed.existed) {
             // What stays is swept; the outcome is decided.
             let _ = file::remove_tree(&self.directory);
@@ -173,6 +197,7 @@ impl Staging {
         &self,
         draft: ManifestDraft,
         contents: Contents,
+        beside: Beside,
         on_progress: OnProgress<'_>,
     ) -> Result<Committed, CommitError> {
         let (base, pages) = match contents {
@@ -195,20 +220,29 @@ impl Staging {
         self.check(&manifest)?;
         let bytes =
             manifest.to_bytes().map_err(|source| CommitError::Manifest { token: self.token.clone(), source })?;
-        self.publish(manifest::id_of(&bytes), manifest, &bytes)
+        self.write_manifest(&bytes)?;
+        self.publish((manifest::id_of(&bytes), Digest::of(&bytes)), manifest, beside)
     }
 
     fn check(&self, manifest: &Manifest) -> Result<(), CommitError> {
         manifest.check().map_err(|source| CommitError::Invalid { token: self.token.clone(), source })
     }
 
-    /// Writes the manifest and gives the directory its name.
-    fn publish(&self, id: BundleId, manifest: Manifest, bytes: &[u8]) -> Result<Committed, CommitError> {
+    pub(super) fn write_manifest(&self, bytes: &[u8]) -> Result<(), CommitError> {
+        let path = self.directory.join(MANIFEST);
+        file::replace(&path, bytes)
+            .and_then(|()| file::make_read_only(&File::open(&path)?))
+            .map_err(|source| self.failed(MANIFEST, source))
+    }
+
+    /// Gives the directory its name. All of its files are complete and durable.
+    pub(super) fn publish(
+        &self,
+        (id, manifest_digest): (BundleId, Digest),
+        manifest: Manifest,
+        beside: Beside,
+    ) -> Result<Committed, CommitError> {
         let store = &self.store;
-        let manifest_path = self.directory.join(MANIFEST);
-        file::replace(&manifest_path, bytes)
-            .and_then(|()| file::make_read_only(&File::open(&manifest_path)?))
-            .map_err(|source| self.failed(MANIFEST, source))?;
         for name in Places::names(&self.directory).map_err(|source| self.failed(".", source))? {
             if !FILES.contains(&name.as_str()) {
                 // Nobody but this program puts anything here: it is of an earlier, interrupted try.
@@ -217,7 +251,7 @@ impl Staging {
             }
         }
         let manifest = Arc::new(manifest);
-        let stamps = self.stamps(&manifest).map_err(|source| self.failed(".", source))?;
+        let stamps = self.stamps(&manifest, manifest_digest).map_err(|source| self.failed(".", source))?;
 
         let _changes = store.lock_changes();
         if let Some(parent) = &manifest.parent {
@@ -225,8 +259,12 @@ impl Staging {
             let there = store.manifest(&parent.bundle).map_err(OpenBundleError::from);
             there.map_err(|source| CommitError::Parent { token: self.token.clone(), source })?;
         }
+        let signed = |source| CommitError::Signatures { token: self.token.clone(), source };
         match store.manifest(&id) {
-            Ok(manifest) => return Ok(Committed { id, manifest, existed: true }),
+            Ok(manifest) => {
+                store.add_beside(&id, beside).map_err(signed)?;
+                return Ok(Committed { id, manifest, existed: true });
+            }
             Err(ReadBundleError::Unknown { .. }) => {}
             // A damaged one of this very content: the whole one takes its place.
             Err(ReadBundleError::Damaged { .. }) => {
@@ -237,6 +275,8 @@ impl Staging {
                 return Err(CommitError::File { token: self.token.clone(), path, source });
             }
         }
+        // Before the bundle: whoever sees it sees who signed it. What stays of a crash here is swept.
+        store.add_beside(&id, beside).map_err(signed)?;
         let place = store.places().bundle(&id);
         std::fs::rename(&self.directory, &place).map_err(|source| self.failed(".", source))?;
         if let Err(source) = file::sync_parent(&place) {
@@ -249,10 +289,11 @@ impl Staging {
     }
 
     /// The files as they were just measured. Renaming the directory does not change them.
-    fn stamps(&self, manifest: &Arc<Manifest>) -> io::Result<Known> {
+    fn stamps(&self, manifest: &Arc<Manifest>, manifest_digest: Digest) -> io::Result<Known> {
         let stamp = |name: &str| Stamp::of(&File::open(self.directory.join(name))?);
         Ok(Known {
             manifest: manifest.clone(),
+            manifest_digest,
             manifest_stamp: stamp(MANIFEST)?,
             state: Some(stamp(STATE)?),
             // A diff's own file is looked at again when its flat image is composed.
@@ -260,7 +301,7 @@ impl Staging {
         })
     }
 
-    fn failed(&self, name: &str, source: io::Error) -> CommitError {
+    pub(super) fn failed(&self, name: &str, source: io::Error) -> CommitError {
         let (token, path) = (self.token.clone(), self.directory.join(name));
         if is_no_space(&source) {
             CommitError::NoSpace { token, path }

@@ -8,6 +8,7 @@ use super::image::OnProgress;
 use super::launch::OpenBundleError;
 use super::manifest::ManifestDraft;
 use super::places::{MEMORY, STATE};
+use super::signatures::{Beside, SignError};
 use super::stage::StageError;
 use super::store::Store;
 use crate::clock::UnixNanos;
@@ -52,6 +53,9 @@ pub enum CompactError {
         #[source]
         source: io::Error,
     },
+    /// Whether it was made here could not be found out.
+    #[error(transparent)]
+    Signatures(#[from] SignError),
     /// The flat bundle could not be committed.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -65,6 +69,7 @@ impl CompactError {
             Self::Open(error) => error.retry(),
             Self::Stage(error) => error.retry(),
             Self::Copy { .. } => Retry::Later,
+            Self::Signatures(error) => error.retry(),
             Self::Commit(error) => error.retry(),
         }
     }
@@ -82,6 +87,8 @@ impl Store {
         if !self.manifest(id).map_err(OpenBundleError::from)?.is_diff() {
             return Err(CompactError::Flat { bundle: id.clone() });
         }
+        // What came from elsewhere is not made here by being copied.
+        let beside = Beside { made_here: self.signed(id)?.made_here, signatures: Vec::new() };
         let files = self.open_for_launch(id)?;
         let memory_bytes = files.manifest.machine.memory_bytes;
         let staging = self.stage(&token, memory_bytes)?;
@@ -99,6 +106,6 @@ impl Store {
         draft.name = name;
         draft.provenance.built_at = built_at;
         draft.provenance.compacted_from = Some(id.clone());
-        Ok(staging.commit(draft, Contents::Full, on_progress)?)
+        Ok(staging.commit_with(draft, Contents::Full, beside, on_progress)?)
     }
 }

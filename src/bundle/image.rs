@@ -33,10 +33,11 @@ pub(super) struct Image<'a> {
     chunk_bytes: u64,
 }
 
-/// A memory image as guests see it: one file, or the pages a diff holds over its parent's image.
+/// A memory image as guests see it: one file, or the pages that diffs hold over it.
 pub(super) struct View<'a> {
     base: Image<'a>,
-    held: Option<(Image<'a>, Vec<Range<u64>>)>,
+    /// The diffs, each over those before it; the last one is the one that is looked at.
+    held: Vec<(Image<'a>, Vec<Range<u64>>)>,
     buffer: Vec<u8>,
     zeros: Vec<u8>,
 }
@@ -101,19 +102,24 @@ impl<'a> View<'a> {
     /// One file.
     pub(super) fn flat(image: Image<'a>) -> Self {
         let bytes = usize::try_from(image.chunk_bytes).unwrap_or(0);
-        Self { base: image, held: None, buffer: vec![0; bytes], zeros: vec![0; bytes] }
+        Self { base: image, held: Vec::new(), buffer: vec![0; bytes], zeros: vec![0; bytes] }
     }
 
     /// The pages of `held` that `pages` name, and else the parent's.
     pub(super) fn over(parent: Image<'a>, held: Image<'a>, pages: &[Run]) -> Self {
-        let pages = pages.iter().map(|run| run.bytes(PAGE_BYTES)).collect();
-        Self { held: Some((held, pages)), ..Self::flat(parent) }
+        Self::flat(parent).with(held, pages)
+    }
+
+    /// The pages of `held` that `pages` name, and else what was there.
+    pub(super) fn with(mut self, held: Image<'a>, pages: &[Run]) -> Self {
+        self.held.push((held, pages.iter().map(|run| run.bytes(PAGE_BYTES)).collect()));
+        self
     }
 
     /// Whether some of a chunk is held by the diff itself; always, in a flat image.
     pub(super) fn holds(&self, index: u64) -> bool {
         let range = self.base.range(index);
-        self.held.as_ref().is_none_or(|(_, pages)| run::intersect(pages, &range).next().is_some())
+        self.held.last().is_none_or(|(_, pages)| run::intersect(pages, &range).next().is_some())
     }
 
     /// A chunk's content.
@@ -122,7 +128,7 @@ impl<'a> View<'a> {
         let bytes = place(&range, range.start);
         self.buffer.fill(0);
         let mut any = self.base.read(&range, range.start, &mut self.buffer)?;
-        if let Some((held, pages)) = &self.held {
+        for (held, pages) in &self.held {
             for pages in run::intersect(pages, &range) {
                 self.buffer[place(&pages, range.start)].fill(0);
                 any |= held.read(&pages, range.start, &mut self.buffer)?;
@@ -134,7 +140,7 @@ impl<'a> View<'a> {
 
     /// Bytes of data in the file that is new here.
     fn data_bytes(&self) -> u64 {
-        let image = self.held.as_ref().map_or(&self.base, |(held, _)| held);
+        let image = self.held.last().map_or(&self.base, |(held, _)| held);
         image.data.iter().map(|range| range.end - range.start).sum()
     }
 

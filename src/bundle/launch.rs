@@ -144,19 +144,10 @@ impl Store {
         parent: &Parent,
     ) -> Result<Arc<Manifest>, ReadBundleError> {
         let below = self.manifest(&parent.bundle)?;
-        let depth = below.parent.as_ref().map_or(0, |parent| parent.depth);
-        let reason = if below.machine.memory_bytes != manifest.machine.memory_bytes {
-            "another size of memory"
-        } else if below.memory.chunk_bytes != manifest.memory.chunk_bytes {
-            "another size of chunks"
-        } else if depth.checked_add(1) != Some(parent.depth) {
-            // So that chains end.
-            "another depth"
-        } else {
-            return Ok(below);
-        };
-        let damage = Damage::Parent { parent: parent.bundle.clone(), reason };
-        Err(ReadBundleError::Damaged { bundle: id.clone(), damage })
+        match misfit(manifest, parent, &below) {
+            None => Ok(below),
+            Some(damage) => Err(ReadBundleError::Damaged { bundle: id.clone(), damage }),
+        }
     }
 
     /// Makes the flat image of a diff over its parent's, verifies it and puts it in its place.
@@ -215,6 +206,22 @@ impl Store {
             change(known);
         }
     }
+}
+
+/// What of a diff does not fit its parent.
+pub(super) fn misfit(manifest: &Manifest, parent: &Parent, below: &Manifest) -> Option<Damage> {
+    let depth = below.parent.as_ref().map_or(0, |parent| parent.depth);
+    let reason = if below.machine.memory_bytes != manifest.machine.memory_bytes {
+        "another size of memory"
+    } else if below.memory.chunk_bytes != manifest.memory.chunk_bytes {
+        "another size of chunks"
+    } else if depth.checked_add(1) != Some(parent.depth) {
+        // So that chains end.
+        "another depth"
+    } else {
+        return None;
+    };
+    Some(Damage::Parent { parent: parent.bundle.clone(), reason })
 }
 
 /// The first place where an image is not what the manifest says.

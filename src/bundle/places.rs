@@ -24,6 +24,8 @@ pub(super) const STAGING: &str = ".staging-";
 pub(super) const REMOVING: &str = ".removing-";
 /// Directory of memory images composed of a chain of diffs.
 const FLAT: &str = ".flat";
+/// Directory of what is known of bundles and is no part of them: who signed them, and which were made here.
+const SIGNATURES: &str = ".signatures";
 
 /// Directory of working sets.
 const WORKING_SETS: &str = ".working-sets";
@@ -67,6 +69,14 @@ impl Places {
 
     pub(super) fn working_set(&self, id: &BundleId) -> PathBuf {
         self.working_sets().join(format!("{id}.json"))
+    }
+
+    pub(super) fn signatures(&self) -> PathBuf {
+        self.root.join(SIGNATURES)
+    }
+
+    pub(super) fn signatures_of(&self, id: &BundleId) -> PathBuf {
+        self.signatures().join(format!("{id}.json"))
     }
 
     /// Opens one of a bundle's files for reading.

@@ -28,6 +28,12 @@ pub enum RemoveError {
         /// Those that do.
         children: Vec<BundleId>,
     },
+    /// It is being written into a file.
+    #[error("bundle {bundle} is being exported")]
+    Exported {
+        /// The id.
+        bundle: BundleId,
+    },
     /// It is not known whether others build on it.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -50,6 +56,7 @@ impl RemoveError {
         match self {
             Self::Unknown { .. } => Retry::Never,
             Self::HasChildren { .. } => Retry::WithChange,
+            Self::Exported { .. } => Retry::Later,
             Self::Store(error) => error.retry(),
             Self::File { .. } => Retry::Later,
         }
@@ -70,6 +77,9 @@ impl Store {
             if !place.is_dir() {
                 return Err(RemoveError::Unknown { bundle: id.clone() });
             }
+            if self.lock_exported().contains_key(id) {
+                return Err(RemoveError::Exported { bundle: id.clone() });
+            }
             let children = self.children(id)?;
             if !children.is_empty() {
                 return Err(RemoveError::HasChildren { bundle: id.clone(), children });
@@ -78,15 +88,21 @@ impl Store {
             file::remove_tree(&removing).map_err(failed(&removing))?;
             std::fs::rename(&place, &removing).and_then(|()| file::sync_parent(&removing)).map_err(failed(&place))?;
             self.lock_known().remove(id);
+            // Not later: the same bundle may come again, with signatures of its own.
+            remove_file(&self.places().signatures_of(id)).map_err(failed(&self.places().signatures_of(id)))?;
         }
-        match std::fs::remove_file(self.places().flat_image(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed(&self.places().flat_image(id))(error));
-            }
-            Ok(()) | Err(_) => {}
-        }
+        let flat = self.places().flat_image(id);
+        remove_file(&flat).map_err(failed(&flat))?;
         // What is left of it is swept.
         let _ = self.forget_working_set(id);
         file::remove_tree(&removing).map_err(failed(&removing))
+    }
+}
+
+/// Removes a file; that there is none is fine.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
     }
 }

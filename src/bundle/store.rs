@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::damage::{Damage, ReadBundleError};
+use super::digest::Digest;
 use super::manifest::{self, MANIFEST_BYTES_MAX, Manifest};
 use super::places::{MANIFEST, Places, REMOVING, STAGING};
 use super::stamp::Stamp;
@@ -30,12 +31,16 @@ struct Shared {
     busy: Mutex<BTreeMap<BundleId, Arc<Mutex<()>>>>,
     /// Held by whoever adds or removes a bundle: a parent stays while its child comes.
     changes: Mutex<()>,
+    /// How often each bundle is being exported.
+    exported: Mutex<BTreeMap<BundleId, usize>>,
 }
 
 /// What is known of a bundle.
 #[derive(Debug, Clone)]
 pub(super) struct Known {
     pub(super) manifest: Arc<Manifest>,
+    /// Digest of the bytes of `manifest.json`, of which the id is the start.
+    pub(super) manifest_digest: Digest,
     pub(super) manifest_stamp: Stamp,
     /// `state.bin` as it was verified.
     pub(super) state: Option<Stamp>,
@@ -115,15 +120,21 @@ impl Store {
     /// The bundles below `root`; makes what directories are missing.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         let places = Places { root: root.to_owned() };
-        for directory in [places.flat_images(), places.working_sets()] {
+        for directory in [places.flat_images(), places.signatures(), places.working_sets()] {
             file::make_directories(&directory).map_err(|source| StoreError { path: root.to_owned(), source })?;
         }
-        let shared = Shared { places, known: Mutex::default(), busy: Mutex::default(), changes: Mutex::default() };
+        let shared = Shared {
+            places,
+            known: Mutex::default(),
+            busy: Mutex::default(),
+            changes: Mutex::default(),
+            exported: Mutex::default(),
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Removes what crashes left: staging directories but those of `kept` tokens, bundles whose removal had begun, and
-    /// images that were being composed. For the start, before anybody stages.
+    /// Removes what crashes left: staging directories but those of `kept` tokens, bundles whose removal had begun,
+    /// images that were being composed, and signatures of what is not there. For the start, before anybody stages.
     pub fn sweep(&self, kept: &[&str]) -> Result<Swept, StoreError> {
         let mut swept = Swept::default();
         let mut remove = |path: PathBuf, removed: io::Result<()>| match removed {
@@ -138,9 +149,14 @@ impl Store {
                 remove(path, removed);
             }
         }
-        for (directory, ending) in [(self.places().flat_images(), ".img"), (self.places().working_sets(), ".json")] {
+        let derived = [
+            (self.places().flat_images(), ".img"),
+            (self.places().signatures(), ".json"),
+            (self.places().working_sets(), ".json"),
+        ];
+        for (directory, suffix) in derived {
             for name in self.names(&directory)? {
-                let bundle = name.strip_suffix(ending).and_then(|id| id.parse().ok());
+                let bundle = name.strip_suffix(suffix).and_then(|id| id.parse().ok());
                 if !bundle.is_some_and(|id| self.places().bundle(&id).is_dir()) {
                     let path = directory.join(name);
                     let removed = std::fs::remove_file(&path);
@@ -181,15 +197,22 @@ impl Store {
 
     /// A bundle's manifest. It was read, checked and found to be the one the id was made of.
     pub fn manifest(&self, id: &BundleId) -> Result<Arc<Manifest>, ReadBundleError> {
+        Ok(self.manifest_and_digest(id)?.0)
+    }
+
+    /// The same, and the digest of the file's bytes.
+    pub(super) fn manifest_and_digest(&self, id: &BundleId) -> Result<(Arc<Manifest>, Digest), ReadBundleError> {
         let mut file = self.places().open(id, MANIFEST)?;
         let stamp = self.stamp(id, &file, MANIFEST)?;
         if let Some(known) = self.known(id).filter(|known| known.manifest_stamp == stamp) {
-            return Ok(known.manifest);
+            return Ok((known.manifest, known.manifest_digest));
         }
-        let manifest = Arc::new(self.read_manifest(id, &mut file)?);
-        let known = Known { manifest: manifest.clone(), manifest_stamp: stamp, state: None, memory: None };
+        let (manifest, manifest_digest) = self.read_manifest(id, &mut file)?;
+        let manifest = Arc::new(manifest);
+        let known =
+            Known { manifest: manifest.clone(), manifest_digest, manifest_stamp: stamp, state: None, memory: None };
         self.lock_known().insert(id.clone(), known);
-        Ok(manifest)
+        Ok((manifest, manifest_digest))
     }
 
     /// The diffs that build on this bundle directly. A bundle that is damaged builds on nothing; one that could not be
@@ -216,17 +239,25 @@ impl Store {
         Places::names(directory).map_err(|source| StoreError { path: directory.to_owned(), source })
     }
 
-    pub(super) fn read_manifest(&self, id: &BundleId, file: &mut File) -> Result<Manifest, ReadBundleError> {
+    /// Reads a manifest of this id, and the digest of its bytes.
+    pub(super) fn read_manifest(&self, id: &BundleId, file: &mut File) -> Result<(Manifest, Digest), ReadBundleError> {
+        let bytes = self.manifest_bytes(id, file)?;
+        let manifest = manifest::read(&bytes)
+            .map_err(|error| ReadBundleError::Damaged { bundle: id.clone(), damage: Damage::Manifest(error) })?;
+        Ok((manifest, Digest::of(&bytes)))
+    }
+
+    /// The bytes that the id was made of.
+    pub(super) fn manifest_bytes(&self, id: &BundleId, file: &mut File) -> Result<Vec<u8>, ReadBundleError> {
         let mut bytes = Vec::new();
         file.take(MANIFEST_BYTES_MAX as u64 + 1)
             .read_to_end(&mut bytes)
             .map_err(|source| self.unread(id, MANIFEST, source))?;
-        let damaged = |damage| Err(ReadBundleError::Damaged { bundle: id.clone(), damage });
         let found = manifest::id_of(&bytes);
         if found != *id {
-            return damaged(Damage::Id { found });
+            return Err(ReadBundleError::Damaged { bundle: id.clone(), damage: Damage::Id { found } });
         }
-        manifest::read(&bytes).or_else(|error| damaged(Damage::Manifest(error)))
+        Ok(bytes)
     }
 
     pub(super) fn stamp(&self, id: &BundleId, file: &File, name: &str) -> Result<Stamp, ReadBundleError> {
@@ -252,6 +283,11 @@ impl Store {
     /// Held while a bundle is added or removed.
     pub(super) fn lock_changes(&self) -> MutexGuard<'_, ()> {
         self.shared.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often each bundle is being exported. Taken after the lock of changes.
+    pub(super) fn lock_exported(&self) -> MutexGuard<'_, BTreeMap<BundleId, usize>> {
+        self.shared.exported.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The lock of one bundle's memory. A diff's is taken before its parent's, and chains do not turn.

@@ -108,7 +108,7 @@ impl Store {
         let extra = names.into_iter().filter(|name| !FILES.contains(&name.as_str()));
         damages.extend(extra.take(DAMAGES_MAX).map(|file| Damage::Extra { file }));
         let manifest = self.places().open(id, MANIFEST).and_then(|mut file| self.read_manifest(id, &mut file));
-        let Some(manifest) = sort(manifest, damages)? else { return Ok(Verified { chunks: 0, sections: 0 }) };
+        let Some((manifest, _)) = sort(manifest, damages)? else { return Ok(Verified { chunks: 0, sections: 0 }) };
         let sections = sort(self.look_at_state(id, &manifest), damages)?.unwrap_or(0);
         let chunks = self.look_at_memory(id, &manifest, damages, on_progress)?;
         Ok(Verified { chunks, sections })
@@ -200,7 +200,7 @@ fn sort<T>(result: Result<T, ReadBundleError>, damages: &mut Vec<Damage>) -> Res
 }
 
 /// Data of a diff outside the pages it holds.
-fn not_held(own: &Image<'_>, manifest: &Manifest) -> io::Result<Vec<Damage>> {
+pub(super) fn not_held(own: &Image<'_>, manifest: &Manifest) -> io::Result<Vec<Damage>> {
     let held: Vec<_> = manifest.memory.pages.iter().flatten().map(|run| run.bytes(PAGE_BYTES)).collect();
     let mut damages = Vec::new();
     for range in run::subtract(own.data(), &held) {

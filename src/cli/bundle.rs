@@ -2,6 +2,7 @@
 
 use clap::{Args, Subcommand};
 
+use super::bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
 use super::value::{ReferenceWord, duration_ms, key, name};
 use crate::api::types::IMAGE_DEFAULT;
 
@@ -47,6 +48,14 @@ pub enum BundleCommand {
     },
     /// Make a bundle with the content of one that builds on others, which builds on none
     Compact(BundleCompactArgs),
+    /// Write a bundle, with what it builds on, into one file
+    Export(BundleExportArgs),
+    /// Take a bundle out of a file, once all of it was verified
+    Import(BundleImportArgs),
+    /// Make a key to sign bundles with
+    Key(BundleKeyArgs),
+    /// Sign a bundle
+    Sign(BundleSignArgs),
     /// Remove bundles that no VM runs from and no other bundle builds on
     Rm {
         /// Ids of the bundles, unique prefixes of them, or their names

@@ -128,6 +128,31 @@ fn words_after_the_dashes_are_the_commands() {
 }
 
 #[test]
+fn a_bundle_goes_to_a_file_and_comes_from_one() {
+    let parse = |words: &[&str]| {
+        let words = ["hearth", "bundle"].into_iter().chain(words.iter().copied());
+        Cli::try_parse_from(words).map(|cli| {
+            let Command::Client(ClientCommand::Bundle(command)) = cli.command else { panic!("a command of bundles") };
+            command
+        })
+    };
+    let Ok(BundleCommand::Export(args)) = parse(&["export", "web", "--output", "web.hearth"]) else { panic!() };
+    assert_eq!((args.bundle.as_str(), args.output), ("web", "web.hearth".into()));
+    let Ok(BundleCommand::Export(args)) = parse(&["export", "web", "-o", "-"]) else { panic!() };
+    assert_eq!(args.output, std::path::Path::new("-"));
+    let Ok(BundleCommand::Import(args)) = parse(&["import"]) else { panic!() };
+    assert_eq!(args.file, std::path::Path::new("-"));
+    let Ok(BundleCommand::Import(args)) = parse(&["import", "web.hearth"]) else { panic!() };
+    assert_eq!(args.file, std::path::Path::new("web.hearth"));
+    let Ok(BundleCommand::Sign(args)) = parse(&["sign", "web", "--key", "k"]) else { panic!() };
+    assert_eq!((args.bundle.as_str(), args.key), ("web", "k".into()));
+    assert!(matches!(parse(&["key", "--output", "k"]), Ok(BundleCommand::Key(_))));
+    for wrong in [&["export"][..], &["export", "a/b"], &["import", "a", "b"], &["key"], &["sign", "web"]] {
+        assert!(parse(wrong).is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
 fn global_words_go_anywhere() {
     for words in [["hearth", "--json", "vm", "ls"], ["hearth", "vm", "--json", "ls"], ["hearth", "vm", "ls", "--json"]]
     {

@@ -1,19 +1,23 @@
 //! `hearth bundle`, and `hearth vm snapshot`.
 
+use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::Error;
+use super::bundle_file;
 use super::call::{Agent, CallError, PROMPT, advice_of};
 use super::output::{Output, OutputError, note};
 use super::progress::{follow, shown};
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, word};
 use crate::api::types::{
-    Bundle, BundleBuildRequest, BundleList, BundleVerified, CompactRequest, ErrorDetail, Operation, OperationState,
-    RetryHint, SnapshotRequest,
+    Bundle, BundleBuildRequest, BundleList, BundleTrust, BundleVerified, CompactRequest, ErrorDetail, Operation,
+    OperationState, RetryHint, SnapshotRequest,
 };
 use crate::cli::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+use crate::signing::ParseKeyError;
 
 /// How long a snapshot, a verification or a compaction may take: tens of GiB at a slow disk's speed.
 pub(super) const DISK_LIMIT: Duration = Duration::from_secs(600);
@@ -36,6 +40,41 @@ pub enum BundleError {
         /// The operation.
         operation: String,
     },
+    /// A file cannot be read or written.
+    #[error("{what} {}", path.display())]
+    File {
+        /// What was to be done with it.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A file holds no key.
+    #[error("the key in {}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: ParseKeyError,
+    },
+    /// What would be signed is something else.
+    #[error("not signed: what the agent says of {bundle} is not the digest that its id is the start of")]
+    OtherDigest {
+        /// The bundle.
+        bundle: String,
+    },
+    /// The agent stopped before the end.
+    #[error("export {bundle}: it broke off before its end")]
+    BrokeOff {
+        /// The bundle.
+        bundle: String,
+        /// How.
+        source: hyper::Error,
+    },
+    /// Somebody would see bytes, or would have to type them.
+    #[error("a bundle is not for terminals: name a file, or use a pipe")]
+    Terminal,
     /// Nobody takes the output.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -47,7 +86,10 @@ impl BundleError {
             Self::Call(error) => error.advice(),
             Self::Failed { error } => advice_of(error),
             Self::Interrupted { operation } => Some(format!("`hearth operation show {operation}` tells how far it is")),
-            Self::Output(_) => None,
+            Self::BrokeOff { bundle, .. } => {
+                Some(format!("`hearth bundle verify {bundle}` tells whether it is damaged; else see the agent's log"))
+            }
+            Self::File { .. } | Self::Key { .. } | Self::OtherDigest { .. } | Self::Terminal | Self::Output(_) => None,
         }
     }
 }
@@ -78,6 +120,10 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BundleCommand) -> R
             })?;
         }
         BundleCommand::Compact(args) => compact(agent, out, args).await?,
+        BundleCommand::Export(args) => bundle_file::export(agent, out, args).await?,
+        BundleCommand::Import(args) => bundle_file::import(agent, out, args).await?,
+        BundleCommand::Key(args) => bundle_file::make_key(out, &args)?,
+        BundleCommand::Sign(args) => bundle_file::sign(agent, out, args).await?,
         BundleCommand::Rm { bundles } => {
             for bundle in &bundles {
                 agent.delete(&format!("/v1/bundles/{}", bundle.as_str()), PROMPT).await?;
@@ -204,8 +250,26 @@ fn details(bundle: &Bundle) -> String {
         ("source VM", bundle.source_vm.as_ref().map(ToString::to_string)),
         ("host", Some(format!("{} ({}, kernel mode {mode}, TSC {} kHz)", host.name, host.provider, host.tsc_khz))),
         ("host kernel", Some(host.kernel_release.clone())),
+        ("digest", Some(bundle.manifest_digest.clone())),
+        ("signed by", signers(bundle)),
+        ("trust", trust(bundle.trust)),
         ("created", Some(format!("{:.0} ({} ago)", bundle.created_at, age(bundle.created_at)))),
     ])
+}
+
+fn signers(bundle: &Bundle) -> Option<String> {
+    let keys: Vec<String> = bundle.signed_by.iter().map(ToString::to_string).collect();
+    (!keys.is_empty()).then(|| keys.join(" "))
+}
+
+fn trust(trust: BundleTrust) -> Option<String> {
+    let text = match trust {
+        BundleTrust::Unchecked => return None,
+        BundleTrust::Signed => "signed by a key that this host trusts",
+        BundleTrust::MadeHere => "made on this host",
+        BundleTrust::Untrusted => "none: it is not launched here",
+    };
+    Some(text.to_owned())
 }
 
 /// Name and id, for sentences.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
@@ -107,8 +108,11 @@ pub(super) struct Agent {
 /// What goes out.
 struct Call {
     text: String,
-    request: Request<Full<Bytes>>,
+    request: Request<CallBody>,
 }
+
+/// What a request's body is: a few bytes, or what comes of a file.
+pub(super) type CallBody = UnsyncBoxBody<Bytes, io::Error>;
 
 impl Agent {
     pub(super) const fn at(socket: PathBuf) -> Self {
@@ -140,6 +144,18 @@ impl Agent {
     ) -> Result<T, CallError> {
         let key = key.map(|key| (IDEMPOTENCY_KEY_HEADER, key));
         self.json(call(Method::POST, path, Some(encode(path, body)?), key.as_slice()), limit).await
+    }
+
+    /// `POST` of bytes as they come, for JSON, within `limit`.
+    pub(super) async fn post_bytes<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: CallBody,
+        limit: Duration,
+    ) -> Result<T, CallError> {
+        let mut call = call(Method::POST, path, None, &[(CONTENT_TYPE.as_str(), "application/octet-stream")]);
+        *call.request.body_mut() = body;
+        self.json(call, limit).await
     }
 
     /// `PUT` of JSON, for JSON, within `limit`.
@@ -226,7 +242,7 @@ impl Agent {
         connection.send_request(call.request).await.map_err(hung_up)
     }
 
-    async fn connect(&self, text: &str) -> Result<SendRequest<Full<Bytes>>, CallError> {
+    async fn connect(&self, text: &str) -> Result<SendRequest<CallBody>, CallError> {
         let path = self.socket.clone();
         let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
             if source.kind() == io::ErrorKind::PermissionDenied {
@@ -253,7 +269,7 @@ fn call(method: Method, path: &str, body: Option<Bytes>, headers: &[(&str, &str)
     for (name, value) in headers {
         builder = builder.header(*name, *value);
     }
-    let request = builder.body(Full::new(body.unwrap_or_default()));
+    let request = builder.body(Full::new(body.unwrap_or_default()).map_err(|never| match never {}).boxed_unsync());
     Call { text, request: request.expect("paths and header values are checked words") }
 }
 

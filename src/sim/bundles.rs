@@ -4,13 +4,18 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
+
 use super::{SimHost, State, manifest};
 use crate::agent::world::VmBundles;
-use crate::agent::{BundleError, BundleListed, BundleView, CommitOrder};
+use crate::agent::{BundleError, BundleListed, BundleView, CommitOrder, Imported, Piece};
 use crate::bundle::admit::{GuestNeeds, admit_guest};
-use crate::bundle::manifest::id_of;
+use crate::bundle::manifest::{id_of, read};
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
-use crate::bundle::{FindError, Manifest, ReadBundleError, RemoveError, Verified};
+use crate::bundle::{
+    BundleSignature, Digest, FindError, ImportError, Manifest, ReadBundleError, RemoveError, SignError, Signed,
+    Verified,
+};
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};
 use crate::wire::control::SavedPages;
@@ -23,6 +28,8 @@ const DISK_BYTES: u64 = 1 << 20;
 pub(super) struct Bundles {
     committed: BTreeMap<BundleId, Arc<Manifest>>,
     staged: BTreeMap<VmId, Staged>,
+    /// Who stands for them: whether they were made here, and their signatures.
+    stood_for: BTreeMap<BundleId, (bool, Vec<BundleSignature>)>,
     /// The bundles that were removed because somebody asked for it.
     removed: Vec<BundleId>,
 }
@@ -37,6 +44,14 @@ struct Staged {
     memory: u64,
     /// When all of it is written; `None`: it never will be, as the VMM ended before.
     whole_at_ns: Option<u64>,
+}
+
+/// Most bytes of what is imported: a simulated bundle is its manifest.
+const IMPORT_BYTES_MAX: usize = 1 << 20;
+
+fn digest(manifest: &Manifest) -> Result<Digest, BundleError> {
+    let bytes = manifest.to_bytes().map_err(|error| host_error(io::Error::other(error)))?;
+    Ok(Digest::of(&bytes))
 }
 
 fn host_error(source: io::Error) -> BundleError {
@@ -86,7 +101,10 @@ impl State {
     fn view(&self, id: &BundleId) -> Result<BundleView, BundleError> {
         let manifest = self.bundles.committed.get(id).cloned();
         let manifest = manifest.ok_or_else(|| ReadBundleError::Unknown { bundle: id.clone() })?;
-        Ok(BundleView { id: id.clone(), manifest, disk_bytes: DISK_BYTES })
+        let manifest_digest = digest(&manifest)?;
+        let (made_here, signatures) = self.bundles.stood_for.get(id).cloned().unwrap_or_default();
+        let signed = Signed { manifest_digest, made_here, signatures };
+        Ok(BundleView { id: id.clone(), manifest, disk_bytes: DISK_BYTES, signed })
     }
 
     fn find_bundle(&self, word: &str) -> Result<BundleView, BundleError> {
@@ -122,6 +140,7 @@ impl State {
         let parent = order.order.parent.as_ref().map(|parent| self.view(parent)).transpose()?;
         let manifest = manifest::of(order, parent.as_ref(), staged.memory);
         let id = self.keep(manifest)?;
+        self.bundles.stood_for.entry(id.clone()).or_default().0 = true;
         self.view(&id)
     }
 
@@ -153,6 +172,7 @@ impl State {
         }
         match self.bundles.committed.remove(id) {
             Some(_) => {
+                self.bundles.stood_for.remove(id);
                 self.bundles.removed.push(id.clone());
                 Ok(())
             }
@@ -277,9 +297,54 @@ impl VmBundles for SimHost {
             let mut state = self.state();
             let original = state.view(bundle)?;
             let id = state.keep(manifest::compacted(&original, name, built_at))?;
+            state.bundles.stood_for.entry(id.clone()).or_default().0 = original.signed.made_here;
             state.view(&id)
         };
         self.point(false).await.map_err(host_error)?;
         made
+    }
+
+    async fn sign(&self, bundle: &BundleId, signature: BundleSignature) -> Result<(), BundleError> {
+        self.point(true).await.map_err(host_error)?;
+        {
+            let mut state = self.state();
+            let view = state.view(bundle)?;
+            if !signature.is_of(&view.signed.manifest_digest) {
+                return Err(SignError::Invalid { bundle: bundle.clone(), key: signature.key }.into());
+            }
+            let (_, signatures) = state.bundles.stood_for.entry(bundle.clone()).or_default();
+            signatures.retain(|one| one.key != signature.key);
+            signatures.push(signature);
+        }
+        self.point(false).await.map_err(host_error)
+    }
+
+    async fn export(&self, bundle: &BundleId, to: mpsc::Sender<Piece>) -> Result<(), BundleError> {
+        self.point(true).await.map_err(host_error)?;
+        let manifest = self.state().view(bundle)?.manifest;
+        let bytes = manifest.to_bytes().map_err(|error| host_error(io::Error::other(error)))?;
+        // Nobody may be there to take it.
+        let _ = to.send(Ok(bytes.into())).await;
+        Ok(())
+    }
+
+    async fn import(&self, mut from: mpsc::Receiver<Piece>, _token: String) -> Result<Vec<Imported>, BundleError> {
+        self.point(true).await.map_err(host_error)?;
+        let mut bytes = Vec::new();
+        while let Some(piece) = from.recv().await {
+            bytes.extend_from_slice(&piece.map_err(host_error)?);
+            if bytes.len() > IMPORT_BYTES_MAX {
+                return Err(host_error(io::ErrorKind::FileTooLarge.into()));
+            }
+        }
+        let manifest = read(&bytes).map_err(|error| BundleError::Import(ImportError::Manifest(error)))?;
+        let imported = {
+            let mut state = self.state();
+            let existed = state.bundles.committed.contains_key(&id_of(&bytes));
+            let id = state.keep(manifest)?;
+            Imported { view: state.view(&id)?, existed }
+        };
+        self.point(false).await.map_err(host_error)?;
+        Ok(vec![imported])
     }
 }

@@ -120,6 +120,9 @@ fn routes(shared: Shared) -> Router {
         .route("/v1/vms/{vm}/exec", post(exec))
         .route("/v1/vms/{vm}/snapshot", post(snapshot))
         .route("/v1/bundles", post(build))
+        .route("/v1/bundles/{bundle}/export", get(export))
+        .route("/v1/bundles/{bundle}/signatures", post(sign))
+        .route("/v1/bundle-imports", post(import))
         .route("/v1/bundles/{bundle}", get(|| async { ok(bundle()) }).delete(|| async { StatusCode::NO_CONTENT }))
         .route("/v1/vms/{vm}/console", get(|| async { "line one\nline two\n" }).post(console))
         .route("/v1/sessions", get(|| async { ok(json!({"sessions": [session()]})) }).post(create_session))
@@ -211,8 +214,37 @@ fn image() -> Value {
 pub(crate) fn bundle() -> Value {
     json!({"id": BUNDLE, "name": null, "image": "demo", "vcpus": 1, "memory_mib": 128, "interfaces": 1, "disks": 0,
            "disk_bytes": 5 << 20, "parent": null, "vms": 0, "recipe": "build", "warmup": null, "ready_marker": null,
-           "source_vm": null, "created_at": "2026-01-02T03:04:05Z",
+           "source_vm": null, "manifest_digest": "00".repeat(32), "signed_by": [], "trust": "untrusted", "created_at": "2026-01-02T03:04:05Z",
            "built_on": {"name": "h", "provider": "kvm", "kernel_release": "6.1", "tsc_khz": 1, "kernel_mode_emulated": false}})
+}
+
+/// A file of a bundle; that of `broken` stops before its end.
+async fn export(Of(bundle): Of<String>) -> Response {
+    let mut pieces = vec![Ok(Bytes::from(vec![7; 100_000])), Ok(Bytes::from_static(b"end"))];
+    if bundle == "broken" {
+        pieces.push(Err(std::io::Error::other("damaged")));
+    }
+    Body::from_stream(futures_util::stream::iter(pieces)).into_response()
+}
+
+/// Takes any file but an empty one.
+async fn import(State(shared): State<Shared>, body: Bytes) -> Response {
+    if body.is_empty() {
+        let detail = ErrorDetail {
+            code: "import_truncated".to_owned(),
+            message: "it ends after 0 bytes, before its end".to_owned(),
+            detail: None,
+            retry: RetryHint::WithChange,
+        };
+        return (StatusCode::UNPROCESSABLE_ENTITY, axum::Json(ErrorBody { error: detail })).into_response();
+    }
+    shared.notes.lock().expect("notes").input.extend_from_slice(&body);
+    ok(json!({"bundle": bundle(), "existed": true, "parents": []}))
+}
+
+async fn sign(State(shared): State<Shared>, axum::Json(body): axum::Json<Value>) -> Response {
+    shared.notes.lock().expect("notes").bodies.push(body);
+    ok(bundle())
 }
 
 /// The operation of a build: it makes a bundle.

@@ -141,7 +141,9 @@ impl<W: World> Agent<W> {
         if !(1..=POOL_SIZE_MAX).contains(&size) {
             return Err(PoolError::Size { found: size });
         }
-        let bundle = self.shared.world.bundles().find(word).await?.id;
+        let view = self.shared.world.bundles().find(word).await?;
+        self.shared.require_trust(&view)?;
+        let bundle = view.id;
         let manifest = self.shared.world.bundles().check(&bundle).await?;
         if manifest.machine.devices.iter().any(|device| device.kind == DeviceKind::Block) {
             return Err(PoolError::Disks { bundle });

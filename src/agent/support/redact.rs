@@ -21,6 +21,7 @@ const SHOWN: &[(&str, &[&str])] = &[
         ],
     ),
     ("uids", &["base", "host_number", "quarantine_s"]),
+    ("bundles", &["trusted_keys", "trust_local"]),
     ("waits", &["guest_ready_s", "vmm_answer_s", "vmm_launch_s"]),
     (
         "fabric",

@@ -1,13 +1,13 @@
 //! Bundles.
 
 use super::timestamp;
-use crate::agent::{self, BundleListed, BundleView, DeviceKind, Manifest, Recipe};
-use crate::api::types::{Bundle, BundleHost, BundleList, BundleRecipe, UnreadableBundle};
+use crate::agent::{self, BundleListed, BundleView, DeviceKind, Manifest, Recipe, Trust};
+use crate::api::types::{Bundle, BundleHost, BundleList, BundleRecipe, BundleTrust, UnreadableBundle};
 use crate::units::MIB;
 
-/// A bundle; `vms` run from it.
-pub(in crate::api) fn bundle(view: &BundleView, vms: usize) -> Bundle {
-    let BundleView { id, manifest, disk_bytes } = view;
+/// A bundle, and what the agent knows of it.
+pub(in crate::api) fn bundle(view: &BundleView, door: &dyn agent::Door) -> Bundle {
+    let BundleView { id, manifest, disk_bytes, signed } = view;
     let Manifest { machine, host, provenance, .. } = &**manifest;
     let count = |kind| {
         let devices = machine.devices.iter().filter(|device| device.kind == kind);
@@ -23,7 +23,7 @@ pub(in crate::api) fn bundle(view: &BundleView, vms: usize) -> Bundle {
         interfaces: count(DeviceKind::Net),
         parent: manifest.parent.as_ref().map(|parent| parent.bundle.clone()),
         disk_bytes: *disk_bytes,
-        vms: u32::try_from(vms).unwrap_or(u32::MAX),
+        vms: u32::try_from(door.users(id)).unwrap_or(u32::MAX),
         recipe: match (&provenance.compacted_from, provenance.recipe) {
             (Some(_), _) => BundleRecipe::Compaction,
             (None, Recipe::Image) => BundleRecipe::Build,
@@ -40,6 +40,14 @@ pub(in crate::api) fn bundle(view: &BundleView, vms: usize) -> Bundle {
             kernel_release: host.kernel_release.clone(),
         },
         created_at: timestamp(provenance.built_at),
+        manifest_digest: signed.manifest_digest.to_string(),
+        signed_by: signed.signatures.iter().map(|one| one.key).collect(),
+        trust: match door.trust(view) {
+            Trust::Unchecked => BundleTrust::Unchecked,
+            Trust::Signed { .. } => BundleTrust::Signed,
+            Trust::MadeHere => BundleTrust::MadeHere,
+            Trust::Untrusted => BundleTrust::Untrusted,
+        },
     }
 }
 
@@ -48,7 +56,7 @@ pub(in crate::api) fn bundles(listed: &[BundleListed], door: &dyn agent::Door) -
     let (mut bundles, mut unreadable) = (Vec::new(), Vec::new());
     for one in listed {
         match one {
-            BundleListed::Readable(view) => bundles.push(bundle(view, door.users(&view.id))),
+            BundleListed::Readable(view) => bundles.push(bundle(view, door)),
             BundleListed::Unreadable { id, reason } => {
                 unreadable.push(UnreadableBundle { id: id.clone(), reason: reason.clone() });
             }

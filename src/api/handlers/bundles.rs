@@ -81,7 +81,7 @@ pub(in crate::api) async fn show_bundle(
     Path(id): Path<String>,
 ) -> Result<Json<Bundle>, ApiError> {
     let view = served.door.bundle(&id).await?;
-    Ok(Json(convert::bundle(&view, served.door.users(&view.id))))
+    Ok(Json(convert::bundle(&view, served.door.as_ref())))
 }
 
 /// Read all of a bundle and compare it with its digests.
@@ -115,7 +115,7 @@ pub(in crate::api) async fn compact_bundle(
     OptionalBody(request): OptionalBody<CompactRequest>,
 ) -> Result<(StatusCode, Json<Bundle>), ApiError> {
     let view = served.door.compact_bundle(&id, request.bundle_name).await?;
-    Ok((StatusCode::CREATED, Json(convert::bundle(&view, 0))))
+    Ok((StatusCode::CREATED, Json(convert::bundle(&view, served.door.as_ref()))))
 }
 
 /// Remove a bundle that no VM runs from and no other bundle builds on.

@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 
 use super::IMAGE_DEFAULT;
 use crate::ids::{BundleId, VmId};
+use crate::signing::{PublicKey, Signature};
 
 /// `POST /v1/bundles`: boots a VM of an image, warms it up, freezes it and removes it. Answered 202 with an operation,
 /// whose `bundle_id` is the result.
@@ -127,6 +128,52 @@ pub struct Bundle {
     /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: Timestamp,
+    /// Digest of its manifest, 64 hexadecimal digits: what is signed. The id is the start of it.
+    pub manifest_digest: String,
+    /// Keys of those who signed it.
+    #[schema(value_type = Vec<String>, example = json!(["ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="]))]
+    pub signed_by: Vec<PublicKey>,
+    /// Whether it may be launched here, as far as signatures go.
+    pub trust: BundleTrust,
+}
+
+/// Whether a bundle may be launched on this host, as far as signatures go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BundleTrust {
+    /// This host asks for no signatures.
+    Unchecked,
+    /// It has a signature of a key that this host trusts.
+    Signed,
+    /// It was made on this host, which trusts that.
+    MadeHere,
+    /// It has none, and is not launched.
+    Untrusted,
+}
+
+/// `POST /v1/bundles/{id}/signatures`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BundleSignRequest {
+    /// The public key.
+    #[schema(value_type = String, example = "ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=")]
+    pub key: PublicKey,
+    /// Its signature, base64 of 64 bytes: Ed25519 over `hearth bundle manifest v1`, a zero byte and the 32 bytes of
+    /// `manifest_digest`.
+    #[schema(value_type = String)]
+    pub signature: Signature,
+}
+
+/// `POST /v1/bundle-imports`: what came of a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct BundleImported {
+    /// The bundle that was exported.
+    pub bundle: Bundle,
+    /// Whether it was here before; then nothing but signatures is new.
+    pub existed: bool,
+    /// The bundles it builds on, which came with it.
+    #[schema(value_type = Vec<String>)]
+    pub parents: Vec<BundleId>,
 }
 
 /// How a bundle was made.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::base64::encode;
+use super::encode_base64 as encode;
 
 /// `POST /v1/vms/{id}/exec`. With `Upgrade: hearth-stream/1` the answer is 101 and the command's streams follow as
 /// frames; without, standard input is empty and the answer is an [`ExecResult`] once the command has ended.

@@ -29,7 +29,11 @@ fn a_committed_bundle_is_three_files_that_nobody_writes() {
         let found = std::fs::metadata(directory.join(name)).unwrap();
         assert_eq!(found.permissions().mode() & 0o777, 0o400, "{name}");
     }
-    assert_eq!(names(&rig.root), [".flat".to_owned(), committed.id.to_string()], "nothing is staged");
+    assert_eq!(
+        names(&rig.root),
+        [".flat".to_owned(), ".signatures".to_owned(), committed.id.to_string()],
+        "nothing is staged"
+    );
     let manifest = &committed.manifest;
     assert_eq!(manifest.memory.chunks.iter().map(|chunk| chunk.index).collect::<Vec<_>>(), [0, 12]);
     assert_eq!(manifest.memory.zero_runs, [(1, 11), (13, 3)].map(Run::from));
@@ -68,7 +72,7 @@ fn the_same_bundle_again_is_a_success() {
     let again = rig.full("one", &[(0, b"a")]);
     assert!(!first.existed && again.existed);
     assert_eq!(first.id, again.id);
-    assert_eq!(names(&rig.root).len(), 2, "nothing is staged");
+    assert_eq!(names(&rig.root).len(), 3, "nothing is staged");
 }
 
 #[test]
@@ -93,7 +97,7 @@ fn a_crash_at_any_step_leaves_nothing_to_see() {
             store.verify(&committed.id, &mut |_| ()).unwrap();
         } else {
             assert_eq!(store.sweep(&[]).unwrap().removed.len(), 1);
-            assert_eq!(names(&rig.root), [".flat"]);
+            assert_eq!(names(&rig.root), [".flat", ".signatures"]);
         }
     }
 }
@@ -107,7 +111,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     let error = staging.commit(draft(4 * MIB), Contents::Full, &mut |_| ()).unwrap_err();
     assert!(matches!(error, CommitError::NoSpace { .. }), "{error:?}");
     assert_eq!(error.retry(), Retry::Later);
-    assert_eq!(names(&rig.root), [".flat"]);
+    assert_eq!(names(&rig.root), [".flat", ".signatures"]);
 }
 
 /// What the commit says, after which nothing is staged.

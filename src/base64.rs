@@ -1,4 +1,5 @@
-//! Base64 as in RFC 4648 section 4, padded: bytes in JSON.
+//! Base64 as in RFC 4648 section 4, padded: bytes in JSON, and keys in configurations.
+#![forbid(unsafe_code)]
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
