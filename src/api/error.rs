@@ -12,9 +12,9 @@ use axum::{Extension, Json};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal, TlsError};
 use crate::agent::{
-    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError,
-    FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError,
-    OwnError, ReadBundleError, RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
+    ArriveError, BackUpError, BackupError, BalloonError, BundleError, ContainerError, Denied, ExecError, FailureCause,
+    FindBundleError, FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning,
+    OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 
@@ -257,6 +257,14 @@ impl From<ImageError> for ApiError {
             ImageError::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_image"),
             ImageError::Exists { .. } => (StatusCode::CONFLICT, "name_taken"),
             ImageError::InUse { .. } => (StatusCode::CONFLICT, "image_in_use"),
+            ImageError::Busy { .. } => (StatusCode::TOO_MANY_REQUESTS, "busy"),
+            ImageError::Container { source: ContainerError::NoSpace { .. }, .. } => {
+                (StatusCode::INSUFFICIENT_STORAGE, "no_space")
+            }
+            ImageError::Container { source: ContainerError::Write { .. }, .. } => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "host_failure")
+            }
+            ImageError::Container { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "bad_container"),
             ImageError::Malformed { .. } | ImageError::Syntax { .. } | ImageError::File { .. } => {
                 (StatusCode::UNPROCESSABLE_ENTITY, "bad_image")
             }
