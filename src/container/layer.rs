@@ -245,17 +245,23 @@ impl Extended {
     }
 
     fn metadata(&self, header: &Header) -> Result<Metadata, Fault> {
-        let id = |given: Option<u32>, header: io::Result<u64>, field| match given {
-            Some(id) => Ok(id),
-            None => header.ok().and_then(|id| u32::try_from(id).ok()).ok_or(Fault::Number { field }),
+        let fields = header.as_old();
+        // What is left blank is zero, as other readers have it.
+        let number = |given: &[u8], read: io::Result<u64>, field| {
+            let is_blank = given.iter().all(|byte| matches!(byte, 0 | b' '));
+            if is_blank { Ok(0) } else { read.map_err(|_| Fault::Number { field }) }
         };
+        let id = |given: &[u8], read, field| {
+            number(given, read, field).and_then(|id| u32::try_from(id).map_err(|_| Fault::Number { field }))
+        };
+        let mode = header.mode().map(u64::from);
         Ok(Metadata {
-            mode: header.mode().map_err(|_| Fault::Number { field: "mode" })? & 0o7777,
-            uid: id(self.uid, header.uid(), "uid")?,
-            gid: id(self.gid, header.gid(), "gid")?,
+            mode: id(&fields.mode, mode, "mode")? & 0o7777,
+            uid: self.uid.map_or_else(|| id(&fields.uid, header.uid(), "uid"), Ok)?,
+            gid: self.gid.map_or_else(|| id(&fields.gid, header.gid(), "gid"), Ok)?,
             time: match self.time {
                 Some(time) => time,
-                None => saturated(header.mtime().map_err(|_| Fault::Number { field: "time" })?),
+                None => saturated(number(&fields.mtime, header.mtime(), "time")?),
             },
         })
     }

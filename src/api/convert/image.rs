@@ -79,3 +79,40 @@ pub(in crate::api) fn import(request: ImageImportRequest) -> Result<ImageImport,
     let unpacked_bytes_max = bytes.ok_or_else(|| refused("unpacked_mib_max is not a size"))?.0;
     Ok(ImageImport { name, content: ImageContent::Container { source, like, unpacked_bytes_max }, command_line })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_import_says_one_thing() {
+        let read = |json: &str| import(serde_json::from_str::<ImageImportRequest>(json).unwrap());
+        let made = read(r#"{"name":"a","kernel_path":"/k","initrd_path":"/i"}"#).unwrap();
+        assert!(
+            matches!(made.content, ImageContent::Files { initrd_path: Some(_), .. }) && made.command_line.is_none()
+        );
+        let made = read(r#"{"name":"a","oci_path":"/d","reference":"web","like":"b","unpacked_mib_max":1}"#).unwrap();
+        let source = ContainerSource::Oci { layout: "/d".into(), reference: Some("web".to_owned()) };
+        let like = Some("b".to_owned());
+        assert_eq!(made.content, ImageContent::Container { source, like, unpacked_bytes_max: 1 << 20 });
+        let made = read(r#"{"name":"a","rootfs_path":"/r"}"#).unwrap();
+        assert!(
+            matches!(made.content, ImageContent::Container { unpacked_bytes_max, .. } if unpacked_bytes_max == 4 << 30)
+        );
+        for (json, wanted) in [
+            (r#"{"name":"a"}"#, "exactly one"),
+            (r#"{"name":"a","kernel_path":"/k","rootfs_path":"/r"}"#, "exactly one"),
+            (r#"{"name":"a","oci_path":"/k","rootfs_path":"/r"}"#, "exactly one"),
+            (r#"{"name":"a","kernel_path":"/k","like":"demo"}"#, "are for containers"),
+            (r#"{"name":"a","kernel_path":"/k","unpacked_mib_max":1}"#, "are for containers"),
+            (r#"{"name":"a","rootfs_path":"/r","reference":"x"}"#, "reference is for an OCI layout"),
+            (r#"{"name":"a","rootfs_path":"/r","initrd_path":"/i"}"#, "initrd_path is for"),
+            (r#"{"name":"a","rootfs_path":"r"}"#, "not absolute"),
+            (r#"{"name":"a","oci_path":"/d","unpacked_mib_max":0}"#, "not a size"),
+            (r#"{"name":"a","oci_path":"/d","unpacked_mib_max":18446744073709551615}"#, "not a size"),
+        ] {
+            let error = read(json).unwrap_err();
+            assert!(error.status == 400 && error.detail.message.contains(wanted), "{json}: {:?}", error.detail);
+        }
+    }
+}
