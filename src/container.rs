@@ -40,7 +40,7 @@ pub use oci::Program;
 use crate::sys::file;
 use crate::units::{MIB, PAGE_BYTES};
 use budget::Budget;
-use layer::Layer;
+use layer::{Layer, Target};
 use spool::Spool;
 use tree::Tree;
 
@@ -152,7 +152,7 @@ impl Container {
                     let mut stored = blob.open(layout)?;
                     let unpacked = container.layer(&name, Whiteouts::Hide, &mut stored);
                     // What is not what it should be says more than what came of reading it.
-                    stored.is_as_described()?;
+                    stored.check()?;
                     unpacked?;
                 }
                 container.origin = Origin { manifest: Some(image.manifest.to_string()), program: image.program };
@@ -168,7 +168,7 @@ impl Container {
         let mut unzipped = layer::unzip(name, &mut stored)?;
         let layer = Layer { name, number: self.layers, whiteouts };
         let Self { tree, spool, budget, left_out, .. } = self;
-        layer.apply(&mut unzipped, tree, spool, budget, left_out)
+        layer.apply(&mut unzipped, &mut Target { tree, spool, budget, left_out })
     }
 
     /// How many layers there are.

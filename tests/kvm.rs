@@ -26,6 +26,7 @@ mod kvm {
     pub(crate) mod full;
     pub(crate) mod hand_over;
     pub(crate) mod host_harm;
+    pub(crate) mod imported;
     pub(crate) mod jail;
     pub(crate) mod lab;
     pub(crate) mod many;
@@ -110,6 +111,7 @@ const TESTS: &[Test] = &[
         kvm::bundle_many::a_hundred_in_a_row_and_thirty_at_once_leave_nothing,
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
+    ("image_containers_boot_and_are_bundled", kvm::imported::containers_boot_and_are_bundled),
     ("swap_out_and_back_loses_nothing", kvm::swap::out_and_back_loses_nothing),
     ("swap_takes_idle_vms_and_leaves_busy_ones", kvm::swap_harm::takes_idle_vms_and_leaves_busy_ones),
     ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),

@@ -128,7 +128,7 @@ pub enum ImageError {
         name: String,
         /// Why.
         #[source]
-        source: ContainerError,
+        source: Box<ContainerError>,
     },
     /// VMs were made of it.
     #[error("image {name:?} is used by {vms} VMs")]

@@ -2,6 +2,7 @@
 //! new error has to be given its answer here.
 
 mod cluster;
+mod image;
 mod pool;
 
 use axum::http::header::RETRY_AFTER;
@@ -12,9 +13,9 @@ use axum::{Extension, Json};
 use super::types::{ErrorBody, ErrorDetail};
 use crate::agent::peers::{PeerError, PeerRefusal, TlsError};
 use crate::agent::{
-    ArriveError, BackUpError, BackupError, BalloonError, BundleError, ContainerError, Denied, ExecError, FailureCause,
-    FindBundleError, FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning,
-    OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
+    ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, FailureCause, FindBundleError,
+    FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning, OpenBundleError,
+    OwnError, ReadBundleError, RemoveError, SessionError, VerbError, VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 
@@ -245,31 +246,6 @@ impl From<ArriveError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_running_yet", message, Retry::Later)
             }
         }
-    }
-}
-
-impl From<ImageError> for ApiError {
-    fn from(error: ImageError) -> Self {
-        let (message, retry) = (chain(&error), error.retry());
-        let (status, code) = match error {
-            ImageError::NoRoom(error) => return error.into(),
-            ImageError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
-            ImageError::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_image"),
-            ImageError::Exists { .. } => (StatusCode::CONFLICT, "name_taken"),
-            ImageError::InUse { .. } => (StatusCode::CONFLICT, "image_in_use"),
-            ImageError::Busy { .. } => (StatusCode::TOO_MANY_REQUESTS, "busy"),
-            ImageError::Container { source: ContainerError::NoSpace { .. }, .. } => {
-                (StatusCode::INSUFFICIENT_STORAGE, "no_space")
-            }
-            ImageError::Container { source: ContainerError::Write { .. }, .. } => {
-                (StatusCode::INTERNAL_SERVER_ERROR, "host_failure")
-            }
-            ImageError::Container { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "bad_container"),
-            ImageError::Malformed { .. } | ImageError::Syntax { .. } | ImageError::File { .. } => {
-                (StatusCode::UNPROCESSABLE_ENTITY, "bad_image")
-            }
-        };
-        Self::new(status, code, message, retry)
     }
 }
 

@@ -4,12 +4,12 @@
 use std::io::{self, BufRead, Read};
 
 use flate2::bufread::MultiGzDecoder;
-use tar::{Archive, EntryType, Header};
+use tar::{Archive, Header};
 
 use super::budget::{Bounded, Budget};
 use super::cpio::FILE_BYTES_MAX;
 use super::fault::{ContainerError, Fault, shown};
-use super::spool::Spool;
+use super::spool::{Spool, SpoolError};
 use super::tree::{Kind, Metadata, PATH_BYTES_MAX, Path, Tree};
 use super::{LeftOut, Whiteouts};
 use crate::units::Bytes;
@@ -59,16 +59,36 @@ struct Extended {
     attributes: u64,
 }
 
+/// Where what an archive holds goes.
+pub(super) struct Target<'a> {
+    pub(super) tree: &'a mut Tree,
+    pub(super) spool: &'a mut Spool,
+    pub(super) budget: &'a Budget,
+    pub(super) left_out: &'a mut LeftOut,
+}
+
+/// What an entry is, by the letter of its type.
+enum Type {
+    File,
+    HardLink,
+    Link,
+    Device,
+    Directory,
+    Pipe,
+}
+
+/// An entry that is not an extended header.
+struct Entry<'a> {
+    header: &'a Header,
+    bytes: u64,
+    path: &'a [u8],
+    extended: Extended,
+}
+
 impl Layer<'_> {
     /// Reads all of `unzipped`.
-    pub(super) fn apply(
-        &self,
-        unzipped: &mut dyn Read,
-        tree: &mut Tree,
-        spool: &mut Spool,
-        budget: &Budget,
-        left_out: &mut LeftOut,
-    ) -> Result<(), ContainerError> {
+    pub(super) fn apply(&self, unzipped: &mut dyn Read, target: &mut Target<'_>) -> Result<(), ContainerError> {
+        let budget = target.budget;
         let mut archive = Archive::new(Bounded { from: unzipped, budget });
         let mut extended = Extended::default();
         let mut said = String::new();
@@ -78,93 +98,96 @@ impl Layer<'_> {
             let bytes = entry.size();
             let path = extended.path.clone().unwrap_or_else(|| header.path_bytes().into_owned());
             said = shown(&path);
-            let faulty = self.faulty(&said);
             if bytes > budget.left() {
-                return Err(faulty(Fault::Size { says: Bytes(bytes), left: Bytes(budget.left()) }));
+                let fault = Fault::Size { says: Bytes(bytes), left: Bytes(budget.left()) };
+                return Err(self.faulty(&said, fault));
             }
-            let mut extension = |what| -> Result<Vec<u8>, ContainerError> {
-                if bytes > EXTENSION_BYTES_MAX {
-                    return Err(self.faulty(&said)(Fault::Extension { reason: what }));
+            match header.entry_type().as_byte() {
+                b'L' => extended.path = Some(until_null(self.extension(&mut entry, bytes, &said, budget)?)),
+                b'K' => extended.link = Some(until_null(self.extension(&mut entry, bytes, &said, budget)?)),
+                b'x' => {
+                    let text = self.extension(&mut entry, bytes, &said, budget)?;
+                    extended.read(&text).map_err(|fault| self.faulty(&said, fault))?;
                 }
-                let mut content = Vec::new();
-                entry.read_to_end(&mut content).map_err(self.damaged(budget))?;
-                let whole = u64::try_from(content.len()).is_ok_and(|length| length == bytes);
-                if whole { Ok(content) } else { Err(self.faulty(&said)(Fault::CutOff)) }
-            };
-            const LONG: &str = "is longer than 1 MiB";
-            match header.entry_type() {
-                EntryType::GNULongName => extended.path = Some(until_null(extension(LONG)?)),
-                EntryType::GNULongLink => extended.link = Some(until_null(extension(LONG)?)),
-                EntryType::XHeader => extended.read(&extension(LONG)?).map_err(faulty)?,
-                EntryType::XGlobalHeader => check_global(&extension(LONG)?).map_err(faulty)?,
-                kind => {
+                b'g' => {
+                    let text = self.extension(&mut entry, bytes, &said, budget)?;
+                    check_global(&text).map_err(|fault| self.faulty(&said, fault))?;
+                }
+                _ => {
                     let extended = std::mem::take(&mut extended);
-                    if extended.bytes.is_some_and(|says| says != bytes) {
-                        return Err(faulty(Fault::Disagreement));
-                    }
-                    let link = extended.link.clone();
-                    let link = link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
-                    budget.entry(path.len() + link.len()).map_err(&faulty)?;
-                    let named = Path::parse(&path).map_err(&faulty)?;
-                    if self.whiteouts == Whiteouts::Hide
-                        && let Some(hidden) = named.hides().map_err(&faulty)?
-                    {
-                        tree.hide(&hidden, self.number).map_err(&faulty)?;
-                        continue;
-                    }
-                    left_out.attributes += extended.attributes;
-                    let metadata = extended.metadata(&header).map_err(&faulty)?;
-                    let made = |text| budget.entry(text);
-                    let kind = match kind {
-                        // As archives were before there was a type for directories.
-                        EntryType::Regular if path.ends_with(b"/") => EntryType::Directory,
-                        EntryType::Continuous => EntryType::Regular,
-                        kind => kind,
-                    };
-                    let content = match kind {
-                        EntryType::Regular if bytes > FILE_BYTES_MAX => {
-                            return Err(faulty(Fault::FileTooLarge { says: Bytes(bytes) }));
-                        }
-                        EntryType::Regular => {
-                            let content = spool.take(&mut entry, bytes);
-                            Kind::File(content.map_err(|error| error.of(&faulty, self.damaged(budget)))?)
-                        }
-                        EntryType::Symlink if link.is_empty() => return Err(faulty(Fault::EmptyLink)),
-                        EntryType::Symlink if link.contains(&0) => return Err(faulty(Fault::NullByte)),
-                        EntryType::Symlink if link.len() > PATH_BYTES_MAX => return Err(faulty(Fault::PathTooLong)),
-                        EntryType::Symlink => Kind::Link(link),
-                        EntryType::Fifo => Kind::Pipe,
-                        EntryType::Char | EntryType::Block => {
-                            left_out.devices += 1;
-                            continue;
-                        }
-                        EntryType::Directory => {
-                            tree.put_directory(&named, metadata, self.number, made).map_err(&faulty)?;
-                            continue;
-                        }
-                        EntryType::Link => {
-                            let target = match Path::parse(&link) {
-                                Err(Fault::NoName) => Err(Fault::EmptyLink),
-                                target => target,
-                            };
-                            let target = target.map_err(&faulty)?;
-                            tree.put_hard_link(&named, &target, self.number, made).map_err(&faulty)?;
-                            continue;
-                        }
-                        EntryType::GNUSparse => return Err(faulty(Fault::Sparse)),
-                        // A volume's label, as GNU tar writes it: not a part of the file system.
-                        other if other.as_byte() == b'V' => continue,
-                        other => return Err(faulty(Fault::Kind { kind: char::from(other.as_byte()) })),
-                    };
-                    tree.put(&named, (content, metadata), self.number, made).map_err(&faulty)?;
+                    let described = Entry { header: &header, bytes, path: &path, extended };
+                    self.put(&described, &mut entry, target).map_err(|error| match error {
+                        PutError::Fault(fault) => self.faulty(&said, fault),
+                        PutError::Spool(SpoolError::Cut) => self.faulty(&said, Fault::CutOff),
+                        PutError::Spool(SpoolError::Read(source)) => self.damaged(budget)(source),
+                        PutError::Spool(SpoolError::Keep(error)) => error,
+                    })?;
                 }
             }
         }
         if extended.path.is_some() || extended.link.is_some() {
-            return Err(self.faulty(&said)(Fault::CutOff));
+            return Err(self.faulty(&said, Fault::CutOff));
         }
         // What lies behind the archive's end counts too, and has to be readable: a checksum is at the end.
         io::copy(&mut archive.into_inner(), &mut io::sink()).map(drop).map_err(self.damaged(budget))
+    }
+
+    /// The content of an extended header.
+    fn extension(
+        &self,
+        entry: &mut impl Read,
+        bytes: u64,
+        said: &str,
+        budget: &Budget,
+    ) -> Result<Vec<u8>, ContainerError> {
+        if bytes > EXTENSION_BYTES_MAX {
+            return Err(self.faulty(said, Fault::Extension { reason: "is longer than 1 MiB" }));
+        }
+        let mut content = Vec::new();
+        entry.read_to_end(&mut content).map_err(self.damaged(budget))?;
+        let is_whole = u64::try_from(content.len()).is_ok_and(|length| length == bytes);
+        if is_whole { Ok(content) } else { Err(self.faulty(said, Fault::CutOff)) }
+    }
+
+    /// Puts an entry where it belongs.
+    fn put(&self, entry: &Entry<'_>, content: &mut impl Read, target: &mut Target<'_>) -> Result<(), PutError> {
+        let Entry { header, bytes, path, extended } = entry;
+        let Target { tree, spool, budget, left_out } = target;
+        if extended.bytes.is_some_and(|says| says != *bytes) {
+            return Err(Fault::Disagreement.into());
+        }
+        let link = extended.link.clone();
+        let link = link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
+        budget.entry(path.len() + link.len())?;
+        let named = Path::parse(path)?;
+        if self.whiteouts == Whiteouts::Hide
+            && let Some(hidden) = named.hides()?
+        {
+            return Ok(tree.hide(&hidden, self.number)?);
+        }
+        let Some(kind) = entry.kind()? else { return Ok(()) };
+        left_out.attributes += extended.attributes;
+        let metadata = extended.metadata(header)?;
+        let made = |text| budget.entry(text);
+        let kind = match kind {
+            Type::Directory => return Ok(tree.put_directory(&named, metadata, self.number, made)?),
+            Type::HardLink => {
+                let target = if link.is_empty() { Err(Fault::EmptyLink) } else { Path::parse(&link) };
+                return Ok(tree.put_hard_link(&named, &target?, self.number, made)?);
+            }
+            Type::Device => {
+                left_out.devices += 1;
+                return Ok(());
+            }
+            Type::File if *bytes > FILE_BYTES_MAX => return Err(Fault::FileTooLarge { says: Bytes(*bytes) }.into()),
+            Type::File => Kind::File(spool.take(content, *bytes).map_err(PutError::Spool)?),
+            Type::Link if link.is_empty() => return Err(Fault::EmptyLink.into()),
+            Type::Link if link.contains(&0) => return Err(Fault::NullByte.into()),
+            Type::Link if link.len() > PATH_BYTES_MAX => return Err(Fault::PathTooLong.into()),
+            Type::Link => Kind::Link(link),
+            Type::Pipe => Kind::Pipe,
+        };
+        Ok(tree.put(&named, (kind, metadata), self.number, made)?)
     }
 
     fn damaged<'b>(&'b self, budget: &'b Budget) -> impl Fn(io::Error) -> ContainerError + 'b {
@@ -178,8 +201,40 @@ impl Layer<'_> {
         }
     }
 
-    fn faulty<'b>(&'b self, entry: &'b str) -> impl Fn(Fault) -> ContainerError + 'b {
-        |fault| ContainerError::Entry { layer: self.name.to_owned(), entry: entry.to_owned(), fault }
+    fn faulty(&self, entry: &str, fault: Fault) -> ContainerError {
+        ContainerError::Entry { layer: self.name.to_owned(), entry: entry.to_owned(), fault }
+    }
+}
+
+/// Why an entry is not put anywhere.
+enum PutError {
+    Fault(Fault),
+    Spool(SpoolError),
+}
+
+impl From<Fault> for PutError {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+impl Entry<'_> {
+    /// What it is; `None` for what is not a part of the file system.
+    fn kind(&self) -> Result<Option<Type>, Fault> {
+        Ok(Some(match self.header.entry_type().as_byte() {
+            // As archives were before there was a type for directories.
+            b'0' | 0 if self.path.ends_with(b"/") => Type::Directory,
+            b'0' | 0 | b'7' => Type::File,
+            b'1' => Type::HardLink,
+            b'2' => Type::Link,
+            b'3' | b'4' => Type::Device,
+            b'5' => Type::Directory,
+            b'6' => Type::Pipe,
+            b'S' => return Err(Fault::Sparse),
+            // A volume's label, as GNU tar writes it.
+            b'V' => return Ok(None),
+            other => return Err(Fault::Kind { kind: char::from(other) }),
+        }))
     }
 }
 

@@ -328,7 +328,7 @@ impl Read for Stored {
 
 impl Stored {
     /// Reads what is left, and says whether it has the digest it was named by.
-    pub(super) fn is_as_described(mut self) -> Result<(), ContainerError> {
+    pub(super) fn check(mut self) -> Result<(), ContainerError> {
         let most = self.blob.bytes;
         io::copy(&mut self.by_ref().take(most), &mut io::sink())
             .map_err(|source| ContainerError::Read { path: self.path.clone(), source })?;
@@ -354,7 +354,7 @@ fn document<T: DeserializeOwned>(name: &str, layout: &Path, descriptor: &Descrip
         .take(DOCUMENT_BYTES_MAX)
         .read_to_end(&mut text)
         .map_err(|source| ContainerError::Read { path, source })?;
-    stored.is_as_described()?;
+    stored.check()?;
     parse(name, &text)
 }
 

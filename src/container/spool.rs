@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 
-use super::fault::{ContainerError, Fault};
+use super::fault::ContainerError;
 use super::not_written;
 use crate::units::Bytes;
 
@@ -78,20 +78,5 @@ impl Spool {
             at += u64::try_from(left).unwrap_or(0);
         }
         Ok(())
-    }
-}
-
-impl SpoolError {
-    /// The same, of an entry of a layer.
-    pub(super) fn of(
-        self,
-        entry: impl FnOnce(Fault) -> ContainerError,
-        damaged: impl FnOnce(io::Error) -> ContainerError,
-    ) -> ContainerError {
-        match self {
-            Self::Read(source) => damaged(source),
-            Self::Cut => entry(Fault::CutOff),
-            Self::Keep(error) => error,
-        }
     }
 }

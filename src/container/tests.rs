@@ -411,7 +411,7 @@ proptest! {
     #[test]
     fn no_archive_leads_anywhere(bytes in prop::collection::vec(any::<u8>(), 0..2000), at in 0_usize..3000, name in "[./a-c]{1,12}") {
         let mut archive = Tar::default().directory("a").file(&name, b"x").link("b", "..").hard_link("c", "b").end();
-        let _ = layered(Whiteouts::Hide, &[bytes.clone()]);
+        let _ = layered(Whiteouts::Hide, std::slice::from_ref(&bytes));
         let begin = at.min(archive.len() - 1);
         for (old, new) in archive[begin..].iter_mut().zip(bytes) {
             *old ^= new;

@@ -86,7 +86,7 @@ impl ImageStore {
         let init = words.rev().find_map(|word| word.strip_prefix(INIT_WORD)).unwrap_or("/init");
         let none = || ContainerError::Agent { reason: "it has no initrd".to_owned() };
         let found = files.initrd.as_mut().ok_or_else(none).and_then(|initrd| container::find_file(initrd, init));
-        let agent = found.map_err(|source| ImageError::Container { name: name.clone(), source })?;
+        let agent = found.map_err(|source| ImageError::Container { name: name.clone(), source: Box::new(source) })?;
         let Description { command_line, memory_mib_min, .. } = description;
         Ok(Base { name, files, command_line, memory_mib_min: memory_mib_min.unwrap_or(MEMORY_MIB_MIN_DEFAULT), agent })
     }
@@ -110,7 +110,7 @@ impl ImageStore {
         let spool = file::create(&staging.join("spool")).map_err(failed("spool"))?;
         // Without a name it is gone with whoever has it open.
         std::fs::remove_file(staging.join("spool")).map_err(failed("spool"))?;
-        let refused = |source| ImageError::Container { name: name.clone(), source };
+        let refused = |source| ImageError::Container { name: name.clone(), source: Box::new(source) };
         let unpacked = Container::unpack(source, spool, bounds).map_err(refused)?;
         let initrd = file::create(&staging.join("initrd")).map_err(failed("initrd"))?;
         let made = unpacked.write_initramfs(&base.agent, &initrd).map_err(refused)?;

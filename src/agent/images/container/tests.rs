@@ -99,7 +99,8 @@ fn a_container_that_is_refused_leaves_nothing() {
     let good = import(dir.path(), "web", &tar(&[("a", b"1")]));
     let full = ImageStore { reserve_bytes: u64::MAX, ..store.clone() };
     let error = full.import(&good, false).unwrap_err();
-    assert!(matches!(error, ImageError::Container { source: ContainerError::NoSpace { .. }, .. }), "{error:?}");
+    let is_full = |error: &ContainerError| matches!(error, ContainerError::NoSpace { .. });
+    assert!(matches!(&error, ImageError::Container { source, .. } if is_full(source)), "{error:?}");
     let turn = store.unpacking.lock().unwrap();
     assert!(matches!(store.import(&good, false), Err(ImageError::Busy { .. })));
     drop(turn);
