@@ -116,7 +116,7 @@ pub use exec::{
 pub use guest::GuestError;
 pub use health::{LedgerView, Pressure, Warning};
 pub use host_world::{HostWorld, OpenHostError};
-pub use images::{Image, ImageError, NAME_BYTES_MAX};
+pub use images::{ContainerOrigin, ContainerProgram, Image, ImageError, NAME_BYTES_MAX};
 pub use isolation::{GroupLimit, HostIsolation, ThreadFilter, VmJail};
 pub use launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched};
 pub use launch_error::LaunchError;
@@ -160,8 +160,9 @@ pub use crate::bundle::{
     BundleSignature, CommitError, ExportError, FindError as FindBundleError, ImportError, OpenBundleError,
     ReadBundleError, RemoveError, SignError, StageError, Verified, VerifyError,
 };
+pub use crate::container::{ContainerError, Source as ContainerSource};
 pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};
-pub use world::{Drops, HostFacts, ImageImport, ProcessUsage};
+pub use world::{Drops, HostFacts, ImageContent, ImageImport, ProcessUsage};
 
 use shared::{Begun, Shared, VmHandle};
 use world::{Records, VmDisk, World};

@@ -7,6 +7,7 @@ mod bench;
 mod bundle;
 mod bundle_file;
 mod cluster;
+mod image;
 mod ledger;
 mod manual;
 mod migration;
@@ -30,6 +31,7 @@ pub use bench::{
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
 pub use bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
+pub use image::{ImageCommand, ImportArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
 pub use manual::{CompletionsArgs, ManArgs, Page, ShellWord, completions, first_page, pages};
 pub use migration::{CompressWord, EvacuateArgs, MigrateArgs, MigrationCommand, NonconvergeWord, PolicyWords};
@@ -38,7 +40,7 @@ pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
 pub use top::{SortWord, TopArgs};
-pub use value::{DiskWord, EgressWord, PortWord, RateWord, ReferenceWord};
+pub use value::{DiskWord, EgressWord, LayoutWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 
 /// Where the agent's API answers when nothing else is said.
@@ -219,49 +221,6 @@ pub struct VmmArgs {
     pub id: Option<String>,
     /// Tag of its host, likewise
     pub host: Option<String>,
-}
-
-/// `hearth image`.
-#[derive(Debug, Subcommand)]
-pub enum ImageCommand {
-    /// List the images of this host
-    Ls,
-    /// Show one image
-    Show {
-        /// Name of the image
-        image: ReferenceWord,
-    },
-    /// Copy a kernel and an initrd into the agent's store as an image
-    #[command(after_help = IMPORT_HELP)]
-    Import(ImportArgs),
-    /// Remove an image; VMs that were booted from it stay
-    Rm {
-        /// Name of the image
-        image: ReferenceWord,
-    },
-}
-
-const IMPORT_HELP: &str = "\
-The words the host itself needs (`hearth host probe` lists them) are added at launch and do not belong here.
-
-Example:
-  hearth image import mine --kernel vmlinux --initrd initrd.cpio";
-
-/// `hearth image import`.
-#[derive(Debug, Clone, Args)]
-pub struct ImportArgs {
-    /// Name: 1 to 63 of a-z, 0-9 and `-`, starting with a letter
-    #[arg(value_parser = value::name)]
-    pub name: String,
-    /// Kernel: an ELF vmlinux or a bzImage
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
-    /// Initial RAM disk; uncompressed ones boot fastest
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Words to add to the kernel's command line
-    #[arg(long, value_name = "WORDS")]
-    pub command_line: Option<String>,
 }
 
 /// `hearth operation`.

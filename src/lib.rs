@@ -18,6 +18,7 @@ pub mod sys;
 
 // Floor 2: the subjects. Siblings: none imports another.
 pub mod bundle;
+pub mod container;
 pub mod machine;
 #[cfg(not(fuzzing))]
 pub mod net;

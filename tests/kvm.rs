@@ -26,6 +26,7 @@ mod kvm {
     pub(crate) mod full;
     pub(crate) mod hand_over;
     pub(crate) mod host_harm;
+    pub(crate) mod imported;
     pub(crate) mod jail;
     pub(crate) mod lab;
     pub(crate) mod many;
@@ -117,6 +118,7 @@ const TESTS: &[Test] = &[
         "trust_a_bundle_leaves_its_host_and_is_asked_who_signed_it",
         kvm::trust::a_bundle_leaves_its_host_and_is_asked_who_signed_it,
     ),
+    ("image_containers_boot_and_are_bundled", kvm::imported::containers_boot_and_are_bundled),
     ("swap_out_and_back_loses_nothing", kvm::swap::out_and_back_loses_nothing),
     ("swap_takes_idle_vms_and_leaves_busy_ones", kvm::swap_harm::takes_idle_vms_and_leaves_busy_ones),
     ("swap_with_harm_costs_no_vm_that_lives", kvm::swap_harm::harm_costs_no_vm_that_lives),

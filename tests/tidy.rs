@@ -52,6 +52,11 @@ const FLOORS: &[Floor] = &[
         outside: &["serde_json", "blake3"],
     },
     Floor {
+        module: "container",
+        ours: &["ids", "units", "clock", "report", "sys::file"],
+        outside: &["serde_json", "flate2", "sha2", "tar"],
+    },
+    Floor {
         module: "wire",
         ours: &["ids", "units", "clock", "report", "saved"],
         outside: &["postcard", "serde_json", "serde_bytes", "blake3", "lz4_flex", "twox_hash"],
@@ -101,6 +106,7 @@ const FLOORS: &[Floor] = &[
             "!sys::ram",
             "wire",
             "bundle",
+            "container",
             "net",
             "api",
             "sim",

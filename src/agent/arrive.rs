@@ -477,6 +477,7 @@ fn image_of(order: &ArrivalOrder) -> Image {
         initrd_bytes: None,
         command_line: String::new(),
         memory_mib_min: 0,
+        container: None,
         created_at: order.created_at,
     }
 }

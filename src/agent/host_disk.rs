@@ -277,7 +277,9 @@ impl VmDisk for HostDisk {
     }
 
     async fn import_image(&self, import: ImageImport) -> Result<Image, ImageError> {
-        self.on_images(move |images| images.import(&import)).await
+        // What guests need beside their image they need where their kernel mode is emulated.
+        let emulated = !self.probe.command_line_additions().await.is_empty();
+        self.on_images(move |images| images.import(&import, emulated)).await
     }
 
     async fn remove_image(&self, name: &str) -> Result<(), ImageError> {

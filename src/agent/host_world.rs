@@ -22,6 +22,7 @@ use crate::clock::{Clock, SystemClock, Uptime};
 use crate::net::desired::{Host, Peer, Underlay};
 use crate::net::host::{NetworkSpec, OpenNetworkError};
 use crate::sys::{file, host};
+use crate::units::MIB;
 
 /// This host.
 #[derive(Debug)]
@@ -191,7 +192,8 @@ impl HostWorld {
         let number_lock = lock_number(config.network_number())?;
         let records = LedgerThread::start(&path.join("ledger.db"))?;
         let dirs = VmDirs::new(vms);
-        let images = ImageStore::new(config.images_dir.clone());
+        let images = ImageStore::new(config.images_dir.clone(), config.limits.disk_reserve_mib.saturating_mul(MIB));
+        images.remove_left_over();
         let networks = network_spec(config).and_then(|(spec, pool)| Ok(HostNetworks::open(spec, pool)?))?;
         let probe = HostProbe::start();
         let host = (config.host_name.clone(), config.mtu());

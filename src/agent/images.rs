@@ -1,19 +1,32 @@
 //! Images on disk: one directory each, with `image.json` and the files it names beside it. They come from scripts and
 //! from people, so nothing in them is believed before it is checked.
 
+mod container;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use super::room::NoRoom;
-use super::world::ImageImport;
+use super::world::{ImageContent, ImageImport};
 use crate::clock::UnixNanos;
+use crate::container::ContainerError;
 use crate::report::Retry;
 use crate::sys::file;
+
+use container::ContainerImport;
+pub use container::{ContainerOrigin, ContainerProgram};
+
+/// The image whose kernel and guest agent others get.
+const IMAGE_DEFAULT: &str = "demo";
+
+/// What an import holds while it is under way, in its directory.
+const LOCK: &str = "lock";
 
 /// Version of `image.json`.
 const FORMAT: u32 = 1;
@@ -63,6 +76,8 @@ pub struct Image {
     pub command_line: String,
     /// Memory a guest needs, in MiB.
     pub memory_mib_min: u64,
+    /// What it was made of, if that was a container.
+    pub container: Option<ContainerOrigin>,
     /// When it came to this host.
     pub created_at: UnixNanos,
 }
@@ -100,6 +115,21 @@ pub enum ImageError {
     /// No new work is taken now.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
+    /// Another import is under way.
+    #[error("image {name:?}: another import is under way")]
+    Busy {
+        /// The name.
+        name: String,
+    },
+    /// A container is not what can be imported.
+    #[error("image {name:?}")]
+    Container {
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: Box<ContainerError>,
+    },
     /// VMs were made of it.
     #[error("image {name:?} is used by {vms} VMs")]
     InUse {
@@ -143,7 +173,8 @@ impl ImageError {
     pub const fn retry(&self) -> Retry {
         match self {
             Self::NoRoom(error) => error.retry(),
-            Self::File { .. } => Retry::Later,
+            Self::Container { source, .. } => source.retry(),
+            Self::File { .. } | Self::Busy { .. } => Retry::Later,
             Self::Name { .. }
             | Self::Unknown { .. }
             | Self::Exists { .. }
@@ -180,12 +211,32 @@ fn open_regular(dir: &File, name: &str) -> io::Result<File> {
 #[derive(Debug, Clone)]
 pub(super) struct ImageStore {
     dir: PathBuf,
+    /// What has to stay free on the disk.
+    reserve_bytes: u64,
+    /// Held by who unpacks a container.
+    unpacking: Arc<Mutex<()>>,
 }
 
 impl ImageStore {
     /// The images below `dir`, which may be made later.
-    pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir }
+    pub(super) fn new(dir: PathBuf, reserve_bytes: u64) -> Self {
+        Self { dir, reserve_bytes, unpacking: Arc::default() }
+    }
+
+    /// Removes what imports have left that an agent's end interrupted; those of other agents go on.
+    pub(super) fn remove_left_over(&self) {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let is_staging = |name: &str| name.strip_prefix('.')?.strip_suffix(".new").map(is_name);
+            if name.to_str().and_then(is_staging) != Some(true) {
+                continue;
+            }
+            // What cannot be removed is never listed, and the next import of this name tries again.
+            if let Ok(Some(_held)) = file::try_lock(&entry.path().join(LOCK)) {
+                let _ = file::remove_tree(&entry.path());
+            }
+        }
     }
 
     /// The usable images, by name. Directories that are none are left out.
@@ -217,6 +268,7 @@ impl ImageStore {
             initrd_bytes: initrd.map(|initrd| initrd.len()),
             command_line: description.command_line,
             memory_mib_min: description.memory_mib_min.unwrap_or(MEMORY_MIB_MIN_DEFAULT),
+            container: Image::origin_in(&description.built_from),
             created_at: UnixNanos(u64::try_from(created.as_nanos()).unwrap_or(0)),
         })
     }
@@ -245,8 +297,8 @@ impl ImageStore {
         parse(name, &text).map(|description| (dir, description))
     }
 
-    /// Copies files of this host into a new image.
-    pub(super) fn import(&self, import: &ImageImport) -> Result<Image, ImageError> {
+    /// Makes a new image of files of this host.
+    pub(super) fn import(&self, import: &ImageImport, emulated: bool) -> Result<Image, ImageError> {
         let name = &import.name;
         if !is_name(name) {
             return Err(ImageError::Name { name: name.clone() });
@@ -261,10 +313,22 @@ impl ImageStore {
         }
         // A name that is no image's: what a crash leaves here is never listed, and replaced by the next try.
         let staging = self.dir.join(format!(".{name}.new"));
-        file::remove_tree(&staging).map_err(failed("staging"))?;
-        file::make_directories(&staging).map_err(failed("staging"))?;
-        let made = fill(&staging, import).and_then(|()| {
+        let _held =
+            stage(&staging).map_err(failed("staging"))?.ok_or_else(|| ImageError::Busy { name: name.clone() })?;
+        let filled = match &import.content {
+            ImageContent::Files { kernel_path, initrd_path } => {
+                fill(&staging, import, (kernel_path, initrd_path.as_deref()))
+            }
+            ImageContent::Container { source, like, unpacked_bytes_max } => {
+                let (like, unpacked_bytes_max) = (like.as_deref(), *unpacked_bytes_max);
+                let import = ContainerImport { order: import, source, like, unpacked_bytes_max, emulated };
+                self.fill_from_container(&staging, &import)
+            }
+        };
+        let made = filled.and_then(|()| {
             std::fs::rename(&staging, &place).map_err(failed("rename"))?;
+            // Not before: without it the directory would be somebody else's to remove.
+            let _ = std::fs::remove_file(place.join(LOCK));
             file::sync_parent(&place).map_err(failed("sync"))
         });
         if let Err(error) = made {
@@ -342,7 +406,24 @@ fn digest(description: &Description, files: &ImageFiles) -> io::Result<String> {
     Ok(whole.finalize().to_hex().to_string())
 }
 
-fn fill(staging: &Path, import: &ImageImport) -> Result<(), ImageError> {
+/// Has an empty directory for an import that nobody else fills; `None` when somebody does.
+fn stage(staging: &Path) -> io::Result<Option<file::Lock>> {
+    file::make_directories(staging)?;
+    let Some(held) = file::try_lock(&staging.join(LOCK))? else { return Ok(None) };
+    for left in std::fs::read_dir(staging)? {
+        let left = left?;
+        if left.file_name() != LOCK {
+            std::fs::remove_file(left.path())?;
+        }
+    }
+    Ok(Some(held))
+}
+
+fn fill(
+    staging: &Path,
+    import: &ImageImport,
+    (kernel_path, initrd_path): (&str, Option<&str>),
+) -> Result<(), ImageError> {
     let failed = |file: &str| {
         let (name, file) = (import.name.clone(), file.to_owned());
         move |source| ImageError::File { name, file, source }
@@ -353,40 +434,58 @@ fn fill(staging: &Path, import: &ImageImport) -> Result<(), ImageError> {
         digests.insert(to.to_owned(), digest);
         Ok::<(), ImageError>(())
     };
-    copy(&import.kernel_path, "kernel")?;
-    if let Some(initrd) = &import.initrd_path {
+    copy(kernel_path, "kernel")?;
+    if let Some(initrd) = initrd_path {
         copy(initrd, "initrd")?;
     }
     let description = Description {
         format: FORMAT,
         name: import.name.clone(),
         kernel: "kernel".to_owned(),
-        initrd: import.initrd_path.as_ref().map(|_| "initrd".to_owned()),
-        command_line: import.command_line.clone(),
+        initrd: initrd_path.map(|_| "initrd".to_owned()),
+        command_line: import.command_line.clone().unwrap_or_default(),
         memory_mib_min: None,
         digests,
         built_from: serde_json::Value::Null,
     };
-    let text = serde_json::to_vec_pretty(&description)
-        .map_err(|source| ImageError::Syntax { name: import.name.clone(), source })?;
+    write_description(staging, &description)
+}
+
+fn write_description(staging: &Path, description: &Description) -> Result<(), ImageError> {
+    let name = &description.name;
+    let text =
+        serde_json::to_vec_pretty(description).map_err(|source| ImageError::Syntax { name: name.clone(), source })?;
     // Checked before it is there: what cannot be read back is refused now.
-    parse(&import.name, &text)?;
-    file::replace(&staging.join("image.json"), &text).map_err(failed("image.json"))
+    parse(name, &text)?;
+    file::replace(&staging.join("image.json"), &text).map_err(|source| ImageError::File {
+        name: name.clone(),
+        file: "image.json".to_owned(),
+        source,
+    })
 }
 
 fn copy_file(from: &Path, to: &Path) -> io::Result<String> {
     if !from.is_absolute() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not an absolute path"));
     }
-    let mut source = File::open(from)?;
+    let source = File::open(from)?;
     if !source.metadata()?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
+    copy(&source, to)
+}
+
+/// Copies an open file; the copy's digest.
+fn copy(mut source: &File, to: &Path) -> io::Result<String> {
     let mut target = file::create(to)?;
     io::copy(&mut source, &mut target)?;
     target.sync_all()?;
+    hash(to)
+}
+
+fn hash(path: &Path) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(to)?)?;
+    hasher.update_reader(File::open(path)?)?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 

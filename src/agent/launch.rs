@@ -315,6 +315,7 @@ pub(super) fn image_of(manifest: &Manifest) -> Image {
         initrd_bytes: None,
         command_line: String::new(),
         memory_mib_min: 0,
+        container: None,
         created_at: manifest.provenance.built_at,
     }
 }

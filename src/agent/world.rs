@@ -24,6 +24,7 @@ use crate::bundle::admit::GuestNeeds;
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{BundleSignature, Manifest, OpenBundleError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
+use crate::container::Source;
 use crate::ids::{BundleId, VmId};
 use crate::units::NetLimits;
 use crate::wire::control::{
@@ -486,7 +487,7 @@ pub trait VmDisk: Send + Sync + 'static {
     fn images(&self) -> impl Future<Output = Result<Vec<Image>, ImageError>> + Send;
     /// One image.
     fn image(&self, name: &str) -> impl Future<Output = Result<Image, ImageError>> + Send;
-    /// Copies a kernel and initrd of this host into the images.
+    /// Makes an image of files of this host.
     fn import_image(&self, import: ImageImport) -> impl Future<Output = Result<Image, ImageError>> + Send;
     /// Removes an image.
     fn remove_image(&self, name: &str) -> impl Future<Output = Result<(), ImageError>> + Send;
@@ -509,12 +510,31 @@ pub trait VmDisk: Send + Sync + 'static {
 pub struct ImageImport {
     /// Its name.
     pub name: String,
-    /// Absolute path of the kernel.
-    pub kernel_path: String,
-    /// Absolute path of the initrd.
-    pub initrd_path: Option<String>,
-    /// Words for the kernel's command line.
-    pub command_line: String,
+    /// What it is made of.
+    pub content: ImageContent,
+    /// Words for the kernel's command line; `None`: as the image it is like has them, or none.
+    pub command_line: Option<String>,
+}
+
+/// What an image is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageContent {
+    /// Files as they are.
+    Files {
+        /// Absolute path of the kernel.
+        kernel_path: String,
+        /// Absolute path of the initrd.
+        initrd_path: Option<String>,
+    },
+    /// A container's file system, with kernel and guest agent of another image.
+    Container {
+        /// Where it is from.
+        source: Source,
+        /// Which image; `None`: the demo image, or the first there is.
+        like: Option<String>,
+        /// Most bytes of all its layers, once unpacked.
+        unpacked_bytes_max: u64,
+    },
 }
 
 /// What the host has and has free.

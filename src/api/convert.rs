@@ -3,6 +3,7 @@
 mod balloon;
 mod bundle;
 mod cluster;
+mod image;
 mod isolation;
 mod migration;
 mod pool;
@@ -19,8 +20,8 @@ use axum::http::StatusCode;
 use super::error::ApiError;
 use super::types::{
     Cause, Disk, Drain, ErrorDetail, Event, FlowLimits, FlowStats, Host, HostFailure, HostLedger, HostPressure,
-    HostRoom, HostVms, HostWarning, Image, InterfaceStats, NetworkLimits, Operation, OperationState, Quarantine, Stats,
-    Step, StepState, Timings, Vm, VmState, VmmStats,
+    HostRoom, HostVms, HostWarning, InterfaceStats, NetworkLimits, Operation, OperationState, Quarantine, Stats, Step,
+    StepState, Timings, Vm, VmState, VmmStats,
 };
 use crate::agent;
 use crate::clock::UnixNanos;
@@ -30,6 +31,7 @@ use crate::units::{self, MIB, NetLimits, Rate};
 pub(super) use balloon::balloon;
 pub(super) use bundle::{bundle, bundles};
 pub(super) use cluster::{calculation, cluster, member};
+pub(super) use image::{image, import};
 pub(super) use isolation::{host_isolation, vm_jail};
 pub(super) use migration::{estimate, migrate_order, migration, moved};
 pub(super) use pool::pool;
@@ -246,12 +248,6 @@ pub(super) fn event(event: agent::EventRecord) -> Event {
         (_, None) => subject.to_string(),
     };
     Event { seq, at: timestamp(at), kind, object, detail }
-}
-
-/// An image.
-pub(super) fn image(image: agent::Image) -> Image {
-    let agent::Image { name, digest, kernel_bytes, initrd_bytes, command_line, memory_mib_min: _, created_at } = image;
-    Image { name, digest, kernel_bytes, initrd_bytes, command_line, created_at: timestamp(created_at) }
 }
 
 /// What a VM uses and says of itself.

@@ -2,6 +2,7 @@
 //! new error has to be given its answer here.
 
 mod cluster;
+mod image;
 mod pool;
 mod transfer;
 
@@ -247,23 +248,6 @@ impl From<ArriveError> for ApiError {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_running_yet", message, Retry::Later)
             }
         }
-    }
-}
-
-impl From<ImageError> for ApiError {
-    fn from(error: ImageError) -> Self {
-        let (message, retry) = (chain(&error), error.retry());
-        let (status, code) = match error {
-            ImageError::NoRoom(error) => return error.into(),
-            ImageError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name"),
-            ImageError::Unknown { .. } => (StatusCode::NOT_FOUND, "unknown_image"),
-            ImageError::Exists { .. } => (StatusCode::CONFLICT, "name_taken"),
-            ImageError::InUse { .. } => (StatusCode::CONFLICT, "image_in_use"),
-            ImageError::Malformed { .. } | ImageError::Syntax { .. } | ImageError::File { .. } => {
-                (StatusCode::UNPROCESSABLE_ENTITY, "bad_image")
-            }
-        };
-        Self::new(status, code, message, retry)
     }
 }
 

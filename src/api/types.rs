@@ -39,7 +39,7 @@ pub use host::{
     Drain, DrainRequest, Host, HostFailure, HostLedger, HostPressure, HostRoom, HostVms, HostWarning, LedgerBackup,
     LedgerBackupRequest,
 };
-pub use image::{Image, ImageImportRequest, ImageList};
+pub use image::{CONTAINER_MIB_MAX_DEFAULT, ContainerProgram, Image, ImageContainer, ImageImportRequest, ImageList};
 pub use isolation::{CgroupController, HostIsolation, VmJail, VmJailLimit, VmJailThread};
 pub use migration::{
     Compress, MigrateRequest, Migration, MigrationDirection, MigrationEstimate, MigrationList, MigrationProgress,

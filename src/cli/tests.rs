@@ -55,6 +55,19 @@ fn disks_and_variables() {
 }
 
 #[test]
+fn layouts_are_a_directory_and_perhaps_a_name() {
+    let word = |directory: &str, name: Option<&str>| {
+        Ok(LayoutWord { directory: directory.into(), name: name.map(str::to_owned) })
+    };
+    assert_eq!("dir".parse(), word("dir", None));
+    assert_eq!("/a/dir:web:1.2".parse(), word("/a/dir", Some("web:1.2")));
+    assert_eq!("dir:sha256:00".parse(), word("dir", Some("sha256:00")));
+    for text in ["", ":", "dir:", ":web"] {
+        assert!(text.parse::<LayoutWord>().is_err(), "{text}");
+    }
+}
+
+#[test]
 fn limits_are_a_rate_and_perhaps_a_burst() {
     for (text, per_s, burst) in [
         ("1500", 1_500, None),

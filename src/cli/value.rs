@@ -47,6 +47,9 @@ pub enum WordError {
     /// No path.
     #[error("expected FILE, FILE:ro or FILE:shared")]
     Disk,
+    /// No path, or no name behind it.
+    #[error("expected DIR or DIR:NAME")]
+    Layout,
 }
 
 /// A VM, image or operation by id, unique prefix of an id, or name. Safe to put into a path as it is.
@@ -280,4 +283,28 @@ pub(super) fn duration_ms(text: &str) -> Result<u32, WordError> {
     let whole: u64 = whole.parse().map_err(|_| WordError::Duration)?;
     let ms = whole.checked_mul(unit_ms).and_then(|ms| ms.checked_add(thousandths * unit_ms / 1000));
     ms.and_then(|ms| u32::try_from(ms).ok()).ok_or(WordError::Duration)
+}
+
+/// An OCI layout's directory and which of its images: `DIR` or `DIR:NAME`. A directory with a `:` in its own name has none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayoutWord {
+    /// The directory.
+    pub directory: PathBuf,
+    /// A reference name or digest.
+    pub name: Option<String>,
+}
+
+impl FromStr for LayoutWord {
+    type Err = WordError;
+
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (directory, name) = match text.split_once(':') {
+            Some((directory, name)) => (directory, Some(name)),
+            None => (text, None),
+        };
+        if directory.is_empty() || name == Some("") {
+            return Err(WordError::Layout);
+        }
+        Ok(Self { directory: directory.into(), name: name.map(str::to_owned) })
+    }
 }

@@ -11,11 +11,14 @@ use super::call::{Agent, CallError, PROMPT};
 use super::output::{Output, OutputError};
 use super::progress::shown;
 use super::table::{age, bytes, columns, or_dash, pairs};
-use crate::api::types::{Image, ImageImportRequest, ImageList};
+use crate::api::types::{Image, ImageContainer, ImageImportRequest, ImageList};
 use crate::cli::{ImageCommand, ImportArgs};
 
 /// How long copying and hashing a kernel and an initrd may take: a GiB at slow-disk speed.
 const IMPORT_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long unpacking a container may take.
+const UNPACK_LIMIT: Duration = Duration::from_secs(1800);
 
 /// Digits of a digest that a table shows.
 const DIGEST_CHARS: usize = 12;
@@ -97,18 +100,49 @@ fn details(image: &Image) -> String {
         ("kernel", Some(bytes(image.kernel_bytes))),
         ("initrd", image.initrd_bytes.map(bytes)),
         ("command line", (!image.command_line.is_empty()).then(|| image.command_line.clone())),
+        ("memory", Some(format!("{} MiB or more", image.memory_mib_min))),
+        ("made of", image.container.as_ref().map(made_of)),
+        ("left out", image.container.as_ref().and_then(left_out)),
+        ("program", image.container.as_ref().and_then(program)),
         ("created", Some(format!("{:.0} ({} ago)", image.created_at, age(image.created_at)))),
     ])
 }
 
+fn made_of(container: &ImageContainer) -> String {
+    let layers = if container.layers == 1 { "1 layer".to_owned() } else { format!("{} layers", container.layers) };
+    format!("{}, {layers}; kernel and guest agent of {}", container.source, container.like)
+}
+
+fn left_out(container: &ImageContainer) -> Option<String> {
+    let counted =
+        [(container.devices_left_out, "device nodes"), (container.attributes_left_out, "extended attributes")];
+    let counted = counted.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}"));
+    let counted: Vec<String> = counted.collect();
+    (!counted.is_empty()).then(|| counted.join(", "))
+}
+
+/// What to ask for, since nothing runs it: as its maker wrote it.
+fn program(container: &ImageContainer) -> Option<String> {
+    let program = container.program.as_ref().filter(|program| !program.arguments.is_empty())?;
+    let user = if program.user.is_empty() { String::new() } else { format!(" as {}", program.user) };
+    Some(format!("{:?} in {}{user}", program.arguments, program.directory))
+}
+
 async fn import(agent: &Agent, out: Output, args: ImportArgs) -> Result<(), ImportError> {
+    let ImportArgs { name, kernel, initrd, rootfs, oci, like, max_size, command_line } = args;
+    let limit = if kernel.is_some() { IMPORT_LIMIT } else { UNPACK_LIMIT };
     let request = ImageImportRequest {
-        kernel_path: found(&args.kernel)?,
-        initrd_path: args.initrd.as_deref().map(found).transpose()?,
-        command_line: args.command_line,
-        name: args.name,
+        name,
+        kernel_path: kernel.as_deref().map(found).transpose()?,
+        initrd_path: initrd.as_deref().map(found).transpose()?,
+        rootfs_path: rootfs.as_deref().map(found).transpose()?,
+        oci_path: oci.as_ref().map(|oci| found(&oci.directory)).transpose()?,
+        reference: oci.and_then(|oci| oci.name),
+        like,
+        unpacked_mib_max: max_size,
+        command_line,
     };
-    let call = agent.post("/v1/images", &request, IMPORT_LIMIT);
+    let call = agent.post("/v1/images", &request, limit);
     let image: Image = shown(&format!("import {}", request.name), call).await?;
     out.value(&image, details)?;
     Ok(())

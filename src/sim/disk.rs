@@ -17,6 +17,7 @@ fn demo() -> Image {
         initrd_bytes: None,
         command_line: "quiet".to_owned(),
         memory_mib_min: 64,
+        container: None,
         created_at: UnixNanos(0),
     }
 }

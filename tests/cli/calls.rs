@@ -40,6 +40,8 @@ fn json_is_exactly_one_value() {
         &["image", "ls"],
         &["image", "show", "demo"],
         &["image", "import", "mine", "--kernel", "/proc/self/exe"],
+        &["image", "import", "mine", "--rootfs", "/proc/self/exe", "--like", "demo", "--max-size", "64"],
+        &["image", "import", "mine", "--oci", "/proc/self:web"],
         &["image", "rm", "demo"],
         &["operation", "ls"],
         &["operation", "show", "op-a"],

@@ -208,7 +208,9 @@ fn vmm() -> Value {
 
 fn image() -> Value {
     json!({"name": "demo", "digest": "0".repeat(64), "kernel_bytes": 1, "initrd_bytes": null, "command_line": "quiet",
-           "created_at": "2026-01-02T03:04:05Z"})
+           "memory_mib_min": 64, "container": {"source": "/r.tar", "manifest": null, "layers": 1, "like": "demo",
+           "devices_left_out": 2, "attributes_left_out": 0, "program": {"arguments": ["/run"], "environment": [],
+           "directory": "/", "user": ""}}, "created_at": "2026-01-02T03:04:05Z"})
 }
 
 pub(crate) fn bundle() -> Value {

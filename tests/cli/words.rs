@@ -73,6 +73,14 @@ fn wrong_words_are_usage_errors() {
         &["completions", "tcsh"],
         &["man", "--dir"],
         &["image", "import", "mine"],
+        &["image", "import", "mine", "--kernel", "k", "--rootfs", "r.tar"],
+        &["image", "import", "mine", "--rootfs", "r.tar", "--oci", "layout"],
+        &["image", "import", "mine", "--rootfs", "r.tar", "--initrd", "i"],
+        &["image", "import", "mine", "--kernel", "k", "--like", "demo"],
+        &["image", "import", "mine", "--kernel", "k", "--max-size", "1"],
+        &["image", "import", "mine", "--rootfs", "r.tar", "--max-size", "0"],
+        &["image", "import", "mine", "--oci", "layout:"],
+        &["image", "import", "mine", "--oci", ":web"],
         &["agent", "--log-format", "poem"],
     ] {
         let output = output(hearth(words));

@@ -14,6 +14,7 @@ fn image() -> Image {
         initrd_bytes: None,
         command_line: String::new(),
         memory_mib_min: 64,
+        container: None,
         created_at: UnixNanos(0),
     }
 }

@@ -4,7 +4,7 @@ use super::*;
 
 fn store() -> (tempfile::TempDir, ImageStore) {
     let dir = tempfile::tempdir().unwrap();
-    let store = ImageStore::new(dir.path().join("images"));
+    let store = ImageStore::new(dir.path().join("images"), 0);
     (dir, store)
 }
 
@@ -12,7 +12,8 @@ fn import(dir: &Path, name: &str) -> ImageImport {
     let kernel = dir.join("vmlinux");
     file::replace(&kernel, b"kernel").unwrap();
     let kernel_path = kernel.to_str().unwrap().to_owned();
-    ImageImport { name: name.to_owned(), kernel_path, initrd_path: None, command_line: "quiet".to_owned() }
+    let content = ImageContent::Files { kernel_path, initrd_path: None };
+    ImageImport { name: name.to_owned(), content, command_line: Some("quiet".to_owned()) }
 }
 
 fn write(store: &ImageStore, name: &str, json: &str) {
@@ -24,11 +25,11 @@ fn write(store: &ImageStore, name: &str, json: &str) {
 fn an_import_is_listed_opened_and_removed() {
     let (dir, store) = store();
     assert!(store.list().is_empty());
-    let image = store.import(&import(dir.path(), "demo")).unwrap();
+    let image = store.import(&import(dir.path(), "demo"), false).unwrap();
     assert_eq!((image.kernel_bytes, image.command_line.as_str()), (6, "quiet"));
     assert_eq!(store.list(), [image]);
     assert!(store.open("demo").unwrap().initrd.is_none());
-    assert!(matches!(store.import(&import(dir.path(), "demo")), Err(ImageError::Exists { .. })));
+    assert!(matches!(store.import(&import(dir.path(), "demo"), false), Err(ImageError::Exists { .. })));
     store.remove("demo").unwrap();
     assert!(matches!(store.image("demo"), Err(ImageError::Unknown { .. })));
     assert_eq!(std::fs::read_dir(&store.dir).unwrap().count(), 0);
@@ -37,8 +38,11 @@ fn an_import_is_listed_opened_and_removed() {
 #[test]
 fn a_failed_import_leaves_nothing() {
     let (dir, store) = store();
-    let absent = ImageImport { initrd_path: Some("/absent/initrd".to_owned()), ..import(dir.path(), "demo") };
-    assert!(matches!(store.import(&absent), Err(ImageError::File { file, .. }) if file == "/absent/initrd"));
+    let mut absent = import(dir.path(), "demo");
+    if let ImageContent::Files { initrd_path, .. } = &mut absent.content {
+        *initrd_path = Some("/absent/initrd".to_owned());
+    }
+    assert!(matches!(store.import(&absent, false), Err(ImageError::File { file, .. }) if file == "/absent/initrd"));
     assert_eq!(std::fs::read_dir(&store.dir).unwrap().count(), 0);
 }
 

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 
 use super::vms::{again, as_json, remember, to_json};
-use crate::agent::{ImageImport, LaunchError, StoredAnswer};
+use crate::agent::{LaunchError, StoredAnswer};
 use crate::api::body::JsonBody;
 use crate::api::convert;
 use crate::api::error::ApiError;
@@ -32,7 +32,7 @@ pub(in crate::api) async fn show_image(
     Ok(Json(convert::image(served.door.image(&name).await?)))
 }
 
-/// Copy a kernel and initrd of this host into a new image.
+/// Make an image of files of this host: a kernel and an initrd, or a container.
 #[utoipa::path(
     post, path = "/v1/images", tag = "images", request_body = ImageImportRequest,
     params(("Idempotency-Key" = Option<String>, Header, description = "Makes a repetition of this request known")),
@@ -53,10 +53,7 @@ pub(in crate::api) async fn import_image(
             return Ok(again(answer));
         }
     }
-    let ImageImportRequest { name, kernel_path, initrd_path, command_line } = value;
-    let command_line = command_line.unwrap_or_default();
-    let import = ImageImport { name, kernel_path, initrd_path, command_line };
-    let image = convert::image(served.door.import_image(import).await?);
+    let image = convert::image(served.door.import_image(convert::import(value)?).await?);
     let answer = StoredAnswer { status: StatusCode::CREATED.as_u16(), body: to_json(&image) };
     remember(&served, key, image.name, &answer).await;
     Ok(as_json(&answer))
