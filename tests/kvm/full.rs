@@ -157,9 +157,20 @@ fn rests(fabric: &Fabric, id: &str) -> usize {
             (1, ["running", "none"]) => return 0,
             // It has no addresses, so that nothing of it stays behind.
             (1, ["none", "running"]) => return 1,
-            _ => assert!(begun.elapsed() < REST_LIMIT, "{living} processes; {states:?}"),
+            _ if begun.elapsed() < REST_LIMIT => {}
+            _ => {
+                let told = [0, 1].map(|host| told(fabric.agent(host), id));
+                panic!("{living} processes; {states:?}\n{told:#?}\n{:#}", newest(fabric.agent(0)))
+            }
         }
     }
+}
+
+/// What an agent says of a VM, and what it last wrote of anything.
+fn told(agent: &Agent, id: &str) -> (Value, String) {
+    let list = agent.json(&["vm", "ls"]);
+    let found = list["vms"].as_array().expect("a list").iter().find(|vm| vm["id"] == id).cloned();
+    (found.unwrap_or_default(), agent.log_tail())
 }
 
 fn state(agent: &Agent, id: &str) -> String {

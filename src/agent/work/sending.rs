@@ -181,7 +181,6 @@ impl<W: World> Work<W> {
 }
 
 /// Resolves when somebody wants this over.
-/// Waits until somebody wants the work to end.
 pub(super) async fn wanted(hurry: &mut watch::Receiver<bool>) {
     // What is behind it must not be held over what follows.
     drop(hurry.wait_for(|hurry| *hurry).await);

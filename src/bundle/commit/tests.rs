@@ -31,7 +31,7 @@ fn a_committed_bundle_is_three_files_that_nobody_writes() {
     }
     assert_eq!(
         names(&rig.root),
-        [".flat".to_owned(), ".signatures".to_owned(), committed.id.to_string()],
+        [".flat".to_owned(), ".signatures".to_owned(), ".working-sets".to_owned(), committed.id.to_string()],
         "nothing is staged"
     );
     let manifest = &committed.manifest;
@@ -72,7 +72,7 @@ fn the_same_bundle_again_is_a_success() {
     let again = rig.full("one", &[(0, b"a")]);
     assert!(!first.existed && again.existed);
     assert_eq!(first.id, again.id);
-    assert_eq!(names(&rig.root).len(), 3, "nothing is staged");
+    assert_eq!(names(&rig.root).len(), 4, "nothing is staged");
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_crash_at_any_step_leaves_nothing_to_see() {
             store.verify(&committed.id, &mut |_| ()).unwrap();
         } else {
             assert_eq!(store.sweep(&[]).unwrap().removed.len(), 1);
-            assert_eq!(names(&rig.root), [".flat", ".signatures"]);
+            assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
         }
     }
 }
@@ -111,7 +111,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     let error = staging.commit(draft(4 * MIB), Contents::Full, &mut |_| ()).unwrap_err();
     assert!(matches!(error, CommitError::NoSpace { .. }), "{error:?}");
     assert_eq!(error.retry(), Retry::Later);
-    assert_eq!(names(&rig.root), [".flat", ".signatures"]);
+    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
 }
 
 /// What the commit says, after which nothing is staged.

@@ -55,7 +55,14 @@ fn a_sweep_removes_what_is_half_made_and_nothing_else() {
     assert_eq!((swept.removed.len(), swept.failed.len()), (3, 0));
     assert_eq!(
         names(&rig.root),
-        [".flat", ".signatures", ".staging-kept", id.as_str().min(child.as_str()), id.as_str().max(child.as_str())]
+        [
+            ".flat",
+            ".signatures",
+            ".staging-kept",
+            ".working-sets",
+            id.as_str().min(child.as_str()),
+            id.as_str().max(child.as_str())
+        ]
     );
     assert_eq!(names(&rig.root.join(".flat")), [format!("{child}.img")]);
     assert!(rig.restarted().reopen("kept").unwrap().is_some());
@@ -71,9 +78,9 @@ fn a_token_is_a_label_and_has_one_holder() {
         assert!(matches!(rig.store.stage(token, MIB), Err(StageError::Token { .. })), "{token}");
     }
     staging.discard().unwrap();
-    assert_eq!(names(&rig.root), [".flat", ".signatures"]);
+    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
     assert!(matches!(rig.store.stage("op-2", u64::MAX), Err(StageError::File { .. })));
-    assert_eq!(names(&rig.root), [".flat", ".signatures"], "what could not be staged is gone");
+    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"], "what could not be staged is gone");
 }
 
 #[test]
@@ -89,6 +96,6 @@ fn a_parent_is_not_removed_before_its_children() {
     rig.store.remove(&parent).unwrap();
     assert!(matches!(rig.store.remove(&parent), Err(RemoveError::Unknown { .. })));
     assert!(matches!(rig.store.manifest(&parent), Err(ReadBundleError::Unknown { .. })));
-    assert_eq!(names(&rig.root), [".flat", ".signatures"]);
+    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
     assert!(names(&rig.root.join(".flat")).is_empty());
 }
