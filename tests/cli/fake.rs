@@ -226,7 +226,12 @@ async fn export(Of(bundle): Of<String>) -> Response {
     if bundle == "broken" {
         pieces.push(Err(std::io::Error::other("damaged")));
     }
-    Body::from_stream(futures_util::stream::iter(pieces)).into_response()
+    // What was written so far is on its way before the next piece is asked for.
+    let pieces = futures_util::StreamExt::then(futures_util::stream::iter(pieces), |piece| async {
+        tokio::task::yield_now().await;
+        piece
+    });
+    Body::from_stream(pieces).into_response()
 }
 
 /// Takes any file but an empty one.
