@@ -8,6 +8,7 @@
 //!
 //! Whatever ends it, it writes its last words first.
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -25,7 +26,7 @@ mod connection;
 mod console;
 mod event_loop;
 mod launch;
-
+mod log;
 mod probe;
 mod receive;
 mod save;

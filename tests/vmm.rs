@@ -45,11 +45,17 @@ struct Vmm {
 
 impl Vmm {
     fn start() -> Self {
+        Self::start_with_log(None)
+    }
+
+    /// With a log of its own, or another one.
+    fn start_with_log(log: Option<File>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let dir = File::open(directory.path()).unwrap();
         let listener = OwnedFd::from(fd::bind_in_dir(&dir, "control.sock").unwrap());
         let last_words = file::create(&directory.path().join("last-words")).unwrap();
-        let log = file::create(&directory.path().join("vmm.log")).unwrap();
+        let own = file::create(&directory.path().join("vmm.log")).unwrap();
+        let log = log.unwrap_or(own);
         let exe = File::open(program()).unwrap();
         let start = StartMessage { vm_id: VmId::from_random([1; 10]), nonce: NONCE, uid: UID, file_bytes_max: 1 << 40 };
         let spawned = process::spawn_vmm(&SpawnVmm {
@@ -326,4 +332,20 @@ fn an_interface_gets_another_tap() {
 fn console(vmm: &Vmm) -> String {
     let bytes = std::fs::read(vmm.directory.path().join("console")).unwrap_or_default();
     String::from_utf8_lossy(&hearth::wire::console_ring::history(&bytes).unwrap_or_default()).into_owned()
+}
+
+/// A line that does not fit on a full disk is lost, and nothing else is.
+#[test]
+fn a_log_that_cannot_be_written_ends_nobody() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut vmm = Vmm::start_with_log(Some(full));
+    for bytes in [&[0_u8; HEADER_BYTES][..], b"GET / HTTP/1.1\r\n\r\n"] {
+        let mut stranger = fd::connect_in_dir(&vmm.dir, "control.sock").unwrap();
+        stranger.write_all(bytes).unwrap();
+        // It is hung up on, which the VMM has something to say of before.
+        assert_eq!(stranger.read(&mut [0]).unwrap_or(0), 0);
+        drop(stranger);
+    }
+    assert!(matches!(vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 }), Answer::Welcome(_)));
+    assert_eq!(vmm.last_words(), None);
 }

@@ -31,16 +31,18 @@ pub enum LogFormat {
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = std::io::stderr().is_terminal();
+    // A line that cannot be written is lost: told of on a standard error that lies on the same full disk, it would be
+    // the end of whoever wrote it.
     let started = match format {
         LogFormat::Human => tracing_subscriber::registry()
             .with(filter)
-            .with(layer().with_target(false).with_ansi(colours).with_writer(std::io::stderr))
-            .with(layer().with_target(false).with_ansi(false).with_writer(ToFile))
+            .with(layer().with_target(false).with_ansi(colours).log_internal_errors(false).with_writer(std::io::stderr))
+            .with(layer().with_target(false).with_ansi(false).log_internal_errors(false).with_writer(ToFile))
             .try_init(),
         LogFormat::Json => tracing_subscriber::registry()
             .with(filter)
-            .with(layer().json().flatten_event(true).with_writer(std::io::stderr))
-            .with(layer().json().flatten_event(true).with_ansi(false).with_writer(ToFile))
+            .with(layer().json().flatten_event(true).log_internal_errors(false).with_writer(std::io::stderr))
+            .with(layer().json().flatten_event(true).with_ansi(false).log_internal_errors(false).with_writer(ToFile))
             .try_init(),
     };
     // Somebody logs already.

@@ -13,10 +13,10 @@ use super::connection::{Connection, ReceiveError};
 use super::console::{Console, Interest};
 use super::launch::{Launch, LaunchRequestError, Restore, SavedMachine};
 use super::save::{self, SaveFiles, SaveMachineError, SealFiles};
-use super::seccomp;
 use super::send::SendThread;
 use super::session::Ownership;
 use super::{VmmError, bounded};
+use super::{log, seccomp};
 use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::image::WriteImageError;
 use crate::machine::sealed::{SealError, UnsealError};
@@ -211,7 +211,7 @@ impl EventLoop {
             Ok(received) => received,
             Err(ReceiveError::HungUp) => return None,
             Err(error) => {
-                eprintln!("control connection ended: {}", report::chain(&error));
+                log::say(format_args!("control connection ended: {}", report::chain(&error)));
                 return None;
             }
         };

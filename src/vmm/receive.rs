@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::log;
 use super::socket::BoundedSocket;
 use super::tls::{End, TlsError, Wire};
 use crate::clock::SystemClock;
@@ -192,7 +193,7 @@ impl Line {
                 door.end();
                 if let Err(error) = forwarded {
                     // The machine is here, whatever became of the packets; its agent counts what went over.
-                    eprintln!("packets from the host before: {}", crate::report::chain(&error));
+                    log::say(format_args!("packets from the host before: {}", crate::report::chain(&error)));
                 }
             }
             Some(Ok(Verdict::No(reason))) => link.give_up(&reason),
