@@ -74,9 +74,14 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
         match axum::extract::Query::<T>::try_from_uri(&parts.uri) {
             Ok(query) => Ok(Self(query.0)),
             Err(error) => {
-                let text = crate::report::chain(&error);
+                // The innermost error says which parameter and what is wrong with it; each around it repeats that.
+                let mut innermost: &(dyn std::error::Error + 'static) = &error;
+                while let Some(source) = innermost.source() {
+                    innermost = source;
+                }
+                let text = innermost.to_string();
                 let code = if text.contains("unknown field") { "unknown_field" } else { "invalid_query" };
-                Err(ApiError::bad_request(code, text))
+                Err(ApiError::bad_request(code, format!("understand the query: {text}")))
             }
         }
     }

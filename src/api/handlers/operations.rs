@@ -53,6 +53,7 @@ pub(in crate::api) async fn show_operation(
     responses(
         (status = 200, body = String, content_type = "application/x-ndjson", description = "Lines of Event"),
         (status = 410, body = ErrorBody, description = "Events after `since` are not kept any more"),
+        (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody),
     )
 )]
 pub(in crate::api) async fn list_events(
