@@ -182,12 +182,17 @@ async fn tell(agent: &Agent, out: Output, operation: Operation) -> Result<(), Bu
     let bundle: Bundle = agent.get(&format!("/v1/bundles/{id}")).await?;
     if !out.is_json() {
         let pause = operation.pause_ms.map(|ms| format!("; the VM stood still for {}", milliseconds(ms)));
+        let rounds = operation.copy_rounds.map(|rounds| {
+            let times = if rounds == 1 { "once".to_owned() } else { format!("in {rounds} rounds") };
+            format!(" (most of its memory was copied {times} before)")
+        });
         let unquiet = (operation.quiesced == Some(false)).then_some("; its file systems did not come to rest in time");
         note(&format!(
-            "{} takes {}{}{}",
+            "{} takes {}{}{}{}",
             called(&bundle),
             bytes(bundle.disk_bytes),
             pause.unwrap_or_default(),
+            rounds.unwrap_or_default(),
             unquiet.unwrap_or_default()
         ));
     }
