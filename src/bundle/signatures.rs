@@ -164,9 +164,13 @@ impl Store {
         let path = self.places().signatures_of(id);
         let written = Written { format: FORMAT, made_here: after.made_here, signatures: after.signatures };
         let bytes = serde_json::to_vec(&written).map_err(|_| SignError::Malformed { path: path.clone() })?;
-        file::replace(&path, &bytes).map_err(|source| {
-            if is_no_space(&source) { SignError::NoSpace { path } } else { SignError::File { path, source } }
-        })
+        // The store's disk may have been mounted since it was opened.
+        let kept = file::make_directories(&self.places().signatures()).and_then(|()| file::replace(&path, &bytes));
+        kept.map_err(
+            |source| {
+                if is_no_space(&source) { SignError::NoSpace { path } } else { SignError::File { path, source } }
+            },
+        )
     }
 
     fn beside(&self, id: &BundleId) -> Result<Beside, SignError> {

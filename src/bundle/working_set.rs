@@ -163,7 +163,9 @@ impl Store {
     pub fn keep_working_set(&self, id: &BundleId, set: &WorkingSet) -> Result<(), WorkingSetError> {
         let failed = |source| WorkingSetError::File { bundle: id.clone(), source };
         let bytes = written(set).map_err(|error| failed(io::Error::other(error)))?;
-        file::replace(&self.places().working_set(id), &bytes).map_err(failed)
+        // The store's disk may have been mounted since it was opened.
+        let kept = file::make_directories(&self.places().working_sets());
+        kept.and_then(|()| file::replace(&self.places().working_set(id), &bytes)).map_err(failed)
     }
 
     /// Forgets a bundle's working set.
