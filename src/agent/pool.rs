@@ -163,6 +163,13 @@ impl<W: World> Pools<W> {
         self.gone.notify_waiters();
     }
 
+    /// How many machines are wanted, and how many are ready.
+    pub(super) fn totals(&self) -> (u64, u64) {
+        let state = self.state();
+        let counts = state.pools.values().map(|pool| (u64::from(pool.size), pool.ready.len() as u64));
+        counts.fold((0, 0), |(wanted, ready), (more, here)| (wanted + more, ready + here))
+    }
+
     fn bytes(&self) -> u64 {
         let state = self.state();
         let ready = state.pools.values().flat_map(|pool| &pool.ready);

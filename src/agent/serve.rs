@@ -164,6 +164,7 @@ impl<W: World> Agent<W> {
         let peers = self.fabric_view().map(|fabric| fabric.peers).unwrap_or_default();
         let limits = self.shared.config.limits;
         let now = Gauges {
+            pooled: self.shared.pools.totals(),
             states,
             last_event: *self.shared.last_event.borrow(),
             events_kept: history.0,

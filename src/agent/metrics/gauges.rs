@@ -30,6 +30,8 @@ pub(crate) struct Gauges {
     pub(crate) inboxes: usize,
     /// Guests from bundles that might begin now.
     pub(crate) turns_free: usize,
+    /// Machines of bundles that are to be kept ready, and those that are.
+    pub(crate) pooled: (u64, u64),
     /// Whether no new work is taken.
     pub(crate) is_draining: bool,
     /// Whether the ledger can be written.
@@ -73,6 +75,8 @@ pub(super) struct ShownGauges {
     ledger_queue: Gauge,
     inboxes: Gauge,
     turns_free: Gauge,
+    pool_wanted: Gauge,
+    pool_ready: Gauge,
     draining: Gauge,
     ledger_writable: Gauge,
     starts: Gauge,
@@ -101,6 +105,8 @@ impl ShownGauges {
             ("ledger_queue", "Jobs that wait for the ledger, up to 64", &this.ledger_queue),
             ("vm_inboxes", "Requests that wait for VMs' actors, up to 32 for each VM", &this.inboxes),
             ("launch_turns_free", "Guests from bundles that might begin at once now", &this.turns_free),
+            ("pool_machines_wanted", "Machines of bundles that are to be kept ready, of all pools", &this.pool_wanted),
+            ("pool_machines_ready", "Machines of bundles that are ready for a launch, of all pools", &this.pool_ready),
             ("draining", "1 while no new work is taken because the agent will end", &this.draining),
             (
                 "ledger_writable",
@@ -156,6 +162,8 @@ impl ShownGauges {
             (&self.ledger_queue, now.ledger_queue as u64),
             (&self.inboxes, now.inboxes as u64),
             (&self.turns_free, now.turns_free as u64),
+            (&self.pool_wanted, now.pooled.0),
+            (&self.pool_ready, now.pooled.1),
             (&self.draining, now.is_draining.into()),
             (&self.ledger_writable, now.is_ledger_writable.into()),
             (&self.starts, now.starts),
