@@ -10,6 +10,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tracing::Instrument;
 use utoipa::OpenApi;
+use utoipa::openapi::{RefOr, Responses};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -111,9 +112,34 @@ fn table() -> OpenApiRouter<Served> {
 
 /// The OpenAPI document, as text that does not differ from build to build.
 pub fn document() -> String {
-    let (_, document) = table().split_for_parts();
+    let (_, mut document) = table().split_for_parts();
+    for path in document.paths.paths.values_mut() {
+        let operations = [&mut path.get, &mut path.put, &mut path.post, &mut path.delete];
+        for operation in operations.into_iter().flatten() {
+            describe(&mut operation.responses);
+        }
+    }
     // The document holds nothing that JSON cannot say.
     document.to_pretty_json().unwrap_or_default() + "\n"
+}
+
+/// Every answer has a description (OpenAPI 3.1, "Response Object"); most are what their status says.
+fn describe(responses: &mut Responses) {
+    for (status, response) in &mut responses.responses {
+        let RefOr::T(response) = response else { continue };
+        if response.description.is_empty() {
+            response.description = match status.as_str() {
+                "200" => "As asked for",
+                "201" => "It is there",
+                "202" => "It is begun",
+                "204" => "It is gone",
+                "4XX" => "Not done: the request, or the state of what it is about, does not allow it",
+                "5XX" => "Not done: this host, or another one, cannot, or not now",
+                _ => "As its status says",
+            }
+            .to_owned();
+        }
+    }
 }
 
 /// All routes over an agent.

@@ -25,6 +25,15 @@ use crate::sim::{Faults, SimHost};
 
 #[test]
 fn the_document_is_as_in_the_golden_file() {
+    let document: Value = serde_json::from_str(&super::document()).unwrap();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        for (method, operation) in operations.as_object().unwrap() {
+            for (status, response) in operation["responses"].as_object().unwrap() {
+                let described = response["description"].as_str().is_some_and(|text| !text.is_empty());
+                assert!(described, "{method} {path}: {status} has no description, which OpenAPI demands");
+            }
+        }
+    }
     crate::agent::golden::check("openapi.json", &super::document());
 }
 

@@ -54,6 +54,7 @@ pub struct EgressRule {
     pub protocol: EgressProtocol,
     /// To which ports, first and last; null for all. Only with `tcp` and `udp`.
     #[serde(default)]
+    #[schema(value_type = Option<Vec<u16>>, min_items = 2, max_items = 2)]
     pub ports: Option<(u16, u16)>,
 }
 
