@@ -79,7 +79,7 @@ fn import(bytes: &[u8]) {
             store.remove(&one.id).expect("it is removed");
         }
     }
-    // The two directories that a store keeps.
+    // The directories that a store keeps.
     let left = std::fs::read_dir(directory.path()).expect("the store").count();
-    assert_eq!(left, 2, "something is left");
+    assert_eq!(left, 3, "something is left");
 }
