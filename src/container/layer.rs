@@ -196,6 +196,8 @@ impl Layer<'_> {
             if budget.is_over() {
                 ContainerError::TooLarge { layer, limit: Bytes(budget.limit()) }
             } else {
+                // The archive's own bytes may be in its words.
+                let source = io::Error::new(source.kind(), shown(source.to_string().as_bytes()));
                 ContainerError::Damaged { layer, source }
             }
         }
