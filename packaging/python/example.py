@@ -11,7 +11,7 @@ import httpx
 from hearth_client import Client
 from hearth_client.api.bundles import show_bundle
 from hearth_client.api.vms import launch_vm, list_vms, remove_vm
-from hearth_client.models import ErrorBody, VmLaunchRequest
+from hearth_client.models import ErrorBody, VmLaunchRequest, Wait
 
 
 def connected(socket):
@@ -35,7 +35,7 @@ def main():
     client = connected(os.environ.get("HEARTH_SOCKET", "/run/hearth/api.sock"))
     bundle = wanted(show_bundle.sync(word, client=client))
     print(f"{bundle.name or bundle.id}: {bundle.vcpus} vCPU, {bundle.memory_mib} MiB")
-    vm = wanted(launch_vm.sync(client=client, body=VmLaunchRequest(bundle=bundle.id)))
+    vm = wanted(launch_vm.sync(client=client, body=VmLaunchRequest(bundle=bundle.id, name="python-example", wait=Wait.RUNNING)))
     try:
         there = wanted(list_vms.sync(client=client)).vms
         print(f"{vm.name} ({vm.id}) is {vm.state}, one of {len(there)}")
