@@ -1,5 +1,5 @@
-//! The machine's memory written to a file while it runs: what the first thread does of it. See
-//! [`crate::vmm::send::checkpoint`] for the thread that writes.
+//! The machine's memory written to a file while it runs, and mapped ahead of its guest: what the first thread does of it.
+//! See [`crate::vmm::send::checkpoint`] and `send/prefault` for the thread that does the rest.
 
 use std::fs::File;
 use std::io::Write;
