@@ -33,6 +33,9 @@ mod effect;
 mod egress;
 mod exec;
 mod failure;
+mod fetch_door;
+mod fetched;
+mod filling;
 #[cfg(test)]
 mod fixture;
 mod guest;
@@ -41,6 +44,7 @@ mod health;
 mod held_taps;
 mod host_bundles;
 mod host_disk;
+mod host_fetched;
 mod host_move;
 mod host_network;
 mod host_probe;
@@ -113,6 +117,9 @@ pub use egress::{Cidr, CidrError, EGRESS_RULES_MAX, Egress, EgressError, EgressR
 pub use exec::{
     AnyStream, ExecError, ExecExit, ExecInput, ExecOutput, ExecReceiver, ExecSender, ExecSession, ExecSpec,
 };
+pub use fetch_door::{FetchDoor, MemoryView};
+pub use fetched::{Coming, FetchView, FetchedBundles};
+pub use filling::VmFilling;
 pub use guest::GuestError;
 pub use health::{LedgerView, Pressure, Warning};
 pub use host_world::{HostWorld, OpenHostError};
@@ -231,6 +238,7 @@ impl<W: World> Agent<W> {
         tokio::spawn(agent.clone().watch_idle_vms());
         tokio::spawn(agent.clone().look_after_those_away());
         tokio::spawn(agent.clone().keep_pools());
+        tokio::spawn(Arc::clone(&agent.shared).go_on_filling());
         Ok(agent)
     }
 

@@ -6,6 +6,7 @@ mod balloon;
 mod bench;
 mod bundle;
 mod bundle_file;
+mod fetch;
 mod cluster;
 mod image;
 mod ledger;
@@ -29,6 +30,7 @@ pub use bench::{
     BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchMigrateArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs,
 };
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
+pub use fetch::{BundleFetchArgs, BundlePinArgs};
 pub use bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
 pub use image::{ImageCommand, ImportArgs};

@@ -9,6 +9,7 @@ mod balloon;
 mod bench;
 mod bundle;
 mod bundle_file;
+mod fetch;
 mod calculation;
 mod call;
 mod cluster;
@@ -288,6 +289,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::Exec(args)) => return Ok(exec::run(agent, out, args).await?),
         ClientCommand::Vm(VmCommand::Console(args)) => console::run(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Ls) => vm::list(agent, out).await?,
+        ClientCommand::Vm(VmCommand::Memory { vm }) => fetch::memory(agent, out, vm.as_str()).await?,
         ClientCommand::Vm(VmCommand::Show { vm }) => vm::show(agent, out, &vm).await?,
         ClientCommand::Vm(VmCommand::Rm(args)) => vm::remove(agent, out, &args).await?,
         ClientCommand::Vm(VmCommand::Stop(args)) => vm::stop(agent, out, &args).await?,

@@ -5,6 +5,7 @@
 
 mod bundles;
 mod disk;
+mod fetched;
 mod guest;
 mod leases;
 mod manifest;

@@ -29,6 +29,7 @@ mod kvm {
     pub(crate) mod imported;
     pub(crate) mod jail;
     pub(crate) mod lab;
+    pub(crate) mod lazy;
     pub(crate) mod many;
     pub(crate) mod migrate;
     pub(crate) mod moves;
@@ -40,6 +41,7 @@ mod kvm {
     pub(crate) mod probe;
     pub(crate) mod prove;
     pub(crate) mod refusals;
+    pub(crate) mod store;
     pub(crate) mod storm;
     pub(crate) mod swap;
     pub(crate) mod swap_harm;
@@ -113,6 +115,10 @@ const TESTS: &[Test] = &[
         kvm::bundle_many::a_hundred_in_a_row_and_thirty_at_once_leave_nothing,
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
+    ("lazy_guests_run_while_their_memory_comes", kvm::lazy::guests_run_while_their_memory_comes),
+    ("lazy_thirty_at_once_of_a_bundle_that_is_coming", kvm::lazy::thirty_at_once_of_a_bundle_that_is_coming),
+    ("lazy_what_does_not_come_ends_who_waits_for_it", kvm::lazy::what_does_not_come_ends_who_waits_for_it),
+    ("lazy_agents_that_end_meanwhile", kvm::lazy::agents_that_end_meanwhile),
     ("prefault_what_is_reached_first_is_mapped_ahead", kvm::prefault::what_is_reached_first_is_mapped_ahead),
     (
         "trust_a_bundle_leaves_its_host_and_is_asked_who_signed_it",

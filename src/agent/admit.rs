@@ -94,6 +94,7 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         network_limits,
         interfaces,
         bundle: bundle.map(|(id, _)| id.clone()),
+        lazy: request.lazy,
         build: request.build.as_ref().map(|(build, _)| build.clone()),
         // Known once the VM has an id.
         cluster: None,

@@ -8,6 +8,7 @@ use futures_util::future::BoxFuture;
 use super::Agent;
 use super::bundles::{BundleError, BundleListed, BundleView};
 use super::door::{Door, VmError};
+use super::fetched::FetchedBundles;
 use super::launch::{Key, LaunchRequest, Launched};
 use super::launch_error::LaunchError;
 use super::ledger::{LedgerError, Store};
@@ -157,7 +158,12 @@ impl<W: World> Agent<W> {
     async fn remove_unused_bundle(&self, word: &str) -> Result<(), BundleError> {
         // No launch is admitted meanwhile that would use it.
         let _admission = self.admission.lock().await;
-        let bundle = self.shared.world.bundles().find(word).await?.id;
+        let bundles = self.shared.world.bundles();
+        let coming = bundles.find_partial(word).await?;
+        let bundle = match &coming {
+            Some(bundle) => bundle.clone(),
+            None => bundles.find(word).await?.id,
+        };
         let vms = self.users(&bundle);
         if vms > 0 {
             return Err(BundleError::InUse { bundle, vms });
@@ -165,7 +171,7 @@ impl<W: World> Agent<W> {
         if let Some(size) = self.shared.pools.size(&bundle) {
             return Err(BundleError::Pooled { bundle, size });
         }
-        self.shared.world.bundles().remove(&bundle).await
+        if coming.is_some() { self.shared.stop_filling(&bundle).await } else { bundles.remove(&bundle).await }
     }
 }
 

@@ -3,13 +3,15 @@
 use std::io;
 use std::sync::Arc;
 
+use super::fetched::FetchView;
 use super::ledger::LedgerError;
 use super::record::{BundleOrder, OperationRecord, VmRecord};
 use super::room::NoRoom;
+use super::sources::SourceError;
 use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
-    CommitError, CompactError, ExportError, FindError, ImportError, Manifest, OpenBundleError, ReadBundleError,
+    CommitError, CompactError, ExportError, FetchedError, FindError, ImportError, Manifest, OpenBundleError, PartialError, ReadBundleError,
     RemoveError, SignError, Signed, StoreError, VerifyError,
 };
 use crate::ids::{BundleId, VmId};
@@ -27,6 +29,8 @@ pub struct BundleView {
     pub disk_bytes: u64,
     /// Who stands for it.
     pub signed: Signed,
+    /// How far it is, if it is on its way here.
+    pub fetch: Option<FetchView>,
 }
 
 /// One of all bundles: one that cannot be read is told of, too.
@@ -132,6 +136,37 @@ pub enum BundleError {
     /// What is being made could not be read.
     #[error(transparent)]
     Ledger(LedgerError),
+    /// It did not come from where it is.
+    #[error("fetch a bundle")]
+    Source(#[from] SourceError),
+    /// What came of it cannot be kept.
+    #[error(transparent)]
+    Partial(#[from] PartialError),
+    /// What is known of one that came from elsewhere cannot be kept.
+    #[error(transparent)]
+    Fetched(#[from] FetchedError),
+    /// Some of it is still on its way.
+    #[error("bundle {bundle} is still on its way here")]
+    Coming {
+        /// Which.
+        bundle: BundleId,
+    },
+    /// It is not one that is on its way.
+    #[error("bundle {bundle} is not on its way here")]
+    NotPartial {
+        /// Which.
+        bundle: BundleId,
+    },
+    /// It has too many parts to be launched before all of them are here.
+    #[error("bundle {bundle} has {found} chunks of memory: one of at most {max} is launched before all of it is here")]
+    TooManyChunks {
+        /// Which.
+        bundle: BundleId,
+        /// How many.
+        found: u32,
+        /// The most there can be.
+        max: u32,
+    },
     /// VMs run from it.
     #[error("bundle {bundle} is used by {vms} VMs")]
     InUse {
@@ -177,9 +212,17 @@ impl BundleError {
             Self::Sign(error) => error.retry(),
             Self::Export(error) => error.retry(),
             Self::Import(error) => error.retry(),
+            Self::Source(error) => error.retry(),
+            Self::Partial(error) => error.retry(),
+            Self::Fetched(error) => error.retry(),
             Self::NothingSaved { .. } => Retry::Never,
-            Self::Untrusted { .. } | Self::Name { .. } | Self::NameTaken { .. } => Retry::WithChange,
+            Self::Untrusted { .. }
+            | Self::Name { .. }
+            | Self::NameTaken { .. }
+            | Self::NotPartial { .. }
+            | Self::TooManyChunks { .. } => Retry::WithChange,
             Self::NoFacts
+            | Self::Coming { .. }
             | Self::TooManyTransfers { .. }
             | Self::Pooled { .. }
             | Self::InUse { .. }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 pub use super::swap::SwapConfig;
 use super::trust::TRUSTED_KEYS_MAX;
+use crate::signing::PublicKey;
 pub use super::trust::TrustConfig;
 pub use fabric::{FabricConfig, Peer, Underlay};
 
@@ -45,6 +46,8 @@ pub struct Config {
     pub swap: SwapConfig,
     /// Whose bundles are launched.
     pub trust: TrustConfig,
+    /// Most MiB that bundles from elsewhere take on disk, but for those that are used or kept; 0: no bound.
+    pub fetched_mib: u64,
     /// What session networks are made of; without it there are none.
     pub fabric: Option<FabricConfig>,
     /// The control group below which VMs have theirs, from the mount of version 2; found when it is not said.
@@ -163,12 +166,14 @@ pub struct Waits {
     pub vmm_answer_s: u32,
     /// Seconds a VMM has to build a machine.
     pub vmm_launch_s: u32,
+    /// Seconds a guest waits for memory of its bundle that is not on this host yet, before its VM fails.
+    pub memory_s: u32,
 }
 
 impl Default for Waits {
     fn default() -> Self {
         // A guest under an emulating KVM boots in 12 to 20 seconds, six at once on two processors in a minute.
-        Self { guest_ready_s: 120, vmm_answer_s: 10, vmm_launch_s: 60 }
+        Self { guest_ready_s: 120, vmm_answer_s: 10, vmm_launch_s: 60, memory_s: 30 }
     }
 }
 
@@ -185,6 +190,15 @@ pub struct Overrides {
     pub images_dir: Option<PathBuf>,
 }
 
+/// What the file says of bundles.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WrittenBundles {
+    trusted_keys: Vec<PublicKey>,
+    trust_local: bool,
+    fetched_mib: u64,
+}
+
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -197,7 +211,7 @@ struct Written {
     uids: WrittenUids,
     waits: Waits,
     swap: SwapConfig,
-    bundles: TrustConfig,
+    bundles: WrittenBundles,
     fabric: Option<fabric::WrittenFabric>,
     peers: Vec<fabric::WrittenPeer>,
     cgroup: WrittenCgroup,
@@ -350,12 +364,28 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
     in_range("waits.guest_ready_s", waits.guest_ready_s.into(), 1, 86_400)?;
     in_range("waits.vmm_answer_s", waits.vmm_answer_s.into(), 1, 3600)?;
     in_range("waits.vmm_launch_s", waits.vmm_launch_s.into(), 1, 3600)?;
+    in_range("waits.memory_s", waits.memory_s.into(), 1, 3600)?;
     let cgroup_parent = written.cgroup.parent.map(group_path).transpose()?;
     let state_dir = overrides.state_dir.or(state_dir).unwrap_or_else(|| STATE_DIR_DEFAULT.into());
     let images_dir = overrides.images_dir.or(images_dir).unwrap_or_else(|| state_dir.join("images"));
     let socket = overrides.socket.or(socket).unwrap_or_else(|| SOCKET_DEFAULT.into());
-    let trust = bundles;
-    Ok(Config { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, trust, fabric, cgroup_parent })
+    in_range("bundles.fetched_mib", bundles.fetched_mib, 0, 1 << 40)?;
+    let WrittenBundles { trusted_keys, trust_local, fetched_mib } = bundles;
+    let trust = TrustConfig { trusted_keys, trust_local };
+    Ok(Config {
+        host_name,
+        state_dir,
+        images_dir,
+        socket,
+        limits,
+        uids,
+        waits,
+        swap,
+        trust,
+        fetched_mib,
+        fabric,
+        cgroup_parent,
+    })
 }
 
 #[cfg(test)]

@@ -217,7 +217,7 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor + TransferDoor {
+pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor + TransferDoor + FetchDoor {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

@@ -50,6 +50,11 @@ pub enum FailureCause {
         /// What is wrong.
         detail: String,
     },
+    /// Memory of its bundle that was not here did not come in time.
+    BundleUnavailable {
+        /// From where, and why not.
+        detail: String,
+    },
     /// The program that warms a guest up failed, or did not get ready in time.
     WarmUp {
         /// What it said.
@@ -88,6 +93,7 @@ impl FailureCause {
             Self::BadImage { .. } => "bad_image",
             Self::Host { .. } => "host",
             Self::Bundle { .. } => "bundle",
+            Self::BundleUnavailable { .. } => "bundle_unavailable",
             Self::WarmUp { .. } => "warm_up",
             Self::LostOnTheWay { .. } => "lost_on_the_way",
             Self::SwapStateCorrupt { .. } => "swap_state_corrupt",
@@ -110,6 +116,7 @@ impl FailureCause {
             | Self::BadImage { detail }
             | Self::Host { detail }
             | Self::Bundle { detail }
+            | Self::BundleUnavailable { detail }
             | Self::WarmUp { detail }
             | Self::LostOnTheWay { detail }
             | Self::SwapStateCorrupt { detail }

@@ -24,7 +24,7 @@ use crate::bundle::manifest::{
 };
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{
-    BundleSignature, Committed, Compaction, Contents, Digest, Listed, Manifest, ManifestDraft, Run, Signed, Store,
+    BundleSignature, Committed, Compaction, Contents, Digest, FindError, Listed, Manifest, ManifestDraft, Run, Signed, Store,
     Verified,
 };
 use crate::clock::UnixNanos;
@@ -75,7 +75,7 @@ impl HostBundles {
         &self.store
     }
 
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
         job: impl FnOnce(&Self) -> Result<T, BundleError> + Send + 'static,
     ) -> Result<T, BundleError> {
@@ -92,7 +92,7 @@ impl HostBundles {
         permit.map_err(|_| BundleError::TooManyTransfers { most: TRANSFERS_MAX })
     }
 
-    async fn facts(&self) -> Result<HostFacts, BundleError> {
+    pub(super) async fn facts(&self) -> Result<HostFacts, BundleError> {
         self.probe.facts().await.ok_or(BundleError::NoFacts)
     }
 
@@ -106,7 +106,7 @@ impl HostBundles {
             // Nobody signed this.
             Signed { manifest_digest: Digest::default(), made_here: false, signatures: Vec::new() }
         });
-        BundleView { id, manifest, disk_bytes, signed }
+        BundleView { id, manifest, disk_bytes, signed, fetch: None }
     }
 
     /// The bundle that was already made of what this order saved: the agent ended between the commit and its record.
@@ -241,7 +241,14 @@ impl VmBundles for HostBundles {
     async fn find(&self, word: &str) -> Result<BundleView, BundleError> {
         let word = word.to_owned();
         self.blocking(move |this| {
-            let id = this.store.find(&word)?;
+            let id = match this.store.find(&word) {
+                Ok(id) => id,
+                Err(error @ FindError::Unknown { .. }) => match this.store.find_partial(&word)? {
+                    Some(bundle) => return Err(BundleError::Coming { bundle }),
+                    None => return Err(error.into()),
+                },
+                Err(error) => return Err(error.into()),
+            };
             let manifest = this.store.manifest(&id)?;
             Ok(this.view(id, manifest))
         })

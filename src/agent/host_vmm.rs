@@ -23,10 +23,10 @@ use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
 use super::world::{
-    Ask, AskError, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder, SentMachine, StartVmmError,
+    Ask, AskError, Connection, FillingPlan, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder, SentMachine, StartVmmError,
     StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
 };
-use crate::bundle::Store;
+use crate::bundle::{LaunchFiles, Store};
 use crate::bundle::working_set::WorkingSet;
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
@@ -38,7 +38,7 @@ use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreSpec, SendPhases, StartMessage, StreamKey,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreFillingSpec, RestoreSpec, SendPhases, StartMessage, StreamKey,
     UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
@@ -398,6 +398,7 @@ impl HostVmm {
                 | Ask::Network
                 | Ask::ReplaceTap { .. }
                 | Ask::Prefault(_)
+                | Ask::Fill(_)
                 | Ask::Balloon { .. } => self.waits.vmm_answer_s,
             }
             .into(),
@@ -443,6 +444,11 @@ impl HostVmm {
             Ask::Launch(plan) => {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
                 exchange(&Request::Launch(spec), &files)
+            }
+            Ask::Fill(connection) => exchange(&Request::Fill, &[again(connection)?]),
+            Ask::Restore(plan @ RestorePlan { filling: Some(filling), .. }) => {
+                let (spec, files) = self.open_to_fill(vm, &dir, plan, filling)?;
+                exchange(&Request::RestoreFilling(spec), &files)
             }
             Ask::Restore(plan) => {
                 let (spec, files) = self.open_to_restore(vm, &dir, plan)?;
@@ -500,8 +506,35 @@ impl HostVmm {
         dir: &File,
         plan: &RestorePlan,
     ) -> Result<(RestoreSpec, Vec<OwnedFd>), AskError> {
-        let RestorePlan { bundle, memory_bytes, disks, network_limits } = plan;
+        let RestorePlan { bundle, .. } = plan;
         let bundle = self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?;
+        self.open_launched(vm, dir, plan, bundle)
+    }
+
+    /// The same for one whose bundle is not whole.
+    fn open_to_fill(
+        &self,
+        vm: &VmRecord,
+        dir: &File,
+        plan: &RestorePlan,
+        filling: &FillingPlan,
+    ) -> Result<(RestoreFillingSpec, Vec<OwnedFd>), AskError> {
+        let bundle = filling.partial.launch_files().map_err(AskError::Partial)?;
+        let chunk_bytes = bundle.manifest.memory.chunk_bytes;
+        let (restore, mut files) = self.open_launched(vm, dir, plan, bundle)?;
+        let faults = File::options().read(true).write(true).open(USERFAULTFD).map_err(unopened(USERFAULTFD))?;
+        files.extend([faults.into(), again(&filling.connection)?]);
+        Ok((RestoreFillingSpec { restore, chunk_bytes }, files))
+    }
+
+    fn open_launched(
+        &self,
+        vm: &VmRecord,
+        dir: &File,
+        plan: &RestorePlan,
+        bundle: LaunchFiles,
+    ) -> Result<(RestoreSpec, Vec<OwnedFd>), AskError> {
+        let RestorePlan { memory_bytes, disks, network_limits, .. } = plan;
         let mut files: Vec<OwnedFd> = vec![open_kvm()?, bundle.state.into(), bundle.memory.into()];
         let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
         Ok((RestoreSpec { memory_bytes: *memory_bytes, devices }, files))
@@ -559,6 +592,14 @@ impl HostVmm {
         }
         Ok(devices)
     }
+}
+
+/// What a process is told of its missing pages by.
+const USERFAULTFD: &str = "/dev/userfaultfd";
+
+/// The VMM's end of a connection, to hand over.
+fn again(connection: &Connection) -> Result<OwnedFd, AskError> {
+    connection.0.try_clone().map_err(unopened("a connection for the VM's memory"))
 }
 
 pub(super) fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {

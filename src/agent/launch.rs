@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use super::admit::{Facts, admit};
 use super::cluster::Place;
+use super::bundles::BundleError;
 use super::cluster_record::called;
 use super::config::FabricConfig;
+use super::fetched::FetchedBundles;
 use super::images::Image;
 use super::launch_error::LaunchError;
 use super::ledger::{Claim, Grant, KeyRow, LedgerError, SessionRefusal, StoredAnswer, Taken, Write};
@@ -28,6 +30,7 @@ use crate::clock::{Clock, Monotonic, Steady, UnixNanos};
 use crate::ids::{BundleId, Generation, OperationId, VmId};
 use crate::net::address::{LocalId, Parts};
 use crate::units::NetLimits;
+use crate::wire::control::FILLED_CHUNKS_MAX as CHUNKS_MAX;
 use crate::wire::frame;
 
 /// How long an idempotency key is remembered: a client that repeats a request after a day means a new one.
@@ -42,6 +45,8 @@ pub struct LaunchRequest {
     pub image: String,
     /// Bundle to launch from: its id, the start of it, or its name.
     pub bundle: Option<String>,
+    /// Whether it may begin while some of the bundle's memory is still on its way here.
+    pub lazy: bool,
     /// Number of vCPUs; 1 when nothing is said, or what the bundle has.
     pub vcpus: Option<u32>,
     /// Guest memory in MiB; 128 when nothing is said, or what the bundle has.
@@ -110,7 +115,8 @@ impl<W: World> Agent<W> {
         let asked_at = self.shared.world.clock().monotonic();
         // Before the admission of others waits for it: the first look at a bundle reads all of it.
         let bundle = match &request.bundle {
-            Some(word) => Some(self.bundle_to_launch(word).await?),
+            Some(word) => Some(self.bundle_to_launch(word, request.lazy).await?),
+            None if request.lazy => return Err(LaunchError::LazyWithoutBundle),
             None => None,
         };
         // Held through the record: names, memory and uids are handed out one by one.
@@ -126,7 +132,9 @@ impl<W: World> Agent<W> {
         let image = match &bundle {
             Some((id, manifest)) => {
                 // It may have been removed since; from here on nobody can, as removals wait for the admission as well.
-                self.shared.world.bundles().find(id.as_str()).await.map_err(LaunchError::Bundle)?;
+                if self.shared.fillings.of(id).filter(|_| request.lazy).is_none() {
+                    self.shared.world.bundles().find(id.as_str()).await.map_err(LaunchError::Bundle)?;
+                }
                 image_of(manifest)
             }
             None => disk.image(&request.image).await.map_err(LaunchError::Image)?,
@@ -182,14 +190,34 @@ impl<W: World> Agent<W> {
         begun.map(Launched::Vm)
     }
 
-    /// The bundle a word means, if it is trusted, whole and runs here.
-    async fn bundle_to_launch(&self, word: &str) -> Result<(BundleId, Arc<Manifest>), LaunchError> {
+    /// The bundle a word means, if it is trusted and runs here, and is whole unless that may come later.
+    async fn bundle_to_launch(&self, word: &str, lazy: bool) -> Result<(BundleId, Arc<Manifest>), LaunchError> {
         let bundles = self.shared.world.bundles();
+        let now = self.shared.world.clock().wall();
+        if lazy && let Some((id, manifest)) = self.coming_to_launch(word).await.map_err(LaunchError::Bundle)? {
+            bundles.touch_fetched(&id, now).await;
+            return Ok((id, manifest));
+        }
         let view = bundles.find(word).await.map_err(LaunchError::Bundle)?;
         self.shared.require_trust(&view).map_err(LaunchError::Bundle)?;
         let id = view.id;
         let manifest = bundles.check(&id).await.map_err(LaunchError::Bundle)?;
+        bundles.touch_fetched(&id, now).await;
         Ok((id, manifest))
+    }
+
+    /// The same for one that is on its way; `None`: none of those is meant.
+    async fn coming_to_launch(&self, word: &str) -> Result<Option<(BundleId, Arc<Manifest>)>, BundleError> {
+        let bundles = self.shared.world.bundles();
+        let Some(id) = bundles.find_partial(word).await? else { return Ok(None) };
+        let Some(filling) = self.shared.filling(&id).await? else { return Ok(None) };
+        self.shared.require_trust(&self.shared.coming_view(&filling)?)?;
+        let manifest = Arc::clone(filling.partial.manifest());
+        if filling.partial.chunks() > CHUNKS_MAX {
+            return Err(BundleError::TooManyChunks { bundle: id, found: filling.partial.chunks(), max: CHUNKS_MAX });
+        }
+        bundles.fits(&id, &manifest).await?;
+        Ok(Some((id, manifest)))
     }
 
     async fn earlier(&self, key: &Key) -> Result<Option<Launched>, LaunchError> {

@@ -137,6 +137,9 @@ pub enum LaunchError {
     /// An addressing without addresses.
     #[error("addressing without a session: a VM without one has no addresses")]
     AddressingWithoutSession,
+    /// Only a bundle comes piece by piece.
+    #[error("lazy without a bundle: an image is read as a whole before its guest boots")]
+    LazyWithoutBundle,
     /// Not a role.
     #[error("{role:?} is not a role: 1 to {ROLE_BYTES_MAX} bytes without control characters")]
     Role {
@@ -239,6 +242,7 @@ impl LaunchError {
             | Self::Count { .. }
             | Self::NetworkLimits(_)
             | Self::AddressingWithoutSession
+            | Self::LazyWithoutBundle
             | Self::PublishedWithoutSession
             | Self::Interfaces { .. }
             | Self::TooManyPorts { .. }

@@ -120,6 +120,8 @@ pub(crate) struct Metrics {
     launch_seconds: Histogram,
     pauses: Family<MoveLabels, Histogram, fn() -> Histogram>,
     moved_bytes: Family<MoveLabels, Counter>,
+    fetched_bytes: Counter,
+    fetch_failures: Counter,
     gauges: ShownGauges,
     network: NetworkCounters,
 }
@@ -153,6 +155,11 @@ impl Metrics {
         registry.register_with_unit("move_pause", help, Unit::Seconds, pauses.clone());
         let help = "Bytes that were sent for VMs that moved to another process";
         registry.register("move_sent_bytes", help, moved_bytes.clone());
+        let (fetched_bytes, fetch_failures) = (Counter::default(), Counter::default());
+        let help = "Bytes of bundles' memory that came from elsewhere";
+        registry.register("bundle_fetched_bytes", help, fetched_bytes.clone());
+        let help = "Parts of bundles' memory that did not come when they were asked for, or were not what they have to be";
+        registry.register("bundle_fetch_failures", help, fetch_failures.clone());
         let gauges = ShownGauges::new(&mut registry);
         let network = NetworkCounters::new(&mut registry);
         Self {
@@ -166,6 +173,8 @@ impl Metrics {
             launch_seconds,
             pauses,
             moved_bytes,
+            fetched_bytes,
+            fetch_failures,
             gauges,
             network,
         }
@@ -189,6 +198,16 @@ impl Metrics {
             self.pauses.get_or_create(&labels).observe(Duration::from_micros(pause).as_secs_f64());
         }
         self.moved_bytes.get_or_create(&labels).inc_by(moved.bytes);
+    }
+
+    /// Counts a part of a bundle's memory that came.
+    pub(crate) fn fetched(&self, bytes: u64) {
+        self.fetched_bytes.inc_by(bytes);
+    }
+
+    /// Counts one that did not.
+    pub(crate) fn fetch_failed(&self) {
+        self.fetch_failures.inc();
     }
 
     /// Counts a request. `route` is the route's pattern, so labels stay few.

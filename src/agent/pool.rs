@@ -334,6 +334,7 @@ impl<W: World> Agent<W> {
             memory_bytes: u64::from(record.spec.memory_mib).saturating_mul(MIB),
             disks: Vec::new(),
             network_limits: record.spec.network_limits,
+            filling: None,
         };
         let set = self.shared.working_set(&record).await;
         match world.vmm().ask(&record, self.shared.epoch, Ask::Restore(plan)).await {

@@ -224,6 +224,9 @@ pub struct VmSpec {
     /// The bundle it is launched from, with the image that was booted for that; `None`: it boots the image.
     #[serde(default)]
     pub bundle: Option<BundleId>,
+    /// Whether it may be launched while some of its bundle's memory is still on its way here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lazy: bool,
     /// How it becomes a bundle, if it is there for that.
     #[serde(default)]
     pub build: Option<BuildSpec>,

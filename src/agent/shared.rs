@@ -15,6 +15,7 @@ use super::cluster_record::ClusterRecord;
 use super::config::Config;
 use super::connections::Connections;
 use super::drain::Draining;
+use super::filling::Fillings;
 use super::ledger::{LedgerError, NewEvent, Write};
 use super::metrics::Metrics;
 use super::peers::{ArrivingSession, Peers};
@@ -75,6 +76,8 @@ pub(crate) struct Shared<W: World> {
     pub(crate) streams: Streams,
     /// Machines on their way here.
     pub(super) arrivals: Arrivals,
+    /// Bundles on their way here, and VMs whose memory is.
+    pub(super) fillings: Fillings,
     /// Machines that are kept ready.
     pub(super) pools: Pools<W>,
     /// Names of bundles that are being committed.
@@ -147,6 +150,7 @@ impl<W: World> Shared<W> {
             adoption: Adoption::default(),
             streams: Streams::default(),
             arrivals: Arrivals::default(),
+            fillings: Fillings::default(),
             pools: Pools::default(),
             bundle_names: BundleNames::default(),
             vms: Mutex::new(BTreeMap::new()),

@@ -58,7 +58,10 @@ impl<W: World> Agent<W> {
     async fn look_at_vms(&self, seen: &mut BTreeMap<VmId, Seen>) -> Vec<IdleVm> {
         let handles: Vec<VmHandle> = self.shared.vms().values().cloned().collect();
         let records: Vec<Arc<VmRecord>> = handles.iter().map(|vm| vm.record.borrow().clone()).collect();
-        let may_go = |vm: &&Arc<VmRecord>| vm.state == VmState::Running && vm.spec.swap.mode.is_some();
+        let may_go = |vm: &&Arc<VmRecord>| {
+            let is_whole = self.shared.fillings.of_vm(&vm.id).is_none();
+            vm.state == VmState::Running && vm.spec.swap.mode.is_some() && is_whole
+        };
         let records: Vec<Arc<VmRecord>> = records.iter().filter(may_go).cloned().collect();
         // One that was out in between begins anew.
         seen.retain(|id, _| records.iter().any(|vm| vm.id == *id));

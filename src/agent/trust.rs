@@ -2,8 +2,6 @@
 //! them. Without a list nothing is asked. Looked at before anything of a VM is there; a VM that is there goes on, and
 //! wakes, whatever the list says by then.
 
-use serde::Deserialize;
-
 use super::bundles::{BundleError, BundleView};
 use super::shared::Shared;
 use super::world::World;
@@ -14,8 +12,7 @@ use crate::signing::PublicKey;
 pub(super) const TRUSTED_KEYS_MAX: usize = 256;
 
 /// Whose bundles are launched.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TrustConfig {
     /// Keys of those who sign bundles; none: all bundles are launched.
     pub trusted_keys: Vec<PublicKey>,

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument;
 
+use super::filling::VmFilling;
 use super::ledger::{LedgerError, Write};
 use super::migration_record::MoveRecord;
 use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
@@ -268,6 +269,11 @@ impl<W: World> VmActor<W> {
             let _ = reply.send(Err(VerbError::Quarantined { verb: verb.name(), vm, report }));
             return Ok(());
         }
+        if let Some(missing) = self.missing_memory(&verb) {
+            // Whoever asked may have gone.
+            let _ = reply.send(Err(missing));
+            return Ok(());
+        }
         let (event, goal, grace, then_remove) = match &verb {
             Verb::Snapshot(order) => (Event::SnapshotAsked { live: order.live }, Goal::Snapshot, Duration::ZERO, false),
             Verb::Migrate(_) => (Event::MigrateAsked, Goal::Migrate, Duration::ZERO, false),
@@ -331,6 +337,15 @@ impl<W: World> VmActor<W> {
         self.turn(next, writes, Some(&operation)).await?;
         self.perform(operation, grace, None);
         Ok(())
+    }
+
+    /// What reads all of a machine's memory waits until all of it is here.
+    fn missing_memory(&self, verb: &Verb) -> Option<VerbError> {
+        if !matches!(verb, Verb::Snapshot(_) | Verb::HandOver | Verb::Migrate(_) | Verb::SwapOut(_)) {
+            return None;
+        }
+        let VmFilling { mapped, chunks, .. } = self.shared.fillings.of_vm(&self.record.id)?;
+        Some(VerbError::Filling { verb: verb.name(), vm: self.record.id.to_string(), mapped, chunks })
     }
 
     fn reply(&self, verb: &Verb, reply: Reply, denied: Result<(), Denied>) {
@@ -578,7 +593,11 @@ impl<W: World> VmActor<W> {
         let (mut remains, words) = self.shared.world.disk().remains(&self.record.id).await;
         remains.at = Some(self.shared.world.clock().wall());
         remains.exit = Some(end.to_string());
-        let event = match (&operation, end_event(words, end)) {
+        let ended = match self.shared.fillings.loss(&self.record.id) {
+            Some(detail) => Event::VmmFailed { cause: FailureCause::BundleUnavailable { detail } },
+            None => end_event(words, end),
+        };
+        let event = match (&operation, ended) {
             // Of a machine on its way here: what became of it, the host tells that it came from.
             (Some(operation), Event::VmmFailed { cause }) if operation.goal == Goal::Arrive => {
                 Event::WorkFailed { cause }
@@ -705,6 +724,7 @@ fn error_of(cause: &FailureCause) -> OperationError {
         | FailureCause::VmmGone
         | FailureCause::Host { .. }
         | FailureCause::Bundle { .. }
+        | FailureCause::BundleUnavailable { .. }
         | FailureCause::NotRegistered { .. }
         | FailureCause::Interrupted => Retry::Later,
         FailureCause::SwapStateCorrupt { .. } | FailureCause::LostOnTheWay { .. } => Retry::Never,

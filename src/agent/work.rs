@@ -17,7 +17,7 @@ use super::session_end::quarantine;
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder, StartVmmError, VmDisk, VmNetworks,
+    Ask, AskError, Connection, FillingPlan, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder, StartVmmError, VmDisk, VmNetworks,
     VmmHost, VmmProcess, World,
 };
 use crate::clock::{Clock, Monotonic};
@@ -358,11 +358,14 @@ impl<W: World> Work<W> {
         }
         let spec = &self.record.spec;
         let Some(bundle) = spec.bundle.clone() else { return Err(host("this VM has no bundle".to_owned())) };
+        let filling = if spec.lazy { self.begin_serving(&bundle).await? } else { None };
+        let spec = &self.record.spec;
         let plan = RestorePlan {
             bundle,
             memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
             disks: spec.disks.clone(),
             network_limits: spec.network_limits,
+            filling,
         };
         // It is read from the disk while the machine is made.
         let set = self.shared.working_set(&self.record).await;
@@ -371,6 +374,17 @@ impl<W: World> Work<W> {
             self.shared.prefault(&self.record, set).await;
         }
         Ok(())
+    }
+
+    /// Serves the memory of a machine that is about to be made of a bundle that is not whole; `None`: it is whole.
+    async fn begin_serving(&self, bundle: &BundleId) -> Result<Option<FillingPlan>, Outcome> {
+        let no_bundle = |error: BundleError| Outcome::Failed(FailureCause::Bundle { detail: chain(&error) });
+        let Some(filling) = self.shared.filling(bundle).await.map_err(no_bundle)? else { return Ok(None) };
+        let (near, connection) = Connection::pair().map_err(no_bundle)?;
+        let partial = Arc::clone(&filling.partial);
+        // Before it is made, as it reaches its memory while it is.
+        self.shared.serve(&self.record, Chunks::Coming(filling), near);
+        Ok(Some(FillingPlan { partial, connection }))
     }
 
     async fn make_machine(&mut self, ask: Ask) -> Result<(), Outcome> {
@@ -538,6 +552,7 @@ fn ask_failed(error: AskError) -> Outcome {
         AskError::Image(error) => bad_image(chain(&error)),
         AskError::Refused(Refusal::BadState { reason }) => Outcome::Failed(FailureCause::Bundle { detail: reason }),
         AskError::Bundle(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
+        AskError::Partial(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
         AskError::Stage(_)
         | AskError::NothingCopied
         | AskError::Sealed(_)

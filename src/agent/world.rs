@@ -13,6 +13,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
 use super::bundles::{BundleError, BundleListed, BundleView, CommitOrder};
+use super::fetched::FetchedBundles;
+pub use super::filling::Connection;
 use super::health::Pressure;
 use super::images::{Image, ImageError};
 use super::isolation::{HostIsolation, VmJail};
@@ -22,7 +24,7 @@ use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use super::transfer::{Imported, Piece};
 use crate::bundle::admit::GuestNeeds;
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
-use crate::bundle::{BundleSignature, Manifest, OpenBundleError, Verified};
+use crate::bundle::{BundleSignature, Manifest, OpenBundleError, Partial, PartialError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::container::Source;
 use crate::ids::{BundleId, VmId};
@@ -45,7 +47,7 @@ pub trait World: Send + Sync + 'static {
     /// The VMs' jails, and what leads to them.
     type Networks: VmNetworks;
     /// The bundles, and what is to become one.
-    type Bundles: VmBundles;
+    type Bundles: VmBundles + FetchedBundles;
     /// Durable records.
     type Records: Records;
 
@@ -224,6 +226,8 @@ pub enum Ask {
         /// Which pages of memory.
         pages: SavedPages,
     },
+    /// What is missing of its memory comes by this connection from now on.
+    Fill(Connection),
     /// Map these pages of the machine's memory image ahead of their use.
     Prefault(WorkingSet),
     /// Write the machine's memory to files of the bundle store while it runs, until little is left.
@@ -295,7 +299,26 @@ pub struct RestorePlan {
     pub disks: Vec<DiskSpec>,
     /// What may pass its network interface.
     pub network_limits: NetLimits,
+    /// What there is of the bundle, if it is not whole.
+    pub filling: Option<FillingPlan>,
 }
+
+/// What there is of a bundle that is not whole, and how what is missing comes.
+#[derive(Debug, Clone)]
+pub struct FillingPlan {
+    /// What there is.
+    pub partial: Arc<Partial>,
+    /// By this.
+    pub connection: Connection,
+}
+
+impl PartialEq for FillingPlan {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.partial, &other.partial) && self.connection == other.connection
+    }
+}
+
+impl Eq for FillingPlan {}
 
 /// A machine to build from its sealed file: names of things on this host, opened by whoever sends them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -408,6 +431,9 @@ pub enum AskError {
     /// The bundle is not usable.
     #[error("open the bundle")]
     Bundle(#[source] OpenBundleError),
+    /// What is here of the bundle is not.
+    #[error("open what is here of the bundle")]
+    Partial(#[source] PartialError),
     /// The VMM was started by an earlier agent and does not know this.
     #[error(
         "the VM's VMM is of an earlier version (protocol {speaks}, this needs {needs}): stop and launch it anew for that"

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod bundle;
+mod fetch;
 mod cluster;
 mod image;
 mod isolation;
@@ -30,6 +31,7 @@ use crate::units::{self, MIB, NetLimits, Rate};
 
 pub(super) use balloon::balloon;
 pub(super) use bundle::{bundle, bundles};
+pub(super) use fetch::{fetch, memory};
 pub(super) use cluster::{calculation, cluster, member};
 pub(super) use image::{image, import};
 pub(super) use isolation::{host_isolation, vm_jail};

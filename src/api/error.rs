@@ -131,6 +131,8 @@ impl From<VerbError> for ApiError {
         let (message, retry) = (chain(&error), error.retry());
         match error {
             VerbError::Denied { source, .. } => denied(&source, message),
+            VerbError::Filling { .. } => Self::new(StatusCode::LOCKED, "memory_on_its_way", message, retry)
+                .with_detail("`hearth vm memory` shows how far it is; ask again when all of it is here"),
             VerbError::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "busy", message, retry),
             VerbError::Quarantined { .. } => Self::new(StatusCode::CONFLICT, "vm_quarantined", message, retry)
                 .with_detail("find out which of the two is right; `hearth vm rm` ends the VM, and restarting the agent looks again"),
@@ -277,6 +279,18 @@ impl From<BundleError> for ApiError {
                 transfer::signatures(error)
             }
             BundleError::Import(error) => transfer::import(error),
+            BundleError::Source(error) => fetch::source(error),
+            BundleError::Partial(error) => fetch::partial(error),
+            BundleError::Fetched(error) => fetch::noted(error),
+            BundleError::Coming { .. } => {
+                let todo = "launch from it with --lazy (`mode`: `lazy`), or wait: `hearth bundle show` tells how far it is";
+                (StatusCode::CONFLICT, "bundle_on_its_way", Some(todo))
+            }
+            BundleError::NotPartial { .. } => (StatusCode::CONFLICT, "bundle_not_on_its_way", Some(listed)),
+            BundleError::TooManyChunks { .. } => {
+                let todo = "wait until all of it is here: `hearth bundle show` tells how far it is";
+                (StatusCode::CONFLICT, "too_many_chunks", Some(todo))
+            }
             BundleError::TooManyTransfers { .. } => (StatusCode::SERVICE_UNAVAILABLE, "too_many_transfers", None),
             BundleError::Find(FindBundleError::Unknown { .. }) => unknown,
             BundleError::Find(FindBundleError::Ambiguous { .. }) => (StatusCode::CONFLICT, "ambiguous_id", None),
@@ -384,6 +398,7 @@ impl From<LaunchError> for ApiError {
                     .with_detail("`hearth cluster members` shows who has it; take another, or remove that VM first");
             }
             LaunchError::AddressingWithoutSession => (StatusCode::BAD_REQUEST, "addressing_without_session"),
+            LaunchError::LazyWithoutBundle => (StatusCode::BAD_REQUEST, "lazy_without_bundle"),
             LaunchError::Role { .. } => (StatusCode::BAD_REQUEST, "invalid_role"),
             LaunchError::Count { .. } => (StatusCode::BAD_REQUEST, "invalid_count"),
             LaunchError::PublishedWithoutSession => (StatusCode::BAD_REQUEST, "publish_without_session"),
@@ -543,6 +558,7 @@ impl From<NotRunning> for ApiError {
                     FailureCause::Bundle { .. } | FailureCause::WarmUp { .. } => {
                         (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
                     }
+                    FailureCause::BundleUnavailable { .. } => (StatusCode::BAD_GATEWAY, Retry::Later),
                     FailureCause::NotRegistered { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
                     FailureCause::GuestUnreachable { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
                     FailureCause::GuestPanic | FailureCause::GuestFault { .. } => {

@@ -5,6 +5,7 @@ pub(super) mod bundles;
 pub(super) mod calculations;
 pub(super) mod clusters;
 pub(super) mod exec;
+pub(super) mod fetches;
 pub(super) mod host;
 pub(super) mod images;
 pub(super) mod migrations;

@@ -16,7 +16,7 @@ use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
 use super::handlers::{
-    balloon, bundles, calculations, clusters, exec, host, images, migrations, operations, pools, sessions, swap,
+    balloon, bundles, calculations, clusters, exec, fetches, host, images, migrations, operations, pools, sessions, swap,
     transfers, vms,
 };
 use super::http::Client;
@@ -93,6 +93,9 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(transfers::export_bundle))
         .routes(routes!(transfers::import_bundle))
         .routes(routes!(transfers::sign_bundle))
+        .routes(routes!(fetches::fetch_bundle))
+        .routes(routes!(fetches::pin_bundle, fetches::unpin_bundle))
+        .routes(routes!(fetches::vm_memory))
         .routes(routes!(pools::list_pools))
         .routes(routes!(pools::show_pool, pools::set_pool, pools::remove_pool))
         .routes(routes!(clusters::create_cluster, clusters::list_clusters))

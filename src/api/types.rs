@@ -11,6 +11,7 @@ mod calculation;
 mod cluster;
 mod error;
 mod exec;
+mod fetch;
 mod host;
 mod image;
 mod isolation;
@@ -35,6 +36,7 @@ pub use cluster::{
 };
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
+pub use fetch::{BundleFetch, BundleFetchRequest, LaunchMode, VmFilling, VmMemory};
 pub use host::{
     Drain, DrainRequest, Host, HostFailure, HostLedger, HostPressure, HostRoom, HostVms, HostWarning, LedgerBackup,
     LedgerBackupRequest,

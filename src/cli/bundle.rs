@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
+use super::fetch::{BundleFetchArgs, BundlePinArgs};
 use super::value::{ReferenceWord, duration_ms, key, name};
 use crate::api::types::IMAGE_DEFAULT;
 
@@ -52,6 +53,12 @@ pub enum BundleCommand {
     Export(BundleExportArgs),
     /// Take a bundle out of a file, once all of it was verified
     Import(BundleImportArgs),
+    /// Have a bundle that is elsewhere; its memory comes while VMs of it already run
+    Fetch(BundleFetchArgs),
+    /// Keep a bundle that was fetched, however long it is not used
+    Pin(BundlePinArgs),
+    /// Let a bundle that was fetched go when others need its room
+    Unpin(BundlePinArgs),
     /// Make a key to sign bundles with
     Key(BundleKeyArgs),
     /// Sign a bundle

@@ -103,6 +103,11 @@ pub enum VmCommand {
     Balloon(BalloonArgs),
     /// Make a bundle of a VM, which goes on as before
     Snapshot(SnapshotArgs),
+    /// What a VM has of its memory, when it was launched while that was on its way
+    Memory {
+        /// Id of the VM, a unique prefix of it, or its name
+        vm: ReferenceWord,
+    },
     /// Memory and CPU of a VM, seen from the host and from the guest
     Stats {
         /// Id of the VM, a unique prefix of it, or its name
@@ -125,6 +130,9 @@ pub struct LaunchArgs {
     /// Bundle to launch from: its id, a unique prefix of it, or its name. vCPUs and memory are the bundle's
     #[arg(long, value_name = "BUNDLE")]
     pub bundle: Option<ReferenceWord>,
+    /// Let the VM run while some of the bundle is still on its way here: `hearth bundle fetch`
+    #[arg(long, requires = "bundle")]
+    pub lazy: bool,
     /// Name: 1 to 63 of a-z, 0-9 and `-`, starting with a letter; also the guest's host name
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub name: Option<String>,

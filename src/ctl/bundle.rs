@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::Error;
 use super::bundle_file;
+use super::fetch;
 use super::call::{Agent, CallError, PROMPT, advice_of};
 use super::output::{Output, OutputError, note};
 use super::progress::{follow, shown};
@@ -96,7 +97,7 @@ impl BundleError {
 
 /// A body without fields.
 #[derive(Serialize)]
-struct Nothing {}
+pub(super) struct Nothing {}
 
 #[derive(Serialize)]
 struct Removed<'a> {
@@ -122,6 +123,9 @@ pub(super) async fn run(agent: &Agent, out: Output, command: BundleCommand) -> R
         BundleCommand::Compact(args) => compact(agent, out, args).await?,
         BundleCommand::Export(args) => bundle_file::export(agent, out, args).await?,
         BundleCommand::Import(args) => bundle_file::import(agent, out, args).await?,
+        BundleCommand::Fetch(args) => fetch::fetch(agent, out, args).await?,
+        BundleCommand::Pin(args) => fetch::pin(agent, out, args.bundle.as_str(), true).await?,
+        BundleCommand::Unpin(args) => fetch::pin(agent, out, args.bundle.as_str(), false).await?,
         BundleCommand::Key(args) => bundle_file::make_key(out, &args)?,
         BundleCommand::Sign(args) => bundle_file::sign(agent, out, args).await?,
         BundleCommand::Rm { bundles } => {
@@ -228,7 +232,7 @@ fn row(bundle: &Bundle) -> Vec<String> {
         bundle.image.clone(),
         bundle.vcpus.to_string(),
         format!("{} MiB", bundle.memory_mib),
-        bytes(bundle.disk_bytes),
+        bundle.fetch.as_ref().map_or_else(|| bytes(bundle.disk_bytes), fetch::progress),
         or_dash(bundle.parent.as_ref().map(|parent| parent.as_str())),
         bundle.vms.to_string(),
         age(bundle.created_at),
@@ -258,6 +262,9 @@ fn details(bundle: &Bundle) -> String {
         ("digest", Some(bundle.manifest_digest.clone())),
         ("signed by", signers(bundle)),
         ("trust", trust(bundle.trust)),
+        ("is here", bundle.fetch.as_ref().map(fetch::progress)),
+        ("comes from", bundle.fetch.as_ref().map(|fetch| fetch.from.clone())),
+        ("trouble", bundle.fetch.as_ref().and_then(|fetch| fetch.trouble.clone())),
         ("created", Some(format!("{:.0} ({} ago)", bundle.created_at, age(bundle.created_at)))),
     ])
 }
@@ -278,7 +285,7 @@ fn trust(trust: BundleTrust) -> Option<String> {
 }
 
 /// Name and id, for sentences.
-fn called(bundle: &Bundle) -> String {
+pub(super) fn called(bundle: &Bundle) -> String {
     match &bundle.name {
         Some(name) => format!("{name} ({})", bundle.id),
         None => bundle.id.to_string(),

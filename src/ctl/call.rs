@@ -173,6 +173,11 @@ impl Agent {
         self.bytes(call(Method::DELETE, path, None, &[]), limit).await.map(drop)
     }
 
+    /// The same, where it does.
+    pub(super) async fn delete_for<T: DeserializeOwned>(&self, path: &str, limit: Duration) -> Result<T, CallError> {
+        self.json(call(Method::DELETE, path, None, &[]), limit).await
+    }
+
     /// A call with JSON to a server that is no agent: whatever it answers.
     pub(super) async fn foreign(
         &self,

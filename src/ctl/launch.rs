@@ -7,7 +7,7 @@ use super::output::{Output, OutputError, note};
 use super::progress;
 use super::table::{milliseconds, plain};
 use crate::api::types::{
-    Disk, ErrorDetail, FlowLimits, NetworkLimits, Operation, OperationState, RetryHint, SwapPolicy, Vm,
+    Disk, ErrorDetail, FlowLimits, LaunchMode, NetworkLimits, Operation, OperationState, RetryHint, SwapPolicy, Vm,
     VmLaunchRequest, VmState, Wait,
 };
 use crate::cli::{LaunchArgs, PortWord, RateWord, WaitWord};
@@ -103,6 +103,7 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
     Ok(VmLaunchRequest {
         image: args.image,
         bundle: args.bundle.map(|bundle| bundle.as_str().to_owned()),
+        mode: args.lazy.then_some(LaunchMode::Lazy),
         name: args.name,
         vcpus: args.vcpus,
         memory_mib: args.memory,

@@ -126,6 +126,9 @@ impl<W: World> VmActor<W> {
         if is_clear && (is_up && lives || is_swapped) {
             self.see_to_network().await;
         }
+        if is_clear && lives {
+            self.shared.go_on_serving(&self.record).await;
+        }
         if is_clear && is_swapped {
             self.hold_taps().await;
         }

@@ -88,6 +88,18 @@ pub enum VerbError {
         /// The VM.
         vm: String,
     },
+    /// Some of its memory is still on its way to this host.
+    #[error("{verb} {vm}: {mapped} of the {chunks} chunks of its memory are here by now")]
+    Filling {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which VM.
+        vm: String,
+        /// Chunks that are here.
+        mapped: u32,
+        /// Chunks of all of it.
+        chunks: u32,
+    },
     /// What was found of it contradicts itself.
     #[error("{verb} {vm}: it is in quarantine: {report}")]
     Quarantined {
@@ -123,7 +135,7 @@ impl VerbError {
     pub const fn retry(&self) -> Retry {
         match self {
             Self::Denied { .. } | Self::Quarantined { .. } => Retry::WithChange,
-            Self::Busy { .. } | Self::Failed { .. } => Retry::Later,
+            Self::Busy { .. } | Self::Filling { .. } | Self::Failed { .. } => Retry::Later,
             Self::Gone { .. } => Retry::Never,
         }
     }

@@ -67,7 +67,9 @@ impl<W: World> Work<W> {
     }
 
     pub(super) async fn greet_guest(&mut self) -> Result<(), Outcome> {
-        let limit = self.shared.guest_patience();
+        // One whose memory is on its way may wait for it before that.
+        let for_memory = if self.record.spec.lazy { self.shared.fill_patience() } else { Duration::ZERO };
+        let limit = self.shared.guest_patience() + for_memory;
         let begun = self.now();
         let mut hurry = self.hurry.clone();
         let process = self.process.clone();
@@ -174,7 +176,13 @@ impl<W: World> Work<W> {
     /// The hardware addresses that a guest from a bundle takes its interfaces to have, and those they have.
     async fn hardware(&self) -> Vec<HardwareAddress> {
         let Some(bundle) = &self.record.spec.bundle else { return Vec::new() };
-        let Ok(manifest) = self.shared.world.bundles().check(bundle).await else { return Vec::new() };
+        let manifest = match self.shared.fillings.of(bundle) {
+            Some(filling) => Arc::clone(filling.partial.manifest()),
+            None => match self.shared.world.bundles().check(bundle).await {
+                Ok(manifest) => manifest,
+                Err(_) => return Vec::new(),
+            },
+        };
         let frozen = manifest.identity.macs.iter().filter_map(|text| parse_mac(text));
         let own = (0..self.record.spec.interfaces).map(|index| interface_mac(&self.record.id, index));
         frozen.zip(own).map(|(from, to)| HardwareAddress { from, to }).collect()

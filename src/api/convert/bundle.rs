@@ -7,7 +7,7 @@ use crate::units::MIB;
 
 /// A bundle, and what the agent knows of it.
 pub(in crate::api) fn bundle(view: &BundleView, door: &dyn agent::Door) -> Bundle {
-    let BundleView { id, manifest, disk_bytes, signed } = view;
+    let BundleView { id, manifest, disk_bytes, signed, fetch } = view;
     let Manifest { machine, host, provenance, .. } = &**manifest;
     let count = |kind| {
         let devices = machine.devices.iter().filter(|device| device.kind == kind);
@@ -48,6 +48,7 @@ pub(in crate::api) fn bundle(view: &BundleView, door: &dyn agent::Door) -> Bundl
             Trust::MadeHere => BundleTrust::MadeHere,
             Trust::Untrusted => BundleTrust::Untrusted,
         },
+        fetch: fetch.clone().map(super::fetch),
     }
 }
 
@@ -62,5 +63,11 @@ pub(in crate::api) fn bundles(listed: &[BundleListed], door: &dyn agent::Door) -
             }
         }
     }
+    let coming = door.coming_bundles();
+    // One that has just come as a whole may be among both.
+    let coming = coming.iter().filter(|view| bundles.iter().all(|here| here.id != view.id));
+    let coming: Vec<Bundle> = coming.map(|view| bundle(view, door)).collect();
+    bundles.extend(coming);
+    bundles.sort_by(|a, b| a.id.cmp(&b.id));
     BundleList { bundles, unreadable }
 }

@@ -80,7 +80,7 @@ pub(in crate::api) async fn show_bundle(
     State(served): State<Served>,
     Path(id): Path<String>,
 ) -> Result<Json<Bundle>, ApiError> {
-    let view = served.door.bundle(&id).await?;
+    let view = served.door.any_bundle(&id).await?;
     Ok(Json(convert::bundle(&view, served.door.as_ref())))
 }
 

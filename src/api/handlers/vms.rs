@@ -14,7 +14,7 @@ use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
 use crate::api::types::{
-    Disk, ErrorBody, IMAGE_DEFAULT, RemoveQuery, Stats, StopRequest, UsageList, Vm, VmLaunchRequest, VmList, Wait,
+    Disk, ErrorBody, IMAGE_DEFAULT, LaunchMode, RemoveQuery, Stats, StopRequest, UsageList, Vm, VmLaunchRequest, VmList, Wait,
 };
 use crate::units::NetLimits;
 
@@ -54,6 +54,7 @@ pub(in crate::api) async fn launch_vm(
         name,
         image,
         bundle,
+        lazy: value.mode == Some(LaunchMode::Lazy),
         build: None,
         vcpus,
         memory_mib,

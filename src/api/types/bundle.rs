@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::IMAGE_DEFAULT;
+use super::{BundleFetch, IMAGE_DEFAULT};
 use crate::ids::{BundleId, VmId};
 use crate::signing::{PublicKey, Signature};
 
@@ -135,6 +135,8 @@ pub struct Bundle {
     pub signed_by: Vec<PublicKey>,
     /// Whether it may be launched here, as far as signatures go.
     pub trust: BundleTrust,
+    /// How far it is, if some of its memory is still on its way; null when all of it is here.
+    pub fetch: Option<BundleFetch>,
 }
 
 /// Whether a bundle may be launched on this host, as far as signatures go.

@@ -18,6 +18,9 @@ pub struct VmLaunchRequest {
     /// Bundle to launch from: its id, a unique start of it, or its name. Not together with an image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<String>,
+    /// Whether the VM may run before all of the bundle is on this host; `mmap` when left out. Only with a bundle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<LaunchMode>,
     /// Name, unique on this host: 1 to 63 of `a-z 0-9 -`, starting with a letter. Also the guest's host name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

@@ -1,0 +1,137 @@
+//! Fetches what is missing of one bundle: what guests wait for first, a few chunks at once, and again what did not come.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep_until};
+
+use super::Filling;
+use crate::agent::fetched::FetchedBundles;
+use crate::agent::shared::Shared;
+use crate::agent::sources::{SourceError, read_part};
+use crate::agent::world::World;
+use crate::bundle::{BundlePart, InstallError};
+use crate::report::chain;
+
+/// Chunks that are fetched at once: enough to hide a source's answer time, few enough that what a guest waits for is not
+/// behind many that nobody does.
+const AT_ONCE_MAX: usize = 4;
+
+/// Time until a source is asked again after it failed: the first, doubled up to the last.
+const AGAIN_FIRST: Duration = Duration::from_millis(100);
+const AGAIN_LAST: Duration = Duration::from_secs(2);
+
+/// Time until a bundle that is complete and could not be published is looked at again.
+const PUBLISH_AGAIN: Duration = Duration::from_secs(10);
+
+/// Why a chunk did not come.
+#[derive(Debug, thiserror::Error)]
+enum FetchError {
+    /// From its source.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Onto the disk; or it was not what it has to be.
+    #[error(transparent)]
+    Install(#[from] InstallError),
+    /// The agent is ending.
+    #[error("the agent is ending")]
+    Ending,
+}
+
+/// Until all of it is there, and published; or until nobody wants it.
+pub(super) async fn run<W: World>(shared: Arc<Shared<W>>, filling: Arc<Filling>) {
+    let partial = Arc::clone(&filling.partial);
+    let mut changed = filling.changed.subscribe();
+    let mut fetches = FuturesUnordered::new();
+    // When the source may be asked again, and how long the next wait is.
+    let (mut again, mut wait) = (None::<Instant>, AGAIN_FIRST);
+    while partial.missing() > 0 || !fetches.is_empty() {
+        if filling.state().is_over {
+            return;
+        }
+        while again.is_none() && fetches.len() < AT_ONCE_MAX {
+            let taken = filling.state().take(partial.chunks(), |chunk| !partial.is_present(chunk));
+            let Some(chunk) = taken else { break };
+            let (shared, filling) = (&shared, &filling);
+            fetches.push(async move { (chunk, fetch(shared, filling, chunk).await) });
+        }
+        tokio::select! {
+            Some((chunk, fetched)) = fetches.next(), if !fetches.is_empty() => match fetched {
+                Ok(bytes) => {
+                    (again, wait) = (None, AGAIN_FIRST);
+                    let mut state = filling.state();
+                    state.fetching.remove(&chunk);
+                    state.came.push(chunk);
+                    state.trouble = None;
+                    drop(state);
+                    shared.metrics.fetched(bytes);
+                    filling.note_change();
+                }
+                Err(error) => {
+                    let (why, was_fine) = (chain(&error), filling.state().trouble.is_none());
+                    if was_fine {
+                        tracing::warn!(bundle = %partial.id(), chunk, error = why, "a part of a bundle does not come");
+                        let body = serde_json::json!({ "bundle_id": partial.id(), "chunk": chunk, "reason": why });
+                        shared.bundle_event("bundle_fetch_failing", body).await;
+                    }
+                    shared.metrics.fetch_failed();
+                    let mut state = filling.state();
+                    state.give_back(chunk);
+                    state.trouble = Some(why);
+                    drop(state);
+                    if again.is_none() {
+                        again = Some(Instant::now() + wait);
+                        wait = (wait * 2).min(AGAIN_LAST);
+                    }
+                }
+            },
+            () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => again = None,
+            // Only its owner ends it, and that is held here.
+            _ = changed.changed() => {}
+        }
+    }
+    publish(&shared, &filling).await;
+}
+
+/// One chunk; its size.
+async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>, chunk: u32) -> Result<u64, FetchError> {
+    let partial = Arc::clone(&filling.partial);
+    // One without content is there.
+    let Some(range) = partial.chunk_range(chunk) else { return Ok(0) };
+    let part = BundlePart::Memory { offset: range.start, bytes: range.end - range.start };
+    let bytes = read_part(shared, partial.from(), partial.id(), part).await?;
+    let count = bytes.len() as u64;
+    let installed = spawn_blocking(move || partial.install(chunk, &bytes)).await;
+    installed.map_err(|_| FetchError::Ending)??;
+    Ok(count)
+}
+
+async fn publish<W: World>(shared: &Arc<Shared<W>>, filling: &Filling) {
+    let bundle = filling.partial.id().clone();
+    loop {
+        let opening = shared.fillings.opening.lock().await;
+        if filling.state().is_over {
+            return;
+        }
+        match shared.world.bundles().publish_partial(&filling.partial).await {
+            Ok(()) => {
+                shared.fillings.bundles().remove(&bundle);
+                drop(opening);
+                tracing::info!(%bundle, "a bundle is here as a whole");
+                shared.bundle_event("bundle_fetched", serde_json::json!({ "bundle_id": bundle })).await;
+                shared.evict_fetched().await;
+                return;
+            }
+            Err(error) => {
+                drop(opening);
+                let why = chain(&error);
+                tracing::error!(%bundle, error = why, "a bundle that has come as a whole cannot be kept");
+                filling.state().trouble = Some(why);
+            }
+        }
+        tokio::time::sleep(PUBLISH_AGAIN).await;
+    }
+}
