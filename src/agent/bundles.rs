@@ -10,7 +10,7 @@ use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
     CommitError, CompactError, ExportError, FindError, ImportError, Manifest, OpenBundleError, ReadBundleError,
-    RemoveError, SignError, Signed, StoreError, VerifyError,
+    ReadPartError, RemoveError, SignError, Signed, StoreError, VerifyError,
 };
 use crate::ids::{BundleId, VmId};
 use crate::report::Retry;
@@ -96,6 +96,9 @@ pub enum BundleError {
     /// A signature was not kept.
     #[error(transparent)]
     Sign(#[from] SignError),
+    /// A part of it cannot be read.
+    #[error(transparent)]
+    ReadPart(#[from] ReadPartError),
     /// It was not exported.
     #[error(transparent)]
     Export(#[from] ExportError),
@@ -175,6 +178,7 @@ impl BundleError {
             Self::Store(error) => error.retry(),
             Self::Ledger(error) => error.retry(),
             Self::Sign(error) => error.retry(),
+            Self::ReadPart(error) => error.retry(),
             Self::Export(error) => error.retry(),
             Self::Import(error) => error.retry(),
             Self::NothingSaved { .. } => Retry::Never,
