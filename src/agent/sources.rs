@@ -295,12 +295,12 @@ pub(super) async fn read_part<W: World>(
     }
     let wanted = Wanted { source, bundle, part };
     let read = match source {
-        SourceSpec::Peer { name } => wanted.from_peer(shared, name).await,
+        SourceSpec::Peer { name } => wanted.ask_peer(shared, name).await,
         SourceSpec::Directory(directory) => {
             let read = shared.world.bundles().read_directory(directory, bundle, part).await;
             read.map(Bytes::from).map_err(|source| wanted.not_from_directory(source))
         }
-        SourceSpec::Http { authority, path } => wanted.from_store(shared, authority, path).await,
+        SourceSpec::Http { authority, path } => wanted.ask_store(shared, authority, path).await,
     };
     match read {
         // Most bundles have none, and a store need not have the directory.
@@ -361,12 +361,7 @@ impl Wanted<'_> {
         SourceError::Peer { from: self.from(), bundle: self.bundle.clone(), part: self.what(), source }
     }
 
-    async fn from_store<W: World>(
-        &self,
-        shared: &Shared<W>,
-        authority: &str,
-        base: &str,
-    ) -> Result<Bytes, SourceError> {
+    async fn ask_store<W: World>(&self, shared: &Shared<W>, authority: &str, base: &str) -> Result<Bytes, SourceError> {
         let Some(link) = shared.sources.link.get() else {
             return Err(SourceError::NotStarted { from: self.from(), bundle: self.bundle.clone() });
         };
@@ -380,7 +375,7 @@ impl Wanted<'_> {
         got.map_err(|source| self.not_from_store(source))
     }
 
-    async fn from_peer<W: World>(&self, shared: &Shared<W>, name: &str) -> Result<Bytes, SourceError> {
+    async fn ask_peer<W: World>(&self, shared: &Shared<W>, name: &str) -> Result<Bytes, SourceError> {
         let found = shared.config.fabric.as_ref().and_then(|fabric| {
             let peer = fabric.peers.iter().find(|peer| peer.name == name)?;
             Some((fabric, peer))

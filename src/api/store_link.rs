@@ -2,6 +2,7 @@
 //! head, its length and its pace are bounded, redirects are not followed, and what comes is compared with the bundle's id by
 //! who asked.
 
+use std::error::Error as _;
 use std::io;
 use std::ops::Range;
 use std::time::Duration;
@@ -105,9 +106,9 @@ impl Asked<'_> {
         tokio::select! {
             biased;
             done = exchange.as_mut() => return done,
-            ended = connection.as_mut() => ended.map_err(other)?,
+            _ = connection.as_mut() => {}
         }
-        // The connection has ended after it delivered the answer, or without one: the exchange knows.
+        // The connection has ended after it delivered the answer, or without one: the exchange knows, and knows why.
         exchange.await
     }
 
@@ -160,7 +161,7 @@ impl Asked<'_> {
                 None => break,
                 Some(Ok(frame)) => frame,
                 // It ended before its length.
-                Some(Err(error)) if error.is_incomplete_message() => return Err(self.short(content.len() as u64)),
+                Some(Err(error)) if is_cut(&error) => return Err(self.short(content.len() as u64)),
                 Some(Err(error)) => return Err(other(error)),
             };
             // What is no data is trailers, in which there is nothing.
@@ -206,6 +207,18 @@ fn content_range(value: &str) -> Option<Range<u64>> {
     let (first, end) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?.checked_add(1)?);
     let is_within = total == "*" || total.parse::<u64>().is_ok_and(|total| end <= total);
     (unit.eq_ignore_ascii_case("bytes") && first < end && is_within).then_some(first..end)
+}
+
+/// Whether a body ended before its length.
+fn is_cut(error: &hyper::Error) -> bool {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        if cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::UnexpectedEof) {
+            return true;
+        }
+        source = cause.source();
+    }
+    error.is_incomplete_message()
 }
 
 fn other(error: hyper::Error) -> StoreLinkError {

@@ -196,7 +196,7 @@ fn make_hole(memory: &File, image: &Image<'_>, range: Range<u64>) -> io::Result<
 }
 
 /// What is written where there can be no hole.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Where a chunk lies.
 pub(in crate::bundle) fn range_of(manifest: &Manifest, index: u64) -> Range<u64> {

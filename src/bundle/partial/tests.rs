@@ -4,10 +4,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
 use super::*;
 use crate::bundle::places::FILES;
-use crate::bundle::samples::{Rig, content, names};
-use crate::bundle::{BundlePart, Damage, Manifest, PART_BYTES_MAX, ReadPartError, Run, Signed, read_signatures};
+use crate::bundle::samples::{Rig, content as content_of, names};
+use crate::bundle::{
+    BundlePart, Damage, Manifest, PART_BYTES_MAX, Progress, ReadPartError, Run, Signed, read_signatures,
+};
 use crate::signing::PrivateKey;
 use crate::sys::sparse;
+use proptest::prelude::*;
 
 const MEMORY_BYTES: u64 = 2 << 20;
 const CHUNK: u64 = 256 << 10;
@@ -59,7 +62,7 @@ impl Two {
     }
 
     fn memory(&self) -> Vec<u8> {
-        content(&self.here.store.open_for_launch(&self.id).unwrap().memory)
+        content_of(&self.here.store.open_for_launch(&self.id).unwrap().memory)
     }
 }
 
@@ -89,7 +92,7 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     assert!(matches!(partial.publish(), Err(PartialError::Missing { chunks: 4, .. })));
 
     let files = partial.launch_files().unwrap();
-    assert_eq!(content(&files.state), two.part(BundlePart::State));
+    assert_eq!(content_of(&files.state), two.part(BundlePart::State));
     assert!(files.memory.write_at(b"x", 0).is_err(), "it is for reading only");
     for chunk in [2, 0, 7, 3] {
         assert!(!partial.is_present(chunk));
@@ -104,7 +107,7 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     let store = &two.there.store;
     assert!(store.partials().unwrap().is_empty() && names(&two.there.root.join(".partial")).is_empty());
     let whole = store.open_for_launch(&two.id).unwrap().memory;
-    assert_eq!(content(&whole), two.memory());
+    assert_eq!(content_of(&whole), two.memory());
     // Who mapped it maps the same file, and what was a hole is one.
     let inode = |file: &File| file.metadata().unwrap().ino();
     assert_eq!(inode(&whole), inode(&files.memory));
@@ -120,7 +123,7 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     assert_eq!((signed.made_here, signed.signatures), (false, vec![signature]));
     assert!(matches!(two.begin_at(store), Err(PartialError::Whole { .. })));
     // The files that are open stay good.
-    assert_eq!(content(&partial.launch_files().unwrap().memory), two.memory());
+    assert_eq!(content_of(&partial.launch_files().unwrap().memory), two.memory());
     assert_eq!(partial.install(0, &two.chunk(0)).unwrap(), Installed::Already);
 }
 
@@ -339,7 +342,7 @@ fn one_that_came_whole_meanwhile_stays() {
     let files = partial.launch_files().unwrap();
     assert!(partial.publish().unwrap().existed);
     assert!(names(&two.there.root.join(".partial")).is_empty());
-    assert_eq!(content(&files.memory), two.memory());
+    assert_eq!(content_of(&files.memory), two.memory());
     assert_eq!(two.there.store.signed(&two.id).unwrap().signatures, [signature]);
     two.there.store.remove(&two.id).unwrap();
     // With both, what lies beside stays until the last of them is gone.
@@ -436,4 +439,78 @@ fn memory_of_a_diff_is_read_as_its_guest_sees_it() {
     assert_eq!((read(0, 5), read(4096, 6)), (b"first".to_vec(), b"second".to_vec()));
     let manifest: std::sync::Arc<Manifest> = two.here.store.manifest(&diff).unwrap();
     assert!(manifest.is_diff());
+}
+
+#[test]
+fn a_full_disk_is_said_and_costs_nothing_that_is_here() {
+    let two = Two::new();
+    two.sign(1);
+    // Where the signatures are written first: a device that is always full.
+    let full = two.there.root.join(".signatures").join(format!(".{}.json.new", two.id));
+    std::os::unix::fs::symlink("/dev/full", &full).unwrap();
+    let error = two.begin_at(&two.there.store).unwrap_err();
+    assert!(matches!(error, PartialError::Signatures(SignError::NoSpace { .. })), "{error:?}");
+    assert_eq!(error.retry(), Retry::Later);
+    assert!(names(&two.there.root.join(".partial")).is_empty());
+    let mut partial = two.begun();
+    partial.install(0, &two.chunk(0)).unwrap();
+    let device = File::options().read(true).write(true).open("/dev/full").unwrap();
+    let memory = std::mem::replace(&mut partial.memory, device);
+    let error = partial.install(2, &two.chunk(2)).unwrap_err();
+    assert!(matches!(error, InstallError::NoSpace { chunk: 2, .. }) && error.retry() == Retry::Later, "{error:?}");
+    assert_eq!((partial.missing(), partial.is_present(2)), (3, false));
+    partial.memory = memory;
+    for chunk in [2, 3, 7] {
+        partial.install(chunk, &two.chunk(chunk)).unwrap();
+    }
+    partial.publish().unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+    /// Whatever memory holds, in whatever order it comes, whatever is damaged between two processes: what is said to be here
+    /// is what the guest had, and in the end all of it is.
+    #[test]
+    fn any_memory_comes_in_any_order(
+        writes in proptest::collection::vec((0_u64..64, 1_usize..9000, 1_u8..), 0..6),
+        steps in proptest::collection::vec((0_u32..8, 0_u64..64, any::<bool>()), 0..12),
+    ) {
+        const CHUNK_BYTES: u64 = 256 << 10;
+        // Six whole chunks and a piece of one.
+        const BYTES: u64 = 6 * CHUNK_BYTES + (100 << 10);
+        let (here, there) = (Rig::new(BYTES), Rig::new(BYTES));
+        let content: Vec<_> = writes.iter().map(|(at, bytes, byte)| (at * 26_000, vec![*byte; *bytes])).collect();
+        let content: Vec<(u64, &[u8])> = content.iter().map(|(at, bytes)| (*at, bytes.as_slice())).collect();
+        let id = here.full("any", &content).id;
+        let wanted = content_of(&here.store.open_for_launch(&id).unwrap().memory);
+        let read = |part| here.store.read_part(&id, part).unwrap();
+        let (manifest, state) = (read(BundlePart::Manifest), read(BundlePart::State));
+        there.store.begin_partial(&id, &manifest, &state, vec![], FROM).unwrap();
+        let mut partial = there.store.open_partial(&id).unwrap();
+        let install = |partial: &Partial, chunk: u32| {
+            let Some(range) = partial.chunk_range(chunk) else { return };
+            let bytes = read(BundlePart::Memory { offset: range.start, bytes: range.end - range.start });
+            partial.install(chunk, &bytes).unwrap();
+        };
+        for (chunk, at, is_damaged) in steps {
+            install(&partial, chunk);
+            if is_damaged {
+                partial.memory.write_all_at(&[0xee; 100], at * 26_000).unwrap();
+                partial = there.restarted().open_partial(&id).unwrap();
+            }
+            let memory = content_of(&partial.launch_files().unwrap().memory);
+            for run in partial.present_runs() {
+                let range = run.bytes(CHUNK_BYTES);
+                let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end.min(BYTES)).unwrap();
+                prop_assert!(memory[range.clone()] == wanted[range]);
+            }
+            let Progress { done_bytes, total_bytes } = partial.progress();
+            prop_assert_eq!(done_bytes == total_bytes, partial.missing() == 0);
+        }
+        for chunk in 0..partial.chunks() {
+            install(&partial, chunk);
+        }
+        partial.publish().unwrap();
+        prop_assert!(content_of(&there.restarted().open_for_launch(&id).unwrap().memory) == wanted);
+    }
 }
