@@ -80,6 +80,7 @@ mod session_end;
 mod session_error;
 mod session_record;
 mod shared;
+mod sources;
 mod streams;
 mod support;
 mod swap;
@@ -153,6 +154,7 @@ pub use self_door::{
 pub use session::{FabricView, Member, SessionCreated, SessionRequest, SessionView, TTL_S_MAX};
 pub use session_error::SessionError;
 pub use session_record::{Addressing, NetworkRecord, PublishedPort, SessionRecord, SessionState, USER_DATA_BYTES_MAX};
+pub use sources::{SourceDoor, SourceError, StoreLink, StoreLinkError, UNKNOWN_BUNDLE};
 pub use support::{SupportError, SupportRequest, support_bundle};
 pub use swap::{HostLoad, Need, SwapDecision, Verdict, Weighed};
 pub use transfer::{Imported, PIECES_MAX, Piece, TransferDoor};
@@ -164,8 +166,8 @@ pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
 pub use crate::bundle::archive::ArchiveError;
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
 pub use crate::bundle::{
-    BundleSignature, CommitError, ExportError, FindError as FindBundleError, ImportError, OpenBundleError,
-    ReadBundleError, RemoveError, SignError, StageError, Verified, VerifyError,
+    BundlePart, BundleSignature, CommitError, ExportError, FetchedBundle, FetchedError, FindError as FindBundleError, ImportError, OpenBundleError, ParseSourceError, PartialError,
+    ReadBundleError, ReadPartError, RemoveError, SignError, SourceSpec, StageError, Verified, VerifyError,
 };
 pub use crate::container::{ContainerError, Source as ContainerSource};
 pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};

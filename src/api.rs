@@ -17,6 +17,7 @@ mod peer_tls;
 mod routes;
 mod run;
 mod stall;
+mod store_link;
 pub mod stream;
 pub mod types;
 

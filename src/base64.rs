@@ -3,6 +3,22 @@
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
+/// What each byte stands for: [`NO_DIGIT`] for one that is not of the alphabet. Looked up, as chunks of bundles travel so.
+const DIGITS: [u8; 256] = digits();
+
+/// Stands for nothing.
+const NO_DIGIT: u8 = 0xff;
+
+const fn digits() -> [u8; 256] {
+    let mut digits = [NO_DIGIT; 256];
+    let mut digit: u8 = 0;
+    while digit < 64 {
+        digits[ALPHABET[digit as usize] as usize] = digit;
+        digit += 1;
+    }
+    digits
+}
+
 /// Bytes as text.
 pub(crate) fn encode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
@@ -32,8 +48,11 @@ pub(crate) fn decode(text: &str) -> Option<Vec<u8>> {
         }
         let mut bits: u32 = 0;
         for byte in &group[..4 - padding] {
-            let digit = ALPHABET.iter().position(|known| known == byte)?;
-            bits = (bits << 6) | u32::try_from(digit).ok()?;
+            let digit = DIGITS[usize::from(*byte)];
+            if digit == NO_DIGIT {
+                return None;
+            }
+            bits = (bits << 6) | u32::from(digit);
         }
         bits <<= 6 * padding;
         let whole = bits.to_be_bytes();

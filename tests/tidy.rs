@@ -95,6 +95,7 @@ const FLOORS: &[Floor] = &[
     Floor {
         module: "agent",
         ours: &[
+            "base64",
             "ids",
             "units",
             "clock",

@@ -11,8 +11,8 @@ use super::sources::SourceError;
 use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
-    CommitError, CompactError, ExportError, FetchedError, FindError, ImportError, Manifest, OpenBundleError, PartialError, ReadBundleError,
-    RemoveError, SignError, Signed, StoreError, VerifyError,
+    CommitError, CompactError, ExportError, FetchedError, FindError, ImportError, Manifest, OpenBundleError, PartialError,
+    ReadBundleError, ReadPartError, RemoveError, SignError, Signed, StoreError, VerifyError,
 };
 use crate::ids::{BundleId, VmId};
 use crate::report::Retry;
@@ -100,6 +100,9 @@ pub enum BundleError {
     /// A signature was not kept.
     #[error(transparent)]
     Sign(#[from] SignError),
+    /// A part of it cannot be read.
+    #[error(transparent)]
+    ReadPart(#[from] ReadPartError),
     /// It was not exported.
     #[error(transparent)]
     Export(#[from] ExportError),
@@ -210,6 +213,7 @@ impl BundleError {
             Self::Store(error) => error.retry(),
             Self::Ledger(error) => error.retry(),
             Self::Sign(error) => error.retry(),
+            Self::ReadPart(error) => error.retry(),
             Self::Export(error) => error.retry(),
             Self::Import(error) => error.retry(),
             Self::Source(error) => error.retry(),

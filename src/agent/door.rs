@@ -32,6 +32,7 @@ use super::record::{EventRecord, OperationRecord, VmRecord};
 use super::self_door::SelfDoor;
 use super::session::{FabricView, SessionCreated, SessionRequest, SessionView};
 use super::session_error::SessionError;
+use super::sources::SourceDoor;
 use super::swap::SwapDecision;
 use super::transfer::TransferDoor;
 use super::usage::Usages;
@@ -217,7 +218,9 @@ pub struct HostView {
 }
 
 /// The agent, as seen from above.
-pub trait Door: PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor + TransferDoor + FetchDoor {
+pub trait Door:
+    PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor + SourceDoor + TransferDoor + FetchDoor
+{
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;
     /// Waits until a launch ended.

@@ -113,14 +113,10 @@ impl<W: World> Agent<W> {
             return Ok((view, false));
         }
         self.room(NewWork::Files).await?;
-        let read = async |part| read_part(shared, &from.to_string(), bundle, part).await;
+        let read = async |part| read_part(shared, &from, bundle, part).await;
         let manifest = read(BundlePart::Manifest).await?;
         let state = read(BundlePart::State).await?;
-        // A store need not have any.
-        let signatures = match read(BundlePart::Signatures).await {
-            Ok(bytes) => read_signatures(&bytes).unwrap_or_default(),
-            Err(_) => Vec::new(),
-        };
+        let signatures = read_signatures(&read(BundlePart::Signatures).await?).unwrap_or_default();
         let (manifest, state, from) = (manifest.to_vec(), state.to_vec(), from.to_string());
         let at = shared.world.clock().wall();
         let filling =

@@ -22,7 +22,7 @@ use super::ledger::{NewEvent, Write};
 use super::record::{Subject, VmRecord};
 use super::shared::Shared;
 use super::world::{VmBundles, VmmHost, VmmProcess, World};
-use crate::bundle::{Partial, Run};
+use crate::bundle::{ParseSourceError, Partial, Run, SourceSpec};
 use crate::clock::{Clock, Monotonic};
 use crate::ids::{BundleId, VmId};
 use crate::report::chain;
@@ -38,6 +38,8 @@ pub use serve::Connection;
 pub(super) struct Filling {
     /// What is there of it.
     pub(super) partial: Arc<Partial>,
+    /// Where the rest is.
+    source: Result<SourceSpec, ParseSourceError>,
     state: Mutex<State>,
     /// Counts what is new: chunks that came, and that somebody waits for.
     changed: watch::Sender<u64>,
@@ -87,7 +89,7 @@ impl State {
 
 impl Filling {
     fn new(partial: Arc<Partial>) -> Self {
-        Self { partial, state: Mutex::default(), changed: watch::Sender::new(0) }
+        Self { source: partial.from().parse(), partial, state: Mutex::default(), changed: watch::Sender::new(0) }
     }
 
     /// Held for look-ups only.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -24,8 +24,8 @@ use crate::bundle::manifest::{
 };
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{
-    BundleSignature, Committed, Compaction, Contents, Digest, FindError, Listed, Manifest, ManifestDraft, Run, Signed, Store,
-    Verified,
+    BundlePart, BundleSignature, Committed, Compaction, Contents, Digest, FindError, Listed, Manifest, ManifestDraft,
+    ReadDirectoryError, Run, Signed, Store, Verified, part_path, read_from_directory,
 };
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};
@@ -376,6 +376,25 @@ impl VmBundles for HostBundles {
             drop(permit);
         });
         Ok(())
+    }
+
+    async fn read_part(&self, bundle: &BundleId, part: BundlePart) -> Result<Vec<u8>, BundleError> {
+        let bundle = bundle.clone();
+        self.blocking(move |this| Ok(this.store.read_part(&bundle, part)?)).await
+    }
+
+    async fn read_directory(
+        &self,
+        directory: &Path,
+        bundle: &BundleId,
+        part: BundlePart,
+    ) -> Result<Vec<u8>, ReadDirectoryError> {
+        let path = directory.join(part_path(bundle, part).path);
+        let (directory, bundle) = (directory.to_owned(), bundle.clone());
+        spawn_blocking(move || read_from_directory(&directory, &bundle, part)).await.unwrap_or_else(|_| {
+            let source = io::Error::other("the agent is ending");
+            Err(ReadDirectoryError::Io { path, source })
+        })
     }
 
     async fn import(&self, from: mpsc::Receiver<Piece>, token: String) -> Result<Vec<Imported>, BundleError> {

@@ -15,6 +15,7 @@ mod hello;
 mod link;
 mod members;
 mod moving;
+mod parts;
 mod proof;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -30,6 +31,7 @@ pub use book::PeerState;
 pub use calls::PeerError;
 pub use link::{Callee, Channel, LinkError, PeerAnswer, PeerCall, PeerLink, TlsError};
 pub use moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, ArrivingSession, DecisionBody, PresenceBody};
+pub use parts::{PIECE_BYTES_MAX, PartBody, PartName, PartOrder, PieceError};
 pub use proof::{CertificateError, HostCertificate, ProofError, ProvenHost};
 
 use auth::Nonces;
@@ -57,6 +59,9 @@ pub const MIGRATIONS_PATH: &str = "/peer/v1/migrations/";
 /// What the paths of sessions start with.
 pub const SESSIONS_PATH: &str = "/peer/v1/sessions/";
 
+/// The path of [`PartOrder`].
+pub const BUNDLE_PART_PATH: &str = "/peer/v1/bundles/part";
+
 /// The header with a request's [`RequestHead`].
 pub const HEAD_HEADER: &str = "hearth-peer";
 
@@ -66,7 +71,7 @@ pub const SEAL_HEADER: &str = "hearth-peer-seal";
 /// Longest body of a request between agents: a launch with user data and egress rules.
 pub const REQUEST_BYTES_MAX: usize = 64 * 1024;
 
-/// Longest body of an answer between agents: the members of a session.
+/// Longest body of an answer between agents: a piece of a bundle, or the members of a session.
 pub const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 
 /// What [`PeerDoor::start_peers`] needs.

@@ -24,6 +24,7 @@ use super::record::{OperationRecord, Subject, VmRecord};
 use super::register::Desk;
 use super::self_door::Asking;
 use super::session_record::SessionRecord;
+use super::sources::Sources;
 use super::streams::Streams;
 use super::traffic::Traffic;
 use super::vm_actor::Request;
@@ -62,6 +63,8 @@ pub(crate) struct Shared<W: World> {
     pub(super) calculations: Calculations,
     /// The other hosts of the fabric.
     pub(super) peers: Peers,
+    /// The way to stores of bundles.
+    pub(super) sources: Sources,
     /// Guests that ask about themselves.
     pub(super) asking: Asking,
     pub(crate) traffic: Traffic,
@@ -143,6 +146,7 @@ impl<W: World> Shared<W> {
             desk: Desk::default(),
             calculations: Calculations::default(),
             peers: Peers::default(),
+            sources: Sources::default(),
             asking: Asking::new(),
             traffic: Traffic::default(),
             noted: Mutex::default(),

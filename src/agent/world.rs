@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +25,7 @@ use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use super::transfer::{Imported, Piece};
 use crate::bundle::admit::GuestNeeds;
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
-use crate::bundle::{BundleSignature, Manifest, OpenBundleError, Partial, PartialError, Verified};
+use crate::bundle::{BundlePart, BundleSignature, Manifest, OpenBundleError, Partial, PartialError, ReadDirectoryError, Verified};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::container::Source;
 use crate::ids::{BundleId, VmId};
@@ -659,6 +660,19 @@ pub trait VmBundles: Send + Sync + 'static {
         bundle: &BundleId,
         to: mpsc::Sender<Piece>,
     ) -> impl Future<Output = Result<(), BundleError>> + Send;
+    /// Reads a part of a bundle that is here, all of it or in part. What is read was verified.
+    fn read_part(
+        &self,
+        bundle: &BundleId,
+        part: BundlePart,
+    ) -> impl Future<Output = Result<Vec<u8>, BundleError>> + Send;
+    /// Reads a part of a bundle from a directory that is laid out as a store. Nothing of it was verified.
+    fn read_directory(
+        &self,
+        directory: &Path,
+        bundle: &BundleId,
+        part: BundlePart,
+    ) -> impl Future<Output = Result<Vec<u8>, ReadDirectoryError>> + Send;
     /// Has the bundles that these bytes are, or nothing of them, staged under this token until then.
     fn import(
         &self,

@@ -4,6 +4,7 @@
 mod cluster;
 mod image;
 mod pool;
+mod fetch;
 mod transfer;
 
 use axum::http::header::RETRY_AFTER;
@@ -12,12 +13,12 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::types::{ErrorBody, ErrorDetail};
-use crate::agent::peers::{PeerError, PeerRefusal, TlsError};
+use crate::agent::peers::{PeerError, PeerRefusal, PieceError, TlsError};
 use crate::agent::{
     ArriveError, BackUpError, BackupError, BalloonError, BundleError, Denied, ExecError, ExportError, FailureCause,
     FindBundleError, FindError, GuestError, ImageError, LaunchError, LedgerError, MigrateError, NoRoom, NotRunning,
-    OpenBundleError, OwnError, ReadBundleError, RemoveError, SessionError, SignError, VerbError, VerifyError, VmError,
-    VmState,
+    OpenBundleError, OwnError, ReadBundleError, ReadPartError, RemoveError, SessionError, SignError, UNKNOWN_BUNDLE,
+    VerbError, VerifyError, VmError, VmState,
 };
 use crate::report::{Retry, chain};
 
@@ -260,7 +261,7 @@ impl From<BundleError> for ApiError {
         let corrupt = (StatusCode::UNPROCESSABLE_ENTITY, "bundle_corrupt", None);
         let host = (StatusCode::INTERNAL_SERVER_ERROR, "host_failure", None);
         let full = (StatusCode::INSUFFICIENT_STORAGE, "no_space", Some("free some disk space: `hearth bundle rm`"));
-        let unknown = (StatusCode::NOT_FOUND, "unknown_bundle", Some(listed));
+        let unknown = (StatusCode::NOT_FOUND, UNKNOWN_BUNDLE, Some(listed));
         let read = |error: &ReadBundleError| match error {
             ReadBundleError::Unknown { .. } => unknown,
             ReadBundleError::Damaged { .. } => corrupt,
@@ -278,6 +279,12 @@ impl From<BundleError> for ApiError {
             BundleError::Export(ExportError::Signatures(error)) | BundleError::Sign(error) => {
                 transfer::signatures(error)
             }
+            BundleError::ReadPart(
+                ReadPartError::Read(error)
+                | ReadPartError::Open(OpenBundleError::Read(error))
+                | ReadPartError::Signatures(SignError::Read(error)),
+            ) => read(error),
+            BundleError::ReadPart(error) => transfer::part(error),
             BundleError::Import(error) => transfer::import(error),
             BundleError::Source(error) => fetch::source(error),
             BundleError::Partial(error) => fetch::partial(error),
@@ -334,6 +341,19 @@ impl From<BundleError> for ApiError {
         match todo {
             Some(todo) => answer.with_detail(todo),
             None => answer,
+        }
+    }
+}
+
+impl From<PieceError> for ApiError {
+    fn from(error: PieceError) -> Self {
+        let (message, retry) = (chain(&error), error.retry());
+        match error {
+            PieceError::Bundle(error) => error.into(),
+            PieceError::Bytes { .. } => Self::new(StatusCode::BAD_REQUEST, "part_bytes", message, retry),
+            PieceError::Beyond { .. } => {
+                Self::new(StatusCode::RANGE_NOT_SATISFIABLE, "part_beyond_end", message, retry)
+            }
         }
     }
 }

@@ -31,9 +31,9 @@ use super::error::ApiError;
 use super::handlers::vms::to_json;
 use super::peer_tls::PeerTls;
 use crate::agent::peers::{
-    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, Channel, HEAD_HEADER, HELLO_PATH, Hello, LAUNCH_PATH,
-    LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PeerLaunch, REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER,
-    SESSIONS_PATH, Signed, TlsError, Unadmitted,
+    ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, BUNDLE_PART_PATH, Channel, HEAD_HEADER, HELLO_PATH, Hello,
+    LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PartOrder, PeerLaunch, REQUEST_BYTES_MAX,
+    RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed, TlsError, Unadmitted,
 };
 use crate::agent::{Decision, Door};
 use crate::ids::{MigrationId, VmId};
@@ -256,6 +256,10 @@ impl Asked<'_> {
         if method == Method::POST && path == ARRIVAL_CHECK_PATH {
             let order: ArrivalOrder = parse(body)?;
             return Ok((StatusCode::OK, to_json(&self.door.check_arrival(order).await?)));
+        }
+        if method == Method::POST && path == BUNDLE_PART_PATH {
+            let order: PartOrder = parse(body)?;
+            return Ok((StatusCode::OK, to_json(&self.door.bundle_piece(order).await?)));
         }
         let arrival = path.strip_prefix(ARRIVALS_PATH).and_then(|rest| rest.strip_prefix('/')?.split_once('/'));
         if let Some((id, word)) = arrival.filter(|_| method == Method::POST)

@@ -12,6 +12,7 @@ use super::listen::{self, ListenError};
 use super::peer_link::HttpLink;
 use super::peer_tls::PeerTls;
 use super::routes::router;
+use super::store_link::HttpStores;
 use super::{metadata, peer};
 use crate::agent::config::{self, ConfigError, Overrides};
 use crate::agent::log::{self, LogFormat};
@@ -134,6 +135,7 @@ async fn serve(config: config::Config, options: &RunOptions) -> Result<(), RunEr
     };
     let agent: Arc<dyn Door> = Arc::new(Agent::start(world, config).await?);
     let host = agent.host().await.map_or_else(|_| "localhost".to_owned(), |view| view.facts.name);
+    agent.start_sources(Arc::new(HttpStores::default()));
     let (end, ending) = watch::channel(false);
     if let Some(fabric) = &fabric {
         if fabric.plain_peers {

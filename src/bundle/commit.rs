@@ -238,6 +238,17 @@ impl Staging {
     /// Gives the directory its name. All of its files are complete and durable.
     pub(super) fn publish(
         &self,
+        id: (BundleId, Digest),
+        manifest: Manifest,
+        beside: Beside,
+    ) -> Result<Committed, CommitError> {
+        let _changes = self.store.lock_changes();
+        self.publish_held(id, manifest, beside)
+    }
+
+    /// The same, with the lock of changes held.
+    pub(super) fn publish_held(
+        &self,
         (id, manifest_digest): (BundleId, Digest),
         manifest: Manifest,
         beside: Beside,
@@ -253,7 +264,6 @@ impl Staging {
         let manifest = Arc::new(manifest);
         let stamps = self.stamps(&manifest, manifest_digest).map_err(|source| self.failed(".", source))?;
 
-        let _changes = store.lock_changes();
         if let Some(parent) = &manifest.parent {
             // It may have been removed while this was measured.
             let there = store.manifest(&parent.bundle).map_err(OpenBundleError::from);

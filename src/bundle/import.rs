@@ -18,10 +18,9 @@ use super::places::{MEMORY, STATE};
 use super::signatures::{Beside, BundleSignature, SIGNATURES_MAX};
 use super::stage::{StageError, Staging, is_no_space};
 use super::store::Store;
-use super::verify::not_held;
+use super::verify::{check_state, not_held};
 use crate::ids::BundleId;
 use crate::report::Retry;
-use crate::saved::codec;
 use crate::sys::file;
 
 /// Why no bundle came of a stream.
@@ -199,15 +198,8 @@ impl Coming {
     }
 
     fn state(&self, bytes: &[u8]) -> Result<(), ImportError> {
-        let (found, wanted) = (bytes.len() as u64, self.manifest.state.bytes);
-        if found != wanted {
-            return self.damaged(Damage::Length { file: STATE, found, wanted });
-        }
-        if Digest::of(bytes) != self.manifest.state.digest {
-            return self.damaged(Damage::State);
-        }
-        if let Err(error) = codec::from_bytes(bytes) {
-            return self.damaged(Damage::Sections(error));
+        if let Err(damage) = check_state(bytes, &self.manifest) {
+            return self.damaged(damage);
         }
         let written = self.staging.open(STATE).and_then(|file| {
             file.write_all_at(bytes, 0)?;

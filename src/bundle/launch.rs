@@ -77,7 +77,8 @@ impl Store {
         Ok(LaunchFiles { manifest, state, memory })
     }
 
-    fn verified_state(&self, id: &BundleId, manifest: &Manifest) -> Result<File, ReadBundleError> {
+    /// Saved state, open for reading from its start.
+    pub(super) fn verified_state(&self, id: &BundleId, manifest: &Manifest) -> Result<File, ReadBundleError> {
         let file = self.places().open(id, STATE)?;
         let stamp = self.stamp(id, &file, STATE)?;
         if self.known(id).is_some_and(|known| known.state == Some(stamp)) {

@@ -25,10 +25,19 @@ pub(super) const REMOVING: &str = ".removing-";
 /// Directory of memory images composed of a chain of diffs.
 const FLAT: &str = ".flat";
 /// Directory of what is known of bundles and is no part of them: who signed them, and which were made here.
-const SIGNATURES: &str = ".signatures";
+pub(super) const SIGNATURES: &str = ".signatures";
 
 /// Directory of working sets.
 const WORKING_SETS: &str = ".working-sets";
+
+/// Directory of bundles of which a part is here.
+const PARTIALS: &str = ".partial";
+
+/// Directory of what is known of bundles that were fetched.
+const FETCHED: &str = ".fetched";
+
+/// Where the rest of a partial bundle comes from.
+pub(super) const SOURCE: &str = "source.json";
 
 /// The paths of a store.
 #[derive(Debug)]
@@ -79,9 +88,44 @@ impl Places {
         self.signatures().join(format!("{id}.json"))
     }
 
+    pub(super) fn partials(&self) -> PathBuf {
+        self.root.join(PARTIALS)
+    }
+
+    pub(super) fn partial(&self, id: &BundleId) -> PathBuf {
+        self.partials().join(id.as_str())
+    }
+
+    /// A partial bundle that is being made.
+    pub(super) fn partial_new(&self, id: &BundleId) -> PathBuf {
+        self.partials().join(format!(".new-{id}"))
+    }
+
+    /// A partial bundle that is being removed.
+    pub(super) fn partial_removing(&self, id: &BundleId) -> PathBuf {
+        self.partials().join(format!("{REMOVING}{id}"))
+    }
+
+    pub(super) fn fetched(&self) -> PathBuf {
+        self.root.join(FETCHED)
+    }
+
+    pub(super) fn fetched_note(&self, id: &BundleId) -> PathBuf {
+        self.fetched().join(format!("{id}.json"))
+    }
+
+    /// Whether there is a bundle of this id, or a part of one.
+    pub(super) fn has_any_of(&self, id: &BundleId) -> bool {
+        self.bundle(id).is_dir() || self.partial(id).is_dir()
+    }
+
     /// Opens one of a bundle's files for reading.
     pub(super) fn open(&self, bundle: &BundleId, name: &'static str) -> Result<File, ReadBundleError> {
-        let directory = self.bundle(bundle);
+        Self::open_in(&self.bundle(bundle), bundle, name)
+    }
+
+    /// Opens one of the files of a bundle that lies in this directory.
+    pub(super) fn open_in(directory: &Path, bundle: &BundleId, name: &'static str) -> Result<File, ReadBundleError> {
         let path = directory.join(name);
         let damaged = |damage| Err(ReadBundleError::Damaged { bundle: bundle.clone(), damage });
         match file::open_regular(&path) {

@@ -89,7 +89,9 @@ impl Store {
             std::fs::rename(&place, &removing).and_then(|()| file::sync_parent(&removing)).map_err(failed(&place))?;
             self.lock_known().remove(id);
             // Not later: the same bundle may come again, with signatures of its own.
-            remove_file(&self.places().signatures_of(id)).map_err(failed(&self.places().signatures_of(id)))?;
+            for path in self.beside_paths(id) {
+                remove_file(&path).map_err(failed(&path))?;
+            }
         }
         let flat = self.places().flat_image(id);
         remove_file(&flat).map_err(failed(&flat))?;
@@ -99,8 +101,18 @@ impl Store {
     }
 }
 
+impl Store {
+    /// What lies beside a bundle and goes with it: nothing, as long as there is a part of it. The lock of changes is held.
+    pub(super) fn beside_paths(&self, id: &BundleId) -> Vec<PathBuf> {
+        if self.places().has_any_of(id) {
+            return Vec::new();
+        }
+        vec![self.places().signatures_of(id), self.places().fetched_note(id)]
+    }
+}
+
 /// Removes a file; that there is none is fine.
-fn remove_file(path: &Path) -> io::Result<()> {
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),

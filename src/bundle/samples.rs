@@ -108,6 +108,9 @@ pub(super) const GOLDEN_ID: &str = "b-3af4uijvozy4xsval2ult3i7u4";
 pub(super) const GOLDEN_MEMORY: Writes<'static> =
     &[(0, b"zero page"), (300 << 10, &[0xa5; 9000]), ((1 << 20) - 1, b"!")];
 
+/// The directories that a store keeps beside its bundles.
+pub(super) const DIRECTORIES: [&str; 5] = [".fetched", ".flat", ".partial", ".signatures", ".working-sets"];
+
 /// A store below a temporary directory.
 pub(super) struct Rig {
     pub(super) root: PathBuf,

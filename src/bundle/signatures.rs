@@ -23,7 +23,7 @@ const FORMAT: u32 = 1;
 pub const SIGNATURES_MAX: usize = 64;
 
 /// Longest file: a signature with its key takes 180 bytes.
-const FILE_BYTES_MAX: u64 = 64 << 10;
+pub(super) const FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// Somebody's signature of a bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -173,7 +173,7 @@ impl Store {
         )
     }
 
-    fn beside(&self, id: &BundleId) -> Result<Beside, SignError> {
+    pub(super) fn beside(&self, id: &BundleId) -> Result<Beside, SignError> {
         let path = self.places().signatures_of(id);
         let file = match file::open_regular(&path) {
             Ok(Some(file)) => file,
@@ -189,17 +189,35 @@ impl Store {
     }
 }
 
+/// The signatures in bytes of such a file, wherever they come from; none in no bytes. `None`: it is no such file. Whether they
+/// are any is not looked at, and that a bundle was made there does not count here.
+pub fn read_signatures(bytes: &[u8]) -> Option<Vec<BundleSignature>> {
+    if bytes.is_empty() {
+        return Some(Vec::new());
+    }
+    parse(bytes).map(|beside| beside.signatures)
+}
+
+/// The bytes of such a file, for another host.
+pub(super) fn write_signatures(signatures: Vec<BundleSignature>) -> Result<Vec<u8>, serde_json::Error> {
+    serde_json::to_vec(&Written { format: FORMAT, made_here: false, signatures })
+}
+
 /// The content of the file; `None` when it is none.
 fn read(file: File) -> io::Result<Option<Beside>> {
     let mut bytes = Vec::new();
     file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    Ok(parse(&bytes))
+}
+
+fn parse(bytes: &[u8]) -> Option<Beside> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Ok(None);
+        return None;
     }
-    let Ok(Written { format, made_here, signatures }) = serde_json::from_slice(&bytes) else { return Ok(None) };
+    let Written { format, made_here, signatures } = serde_json::from_slice(bytes).ok()?;
     let ascend = signatures.windows(2).all(|pair| pair[0].key < pair[1].key);
     let fits = format == FORMAT && ascend && signatures.len() <= SIGNATURES_MAX;
-    Ok(fits.then_some(Beside { made_here, signatures }))
+    fits.then_some(Beside { made_here, signatures })
 }
 
 #[cfg(test)]

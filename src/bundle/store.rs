@@ -120,7 +120,9 @@ impl Store {
     /// The bundles below `root`; makes what directories are missing.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         let places = Places { root: root.to_owned() };
-        for directory in [places.flat_images(), places.signatures(), places.working_sets()] {
+        let directories =
+            [places.fetched(), places.flat_images(), places.partials(), places.signatures(), places.working_sets()];
+        for directory in directories {
             file::make_directories(&directory).map_err(|source| StoreError { path: root.to_owned(), source })?;
         }
         let shared = Shared {
@@ -134,7 +136,8 @@ impl Store {
     }
 
     /// Removes what crashes left: staging directories but those of `kept` tokens, bundles whose removal had begun,
-    /// images that were being composed, and signatures of what is not there. For the start, before anybody stages.
+    /// images that were being composed, what of partial bundles is not one, and what is known of bundles that are not there.
+    /// For the start, before anybody stages.
     pub fn sweep(&self, kept: &[&str]) -> Result<Swept, StoreError> {
         let mut swept = Swept::default();
         let mut remove = |path: PathBuf, removed: io::Result<()>| match removed {
@@ -149,15 +152,23 @@ impl Store {
                 remove(path, removed);
             }
         }
+        for name in self.names(&self.places().partials())? {
+            if name.parse::<BundleId>().is_err() {
+                let path = self.places().partials().join(name);
+                let removed = file::remove_tree(&path);
+                remove(path, removed);
+            }
+        }
         let derived = [
             (self.places().flat_images(), ".img"),
             (self.places().signatures(), ".json"),
             (self.places().working_sets(), ".json"),
+            (self.places().fetched(), ".json"),
         ];
         for (directory, suffix) in derived {
             for name in self.names(&directory)? {
                 let bundle = name.strip_suffix(suffix).and_then(|id| id.parse().ok());
-                if !bundle.is_some_and(|id| self.places().bundle(&id).is_dir()) {
+                if !bundle.is_some_and(|id| self.places().has_any_of(&id)) {
                     let path = directory.join(name);
                     let removed = std::fs::remove_file(&path);
                     remove(path, removed);
@@ -176,23 +187,8 @@ impl Store {
 
     /// The bundle a word means: an id, the start of one id, or a name.
     pub fn find(&self, word: &str) -> Result<BundleId, FindError> {
-        let ids = self.ids()?;
-        if let Some(id) = ids.iter().find(|id| id.as_str() == word) {
-            return Ok(id.clone());
-        }
-        let starts = |id: &&BundleId| word.len() > BundleId::PREFIX.len() && id.as_str().starts_with(word);
-        let mut candidates: Vec<BundleId> = ids.iter().filter(starts).cloned().collect();
-        let named = |id: &&BundleId| self.manifest(id).is_ok_and(|manifest| manifest.name.as_deref() == Some(word));
-        for id in ids.iter().filter(named) {
-            if !candidates.contains(id) {
-                candidates.push(id.clone());
-            }
-        }
-        match candidates.as_slice() {
-            [] => Err(FindError::Unknown { word: word.to_owned() }),
-            [one] => Ok(one.clone()),
-            [_, ..] => Err(FindError::Ambiguous { word: word.to_owned(), candidates }),
-        }
+        let named = |id: &BundleId| self.manifest(id).is_ok_and(|manifest| manifest.name.as_deref() == Some(word));
+        found(word, &self.ids()?, named)
     }
 
     /// A bundle's manifest. It was read, checked and found to be the one the id was made of.
@@ -235,7 +231,7 @@ impl Store {
         Ok(self.names(&self.places().root)?.into_iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    fn names(&self, directory: &Path) -> Result<Vec<String>, StoreError> {
+    pub(super) fn names(&self, directory: &Path) -> Result<Vec<String>, StoreError> {
         Places::names(directory).map_err(|source| StoreError { path: directory.to_owned(), source })
     }
 
@@ -295,6 +291,25 @@ impl Store {
         let mut busy = self.shared.busy.lock().unwrap_or_else(PoisonError::into_inner);
         busy.retain(|_, lock| Arc::strong_count(lock) > 1);
         busy.entry(id.clone()).or_default().clone()
+    }
+}
+
+/// The one of these bundles that a word means; `named`: whether one has it for its name.
+pub(super) fn found(word: &str, ids: &[BundleId], named: impl Fn(&BundleId) -> bool) -> Result<BundleId, FindError> {
+    if let Some(id) = ids.iter().find(|id| id.as_str() == word) {
+        return Ok(id.clone());
+    }
+    let starts = |id: &&BundleId| word.len() > BundleId::PREFIX.len() && id.as_str().starts_with(word);
+    let mut candidates: Vec<BundleId> = ids.iter().filter(starts).cloned().collect();
+    for id in ids.iter().filter(|id| named(id)) {
+        if !candidates.contains(id) {
+            candidates.push(id.clone());
+        }
+    }
+    match candidates.as_slice() {
+        [] => Err(FindError::Unknown { word: word.to_owned() }),
+        [one] => Ok(one.clone()),
+        [_, ..] => Err(FindError::Ambiguous { word: word.to_owned(), candidates }),
     }
 }
 

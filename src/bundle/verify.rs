@@ -123,10 +123,7 @@ impl Store {
         }
         let mut bytes = Vec::new();
         file.take(wanted).read_to_end(&mut bytes).map_err(|source| self.unread(id, STATE, source))?;
-        if Digest::of(&bytes) != manifest.state.digest {
-            return damaged(Damage::State);
-        }
-        codec::from_bytes(&bytes).map(|sections| sections.len()).or_else(|error| damaged(Damage::Sections(error)))
+        check_state(&bytes, manifest).or_else(damaged)
     }
 
     fn look_at_memory(
@@ -185,6 +182,18 @@ impl Store {
         let memory = self.flat_memory(&parent.bundle, &manifest).map_err(unusable)?;
         Ok(Some(Below { manifest, memory }))
     }
+}
+
+/// Whether bytes are a bundle's saved state; the number of its sections.
+pub(super) fn check_state(bytes: &[u8], manifest: &Manifest) -> Result<usize, Damage> {
+    let (found, wanted) = (bytes.len() as u64, manifest.state.bytes);
+    if found != wanted {
+        return Err(Damage::Length { file: STATE, found, wanted });
+    }
+    if Digest::of(bytes) != manifest.state.digest {
+        return Err(Damage::State);
+    }
+    codec::from_bytes(bytes).map(|sections| sections.len()).map_err(Damage::Sections)
 }
 
 /// Damage goes to the list, and `None` is left; other errors end it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
@@ -13,8 +14,8 @@ use crate::bundle::admit::{GuestNeeds, admit_guest};
 use crate::bundle::manifest::{id_of, read};
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{
-    BundleSignature, Digest, FindError, ImportError, Manifest, ReadBundleError, RemoveError, SignError, Signed,
-    Verified,
+    BundlePart, BundleSignature, Digest, FindError, ImportError, Manifest, ReadBundleError, ReadDirectoryError,
+    ReadPartError, RemoveError, SignError, Signed, Verified, read_from_directory,
 };
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, VmId};
@@ -326,6 +327,35 @@ impl VmBundles for SimHost {
         // Nobody may be there to take it.
         let _ = to.send(Ok(bytes.into())).await;
         Ok(())
+    }
+
+    async fn read_part(&self, bundle: &BundleId, part: BundlePart) -> Result<Vec<u8>, BundleError> {
+        self.point(true).await.map_err(host_error)?;
+        let manifest = self.state().view(bundle)?.manifest;
+        let memory_bytes = manifest.machine.memory_bytes;
+        match part {
+            BundlePart::Manifest => manifest.to_bytes().map_err(|error| host_error(io::Error::other(error))),
+            // As its manifest says: it has no state but what names it, and nobody's signatures are files here.
+            BundlePart::State | BundlePart::Signatures => Ok(Vec::new()),
+            // As its manifest says: all of it is zero.
+            BundlePart::Memory { offset, bytes } => match offset.checked_add(bytes) {
+                Some(end) if end <= memory_bytes => Ok(vec![0; usize::try_from(bytes).unwrap_or(0)]),
+                Some(_) | None => {
+                    let bundle = bundle.clone();
+                    Err(ReadPartError::Beyond { bundle, offset, bytes, memory_bytes }.into())
+                }
+            },
+        }
+    }
+
+    async fn read_directory(
+        &self,
+        directory: &Path,
+        bundle: &BundleId,
+        part: BundlePart,
+    ) -> Result<Vec<u8>, ReadDirectoryError> {
+        // Whoever names a directory of the real host means it.
+        read_from_directory(directory, bundle, part)
     }
 
     async fn import(&self, mut from: mpsc::Receiver<Piece>, _token: String) -> Result<Vec<Imported>, BundleError> {

@@ -82,9 +82,20 @@ pub fn open_regular(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
+/// The same file for reading only, with an offset of its own, whatever name it has by now.
+pub fn reopen_to_read(file: &File) -> io::Result<File> {
+    use std::os::fd::AsRawFd;
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
 /// Makes a file that nobody is to change: readable by its owner only.
 pub fn make_read_only(file: &File) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(0o400))
+}
+
+/// Makes a file writable again for its owner.
+pub fn make_writable(file: &File) -> io::Result<()> {
+    file.set_permissions(Permissions::from_mode(FILE_MODE))
 }
 
 /// Removes a directory with all in it; that there is none is fine.
@@ -137,6 +148,11 @@ mod tests {
         assert!(open_regular(&link).unwrap().is_none());
         assert!(open_regular(dir.path()).unwrap().is_none());
         assert!(open_regular(&dir.path().join("absent")).is_err());
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(dir.path().join("gone")).unwrap();
+        std::fs::remove_file(dir.path().join("gone")).unwrap();
+        let mut reader = reopen_to_read(&file).unwrap();
+        (&file).write_all(b"x").unwrap();
+        assert!(reader.write_all(b"y").is_err() && io::read_to_string(reader).unwrap() == "x");
         remove_tree(dir.path()).unwrap();
         remove_tree(dir.path()).unwrap();
     }

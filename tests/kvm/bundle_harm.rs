@@ -156,7 +156,10 @@ pub(crate) fn a_full_disk_costs_no_vm(_shared: &Agent) {
     let left: Vec<String> = std::fs::read_dir(&root)
         .expect("the store")
         .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"))
-        .filter(|name| ![".flat", ".signatures", ".working-sets"].contains(&name.as_str()) && *name != bundle["id"])
+        .filter(|name| {
+            ![".fetched", ".flat", ".partial", ".signatures", ".working-sets"].contains(&name.as_str())
+                && *name != bundle["id"]
+        })
         .collect();
     assert!(left.is_empty(), "{left:?}");
     agent.sh("writer", "echo after >> /tmp/note");

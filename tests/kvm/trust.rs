@@ -10,7 +10,9 @@ use super::lab::Lab;
 fn stored(agent: &Agent) -> Vec<String> {
     let entries = std::fs::read_dir(agent.state().join("bundles")).expect("the store");
     let names = entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("a name"));
-    names.filter(|name| ![".flat", ".signatures", ".working-sets"].contains(&name.as_str())).collect()
+    names
+        .filter(|name| ![".fetched", ".flat", ".partial", ".signatures", ".working-sets"].contains(&name.as_str()))
+        .collect()
 }
 
 fn refused(agent: &Agent, words: &[&str], wanted: &str) {

@@ -13,7 +13,7 @@ use crate::agent::fetched::FetchedBundles;
 use crate::agent::shared::Shared;
 use crate::agent::sources::{SourceError, read_part};
 use crate::agent::world::World;
-use crate::bundle::{BundlePart, InstallError};
+use crate::bundle::{BundlePart, InstallError, ParseSourceError};
 use crate::report::chain;
 
 /// Chunks that are fetched at once: enough to hide a source's answer time, few enough that what a guest waits for is not
@@ -30,6 +30,9 @@ const PUBLISH_AGAIN: Duration = Duration::from_secs(10);
 /// Why a chunk did not come.
 #[derive(Debug, thiserror::Error)]
 enum FetchError {
+    /// Nobody knows where it is any more.
+    #[error("it is not known where the bundle comes from: fetch it again, with --from")]
+    Nowhere(#[source] ParseSourceError),
     /// From its source.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -102,7 +105,8 @@ async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>, chunk:
     // One without content is there.
     let Some(range) = partial.chunk_range(chunk) else { return Ok(0) };
     let part = BundlePart::Memory { offset: range.start, bytes: range.end - range.start };
-    let bytes = read_part(shared, partial.from(), partial.id(), part).await?;
+    let source = filling.source.as_ref().map_err(|error| FetchError::Nowhere(error.clone()))?;
+    let bytes = read_part(shared, source, partial.id(), part).await?;
     let count = bytes.len() as u64;
     let installed = spawn_blocking(move || partial.install(chunk, &bytes)).await;
     installed.map_err(|_| FetchError::Ending)??;

@@ -12,6 +12,7 @@ use super::book::CallerChange;
 use super::hello::{greet, let_fade};
 use super::link::{Channel, TlsError};
 use super::moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, DecisionBody, PresenceBody};
+use super::parts::{PartBody, PartOrder, PieceError};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
 use crate::agent::Agent;
 use crate::agent::arrivals::Decision;
@@ -164,6 +165,9 @@ pub trait PeerDoor: Send + Sync + 'static {
 
     /// What a VM does here, if there is one of this id.
     fn presence(&self, vm: &VmId) -> PresenceBody;
+
+    /// A piece of a part of a bundle that is here, all of it or in part.
+    fn bundle_piece(&self, order: PartOrder) -> BoxFuture<'_, Result<PartBody, PieceError>>;
 
     /// This host's members of a session; none when there is no such session.
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>>;
@@ -361,6 +365,10 @@ impl<W: World> PeerDoor for Agent<W> {
 
     fn presence(&self, vm: &VmId) -> PresenceBody {
         PresenceBody { state: self.presence_of(vm) }
+    }
+
+    fn bundle_piece(&self, order: PartOrder) -> BoxFuture<'_, Result<PartBody, PieceError>> {
+        self.read_piece(order)
     }
 
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>> {

@@ -2,7 +2,7 @@
 
 use axum::http::StatusCode;
 
-use crate::agent::{ArchiveError, CommitError, ImportError, SignError, StageError};
+use crate::agent::{ArchiveError, CommitError, ImportError, OpenBundleError, ReadPartError, SignError, StageError};
 
 /// Status, code, and what to do about it.
 type Answer = (StatusCode, &'static str, Option<&'static str>);
@@ -22,6 +22,16 @@ pub(super) const fn signatures(error: &SignError) -> Answer {
 
 const fn bad(code: &'static str, todo: Option<&'static str>) -> Answer {
     (StatusCode::UNPROCESSABLE_ENTITY, code, todo)
+}
+
+pub(super) const fn part(error: &ReadPartError) -> Answer {
+    match error {
+        ReadPartError::Beyond { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "part_beyond_end", None),
+        ReadPartError::NotHere { .. } => (StatusCode::NOT_FOUND, "part_not_here", None),
+        ReadPartError::Open(OpenBundleError::NoSpace { .. }) => FULL,
+        ReadPartError::Signatures(error) => signatures(error),
+        ReadPartError::Read(_) | ReadPartError::Open(_) => HOST,
+    }
 }
 
 pub(super) const fn import(error: &ImportError) -> Answer {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 mod moving;
+mod parts;
 
 use super::*;
 use crate::agent::peers::{PeerAnswer, PeerCall, PeerKey, PeerSetup};

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use super::*;
 use crate::bundle::manifest::STATE_BYTES_MAX;
 use crate::bundle::places::{MEMORY, STATE};
-use crate::bundle::samples::{GOLDEN_MEMORY, Rig, content, draft, names};
+use crate::bundle::samples::{DIRECTORIES, GOLDEN_MEMORY, Rig, content, draft, names};
 use crate::sys::sparse;
 use crate::units::{MIB, PAGE_BYTES};
 
@@ -29,11 +29,7 @@ fn a_committed_bundle_is_three_files_that_nobody_writes() {
         let found = std::fs::metadata(directory.join(name)).unwrap();
         assert_eq!(found.permissions().mode() & 0o777, 0o400, "{name}");
     }
-    assert_eq!(
-        names(&rig.root),
-        [".flat".to_owned(), ".signatures".to_owned(), ".working-sets".to_owned(), committed.id.to_string()],
-        "nothing is staged"
-    );
+    assert_eq!(names(&rig.root), [&DIRECTORIES[..], &[committed.id.as_str()]].concat(), "nothing is staged");
     let manifest = &committed.manifest;
     assert_eq!(manifest.memory.chunks.iter().map(|chunk| chunk.index).collect::<Vec<_>>(), [0, 12]);
     assert_eq!(manifest.memory.zero_runs, [(1, 11), (13, 3)].map(Run::from));
@@ -72,7 +68,7 @@ fn the_same_bundle_again_is_a_success() {
     let again = rig.full("one", &[(0, b"a")]);
     assert!(!first.existed && again.existed);
     assert_eq!(first.id, again.id);
-    assert_eq!(names(&rig.root).len(), 4, "nothing is staged");
+    assert_eq!(names(&rig.root).len(), DIRECTORIES.len() + 1, "nothing is staged");
 }
 
 #[test]
@@ -97,7 +93,7 @@ fn a_crash_at_any_step_leaves_nothing_to_see() {
             store.verify(&committed.id, &mut |_| ()).unwrap();
         } else {
             assert_eq!(store.sweep(&[]).unwrap().removed.len(), 1);
-            assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
+            assert_eq!(names(&rig.root), DIRECTORIES);
         }
     }
 }
@@ -111,7 +107,7 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     let error = staging.commit(draft(4 * MIB), Contents::Full, &mut |_| ()).unwrap_err();
     assert!(matches!(error, CommitError::NoSpace { .. }), "{error:?}");
     assert_eq!(error.retry(), Retry::Later);
-    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
+    assert_eq!(names(&rig.root), DIRECTORIES);
 }
 
 /// What the commit says, after which nothing is staged.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::bundle::archive::Writer;
-use crate::bundle::samples::{Rig, content, draft, names, state};
+use crate::bundle::samples::{DIRECTORIES, Rig, content, draft, names, state};
 use crate::bundle::{Contents, Export, ExportError, ManifestDraft, RemoveError, SignError};
 use crate::signing::PrivateKey;
 use proptest::prelude::*;
@@ -21,7 +21,7 @@ fn import(rig: &Rig, bytes: &[u8]) -> Result<Vec<Committed>, ImportError> {
 
 /// Nothing is there but what a store begins with.
 fn assert_nothing(rig: &Rig) {
-    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
+    assert_eq!(names(&rig.root), DIRECTORIES);
     assert!(names(&rig.root.join(".signatures")).is_empty());
 }
 
@@ -51,12 +51,12 @@ fn a_bundle_arrives_as_it_was_with_its_signatures() {
     assert_eq!(there.restarted().open_for_launch(&id).unwrap().manifest, here.store.manifest(&id).unwrap());
     let signed = there.store.signed(&id).unwrap();
     assert_eq!((signed.made_here, signed.signatures), (false, vec![signature]));
-    assert_eq!(names(&there.root), [".flat", ".signatures", ".working-sets", id.as_str()]);
+    assert_eq!(names(&there.root), [&DIRECTORIES[..], &[id.as_str()]].concat());
     // Again: it is there, and a signature that is new is added.
     sign(&here, &id, 2);
     let again = import(&there, &export(&here.store, &id)).unwrap();
     assert!(again[0].existed && there.store.signed(&id).unwrap().signatures.len() == 2);
-    assert_eq!(names(&there.root).len(), 4);
+    assert_eq!(names(&there.root).len(), DIRECTORIES.len() + 1);
     // What is exported there is, byte by byte, what was exported here.
     assert_eq!(export(&there.store, &id), export(&here.store, &id));
     // Made here as well, it is.

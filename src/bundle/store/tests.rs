@@ -1,7 +1,7 @@
 //! Tests of `bundle::store`.
 
 use super::*;
-use crate::bundle::samples::{Rig, names};
+use crate::bundle::samples::{DIRECTORIES, Rig, names};
 use crate::bundle::{RemoveError, StageError};
 use crate::units::MIB;
 
@@ -56,7 +56,9 @@ fn a_sweep_removes_what_is_half_made_and_nothing_else() {
     assert_eq!(
         names(&rig.root),
         [
+            ".fetched",
             ".flat",
+            ".partial",
             ".signatures",
             ".staging-kept",
             ".working-sets",
@@ -78,9 +80,9 @@ fn a_token_is_a_label_and_has_one_holder() {
         assert!(matches!(rig.store.stage(token, MIB), Err(StageError::Token { .. })), "{token}");
     }
     staging.discard().unwrap();
-    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
+    assert_eq!(names(&rig.root), DIRECTORIES);
     assert!(matches!(rig.store.stage("op-2", u64::MAX), Err(StageError::File { .. })));
-    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"], "what could not be staged is gone");
+    assert_eq!(names(&rig.root), DIRECTORIES, "what could not be staged is gone");
 }
 
 #[test]
@@ -96,6 +98,6 @@ fn a_parent_is_not_removed_before_its_children() {
     rig.store.remove(&parent).unwrap();
     assert!(matches!(rig.store.remove(&parent), Err(RemoveError::Unknown { .. })));
     assert!(matches!(rig.store.manifest(&parent), Err(ReadBundleError::Unknown { .. })));
-    assert_eq!(names(&rig.root), [".flat", ".signatures", ".working-sets"]);
+    assert_eq!(names(&rig.root), DIRECTORIES);
     assert!(names(&rig.root.join(".flat")).is_empty());
 }

@@ -81,5 +81,5 @@ fn import(bytes: &[u8]) {
     }
     // The directories that a store keeps.
     let left = std::fs::read_dir(directory.path()).expect("the store").count();
-    assert_eq!(left, 3, "something is left");
+    assert_eq!(left, 5, "something is left");
 }
