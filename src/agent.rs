@@ -166,8 +166,9 @@ pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
 pub use crate::bundle::archive::ArchiveError;
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
 pub use crate::bundle::{
-    BundlePart, BundleSignature, CommitError, ExportError, FetchedBundle, FetchedError, FindError as FindBundleError, ImportError, OpenBundleError, ParseSourceError, PartialError,
-    ReadBundleError, ReadPartError, RemoveError, SignError, SourceSpec, StageError, Verified, VerifyError,
+    BundlePart, BundleSignature, CommitError, ExportError, FetchedBundle, FetchedError, FindError as FindBundleError,
+    ImportError, OpenBundleError, ParseSourceError, PartialError, ReadBundleError, ReadPartError, RemoveError,
+    SignError, SourceSpec, StageError, Verified, VerifyError,
 };
 pub use crate::container::{ContainerError, Source as ContainerSource};
 pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};

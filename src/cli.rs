@@ -6,8 +6,8 @@ mod balloon;
 mod bench;
 mod bundle;
 mod bundle_file;
-mod fetch;
 mod cluster;
+mod fetch;
 mod image;
 mod ledger;
 mod manual;
@@ -30,9 +30,9 @@ pub use bench::{
     BenchCloneArgs, BenchHandOverArgs, BenchLaunchArgs, BenchMigrateArgs, BenchSnapshotArgs, BenchSource, BenchSwapArgs,
 };
 pub use bundle::{BundleBuildArgs, BundleCommand, BundleCompactArgs, SnapshotArgs};
-pub use fetch::{BundleFetchArgs, BundlePinArgs};
 pub use bundle_file::{BundleExportArgs, BundleImportArgs, BundleKeyArgs, BundleSignArgs};
 pub use cluster::{ClusterCommand, ClusterCreateArgs, ClusterRemoveArgs, ClusterRunArgs};
+pub use fetch::{BundleFetchArgs, BundlePinArgs};
 pub use image::{ImageCommand, ImportArgs};
 pub use ledger::{LedgerBackupArgs, LedgerCommand, LedgerRestoreArgs, SupportBundleArgs};
 pub use manual::{CompletionsArgs, ManArgs, Page, ShellWord, completions, first_page, pages};

@@ -11,8 +11,8 @@ use super::sources::SourceError;
 use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
-    CommitError, CompactError, ExportError, FetchedError, FindError, ImportError, Manifest, OpenBundleError, PartialError,
-    ReadBundleError, ReadPartError, RemoveError, SignError, Signed, StoreError, VerifyError,
+    CommitError, CompactError, ExportError, FetchedError, FindError, ImportError, Manifest, OpenBundleError,
+    PartialError, ReadBundleError, ReadPartError, RemoveError, SignError, Signed, StoreError, VerifyError,
 };
 use crate::ids::{BundleId, VmId};
 use crate::report::Retry;

@@ -9,8 +9,8 @@ use serde::Deserialize;
 
 pub use super::swap::SwapConfig;
 use super::trust::TRUSTED_KEYS_MAX;
-use crate::signing::PublicKey;
 pub use super::trust::TrustConfig;
+use crate::signing::PublicKey;
 pub use fabric::{FabricConfig, Peer, Underlay};
 
 /// Where the configuration is looked for when no path is given. It may be absent.

@@ -18,6 +18,7 @@ use super::config::Limits;
 use super::connections::Connections;
 use super::drain::Draining;
 use super::exec::{AnyStream, ExecError, ExecSession, ExecSpec};
+use super::fetch_door::FetchDoor;
 use super::guest::GuestError;
 use super::health::{LedgerView, Pressure, Warning};
 use super::images::{Image, ImageError};

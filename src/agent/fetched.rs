@@ -42,7 +42,8 @@ pub trait FetchedBundles: Send + Sync + 'static {
     /// Those of which something is missing.
     fn partials(&self) -> impl Future<Output = Result<Vec<BundleId>, BundleError>> + Send;
     /// What is there of one, all of which is read; `None`: there is nothing of it, or all.
-    fn open_partial(&self, bundle: &BundleId) -> impl Future<Output = Result<Option<Arc<Partial>>, BundleError>> + Send;
+    fn open_partial(&self, bundle: &BundleId)
+    -> impl Future<Output = Result<Option<Arc<Partial>>, BundleError>> + Send;
     /// Has what has come of one; what is there of its memory stays.
     fn begin_partial(&self, coming: Coming) -> impl Future<Output = Result<(), BundleError>> + Send;
     /// Makes a bundle of one that is there as a whole.

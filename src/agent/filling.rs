@@ -258,7 +258,7 @@ impl<W: World> Shared<W> {
         }
     }
 
-    async fn bundle_event(&self, kind: &'static str, body: serde_json::Value) {
+    pub(super) async fn bundle_event(&self, kind: &'static str, body: serde_json::Value) {
         let at = self.world.clock().wall();
         let event = NewEvent { at, kind, subject: Subject::Host, operation: None, body };
         if let Err(error) = self.commit(vec![Write::Event(event)]).await {

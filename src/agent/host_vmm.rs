@@ -23,11 +23,11 @@ use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
 use super::world::{
-    Ask, AskError, Connection, FillingPlan, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder, SentMachine, StartVmmError,
-    StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
+    Ask, AskError, Connection, FillingPlan, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder,
+    SentMachine, StartVmmError, StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
 };
-use crate::bundle::{LaunchFiles, Store};
 use crate::bundle::working_set::WorkingSet;
+use crate::bundle::{LaunchFiles, Store};
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
 use crate::net::rules::host_tag;
@@ -38,8 +38,8 @@ use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreFillingSpec, RestoreSpec, SendPhases, StartMessage, StreamKey,
-    UnsealSpec,
+    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreFillingSpec, RestoreSpec, SendPhases, StartMessage,
+    StreamKey, UnsealSpec,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::admit::{Facts, admit};
-use super::cluster::Place;
 use super::bundles::BundleError;
+use super::cluster::Place;
 use super::cluster_record::called;
 use super::config::FabricConfig;
 use super::fetched::FetchedBundles;

@@ -158,7 +158,8 @@ impl Metrics {
         let (fetched_bytes, fetch_failures) = (Counter::default(), Counter::default());
         let help = "Bytes of bundles' memory that came from elsewhere";
         registry.register("bundle_fetched_bytes", help, fetched_bytes.clone());
-        let help = "Parts of bundles' memory that did not come when they were asked for, or were not what they have to be";
+        let help =
+            "Parts of bundles' memory that did not come when they were asked for, or were not what they have to be";
         registry.register("bundle_fetch_failures", help, fetch_failures.clone());
         let gauges = ShownGauges::new(&mut registry);
         let network = NetworkCounters::new(&mut registry);

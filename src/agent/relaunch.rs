@@ -110,6 +110,7 @@ impl<W: World> Agent<W> {
             memory_mib: shape.then(|| spec.memory_mib.into()),
             build: None,
             disks: spec.disks.clone(),
+            lazy: spec.lazy,
             network_limits: spec.network_limits,
             session: network.map(|network| network.session.to_string()),
             addressing: network.map(|network| network.addressing),

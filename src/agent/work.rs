@@ -8,7 +8,9 @@ use hearth_guest_wire::{Shutdown, ToGuest};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{sleep, timeout};
 
+use super::bundles::BundleError;
 use super::effect::Effect;
+use super::filling::Chunks;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
 use super::ledger::{LedgerError, Write};
 use super::migration_record::Uncompressed;
@@ -17,10 +19,11 @@ use super::session_end::quarantine;
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, Connection, FillingPlan, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder, StartVmmError, VmDisk, VmNetworks,
-    VmmHost, VmmProcess, World,
+    Ask, AskError, Connection, FillingPlan, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder,
+    StartVmmError, VmDisk, VmNetworks, VmmHost, VmmProcess, World,
 };
 use crate::clock::{Clock, Monotonic};
+use crate::ids::BundleId;
 use crate::report::chain;
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Request, SendPhase, Status};

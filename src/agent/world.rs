@@ -25,7 +25,9 @@ use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use super::transfer::{Imported, Piece};
 use crate::bundle::admit::GuestNeeds;
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
-use crate::bundle::{BundlePart, BundleSignature, Manifest, OpenBundleError, Partial, PartialError, ReadDirectoryError, Verified};
+use crate::bundle::{
+    BundlePart, BundleSignature, Manifest, OpenBundleError, Partial, PartialError, ReadDirectoryError, Verified,
+};
 use crate::clock::{Clock, UnixNanos, Uptime};
 use crate::container::Source;
 use crate::ids::{BundleId, VmId};

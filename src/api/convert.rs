@@ -2,8 +2,8 @@
 
 mod balloon;
 mod bundle;
-mod fetch;
 mod cluster;
+mod fetch;
 mod image;
 mod isolation;
 mod migration;
@@ -31,8 +31,8 @@ use crate::units::{self, MIB, NetLimits, Rate};
 
 pub(super) use balloon::balloon;
 pub(super) use bundle::{bundle, bundles};
-pub(super) use fetch::{fetch, memory};
 pub(super) use cluster::{calculation, cluster, member};
+pub(super) use fetch::{fetch, memory};
 pub(super) use image::{image, import};
 pub(super) use isolation::{host_isolation, vm_jail};
 pub(super) use migration::{estimate, migrate_order, migration, moved};

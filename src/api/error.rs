@@ -2,9 +2,9 @@
 //! new error has to be given its answer here.
 
 mod cluster;
+mod fetch;
 mod image;
 mod pool;
-mod fetch;
 mod transfer;
 
 use axum::http::header::RETRY_AFTER;
@@ -290,7 +290,8 @@ impl From<BundleError> for ApiError {
             BundleError::Partial(error) => fetch::partial(error),
             BundleError::Fetched(error) => fetch::noted(error),
             BundleError::Coming { .. } => {
-                let todo = "launch from it with --lazy (`mode`: `lazy`), or wait: `hearth bundle show` tells how far it is";
+                let todo =
+                    "launch from it with --lazy (`mode`: `lazy`), or wait: `hearth bundle show` tells how far it is";
                 (StatusCode::CONFLICT, "bundle_on_its_way", Some(todo))
             }
             BundleError::NotPartial { .. } => (StatusCode::CONFLICT, "bundle_not_on_its_way", Some(listed)),

@@ -16,8 +16,8 @@ use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
 use super::handlers::{
-    balloon, bundles, calculations, clusters, exec, fetches, host, images, migrations, operations, pools, sessions, swap,
-    transfers, vms,
+    balloon, bundles, calculations, clusters, exec, fetches, host, images, migrations, operations, pools, sessions,
+    swap, transfers, vms,
 };
 use super::http::Client;
 use super::types;

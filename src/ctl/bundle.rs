@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::Error;
 use super::bundle_file;
-use super::fetch;
 use super::call::{Agent, CallError, PROMPT, advice_of};
+use super::fetch;
 use super::output::{Output, OutputError, note};
 use super::progress::{follow, shown};
 use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, word};

@@ -23,8 +23,12 @@ pub(super) async fn fetch(agent: &Agent, out: Output, args: BundleFetchArgs) -> 
     let fetching = async {
         let mut bundle: Bundle = agent.post("/v1/bundle-fetches", &request, BEGIN_LIMIT).await?;
         let mut told = None;
-        while args.wait && let Some(fetch) = &bundle.fetch {
-            if fetch.trouble != told && let Some(trouble) = &fetch.trouble {
+        while args.wait
+            && let Some(fetch) = &bundle.fetch
+        {
+            if fetch.trouble != told
+                && let Some(trouble) = &fetch.trouble
+            {
                 note(&format!("{} of it are here; the rest does not come: {trouble}", progress(fetch)));
             }
             told = fetch.trouble.clone();

@@ -401,6 +401,7 @@ impl State {
                 | Ask::Pause
                 | Ask::ReplaceTap { .. }
                 | Ask::Prefault(_)
+                | Ask::Fill(_)
                 | Ask::Balloon { .. },
                 state,
             ) => denied(state),

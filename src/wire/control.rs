@@ -13,7 +13,7 @@ mod moving;
 mod prefault;
 
 pub use copying::{CopyPhases, CopySpec};
-pub use filling::RestoreFillingSpec;
+pub use filling::{FILLED_CHUNKS_MAX, RestoreFillingSpec};
 pub use moving::{
     PackedPhases, Packing, ReceiveSpec, ReceivedMemory, SendPhase, SendPhases, SendProgress, SendSpec, SentPages,
     StreamForm, StreamKey, StreamTls, StreamToken,

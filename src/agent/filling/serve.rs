@@ -19,7 +19,7 @@ use crate::bundle::{Manifest, Run};
 use crate::clock::Clock;
 use crate::ids::VmId;
 use crate::report::chain;
-use crate::wire::filling::{FRAME_BYTES, FillingFrame};
+use crate::wire::filling::{FRAME_BYTES, ToAgent, ToVmm};
 
 /// How long a VMM may take nothing of what it is told.
 const TAKE_LIMIT: Duration = Duration::from_secs(30);
@@ -139,7 +139,7 @@ impl<W: World> Shared<W> {
                     let came = filling.came_after(told);
                     told += came.len();
                     if let Some(now) = self.fillings.vms().get_mut(vm) {
-                        came.iter().for_each(|chunk| drop(now.wanted.remove(chunk)));
+                        now.wanted.retain(|chunk, _| !came.contains(chunk));
                     }
                     let runs: Vec<Run> = came.into_iter().map(|chunk| Run { first: chunk.into(), count: 1 }).collect();
                     tell(&mut near, &runs).await?;
@@ -171,8 +171,8 @@ impl<W: World> Shared<W> {
     fn hear(&self, vm: &VmId, chunks: &Chunks, frame: &[u8; FRAME_BYTES]) -> Result<Option<Run>, End> {
         let nonsense = |why: String| End::Lost(format!("its VMM says what it cannot mean: {why}"));
         let count = chunks.count();
-        match FillingFrame::parse(frame).map_err(|error| nonsense(chain(&error)))? {
-            FillingFrame::Wanted { chunk } if chunk < count => {
+        match ToAgent::from_bytes(*frame).map_err(|error| nonsense(chain(&error)))? {
+            ToAgent::Wanted { chunk } if chunk < count => {
                 let filling = match chunks {
                     Chunks::Coming(filling) if !filling.partial.is_present(chunk) => filling,
                     Chunks::Coming(_) | Chunks::Here(_) => return Ok(Some(Run { first: chunk.into(), count: 1 })),
@@ -184,13 +184,13 @@ impl<W: World> Shared<W> {
                 filling.want(chunk);
                 Ok(None)
             }
-            FillingFrame::Mapped { chunks } if chunks <= count => {
+            ToAgent::Mapped { chunks } if chunks <= count => {
                 if let Some(now) = self.fillings.vms().get_mut(vm) {
                     now.mapped = chunks;
                 }
                 Ok(None)
             }
-            other @ (FillingFrame::Wanted { .. } | FillingFrame::Mapped { .. } | FillingFrame::Present { .. }) => {
+            other @ (ToAgent::Wanted { .. } | ToAgent::Mapped { .. }) => {
                 Err(nonsense(format!("{other:?} of {count} chunks")))
             }
         }
@@ -200,8 +200,8 @@ impl<W: World> Shared<W> {
 /// Tells a VMM what is there.
 async fn tell(near: &mut UnixStream, runs: &[Run]) -> Result<(), End> {
     let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
-    let frames = runs.iter().map(|run| FillingFrame::Present { first: number(run.first), count: number(run.count) });
-    let bytes: Vec<u8> = frames.flat_map(FillingFrame::to_bytes).collect();
+    let frames = runs.iter().map(|run| ToVmm::Present { first: number(run.first), count: number(run.count) });
+    let bytes: Vec<u8> = frames.flat_map(ToVmm::to_bytes).collect();
     let sent: io::Result<()> = match timeout(TAKE_LIMIT, near.write_all(&bytes)).await {
         Ok(sent) => sent,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),

@@ -14,7 +14,8 @@ use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
 use crate::api::types::{
-    Disk, ErrorBody, IMAGE_DEFAULT, LaunchMode, RemoveQuery, Stats, StopRequest, UsageList, Vm, VmLaunchRequest, VmList, Wait,
+    Disk, ErrorBody, IMAGE_DEFAULT, LaunchMode, RemoveQuery, Stats, StopRequest, UsageList, Vm, VmLaunchRequest,
+    VmList, Wait,
 };
 use crate::units::NetLimits;
 

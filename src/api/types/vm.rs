@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Addressing, BalloonStats, InterfaceStats, NetworkLimits, SwapPolicy, Swapped};
+use super::{Addressing, BalloonStats, InterfaceStats, LaunchMode, NetworkLimits, SwapPolicy, Swapped};
 use crate::ids::{ClusterId, MigrationId, OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.

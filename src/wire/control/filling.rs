@@ -4,6 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::RestoreSpec;
 
+/// Most chunks of an image that comes while its guest runs: each may become a mapping of its own, and of these a process has
+/// 65,530 at most (vm.max_map_count).
+pub const FILLED_CHUNKS_MAX: u32 = 30_000;
+
 /// A machine to build from saved state, of whose memory image every chunk counts as missing until it is said to be there
 /// ([`crate::wire::filling`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
