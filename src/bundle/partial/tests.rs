@@ -173,9 +173,9 @@ fn what_cannot_be_begun_is_told_and_leaves_nothing() {
     };
     let mut other = manifest.clone();
     other[30] ^= 1;
-    let damage = |error: PartialError| match error {
-        PartialError::Damaged { damage, .. } => damage,
-        error => panic!("{error}"),
+    let damage = |error: PartialError| {
+        let PartialError::Damaged { damage, .. } = error else { panic!("{error}") };
+        damage
     };
     assert!(matches!(damage(begin(&other, &state, vec![], FROM)), Damage::Id { .. }));
     assert!(matches!(damage(begin(&manifest, &state[1..], vec![], FROM)), Damage::Length { .. }));
