@@ -141,7 +141,7 @@ pub enum BundleError {
     Ledger(LedgerError),
     /// It did not come from where it is.
     #[error("fetch a bundle")]
-    Source(#[from] SourceError),
+    Source(#[source] Box<SourceError>),
     /// What came of it cannot be kept.
     #[error(transparent)]
     Partial(#[from] PartialError),
@@ -232,6 +232,12 @@ impl BundleError {
             | Self::InUse { .. }
             | Self::Host { .. } => Retry::Later,
         }
+    }
+}
+
+impl From<SourceError> for BundleError {
+    fn from(error: SourceError) -> Self {
+        Self::Source(Box::new(error))
     }
 }
 

@@ -1,7 +1,6 @@
 //! Serves the memory of one VM while some of it is missing: tells its VMM what is there, and hears what its guest waits for.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -202,12 +201,9 @@ async fn tell(near: &mut UnixStream, runs: &[Run]) -> Result<(), End> {
     let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
     let frames = runs.iter().map(|run| ToVmm::Present { first: number(run.first), count: number(run.count) });
     let bytes: Vec<u8> = frames.flat_map(ToVmm::to_bytes).collect();
-    let sent: io::Result<()> = match timeout(TAKE_LIMIT, near.write_all(&bytes)).await {
-        Ok(sent) => sent,
-        Err(_) => Err(io::ErrorKind::TimedOut.into()),
-    };
-    sent.map_err(|error| match error.kind() {
-        io::ErrorKind::TimedOut => End::Lost(format!("its VMM takes nothing for {} s", TAKE_LIMIT.as_secs())),
-        _ => End::Gone,
-    })
+    match timeout(TAKE_LIMIT, near.write_all(&bytes)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(End::Gone),
+        Err(_) => Err(End::Lost(format!("its VMM takes nothing for {} s", TAKE_LIMIT.as_secs()))),
+    }
 }

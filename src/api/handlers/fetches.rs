@@ -28,7 +28,7 @@ pub(in crate::api) async fn fetch_bundle(
 ) -> Result<(StatusCode, Json<Bundle>), ApiError> {
     let BundleFetchRequest { bundle_id, from } = body.value;
     let from: SourceSpec =
-        from.parse().map_err(|error| ApiError::bad_request("invalid_source", &format!("from: {}", chain(&error))))?;
+        from.parse().map_err(|error| ApiError::bad_request("invalid_source", format!("from: {}", chain(&error))))?;
     let (view, is_new) = served.door.fetch_bundle(&bundle_id, from).await?;
     let status = if is_new { StatusCode::ACCEPTED } else { StatusCode::OK };
     Ok((status, Json(convert::bundle(&view, served.door.as_ref()))))
