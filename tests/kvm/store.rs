@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,8 +23,6 @@ pub(crate) enum Manner {
 struct Shelf {
     root: PathBuf,
     manner: Mutex<Manner>,
-    /// So many bytes of memory are sent, and nothing more.
-    left: AtomicU64,
     requests: AtomicUsize,
 }
 
@@ -51,7 +49,6 @@ impl Store {
         let shelf = Arc::new(Shelf {
             root: root.path().to_owned(),
             manner: Mutex::new(Manner::After(Duration::ZERO)),
-            left: AtomicU64::new(u64::MAX),
             requests: AtomicUsize::new(0),
         });
         let serving = Arc::downgrade(&shelf);
@@ -86,11 +83,6 @@ impl Store {
     /// What it does from now on.
     pub(crate) fn is(&self, manner: Manner) {
         *self.shelf.manner.lock().expect("nobody panics with it") = manner;
-    }
-
-    /// How many more bytes of memory it sends before it is silent.
-    pub(crate) fn sends(&self, bytes: u64) {
-        self.shelf.left.store(bytes, Ordering::SeqCst);
     }
 
     /// Requests for memory until now.
@@ -161,25 +153,21 @@ impl Shelf {
 
     /// Waits as long as it has to; whether the answer is sent at all.
     fn may_send(&self, bytes: &mut [u8]) -> bool {
-        let count = bytes.len() as u64;
-        let taken = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(count));
         loop {
             let manner = *self.manner.lock().expect("nobody panics with it");
             match manner {
-                Manner::After(time) if taken.is_ok() => {
+                Manner::After(time) => {
                     std::thread::sleep(time);
                     return true;
                 }
                 Manner::Lying => {
-                    bytes[count as usize / 2] ^= 1;
+                    let middle = bytes.len() / 2;
+                    bytes[middle] ^= 1;
                     return true;
                 }
                 Manner::Gone => return false,
                 // Until the store is of another manner.
-                Manner::After(_) | Manner::Silent => std::thread::sleep(Duration::from_millis(20)),
-            }
-            if taken.is_err() && self.left.load(Ordering::SeqCst) >= count {
-                return false;
+                Manner::Silent => std::thread::sleep(Duration::from_millis(20)),
             }
         }
     }
