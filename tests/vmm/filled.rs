@@ -279,18 +279,21 @@ fn memory_that_was_filled_is_the_image() {
         serving.say(first, 9.min(CHUNKS - first));
     }
     assert_eq!(serving.end(), Some(CHUNKS));
-    assert_eq!(differing(&memory(&mut vmm), &content(&image.saved.memory)), [0; 0]);
-    // It is one mapping of the file again, and none of it is the process's own.
+    let filled = memory(&mut vmm);
+    // It is one mapping of the file again, and nothing of it is the process's own but what its devices wrote as they were
+    // made.
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", vmm.spawned.pid)).unwrap();
     let Answer::Status(status) = vmm.ask(&Request::Status) else { panic!("no status") };
     let start = status.guest_memory_host_address;
     let whole = format!("{:x}-{:x} rw-p ", start, start + MEMORY_BYTES);
     assert!(maps.contains(&whole), "{whole}\n{maps}");
     let [state, changed, list] = [(); 3].map(|()| tempfile::tempfile().unwrap());
-    let descriptors = [pagemap(&vmm), state, changed, list];
-    let descriptors: Vec<_> = descriptors.iter().map(File::as_fd).collect();
+    let page_map = pagemap(&vmm);
+    let descriptors = [page_map.as_fd(), state.as_fd(), changed.as_fd(), list.as_fd()];
     let saved = ask(&mut vmm.control, &Request::Save { pages: SavedPages::Changed }, &descriptors);
-    assert!(matches!(&saved, Answer::Saved(phases) if phases.memory_bytes == 0), "{saved:?}");
+    assert!(matches!(&saved, Answer::Saved(phases) if phases.memory_bytes <= 8 * 4096), "{saved:?}");
+    assert_eq!(differing(&composed(&image.saved.memory, &changed, &list), &filled), [0; 0]);
+    assert!(differing(&content(&image.saved.memory), &filled).len() <= 8);
 }
 
 #[test]
