@@ -375,17 +375,23 @@ fn a_guest_that_waits_for_memory_is_ended_at_once() {
         ends_at_once(&vmm);
         drop(line);
     }
-    // One whose devices were served, and whose first thread is there to be asked.
-    let (mut vmm, serving) = filling(&image);
-    assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
-    serving.cut();
-    let mut line = Line::connect(&vmm);
-    let mut guest = fd::connect_in_dir(&vmm.dir, "vsock.sock").unwrap();
-    guest.write_all(format!("CONNECT {}\n", hearth_guest_wire::PORT).as_bytes()).unwrap();
-    waits(&mut line);
-    assert_eq!(vmm.ask(&Request::Stop), Answer::Done);
-    ends_at_once(&vmm);
-    assert_eq!(vmm.last_words(), Some(LastWords::Stopped), "{}", vmm.log());
+    // A vCPU waits, and the first thread is there to be asked.
+    for is_asked in [false, true] {
+        let (mut vmm, serving) = filling(&image);
+        assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
+        serving.cut();
+        let mut line = Line::connect(&vmm);
+        let mut guest = fd::connect_in_dir(&vmm.dir, "vsock.sock").unwrap();
+        guest.write_all(format!("CONNECT {}\n", hearth_guest_wire::PORT).as_bytes()).unwrap();
+        waits(&mut line);
+        if is_asked {
+            assert_eq!(vmm.ask(&Request::Stop), Answer::Done);
+        } else {
+            process::kill(&vmm.spawned.pidfd).unwrap();
+        }
+        ends_at_once(&vmm);
+        assert_eq!(vmm.last_words(), is_asked.then_some(LastWords::Stopped), "{}", vmm.log());
+    }
 }
 
 #[test]
