@@ -314,7 +314,6 @@ impl EventLoop {
             Request::ReplaceTap { index } => self.replace_tap(index, descriptors),
             Request::Restore(spec) => self.restore(Restore::new(&spec, descriptors)).map(Answer::Launched),
             Request::RestoreFilling(spec) => self.restore(Restore::filling(&spec, descriptors)).map(Answer::Launched),
-            Request::Fill => self.fill(descriptors).map(|()| Answer::Done),
             Request::Save { pages } => self.save(pages, descriptors).map(Answer::Saved),
             Request::Seal { pages, key } => self.seal(pages, SealKey(key.0), descriptors).map(Answer::Saved),
             Request::Unseal(spec) => self.restore(Restore::sealed(&spec, descriptors)).map(Answer::Launched),

@@ -8,15 +8,16 @@
 //!  goes on             ◀────────── wakes who waits; Mapped(how many) ─▶
 //! ```
 //! It must never wait for guest memory itself, so it reads and writes none. It is started before anything looks at the
-//! memory: the first thread does as it builds the machine. When the connection breaks, it waits for another one, which
-//! the first thread hands it; what is wanted is said on it again. Nothing that the agent says can harm what the guest
-//! wrote: a chunk that is there is never mapped again.
+//! memory: the first thread does as it builds the machine. Agents connect to a listening socket of its own, since the
+//! first thread may be waiting for a device that waits for a chunk; the newest connection is the one that counts, and
+//! what is wanted is said on each from the beginning. Nothing that an agent says can harm what the guest wrote: a chunk
+//! that is there is never mapped again.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -48,52 +49,23 @@ enum LineError {
     Put(#[from] PutChunksError),
 }
 
-/// What the first thread has left for the other one.
-#[derive(Debug)]
-enum Left {
-    Nothing,
-    /// Another connection.
-    Line(UnixStream),
-    /// There is no machine: the memory is nobody's.
-    End,
-}
-
-#[derive(Debug)]
-struct Door {
-    left: Mutex<Left>,
-    bell: EventFd,
-}
-
-impl Door {
-    fn leave(&self, what: Left) {
-        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = what;
-        let _ = self.bell.write(1);
-    }
-
-    fn take(&self) -> Left {
-        let _ = self.bell.read();
-        std::mem::replace(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner), Left::Nothing)
-    }
-}
-
 /// The thread, as the first thread has it. Dropped before there is a machine it ends; a machine that ends must not drop it
 /// while chunks are missing and threads may still look.
 #[derive(Debug)]
 pub(super) struct FillThread {
-    door: Arc<Door>,
+    end: Arc<EventFd>,
     presence: Arc<Presence>,
 }
 
 impl FillThread {
-    /// Starts the thread with its first connection.
-    pub(super) fn start(filling: FillingRam, line: UnixStream) -> io::Result<Self> {
-        line.set_nonblocking(true)?;
-        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let door = Arc::new(Door { left: Mutex::new(Left::Nothing), bell });
-        door.leave(Left::Line(line));
+    /// Starts the thread, which takes connections from here on.
+    pub(super) fn start(filling: FillingRam, listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let end = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?);
         let presence = Arc::clone(filling.presence());
         let filler = Filler {
-            door: Arc::clone(&door),
+            end: Arc::clone(&end),
+            listener,
             presence: Arc::clone(&presence),
             filling: Some(filling),
             is_deaf: false,
@@ -101,14 +73,7 @@ impl FillThread {
             line: None,
         };
         drop(thread::start(ThreadClass::Fill, "fill".to_owned(), move || filler.run())?);
-        Ok(Self { door, presence })
-    }
-
-    /// Another connection in the place of the one there is.
-    pub(super) fn connect(&self, line: UnixStream) -> io::Result<()> {
-        line.set_nonblocking(true)?;
-        self.door.leave(Left::Line(line));
-        Ok(())
+        Ok(Self { end, presence })
     }
 
     /// Which chunks are there.
@@ -119,13 +84,15 @@ impl FillThread {
 
 impl Drop for FillThread {
     fn drop(&mut self) {
-        self.door.leave(Left::End);
+        let _ = self.end.write(1);
     }
 }
 
 /// The thread's own side.
 struct Filler {
-    door: Arc<Door>,
+    /// Readable when there is no machine: the memory is nobody's.
+    end: Arc<EventFd>,
+    listener: UnixListener,
     presence: Arc<Presence>,
     /// The memory; `None` once all of it is there.
     filling: Option<FillingRam>,
@@ -139,7 +106,8 @@ struct Filler {
 /// What poll(2) said is ready.
 #[derive(Debug, Clone, Copy, Default)]
 struct Ready {
-    door: bool,
+    end: bool,
+    listener: bool,
     faults: bool,
     line: bool,
 }
@@ -158,12 +126,11 @@ impl Filler {
                     return;
                 }
             };
-            if ready.door {
-                match self.door.take() {
-                    Left::Nothing => {}
-                    Left::Line(socket) => self.line = Some(Line::new(socket, self.wanted.iter().copied())),
-                    Left::End => return,
-                }
+            if ready.end {
+                return;
+            }
+            if ready.listener {
+                self.accept();
             }
             if ready.faults {
                 self.look();
@@ -182,7 +149,8 @@ impl Filler {
     /// Waits until there is something to do.
     fn wait(&self) -> io::Result<Ready> {
         let faults = self.filling.as_ref().filter(|_| !self.is_deaf);
-        let mut sources = vec![PollFd::new(self.door.bell.as_fd(), PollFlags::POLLIN)];
+        let mut sources =
+            [self.end.as_fd(), self.listener.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN)).to_vec();
         sources.extend(faults.map(|filling| PollFd::new(filling.as_fd(), PollFlags::POLLIN)));
         if let Some(line) = &self.line {
             let mut events = PollFlags::POLLIN;
@@ -192,10 +160,20 @@ impl Filler {
         poll(&mut sources, PollTimeout::NONE)?;
         let mut any = sources.iter().map(|source| source.any().unwrap_or(true));
         Ok(Ready {
-            door: any.next() == Some(true),
+            end: any.next() == Some(true),
+            listener: any.next() == Some(true),
             faults: faults.is_some() && any.next() == Some(true),
             line: self.line.is_some() && any.next() == Some(true),
         })
+    }
+
+    /// Takes another connection in the place of the one there is.
+    fn accept(&mut self) {
+        // One that cannot be taken is hung up on: the agent tries again.
+        let Ok((socket, _)) = self.listener.accept() else { return };
+        if socket.set_nonblocking(true).is_ok() {
+            self.line = Some(Line::new(socket, self.wanted.iter().copied()));
+        }
     }
 
     /// Sees who waits for what.
@@ -325,10 +303,8 @@ impl Line {
 }
 
 fn failed(error: io::Error) -> LineError {
-    match error.kind() {
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => LineError::HungUp,
-        _ => LineError::Io(error),
-    }
+    let is_gone = matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+    if is_gone { LineError::HungUp } else { LineError::Io(error) }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 
 use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
@@ -89,8 +89,8 @@ pub(super) struct FillingFiles {
     pub(super) chunk_bytes: u32,
     /// /dev/userfaultfd.
     pub(super) userfaultfd: File,
-    /// The filling connection.
-    pub(super) line: UnixStream,
+    /// Where agents connect to that fill it.
+    pub(super) listener: UnixListener,
 }
 
 /// Why a launch request does not fit together.
@@ -149,7 +149,7 @@ const ALWAYS: usize = 4;
 /// /dev/kvm, state, memory, the console file and its socket.
 const ALWAYS_RESTORED: usize = 5;
 
-/// /dev/userfaultfd and the filling connection.
+/// /dev/userfaultfd and the filling listener.
 const WANTED_TO_FILL: usize = 2;
 
 /// /dev/kvm, the sealed file, the console file and its socket.
@@ -299,8 +299,8 @@ impl Restore {
         let (kvm, state, image) = (unnamed.next()?, unnamed.next()?, unnamed.next()?);
         let (console_file, console_listener) = (unnamed.next()?, unnamed.next()?);
         let devices = unnamed.devices(&spec.devices)?;
-        let (userfaultfd, line) = (unnamed.next()?, unnamed.next()?);
-        let memory = FillingFiles { image, chunk_bytes: *chunk_bytes, userfaultfd, line };
+        let (userfaultfd, listener) = (unnamed.next()?, unnamed.next()?);
+        let memory = FillingFiles { image, chunk_bytes: *chunk_bytes, userfaultfd, listener };
         let from = SavedMachine::Filling { state, memory };
         Ok(Self { memory_bytes: spec.memory_bytes, kvm, from, console_file, console_listener, devices })
     }

@@ -157,12 +157,9 @@ pub enum Request {
     /// how it ends makes no difference but to speed.
     Prefault(PrefaultSpec),
     /// As [`Request::Restore`], while parts of the memory image are not here yet: what reaches one of them waits until the
-    /// agent says that it is. Descriptors: those of a restore, then `/dev/userfaultfd`, then one connected stream socket,
-    /// the filling connection ([`super::filling`]).
+    /// agent says that it is. Descriptors: those of a restore, then `/dev/userfaultfd`, then a listening unix socket, to
+    /// which agents connect that fill it ([`super::filling`]).
     RestoreFilling(RestoreFillingSpec),
-    /// Another filling connection, in the place of the one there was; descriptor: a connected stream socket. What is
-    /// still waited for is said on it again. A machine that was not restored so refuses.
-    Fill,
 }
 
 impl Message for Request {
@@ -193,7 +190,7 @@ impl Request {
             | Self::Receive(_) => 2,
             Self::SendIn { .. } => 3,
             Self::CopyMemory(_) | Self::SaveRest | Self::Prefault(_) => 4,
-            Self::RestoreFilling(_) | Self::Fill => 5,
+            Self::RestoreFilling(_) => 5,
         }
     }
 }
@@ -216,8 +213,8 @@ pub enum Answer {
     /// To [`Request::Launch`], [`Request::Restore`], [`Request::RestoreFilling`], [`Request::Unseal`] and
     /// [`Request::Receive`]: the machine is built and paused.
     Launched(LaunchPhases),
-    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`], [`Request::Prefault`],
-    /// [`Request::Fill`] and [`Request::CancelSend`].
+    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`], [`Request::Prefault`] and
+    /// [`Request::CancelSend`].
     Done,
     /// To [`Request::Status`].
     Status(Status),

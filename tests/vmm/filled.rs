@@ -28,7 +28,9 @@ use crate::restored::Saved;
 use crate::{NONCE, Vmm, answer, ask, begin, console};
 
 const CHUNK_BYTES: u32 = 256 << 10;
-const CHUNKS: u32 = (MEMORY_BYTES / CHUNK_BYTES as u64) as u32;
+const CHUNKS: u32 = 512;
+
+const USERFAULTFD: &str = "/dev/userfaultfd";
 
 /// How long something may take that is to happen at once.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -61,20 +63,14 @@ impl Image {
         }
     }
 
-    /// Has a new VMM asked to make a machine of it; the answer comes when chunks are served.
-    fn begin(&self, line: &UnixStream, chunk_bytes: u32) -> Vmm {
-        let mut vmm = Vmm::start();
-        vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
-        self.begin_in(&vmm, line, chunk_bytes, "/dev/userfaultfd");
-        vmm
-    }
-
-    fn begin_in(&self, vmm: &Vmm, line: &UnixStream, chunk_bytes: u32, device: &str) {
+    /// Asks a VMM to make a machine of it; the answer comes when chunks are served.
+    fn begin(&self, vmm: &Vmm, chunk_bytes: u32, device: &str) {
         let open = |path| File::options().read(true).write(true).open(path).unwrap();
         let (kvm, userfaultfd) = (open("/dev/kvm"), open(device));
         let console = file::create(&vmm.directory.path().join("console")).unwrap();
         let console_listener = fd::bind_in_dir(&vmm.dir, "console.sock").unwrap();
         let vsock = fd::bind_in_dir(&vmm.dir, "vsock.sock").unwrap();
+        let listener = fd::bind_in_dir(&vmm.dir, "fill.sock").unwrap();
         let mut state = tempfile::tempfile().unwrap();
         (&self.saved.state).rewind().unwrap();
         std::io::copy(&mut &self.saved.state, &mut state).unwrap();
@@ -87,7 +83,7 @@ impl Image {
             console_listener.as_fd(),
             vsock.as_fd(),
             userfaultfd.as_fd(),
-            line.as_fd(),
+            listener.as_fd(),
         ];
         let restore = RestoreSpec { memory_bytes: MEMORY_BYTES, devices: vec![DeviceSpec::Vsock, DeviceSpec::Rng] };
         begin(&vmm.control, &Request::RestoreFilling(RestoreFillingSpec { restore, chunk_bytes }), &descriptors);
@@ -98,11 +94,10 @@ impl Image {
 struct Line(UnixStream);
 
 impl Line {
-    /// One, and the end that a VMM gets.
-    fn new() -> (Self, UnixStream) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        (Self(ours), theirs)
+    fn connect(vmm: &Vmm) -> Self {
+        let line = fd::connect_in_dir(&vmm.dir, "fill.sock").unwrap();
+        line.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        Self(line)
     }
 
     /// What the VMM says next; `None` when it hung up.
@@ -180,19 +175,13 @@ impl Serving {
 
 /// A machine whose memory is not here, paused, and its agent.
 fn filling(image: &Image) -> (Vmm, Serving) {
-    let (ours, theirs) = Line::new();
-    let mut vmm = image.begin(&theirs, CHUNK_BYTES);
-    let serving = Serving::begin(image, ours);
+    let mut vmm = Vmm::start();
+    vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
+    image.begin(&vmm, CHUNK_BYTES, USERFAULTFD);
+    let serving = Serving::begin(image, Line::connect(&vmm));
     let launched = answer(&mut vmm.control);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
     (vmm, serving)
-}
-
-fn fill(vmm: &mut Vmm) -> Line {
-    let (ours, theirs) = Line::new();
-    let filled = ask(&mut vmm.control, &Request::Fill, &[theirs.as_fd()]);
-    assert_eq!(filled, Answer::Done, "{}", vmm.log());
-    ours
 }
 
 /// Whatever looks at all of memory is refused: of a guest that runs, and of one that is held.
@@ -241,7 +230,7 @@ fn a_guest_runs_while_its_memory_comes_and_is_the_same_in_the_end() {
     serving.say(0, CHUNKS);
     assert_eq!(serving.end(), Some(CHUNKS));
     last = check(&vmm, &told, last);
-    let mut line = fill(&mut vmm);
+    let mut line = Line::connect(&vmm);
     assert_eq!([line.said(), line.said()], [Some(ToAgent::Mapped { chunks: CHUNKS }), None]);
 
     // It is saved as any other.
@@ -290,12 +279,21 @@ fn memory_that_was_filled_is_the_image() {
         serving.say(first, 9.min(CHUNKS - first));
     }
     assert_eq!(serving.end(), Some(CHUNKS));
-    let (filled, mut whole) = (memory(&mut vmm), image.saved.restore());
-    assert_eq!(whole.ask(&Request::Pause), Answer::Done);
-    assert_eq!(differing(&filled, &content(&image.saved.memory)), [0; 0]);
-    // Nothing of it is the process's own but what the machine wrote as it was built.
-    let status = std::fs::read_to_string(format!("/proc/{}/smaps", vmm.spawned.pid)).unwrap();
-    assert!(status.contains("Rss"), "{status}");
+    let filled = memory(&mut vmm);
+    // It is one mapping of the file again, and nothing of it is the process's own but what its devices wrote as they were
+    // made.
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vmm.spawned.pid)).unwrap();
+    let Answer::Status(status) = vmm.ask(&Request::Status) else { panic!("no status") };
+    let start = status.guest_memory_host_address;
+    let whole = format!("{:x}-{:x} rw-p ", start, start + MEMORY_BYTES);
+    assert!(maps.contains(&whole), "{whole}\n{maps}");
+    let [state, changed, list] = [(); 3].map(|()| tempfile::tempfile().unwrap());
+    let page_map = pagemap(&vmm);
+    let descriptors = [page_map.as_fd(), state.as_fd(), changed.as_fd(), list.as_fd()];
+    let saved = ask(&mut vmm.control, &Request::Save { pages: SavedPages::Changed }, &descriptors);
+    assert!(matches!(&saved, Answer::Saved(phases) if phases.memory_bytes <= 8 * 4096), "{saved:?}");
+    assert_eq!(differing(&composed(&image.saved.memory, &changed, &list), &filled), [0; 0]);
+    assert!(differing(&content(&image.saved.memory), &filled).len() <= 8);
 }
 
 #[test]
@@ -304,39 +302,33 @@ fn a_connection_that_breaks_is_replaced_and_the_guest_notices_nothing() {
     let image = Image::of(Booted(vmm).save());
     let (mut vmm, serving) = filling(&image);
     let before = serving.cut();
-    assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
-    // It waits for what nobody brings, and its VMM is there.
-    let mut line = fill(&mut vmm);
+    // It waits for what nobody brings, and so does the answer: for a device that looks at its queues.
+    begin(&vmm.control, &Request::Resume, &[]);
+    let mut line = Line::connect(&vmm);
     let wanted = line.wanted();
     assert!(!before.contains(&wanted), "{wanted} was served before");
-    assert!(matches!(vmm.ask(&Request::Status), Answer::Status(_)));
     // Another one in its place, to which it is said again; nonsense ends that one, too.
-    let mut newer = fill(&mut vmm);
-    assert!(line.said().is_none_or(|said| matches!(said, ToAgent::Wanted { .. })));
+    let mut newer = Line::connect(&vmm);
+    while line.said().is_some() {}
     assert_eq!(newer.said(), Some(ToAgent::Mapped { chunks: u32::try_from(before.len()).unwrap() }));
     newer.wanted();
     newer.0.write_all(&[0x5a; 64]).unwrap();
     while newer.said().is_some() {}
-    let mut beyond = fill(&mut vmm);
+    let mut beyond = Line::connect(&vmm);
     beyond.say(CHUNKS - 1, 2);
     while beyond.said().is_some() {}
-    let kinds = [(Request::Fill, 0), (Request::Fill, 2)];
-    for (request, count) in kinds {
-        let some = tempfile::tempfile().unwrap();
-        let refused = ask(&mut vmm.control, &request, &[some.as_fd(), some.as_fd()][..count]);
-        assert!(matches!(refused, Answer::Refused(Refusal::BadRequest { .. })), "{refused:?}");
-    }
-    // An agent that came after it.
-    let mut control = second(&vmm);
-    assert!(matches!(ask(&mut control, &Request::Hello { nonce: NONCE, epoch: 2 }, &[]), Answer::Welcome(_)));
-    vmm.control = control;
-    let serving = Serving::begin(&image, fill(&mut vmm));
+    // One that serves.
+    let serving = Serving::begin(&image, Line::connect(&vmm));
+    assert_eq!(answer(&mut vmm.control), Answer::Done);
     let last = check(&vmm, &told, 0);
     let wanted = serving.wanted();
     assert!(wanted.iter().all(|chunk| !before.contains(chunk)), "{before:?} {wanted:?}");
-    // In the middle of its work.
+    // In the middle of its work; and an agent that comes after it.
     serving.cut();
-    let serving = Serving::begin(&image, fill(&mut vmm));
+    let serving = Serving::begin(&image, Line::connect(&vmm));
+    let mut control = second(&vmm);
+    assert!(matches!(ask(&mut control, &Request::Hello { nonce: NONCE, epoch: 2 }, &[]), Answer::Welcome(_)));
+    vmm.control = control;
     check(&vmm, &told, last);
     image.fetch(0, CHUNKS);
     serving.say(0, CHUNKS);
@@ -344,11 +336,11 @@ fn a_connection_that_breaks_is_replaced_and_the_guest_notices_nothing() {
     check(&vmm, &told, last);
 }
 
-/// A machine whose guest waits for a chunk that does not come.
-fn waiting(image: &Image) -> (Vmm, Line) {
+/// A machine whose memory is not here, and an agent that serves nothing any more. Nobody waits yet.
+fn abandoned(image: &Image) -> (Vmm, Line) {
     let (mut vmm, serving) = filling(image);
     serving.cut();
-    let mut line = fill(&mut vmm);
+    let mut line = Line::connect(&vmm);
     // Mapping ahead waits for nothing, and asks for nothing.
     let all = PrefaultSpec { read: vec![(0, 1 << 15), (u32::MAX, u32::MAX)], written: vec![(1 << 14, 1)] };
     assert_eq!(vmm.ask(&Request::Prefault(all)), Answer::Done);
@@ -356,11 +348,13 @@ fn waiting(image: &Image) -> (Vmm, Line) {
     assert!(matches!(line.said(), Some(ToAgent::Mapped { .. })));
     assert_eq!(line.said(), None, "nobody waits yet");
     line.0.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
-    line.wanted();
-    // All that runs of the guest waits by now.
-    std::thread::sleep(Duration::from_millis(200));
     (vmm, line)
+}
+
+/// A moment later all that runs of the guest waits.
+fn waits(line: &mut Line) {
+    line.wanted();
+    std::thread::sleep(Duration::from_millis(300));
 }
 
 fn ends_at_once(vmm: &Vmm) {
@@ -372,52 +366,71 @@ fn ends_at_once(vmm: &Vmm) {
 #[test]
 fn a_guest_that_waits_for_memory_is_ended_at_once() {
     let image = Image::of(Booted::boot().save());
-    let (vmm, line) = waiting(&image);
-    process::kill(&vmm.spawned.pidfd).unwrap();
-    ends_at_once(&vmm);
-    drop(line);
-    // With nobody at the other end.
-    let (vmm, line) = waiting(&image);
-    drop(line);
-    process::kill(&vmm.spawned.pidfd).unwrap();
-    ends_at_once(&vmm);
-    let (mut vmm, _line) = waiting(&image);
-    assert_eq!(vmm.ask(&Request::Stop), Answer::Done);
-    ends_at_once(&vmm);
-    assert_eq!(vmm.last_words(), Some(LastWords::Stopped), "{}", vmm.log());
+    for is_there in [true, false] {
+        let (vmm, mut line) = abandoned(&image);
+        begin(&vmm.control, &Request::Resume, &[]);
+        waits(&mut line);
+        let line = Some(line).filter(|_| is_there);
+        process::kill(&vmm.spawned.pidfd).unwrap();
+        ends_at_once(&vmm);
+        drop(line);
+    }
+    // A vCPU waits, and the first thread is there to be asked.
+    for is_asked in [false, true] {
+        let (mut vmm, serving) = filling(&image);
+        assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
+        serving.cut();
+        let mut line = Line::connect(&vmm);
+        let mut guest = fd::connect_in_dir(&vmm.dir, "vsock.sock").unwrap();
+        guest.write_all(format!("CONNECT {}\n", hearth_guest_wire::PORT).as_bytes()).unwrap();
+        waits(&mut line);
+        if is_asked {
+            assert_eq!(vmm.ask(&Request::Stop), Answer::Done);
+        } else {
+            process::kill(&vmm.spawned.pidfd).unwrap();
+        }
+        ends_at_once(&vmm);
+        assert_eq!(vmm.last_words(), is_asked.then_some(LastWords::Stopped), "{}", vmm.log());
+    }
 }
 
 #[test]
 fn what_cannot_be_filled_is_refused_and_leaves_an_empty_vmm() {
     let image = Image::of(Booted::boot().save());
-    let (mut ours, theirs) = Line::new();
-    // 32,768 chunks; sizes that are none; a device that is another.
-    let mut vmm = image.begin(&theirs, 4096);
-    let many = answer(&mut vmm.control);
-    assert!(matches!(&many, Answer::Refused(Refusal::BadRequest { reason }) if reason.contains("30000")), "{many:?}");
-    for chunk_bytes in [0, 5000, 1 << 31] {
-        image.begin_in(&vmm, &theirs, chunk_bytes, "/dev/userfaultfd");
+    let mut vmm = Vmm::start();
+    vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
+    let mut refused = |chunk_bytes, device| {
+        image.begin(&vmm, chunk_bytes, device);
         let refused = answer(&mut vmm.control);
-        assert!(matches!(refused, Answer::Refused(Refusal::BadRequest { .. })), "{refused:?}");
+        let Answer::Refused(refusal) = refused else { panic!("{refused:?}") };
+        refusal
+    };
+    // 32,768 chunks; sizes that are none; a device that is another.
+    let many = refused(4096, USERFAULTFD);
+    assert!(matches!(&many, Refusal::BadRequest { reason } if reason.contains("30000")), "{many:?}");
+    for chunk_bytes in [0, 5000, 1 << 31] {
+        assert!(matches!(refused(chunk_bytes, USERFAULTFD), Refusal::BadRequest { .. }));
     }
-    image.begin_in(&vmm, &theirs, CHUNK_BYTES, "/dev/null");
+    assert!(matches!(refused(CHUNK_BYTES, "/dev/null"), Refusal::Host { .. }));
+    assert!(matches!(vmm.ask(&Request::Status), Answer::Status(status) if status.state == MachineState::Empty));
+    // A state that is none, after the thread was there: the thread ends.
+    let whole = image.saved.state.metadata().unwrap().len();
+    let state = content(&image.saved.state);
+    image.saved.state.set_len(whole / 2).unwrap();
+    image.begin(&vmm, CHUNK_BYTES, USERFAULTFD);
+    let line = fd::connect_in_dir(&vmm.dir, "fill.sock");
     let refused = answer(&mut vmm.control);
-    assert!(matches!(refused, Answer::Refused(Refusal::Host { .. })), "{refused:?}");
-    let empty = Answer::Refused(Refusal::State { state: MachineState::Empty });
-    assert_eq!(ask(&mut vmm.control, &Request::Fill, &[theirs.as_fd()]), empty);
+    assert!(matches!(refused, Answer::Refused(Refusal::BadState { .. })), "{refused:?}");
+    // Hung up on, if it came early enough to be taken.
+    let _ = line.map(|mut line| line.read_to_end(&mut Vec::new()));
+    image.saved.state.write_all_at(&state, 0).unwrap();
     // The same VMM makes a machine of it all the same.
-    image.begin_in(&vmm, &theirs, CHUNK_BYTES, "/dev/userfaultfd");
-    drop(theirs);
-    assert_eq!(ours.said(), Some(ToAgent::Mapped { chunks: 0 }));
-    let serving = Serving::begin(&image, ours);
+    image.begin(&vmm, CHUNK_BYTES, USERFAULTFD);
+    let mut line = Line::connect(&vmm);
+    assert_eq!(line.said(), Some(ToAgent::Mapped { chunks: 0 }));
+    let _serving = Serving::begin(&image, line);
     let launched = answer(&mut vmm.control);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
     assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
     assert!(Guest::connect(&vmm).is_some(), "{}", console(&vmm));
-    drop(serving);
-    // One whose memory was here from the beginning has nothing to be filled.
-    let mut whole = image.saved.restore();
-    let (_ours, theirs) = Line::new();
-    let refused = ask(&mut whole.control, &Request::Fill, &[theirs.as_fd()]);
-    assert!(matches!(refused, Answer::Refused(Refusal::BadRequest { .. })), "{refused:?}");
 }

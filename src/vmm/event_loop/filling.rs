@@ -1,26 +1,22 @@
 //! A machine whose memory is filled while it runs: what the first thread does of it. See [`crate::vmm::fill`] for the
 //! thread that does the rest.
 
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-
 use super::{EventLoop, Guest, bad_request, host};
 use crate::machine::filling::MakeFillingError;
 use crate::machine::{FillingRam, GuestRam};
 use crate::units::Bytes;
 use crate::vmm::fill::FillThread;
 use crate::vmm::launch::FillingFiles;
-use crate::wire::control::MachineState;
 use crate::wire::refusal::Refusal;
 
 /// Memory of which every chunk is missing, and the thread that fills it.
 pub(super) fn begin(files: FillingFiles, memory: Bytes) -> Result<(FillThread, GuestRam), Refusal> {
-    let FillingFiles { image, chunk_bytes, userfaultfd, line } = files;
+    let FillingFiles { image, chunk_bytes, userfaultfd, listener } = files;
     let filling = FillingRam::make(image, memory, Bytes(chunk_bytes.into()), &userfaultfd).map_err(|error| {
         if matches!(error, MakeFillingError::Chunks(_)) { bad_request(&error) } else { host(&error) }
     })?;
     let ram = filling.ram().clone();
-    let thread = FillThread::start(filling, line).map_err(|error| host(&error))?;
+    let thread = FillThread::start(filling, listener).map_err(|error| host(&error))?;
     Ok((thread, ram))
 }
 
@@ -45,17 +41,5 @@ impl EventLoop {
     /// Refuses what would look at all of memory, and so wait, while some of it is not here.
     pub(super) fn all_there(&self) -> Result<(), Refusal> {
         if self.guest.as_ref().is_none_or(Guest::is_filled) { Ok(()) } else { Err(Refusal::Filling) }
-    }
-
-    /// Hands another filling connection over.
-    pub(super) fn fill(&self, mut descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
-        let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
-        let bad = |reason: String| Refusal::BadRequest { reason };
-        let fill = guest.fill.as_ref().ok_or_else(|| bad("all of this machine's memory was here".to_owned()))?;
-        let found = descriptors.len();
-        let (Some(line), 1) = (descriptors.pop(), found) else {
-            return Err(bad(format!("{found} descriptors came with the request, it names 1")));
-        };
-        fill.connect(UnixStream::from(line)).map_err(|error| host(&error))
     }
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::*;
 use crate::machine::{GuestRam, PageRun, image, pages};
@@ -30,6 +30,7 @@ fn write_word(ram: &GuestRam, chunk: u32, word: u32) {
 
 /// Memory that says at the beginning of each chunk which one it is, once that is in the file.
 struct Scene {
+    directory: tempfile::TempDir,
     file: File,
     ram: GuestRam,
     thread: FillThread,
@@ -42,9 +43,19 @@ impl Scene {
         let file = memfd(Bytes(4 * MIB)).unwrap();
         let filling = FillingRam::make(file.try_clone().unwrap(), Bytes(4 * MIB), Bytes(CHUNK), &device).unwrap();
         let ram = filling.ram().clone();
-        let (ours, theirs) = pair();
-        let thread = FillThread::start(filling, theirs).unwrap();
-        (Self { file, ram, thread }, ours)
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("fill.sock")).unwrap();
+        let thread = FillThread::start(filling, listener).unwrap();
+        let this = Self { directory, file, ram, thread };
+        let line = this.connect();
+        (this, line)
+    }
+
+    /// Another agent.
+    fn connect(&self) -> UnixStream {
+        let line = UnixStream::connect(self.directory.path().join("fill.sock")).unwrap();
+        line.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        line
     }
 
     /// Writes chunks to the file and says that they are there.
@@ -60,12 +71,6 @@ impl Scene {
         let ram = self.ram.clone();
         std::thread::spawn(move || chunks.iter().map(|chunk| word(&ram, *chunk)).collect())
     }
-}
-
-fn pair() -> (UnixStream, UnixStream) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    (ours, theirs)
 }
 
 fn said(line: &mut UnixStream) -> ToAgent {
@@ -102,8 +107,7 @@ fn what_is_reached_is_asked_for_once_and_filled() {
     assert_eq!(scene.thread.presence().missing(), 0);
     assert_eq!(scene.look(&[4, 5, 63]).join().unwrap(), [4, 77, 63]);
     // Whoever asks again is told, and no more.
-    let (mut again, theirs) = pair();
-    scene.thread.connect(theirs).unwrap();
+    let mut again = scene.connect();
     assert_eq!(said(&mut again), ToAgent::Mapped { chunks: CHUNKS });
     assert!(is_hung_up(&mut again));
 }
@@ -120,8 +124,7 @@ fn on_another_connection_all_that_is_wanted_is_said_again() {
     // Nobody is there to be told.
     let other = scene.look(&[3, 4]);
     std::thread::sleep(Duration::from_millis(50));
-    let (mut line, theirs) = pair();
-    scene.thread.connect(theirs).unwrap();
+    let mut line = scene.connect();
     assert_eq!(said(&mut line), ToAgent::Mapped { chunks: 1 });
     let both = |mut said: [ToAgent; 2]| {
         said.sort_by_key(|said| *said == ToAgent::Wanted { chunk: 7 });
@@ -129,8 +132,7 @@ fn on_another_connection_all_that_is_wanted_is_said_again() {
     };
     both([said(&mut line), said(&mut line)]);
     // One that takes the place of another one, which is there.
-    let (mut newer, theirs) = pair();
-    scene.thread.connect(theirs).unwrap();
+    let mut newer = scene.connect();
     assert!(is_hung_up(&mut line));
     assert_eq!(said(&mut newer), ToAgent::Mapped { chunks: 1 });
     both([said(&mut newer), said(&mut newer)]);
@@ -157,9 +159,7 @@ fn nonsense_ends_the_connection_and_changes_nothing() {
     ] {
         line.write_all(&nonsense).unwrap();
         assert!(is_hung_up(&mut line), "{nonsense:?}");
-        let theirs;
-        (line, theirs) = pair();
-        scene.thread.connect(theirs).unwrap();
+        line = scene.connect();
         assert_eq!(said(&mut line), ToAgent::Mapped { chunks: 1 });
         assert_eq!(said(&mut line), ToAgent::Wanted { chunk: 8 });
     }
@@ -197,9 +197,11 @@ fn an_agent_that_does_not_read_is_heard_all_the_same() {
         line.write_all(&ToVmm::Present { first: round % 32, count: 1 }.to_bytes()).unwrap();
     }
     scene.provide(&mut line, 32, 32);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while scene.thread.presence().missing() > 0 {
-        assert!(Instant::now() < deadline, "{} are missing", scene.thread.presence().missing());
+    for _ in 0..10_000 {
+        if scene.thread.presence().missing() == 0 {
+            break;
+        }
         std::thread::sleep(Duration::from_millis(1));
     }
+    assert_eq!(scene.thread.presence().missing(), 0);
 }

@@ -119,7 +119,7 @@ pub(super) const LINES: &[Line] = &[
     line(libc::SYS_timerfd_create, Always, SERVING, "a limited interface waits for its turn"),
     line(libc::SYS_timerfd_settime, Always, SERVING, "a limited interface waits for its turn"),
     // Sockets it was handed, and connections they take. It cannot make one.
-    line(libc::SYS_accept4, Always, CONTROL.and(DEVICES), "agents, console clients, vsock streams"),
+    line(libc::SYS_accept4, Always, CONTROL.and(DEVICES).and(FILL), "agents, console clients, vsock streams"),
     line(libc::SYS_recvmsg, Always, CONTROL, "requests with descriptors"),
     line(
         libc::SYS_recvfrom,

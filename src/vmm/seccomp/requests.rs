@@ -78,7 +78,7 @@ pub(super) const LINES: &[Line] = &[
     request(tap::REQUEST_OFFLOADS, BUILDING.and(CONTROL).and(DEVICES).and(VCPU), "what the guest's driver takes"),
     request(
         FIONBIO,
-        BUILDING.and(CONTROL).and(DEVICES).and(STREAM),
+        BUILDING.and(CONTROL).and(DEVICES).and(STREAM).and(FILL),
         "sockets that were handed over, and their connections",
     ),
 ];

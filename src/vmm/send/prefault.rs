@@ -13,11 +13,12 @@ pub(super) fn serve(ram: &GuestRam, spec: &PrefaultSpec, presence: Option<&Prese
     for (runs, access) in [(&spec.written, Access::Write), (&spec.read, Access::Read)] {
         for &(first, count) in runs {
             let (offset, bytes) = (u64::from(first) * PAGE_BYTES, u64::from(count) * PAGE_BYTES);
-            let all = || vec![offset..offset + bytes];
-            for part in presence.map_or_else(all, |presence| presence.there(offset, bytes)) {
-                for (guest, bytes) in image::in_guest(ram, part.start, part.end - part.start) {
-                    let _ = populate(ram, guest, bytes, access);
-                }
+            let there = match presence {
+                Some(presence) => presence.there(offset, bytes),
+                None => vec![(offset, bytes)],
+            };
+            for (guest, bytes) in there.into_iter().flat_map(|(offset, bytes)| image::in_guest(ram, offset, bytes)) {
+                let _ = populate(ram, guest, bytes, access);
             }
         }
     }
