@@ -31,7 +31,7 @@ mod fetch;
 mod serve;
 
 pub(super) use serve::Chunks;
-pub use serve::Connection;
+pub use serve::FillingPort;
 
 /// A bundle of which something is missing.
 #[derive(Debug)]
@@ -269,27 +269,27 @@ impl<W: World> Shared<W> {
     /// Serves the memory of a VM that an earlier agent launched while some was missing.
     pub(super) async fn go_on_serving(self: &Arc<Self>, vm: &VmRecord) {
         let Some(bundle) = vm.spec.bundle.clone().filter(|_| vm.spec.lazy) else { return };
-        let served = async {
-            let chunks = match self.filling(&bundle).await? {
-                Some(filling) => Chunks::Coming(filling),
-                None => Chunks::Here(self.world.bundles().check(&bundle).await?),
-            };
-            let (near, far) = Connection::pair()?;
-            Ok::<_, BundleError>((chunks, near, far))
-        };
-        let (chunks, near, far) = match served.await {
-            Ok(served) => served,
+        // One that has all of its memory takes no connection any more.
+        let near = match self.world.vmm().connect_to_fill(vm).await {
+            Ok(Some(near)) => near,
+            Ok(None) => return,
             Err(error) => {
-                tracing::error!(vm = %vm.id, %bundle, error = %chain(&error), "nothing serves the memory of a VM");
+                tracing::warn!(vm = %vm.id, %error, "nobody serves what is missing of a VM's memory");
+                return;
+            }
+        };
+        let chunks = match self.filling(&bundle).await {
+            Ok(Some(filling)) => Ok(Chunks::Coming(filling)),
+            Ok(None) => self.world.bundles().check(&bundle).await.map(Chunks::Here),
+            Err(error) => Err(error),
+        };
+        let chunks = match chunks {
+            Ok(chunks) => chunks,
+            Err(error) => {
                 self.lose(&vm.id, chain(&error)).await;
                 return;
             }
         };
-        if let Err(error) = self.world.vmm().ask(vm, self.epoch, super::world::Ask::Fill(far)).await {
-            // Its next agent tries again; a guest that waits for memory is ended by nobody until then.
-            tracing::warn!(vm = %vm.id, error = %chain(&error), "its VMM is not told who serves its memory");
-            return;
-        }
         self.serve(vm, chunks, near);
     }
 

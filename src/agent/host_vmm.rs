@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,7 +24,7 @@ use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
 use super::world::{
-    Ask, AskError, Connection, FillingPlan, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder,
+    Ask, AskError, FillingPlan, FillingPort, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder,
     SentMachine, StartVmmError, StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
 };
 use crate::bundle::working_set::WorkingSet;
@@ -51,6 +52,7 @@ pub(super) mod names {
     pub(in crate::agent) const CONSOLE: &str = "console.sock";
     pub(in crate::agent) const CONSOLE_RING: &str = "console";
     pub(in crate::agent) const LAST_WORDS: &str = "last-words";
+    pub(in crate::agent) const FILLING: &str = "filling.sock";
     pub(in crate::agent) const LOG: &str = "vmm.log";
     pub(in crate::agent) const PAGES: &str = "pages";
     pub(in crate::agent) const SEALED: &str = "sealed";
@@ -204,6 +206,25 @@ impl VmmHost for HostVmm {
         let (host, vm) = (self.clone(), vm.clone());
         let touched = spawn_blocking(move || host.touched_blocking(&vm, epoch)).await;
         touched.unwrap_or_else(|_| Err(AskError::Socket(io::Error::other("the agent is ending"))))
+    }
+
+    async fn bind_to_fill(&self, vm: &VmRecord) -> io::Result<(FillingPort, Self::Stream)> {
+        let dir = self.dirs.open(&vm.id)?;
+        let port = FillingPort(Arc::new(bind_in_dir(&dir, names::FILLING)?.into()));
+        let near = self.connect(&vm.id, names::FILLING).await.map_err(io::Error::other)?;
+        Ok((port, near))
+    }
+
+    async fn connect_to_fill(&self, vm: &VmRecord) -> io::Result<Option<Self::Stream>> {
+        match self.connect(&vm.id, names::FILLING).await {
+            Ok(near) => Ok(Some(near)),
+            Err(OpenStreamError::Socket(error))
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(io::Error::other(error)),
+        }
     }
 
     async fn guest(&self, vm: &VmId, port: u32) -> Result<Self::Stream, OpenStreamError> {
@@ -398,7 +419,6 @@ impl HostVmm {
                 | Ask::Network
                 | Ask::ReplaceTap { .. }
                 | Ask::Prefault(_)
-                | Ask::Fill(_)
                 | Ask::Balloon { .. } => self.waits.vmm_answer_s,
             }
             .into(),
@@ -445,7 +465,6 @@ impl HostVmm {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
                 exchange(&Request::Launch(spec), &files)
             }
-            Ask::Fill(connection) => exchange(&Request::Fill, &[again(connection)?]),
             Ask::Restore(plan @ RestorePlan { filling: Some(filling), .. }) => {
                 let (spec, files) = self.open_to_fill(vm, &dir, plan, filling)?;
                 exchange(&Request::RestoreFilling(spec), &files)
@@ -523,7 +542,8 @@ impl HostVmm {
         let chunk_bytes = bundle.manifest.memory.chunk_bytes;
         let (restore, mut files) = self.open_launched(vm, dir, plan, bundle)?;
         let faults = File::options().read(true).write(true).open(USERFAULTFD).map_err(unopened(USERFAULTFD))?;
-        files.extend([faults.into(), again(&filling.connection)?]);
+        let port = filling.port.0.try_clone().map_err(unopened(names::FILLING))?;
+        files.extend([faults.into(), port]);
         Ok((RestoreFillingSpec { restore, chunk_bytes }, files))
     }
 
@@ -596,11 +616,6 @@ impl HostVmm {
 
 /// What a process is told of its missing pages by.
 const USERFAULTFD: &str = "/dev/userfaultfd";
-
-/// The VMM's end of a connection, to hand over.
-fn again(connection: &Connection) -> Result<OwnedFd, AskError> {
-    connection.0.try_clone().map_err(unopened("a connection for the VM's memory"))
-}
 
 pub(super) fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {
     let pid = vm.process.map_or(0, |process| process.pid);

@@ -19,8 +19,8 @@ use super::session_end::quarantine;
 use super::shared::Shared;
 use super::vm_state::{FailureCause, Goal};
 use super::world::{
-    Ask, AskError, Connection, FillingPlan, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder,
-    StartVmmError, VmDisk, VmNetworks, VmmHost, VmmProcess, World,
+    Ask, AskError, FillingPlan, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder, StartVmmError, VmDisk,
+    VmNetworks, VmmHost, VmmProcess, World,
 };
 use crate::clock::{Clock, Monotonic};
 use crate::ids::BundleId;
@@ -383,11 +383,12 @@ impl<W: World> Work<W> {
     async fn begin_serving(&self, bundle: &BundleId) -> Result<Option<FillingPlan>, Outcome> {
         let no_bundle = |error: BundleError| Outcome::Failed(FailureCause::Bundle { detail: chain(&error) });
         let Some(filling) = self.shared.filling(bundle).await.map_err(no_bundle)? else { return Ok(None) };
-        let (near, connection) = Connection::pair().map_err(no_bundle)?;
+        let bound = self.shared.world.vmm().bind_to_fill(&self.record).await;
+        let (port, near) = bound.map_err(|error| host(format!("make a port for the VM's memory: {error}")))?;
         let partial = Arc::clone(&filling.partial);
         // Before it is made, as it reaches its memory while it is.
         self.shared.serve(&self.record, Chunks::Coming(filling), near);
-        Ok(Some(FillingPlan { partial, connection }))
+        Ok(Some(FillingPlan { partial, port }))
     }
 
     async fn make_machine(&mut self, ask: Ask) -> Result<(), Outcome> {

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::bundles::{BundleError, BundleListed, BundleView, CommitOrder};
 use super::fetched::FetchedBundles;
-pub use super::filling::Connection;
+pub use super::filling::FillingPort;
 use super::health::Pressure;
 use super::images::{Image, ImageError};
 use super::isolation::{HostIsolation, VmJail};
@@ -98,6 +98,12 @@ pub trait VmmHost: Send + Sync + 'static {
 
     /// Connects as this epoch's owner, asks, and returns the answer. Refusals are errors.
     fn ask(&self, vm: &VmRecord, epoch: u64, ask: Ask) -> impl Future<Output = Result<Answer, AskError>> + Send;
+
+    /// A port that the record's VMM is to take connections at by which its memory is filled, and one that waits there.
+    fn bind_to_fill(&self, vm: &VmRecord) -> impl Future<Output = io::Result<(FillingPort, Self::Stream)>> + Send;
+
+    /// Another one, to a VMM that has the port; `None`: it has none, or has all of its memory.
+    fn connect_to_fill(&self, vm: &VmRecord) -> impl Future<Output = io::Result<Option<Self::Stream>>> + Send;
 
     /// A stream to a port of the guest.
     fn guest(&self, vm: &VmId, port: u32) -> impl Future<Output = Result<Self::Stream, OpenStreamError>> + Send;
@@ -229,8 +235,6 @@ pub enum Ask {
         /// Which pages of memory.
         pages: SavedPages,
     },
-    /// What is missing of its memory comes by this connection from now on.
-    Fill(Connection),
     /// Map these pages of the machine's memory image ahead of their use.
     Prefault(WorkingSet),
     /// Write the machine's memory to files of the bundle store while it runs, until little is left.
@@ -311,13 +315,13 @@ pub struct RestorePlan {
 pub struct FillingPlan {
     /// What there is.
     pub partial: Arc<Partial>,
-    /// By this.
-    pub connection: Connection,
+    /// By the connections that come here.
+    pub port: FillingPort,
 }
 
 impl PartialEq for FillingPlan {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.partial, &other.partial) && self.connection == other.connection
+        Arc::ptr_eq(&self.partial, &other.partial) && self.port == other.port
     }
 }
 

@@ -11,8 +11,8 @@ use super::guest::{self, Fate};
 use super::road::Guest;
 use super::{SimHost, State};
 use crate::agent::world::{
-    Ask, AskError, OpenStreamError, ProcessEnd, ProcessUsage, ReceiveOrder, SendOrder, SentMachine, StartVmmError,
-    StreamIdentity, VmmHost, VmmProcess,
+    Ask, AskError, FillingPort, OpenStreamError, ProcessEnd, ProcessUsage, ReceiveOrder, SendOrder, SentMachine,
+    StartVmmError, StreamIdentity, VmmHost, VmmProcess,
 };
 use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
 use crate::bundle::working_set::WorkingSet;
@@ -401,7 +401,6 @@ impl State {
                 | Ask::Pause
                 | Ask::ReplaceTap { .. }
                 | Ask::Prefault(_)
-                | Ask::Fill(_)
                 | Ask::Balloon { .. },
                 state,
             ) => denied(state),
@@ -546,6 +545,14 @@ impl VmmHost for SimHost {
 
     async fn touched(&self, _: &VmRecord, _: u64) -> Result<WorkingSet, AskError> {
         Ok(WorkingSet::default())
+    }
+
+    async fn bind_to_fill(&self, _: &VmRecord) -> io::Result<(FillingPort, Self::Stream)> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    async fn connect_to_fill(&self, _: &VmRecord) -> io::Result<Option<Self::Stream>> {
+        Ok(None)
     }
 
     async fn guest(&self, vm: &VmId, port: u32) -> Result<DuplexStream, OpenStreamError> {

@@ -6,14 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
 use super::{Filling, VmFilling};
-use crate::agent::bundles::BundleError;
 use crate::agent::record::VmRecord;
 use crate::agent::shared::Shared;
-use crate::agent::world::World;
+use crate::agent::world::{ByteStream, World};
 use crate::bundle::{Manifest, Run};
 use crate::clock::Clock;
 use crate::ids::VmId;
@@ -23,29 +21,18 @@ use crate::wire::filling::{FRAME_BYTES, ToAgent, ToVmm};
 /// How long a VMM may take nothing of what it is told.
 const TAKE_LIMIT: Duration = Duration::from_secs(30);
 
-/// The VMM's end of the connection that its memory is served by.
+/// Where a VMM takes the connections that its memory is served by.
 #[derive(Debug, Clone)]
-pub struct Connection(pub(in crate::agent) Arc<OwnedFd>);
+pub struct FillingPort(pub(in crate::agent) Arc<OwnedFd>);
 
-/// The same end is the same connection.
-impl PartialEq for Connection {
+/// The same descriptor is the same port.
+impl PartialEq for FillingPort {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
-impl Eq for Connection {}
-
-impl Connection {
-    /// The agent's end, and the VMM's.
-    pub(in crate::agent) fn pair() -> Result<(UnixStream, Self), BundleError> {
-        let failed = |source| BundleError::Host { what: "make a connection for a VM's memory", source };
-        let (near, far) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
-        near.set_nonblocking(true).map_err(failed)?;
-        let near = UnixStream::from_std(near).map_err(failed)?;
-        Ok((near, Self(Arc::new(far.into()))))
-    }
-}
+impl Eq for FillingPort {}
 
 /// What memory is served from.
 #[derive(Debug, Clone)]
@@ -90,7 +77,7 @@ enum End {
 
 impl<W: World> Shared<W> {
     /// Serves a VM's memory, in the background, until all of it is mapped.
-    pub(in crate::agent) fn serve(self: &Arc<Self>, vm: &VmRecord, chunks: Chunks, near: UnixStream) {
+    pub(in crate::agent) fn serve(self: &Arc<Self>, vm: &VmRecord, chunks: Chunks, near: impl ByteStream) {
         let Some(bundle) = vm.spec.bundle.clone() else { return };
         let (shared, id) = (Arc::clone(self), vm.id.clone());
         let begun = VmFilling { bundle, chunks: chunks.count(), mapped: 0, wanted: BTreeMap::new() };
@@ -104,7 +91,7 @@ impl<W: World> Shared<W> {
         });
     }
 
-    async fn serve_chunks(&self, vm: &VmId, chunks: &Chunks, mut near: UnixStream) -> Result<(), End> {
+    async fn serve_chunks(&self, vm: &VmId, chunks: &Chunks, mut near: impl ByteStream) -> Result<(), End> {
         let (runs, mut told) = chunks.present();
         tell(&mut near, &runs).await?;
         // One that is here as a whole does not change.
@@ -197,7 +184,7 @@ impl<W: World> Shared<W> {
 }
 
 /// Tells a VMM what is there.
-async fn tell(near: &mut UnixStream, runs: &[Run]) -> Result<(), End> {
+async fn tell(near: &mut impl ByteStream, runs: &[Run]) -> Result<(), End> {
     let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
     let frames = runs.iter().map(|run| ToVmm::Present { first: number(run.first), count: number(run.count) });
     let bytes: Vec<u8> = frames.flat_map(ToVmm::to_bytes).collect();

@@ -119,15 +119,16 @@ impl<W: World> VmActor<W> {
                 | VmState::HandingOver { .. }
                 | VmState::Sending
         );
+        if lives {
+            // First: what it is asked may have to wait for memory.
+            self.shared.go_on_serving(&self.record).await;
+        }
         let doubt = if (is_up || is_swapped) && lives { self.greet_vmm().await } else { None };
         // It is this agent's from here on. What is around it is seen to next, and takes longer.
         self.shared.note_adopted().await?;
         let is_clear = doubt.is_none();
         if is_clear && (is_up && lives || is_swapped) {
             self.see_to_network().await;
-        }
-        if is_clear && lives {
-            self.shared.go_on_serving(&self.record).await;
         }
         if is_clear && is_swapped {
             self.hold_taps().await;
