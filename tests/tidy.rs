@@ -202,6 +202,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("src/sys/signal.rs", 1),
     ("src/sys/tap.rs", 5),
     ("src/sys/thread.rs", 1),
+    ("src/sys/userfault.rs", 6),
     ("src/sys/vectored.rs", 5),
 ];
 

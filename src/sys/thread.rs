@@ -20,6 +20,8 @@ pub enum ThreadClass {
     Vcpu,
     /// Sends or takes a migration's stream.
     Stream,
+    /// Fills guest memory that is not all here yet.
+    Fill,
 }
 
 /// What every new thread does first. It has to end the process if the thread must not go on.
