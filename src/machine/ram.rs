@@ -27,7 +27,7 @@ pub enum RamBacking {
     /// An immutable memory image: pages come from the file (and its page cache) until they are written, and writes stay
     /// in this process.
     PrivateFile(File),
-    /// Memory that is mapped already, with its content (arrival from another host).
+    /// Memory that is mapped already, with its content (arrival from another host) or as it comes (`super::filling`).
     Mapped(GuestRam),
 }
 
