@@ -7,6 +7,7 @@
 pub mod certificate;
 pub mod console_ring;
 pub mod control;
+pub mod filling;
 pub mod frame;
 pub mod intake;
 pub mod last_words;

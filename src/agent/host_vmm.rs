@@ -646,6 +646,7 @@ fn bounded(refusal: Refusal) -> Refusal {
         | Refusal::StaleEpoch { .. }
         | Refusal::State { .. }
         | Refusal::Sending
-        | Refusal::Cancelled) => other,
+        | Refusal::Cancelled
+        | Refusal::Filling) => other,
     }
 }

@@ -8,10 +8,12 @@ use super::refusal::Refusal;
 use crate::units::NetLimits;
 
 mod copying;
+mod filling;
 mod moving;
 mod prefault;
 
 pub use copying::{CopyPhases, CopySpec};
+pub use filling::RestoreFillingSpec;
 pub use moving::{
     PackedPhases, Packing, ReceiveSpec, ReceivedMemory, SendPhase, SendPhases, SendProgress, SendSpec, SentPages,
     StreamForm, StreamKey, StreamTls, StreamToken,
@@ -154,6 +156,10 @@ pub enum Request {
     /// Map pages of the memory image that the machine was restored from ahead of their use. Answered when that is begun;
     /// how it ends makes no difference but to speed.
     Prefault(PrefaultSpec),
+    /// As [`Request::Restore`], while parts of the memory image are not here yet: what reaches one of them waits until the
+    /// agent says that it is. Descriptors: those of a restore, then `/dev/userfaultfd`, then a listening unix socket, to
+    /// which agents connect that fill it ([`super::filling`]).
+    RestoreFilling(RestoreFillingSpec),
 }
 
 impl Message for Request {
@@ -184,6 +190,7 @@ impl Request {
             | Self::Receive(_) => 2,
             Self::SendIn { .. } => 3,
             Self::CopyMemory(_) | Self::SaveRest | Self::Prefault(_) => 4,
+            Self::RestoreFilling(_) => 5,
         }
     }
 }
@@ -203,8 +210,8 @@ impl std::fmt::Debug for SealingKey {
 pub enum Answer {
     /// To [`Request::Hello`].
     Welcome(Status),
-    /// To [`Request::Launch`], [`Request::Restore`], [`Request::Unseal`] and [`Request::Receive`]: the machine is built
-    /// and paused.
+    /// To [`Request::Launch`], [`Request::Restore`], [`Request::RestoreFilling`], [`Request::Unseal`] and
+    /// [`Request::Receive`]: the machine is built and paused.
     Launched(LaunchPhases),
     /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`], [`Request::Prefault`] and
     /// [`Request::CancelSend`].

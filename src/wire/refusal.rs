@@ -64,6 +64,9 @@ pub enum Refusal {
     /// A send was given up by request; the machine is as it was.
     #[error("the send was cancelled")]
     Cancelled,
+    /// Parts of the guest's memory are not here yet; since version 5.
+    #[error("not possible while parts of the guest's memory are not here yet")]
+    Filling,
 }
 
 impl Refusal {
@@ -71,9 +74,12 @@ impl Refusal {
     pub const fn retry(&self) -> Retry {
         match self {
             Self::HelloFirst | Self::WrongNonce | Self::StaleEpoch { .. } => Retry::Never,
-            Self::State { .. } | Self::Host { .. } | Self::Sending | Self::Stream { .. } | Self::Cancelled => {
-                Retry::Later
-            }
+            Self::State { .. }
+            | Self::Host { .. }
+            | Self::Sending
+            | Self::Stream { .. }
+            | Self::Cancelled
+            | Self::Filling => Retry::Later,
             Self::BadRequest { .. } | Self::BadImage { .. } | Self::BadState { .. } => Retry::WithChange,
         }
     }
