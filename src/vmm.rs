@@ -4,7 +4,8 @@
 //! serves its control socket until the guest ends or the agent says Stop. Everything it works with comes as a
 //! descriptor; after the jail there is no path it could open, and a system call that it has no need of ends it
 //! ([`seccomp`]). One thread (this one) owns the machine and the control socket; the vCPUs and the devices have threads
-//! of their own inside the machine, and one more sleeps until the machine is sent to another host ([`send`]).
+//! of their own inside the machine, one more sleeps until the machine is sent to another host ([`send`]), and one fills
+//! memory that is not all on this host yet ([`fill`]).
 //!
 //! Whatever ends it, it writes its last words first.
 #![forbid(unsafe_code)]
@@ -25,6 +26,7 @@ mod balloon;
 mod connection;
 mod console;
 mod event_loop;
+mod fill;
 mod launch;
 mod log;
 mod probe;

@@ -11,19 +11,17 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::balloon;
 use super::connection::{Connection, ReceiveError};
 use super::console::{Console, Interest};
+use super::fill::FillThread;
 use super::launch::{Launch, LaunchRequestError, Restore, SavedMachine};
-use super::save::{self, SaveFiles, SaveMachineError, SealFiles};
+use super::save::{self, SaveFiles, SealFiles};
 use super::send::SendThread;
 use super::session::Ownership;
 use super::{VmmError, bounded};
 use super::{log, seccomp};
 use crate::clock::{Clock, Monotonic, SystemClock};
-use crate::machine::image::WriteImageError;
-use crate::machine::sealed::{SealError, UnsealError};
 use crate::machine::virtio::{FlowCounts, NetCounts};
 use crate::machine::{
-    self, BuildError, Entry, GuestTime, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError,
-    SealKey, Sealed,
+    self, Entry, GuestTime, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError, SealKey, Sealed,
 };
 use crate::report;
 use crate::units::Bytes;
@@ -35,10 +33,13 @@ use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
 
 mod copying;
+mod filling;
 mod moving;
+mod refusals;
 
 use copying::Copying;
 use moving::{ARRIVAL_TIME, Arriving, PACKETS_MAX, Sending};
+use refusals::{bad_request, host, refusal_of, refusal_to_save, refusal_to_unseal};
 
 /// Most agents connected at once: one owner, one that takes over, and some that are being refused.
 const CONNECTIONS_MAX: usize = 8;
@@ -55,6 +56,8 @@ struct Guest {
     resumed: Option<Monotonic>,
     /// The thread that could send it elsewhere.
     sender: SendThread,
+    /// The thread that fills its memory, if it was not all here.
+    fill: Option<FillThread>,
     /// Whether it came from another VMM and has not run here.
     arrived: bool,
     /// When packets from where it was before are waited for no longer.
@@ -128,7 +131,7 @@ impl EventLoop {
             for event in &events[..count] {
                 if let Some(words) = self.serve(event.fd(), event.event_set()) {
                     if let Some(guest) = self.guest.take() {
-                        guest.machine.stop();
+                        guest.end();
                     }
                     return Ok(words);
                 }
@@ -310,6 +313,7 @@ impl EventLoop {
             Request::Network => Ok(Answer::Network(self.guest.as_ref().map_or_else(Vec::new, interfaces))),
             Request::ReplaceTap { index } => self.replace_tap(index, descriptors),
             Request::Restore(spec) => self.restore(Restore::new(&spec, descriptors)).map(Answer::Launched),
+            Request::RestoreFilling(spec) => self.restore(Restore::filling(&spec, descriptors)).map(Answer::Launched),
             Request::Save { pages } => self.save(pages, descriptors).map(Answer::Saved),
             Request::Seal { pages, key } => self.seal(pages, SealKey(key.0), descriptors).map(Answer::Saved),
             Request::Unseal(spec) => self.restore(Restore::sealed(&spec, descriptors)).map(Answer::Launched),
@@ -342,12 +346,14 @@ impl EventLoop {
 
     fn save(&self, pages: SavedPages, descriptors: Vec<OwnedFd>) -> Result<SavePhases, Refusal> {
         let machine = self.paused()?;
+        self.all_there()?;
         let files = SaveFiles::new(pages, descriptors).map_err(|error| bad_request(&error))?;
         save::save(machine, pages, files, self.clock.as_ref()).map_err(|error| refusal_to_save(&error))
     }
 
     fn seal(&self, pages: SavedPages, key: SealKey, descriptors: Vec<OwnedFd>) -> Result<SavePhases, Refusal> {
         let machine = self.paused()?;
+        self.all_there()?;
         let files = SealFiles::new(descriptors).map_err(|error| bad_request(&error))?;
         save::seal(machine, (pages, key), files, self.clock.as_ref()).map_err(|error| refusal_to_save(&error))
     }
@@ -417,8 +423,15 @@ impl EventLoop {
         let begun = self.clock.monotonic();
         let restore = request.map_err(|error| bad_request(&error))?;
         let bad = |reason| Refusal::BadState { reason: bounded(reason) };
+        // Declared before the machine: it is the last to look at its memory if nothing comes of it.
+        let mut fill = None;
         let (sections, backing, sealed) = match restore.from {
             SavedMachine::Bundle { state, memory } => (save::read_state(state), RamBacking::PrivateFile(memory), None),
+            SavedMachine::Filling { state, memory } => {
+                let (thread, ram) = filling::begin(memory, Bytes(restore.memory_bytes))?;
+                fill = Some(thread);
+                (save::read_state(state), RamBacking::Mapped(ram), None)
+            }
             SavedMachine::Sealed { file, key, memory } => {
                 let opened = Sealed::open(key, file).map_err(|error| refusal_to_unseal(&error))?;
                 let backing = memory.map_or(RamBacking::SharedMemfd, RamBacking::PrivateFile);
@@ -442,6 +455,9 @@ impl EventLoop {
             return Err(bad(format!("the saved machine has {found} of memory, not {}", Bytes(restore.memory_bytes))));
         }
         let phases = self.adopt_guest(machine, console, false)?;
+        if let Some(guest) = self.guest.as_mut() {
+            guest.fill = fill;
+        }
         Ok(LaunchPhases { load_ns: read_ns, ..phases })
     }
 
@@ -465,6 +481,7 @@ impl EventLoop {
             state: MachineState::Paused,
             resumed: None,
             sender,
+            fill: None,
             arrived,
             door_opens: None,
         });
@@ -518,52 +535,6 @@ fn phases_of(phases: Phases) -> LaunchPhases {
         vm_ns: nanos(phases.started, phases.memory_ready),
         load_ns: nanos(phases.memory_ready, loaded),
         devices_ns: nanos(loaded, phases.built),
-    }
-}
-
-fn host(error: &(dyn std::error::Error + 'static)) -> Refusal {
-    Refusal::Host { reason: bounded(report::chain(error)) }
-}
-
-fn bad_request(error: &(dyn std::error::Error + 'static)) -> Refusal {
-    Refusal::BadRequest { reason: bounded(report::chain(error)) }
-}
-
-fn refusal_to_save(error: &SaveMachineError) -> Refusal {
-    match error {
-        SaveMachineError::Memory(WriteImageError::NoOriginal)
-        | SaveMachineError::Seal(SealError::Memory(WriteImageError::NoOriginal)) => bad_request(error),
-        SaveMachineError::Collect(_)
-        | SaveMachineError::Encode(_)
-        | SaveMachineError::Write { .. }
-        | SaveMachineError::Memory(_)
-        | SaveMachineError::Seal(_) => host(error),
-    }
-}
-
-fn refusal_to_unseal(error: &UnsealError) -> Refusal {
-    let reason = bounded(report::chain(error));
-    if error.is_damage() { Refusal::BadState { reason } } else { Refusal::Host { reason } }
-}
-
-/// Whose fault it is: the request's, the image's or the host's.
-fn refusal_of(error: &BuildError) -> Refusal {
-    let reason = bounded(report::chain(error));
-    match error {
-        BuildError::VcpuCount { .. } | BuildError::SlotTwice { .. } => Refusal::BadRequest { reason },
-        BuildError::Boot(_) => Refusal::BadImage { reason },
-        BuildError::Unseal(error) if error.is_damage() => Refusal::BadState { reason },
-        BuildError::Sections(_) | BuildError::RestoreVm(_) | BuildError::RestoreVcpu { .. } => {
-            Refusal::BadState { reason }
-        }
-        BuildError::Unseal(_)
-        | BuildError::Kvm(_)
-        | BuildError::Ram(_)
-        | BuildError::Call(_)
-        | BuildError::Serial(_)
-        | BuildError::Device(_)
-        | BuildError::Address(_)
-        | BuildError::Host { .. } => Refusal::Host { reason },
     }
 }
 

@@ -11,7 +11,8 @@ use crate::machine::virtio::spec::net::MTU_MIN;
 use crate::machine::{RamBacking, SealKey};
 use crate::units::NetLimitError;
 use crate::wire::control::{
-    COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec, ReceiveSpec, ReceivedMemory, RestoreSpec, UnsealSpec,
+    COMMAND_LINE_BYTES_MAX, DeviceSpec, LaunchSpec, ReceiveSpec, ReceivedMemory, RestoreFillingSpec, RestoreSpec,
+    UnsealSpec,
 };
 use crate::wire::stream::CONNECTIONS_MAX;
 
@@ -61,6 +62,13 @@ pub(super) enum SavedMachine {
         /// The memory image.
         memory: File,
     },
+    /// The same, of a memory image that is not all here yet.
+    Filling {
+        /// Saved state.
+        state: File,
+        /// What there is of memory, and how the rest of it comes.
+        memory: FillingFiles,
+    },
     /// State and pages in one sealed file.
     Sealed {
         /// The file.
@@ -70,6 +78,19 @@ pub(super) enum SavedMachine {
         /// The memory image that the pages differ from; without one, from zero.
         memory: Option<File>,
     },
+}
+
+/// A memory image that is not all here yet.
+#[derive(Debug)]
+pub(super) struct FillingFiles {
+    /// The image.
+    pub(super) image: File,
+    /// In chunks of this many bytes.
+    pub(super) chunk_bytes: u32,
+    /// /dev/userfaultfd.
+    pub(super) userfaultfd: File,
+    /// Where agents connect to that fill it.
+    pub(super) listener: UnixListener,
 }
 
 /// Why a launch request does not fit together.
@@ -127,6 +148,9 @@ const ALWAYS: usize = 4;
 
 /// /dev/kvm, state, memory, the console file and its socket.
 const ALWAYS_RESTORED: usize = 5;
+
+/// /dev/userfaultfd and the filling listener.
+const WANTED_TO_FILL: usize = 2;
 
 /// /dev/kvm, the sealed file, the console file and its socket.
 const ALWAYS_UNSEALED: usize = 4;
@@ -268,6 +292,19 @@ impl Restore {
         })
     }
 
+    /// The same for a machine whose memory is not all here.
+    pub(super) fn filling(spec: &RestoreFillingSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
+        let RestoreFillingSpec { restore: spec, chunk_bytes } = spec;
+        let mut unnamed = Unnamed::new(descriptors, ALWAYS_RESTORED + wanted_by(&spec.devices) + WANTED_TO_FILL)?;
+        let (kvm, state, image) = (unnamed.next()?, unnamed.next()?, unnamed.next()?);
+        let (console_file, console_listener) = (unnamed.next()?, unnamed.next()?);
+        let devices = unnamed.devices(&spec.devices)?;
+        let (userfaultfd, listener) = (unnamed.next()?, unnamed.next()?);
+        let memory = FillingFiles { image, chunk_bytes: *chunk_bytes, userfaultfd, listener };
+        let from = SavedMachine::Filling { state, memory };
+        Ok(Self { memory_bytes: spec.memory_bytes, kvm, from, console_file, console_listener, devices })
+    }
+
     /// The same for a sealed machine.
     pub(super) fn sealed(spec: &UnsealSpec, descriptors: Vec<OwnedFd>) -> Result<Self, LaunchRequestError> {
         let wanted = ALWAYS_UNSEALED + usize::from(spec.image) + wanted_by(&spec.devices);
@@ -318,6 +355,20 @@ mod tests {
         for count in [0, 5, 7] {
             let refused = Restore::new(&spec, files(count)).unwrap_err();
             assert_eq!(refused, LaunchRequestError::Descriptors { found: count, wanted: 6 });
+        }
+    }
+
+    #[test]
+    fn a_restore_that_is_filled_wants_two_more() {
+        let devices = vec![DeviceSpec::Rng, DeviceSpec::Block { index: 0, read_only: false }];
+        let spec =
+            RestoreFillingSpec { restore: RestoreSpec { memory_bytes: 128 << 20, devices }, chunk_bytes: 65_536 };
+        let restore = Restore::filling(&spec, files(8)).unwrap();
+        assert_eq!(restore.devices.len(), 1 + 1);
+        assert!(matches!(restore.from, SavedMachine::Filling { memory, .. } if memory.chunk_bytes == 65_536));
+        for count in [0, 6, 7, 9] {
+            let refused = Restore::filling(&spec, files(count)).unwrap_err();
+            assert_eq!(refused, LaunchRequestError::Descriptors { found: count, wanted: 8 });
         }
     }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! jail closed ─▶ Building (the one thread, and what new threads begin with)      before the first byte of an agent
-//!                  ├─▶ Devices, Disk, Vcpu, Stream: first on each new thread      before it gets anything to do
+//!                  ├─▶ Devices, Disk, Vcpu, Stream, Fill: first on each new thread  before it gets anything to do
 //!                  └─▶ Control: the first thread, once its machine is built      before Launched is answered
 //! ```
 //! Filters are stacked and the strictest wins, so a class can only lose calls: Building holds the lines of every class.
@@ -43,6 +43,8 @@ const DISK: Class = Class(8);
 const VCPU: Class = Class(16);
 /// A thread that sends or takes a migration's stream.
 const STREAM: Class = Class(32);
+/// The thread that fills guest memory.
+const FILL: Class = Class(64);
 
 impl Class {
     /// Both.
@@ -133,6 +135,7 @@ fn confine(class: ThreadClass) {
         ThreadClass::Disk => ("disk", DISK),
         ThreadClass::Vcpu => ("vcpu", VCPU),
         ThreadClass::Stream => ("stream", STREAM),
+        ThreadClass::Fill => ("fill", FILL),
     };
     if let Err(error) = compile(name, class).and_then(|program| load(name, &program)) {
         panic!("{}", report::chain(&error));

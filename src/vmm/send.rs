@@ -32,7 +32,7 @@ use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::image::{self, WriteImageError};
 use crate::machine::pages::{self, ReachPagesError};
 use crate::machine::pre_copy::{self, Decision, Policy, PreCopy, Round, Unconverged};
-use crate::machine::{BeginWith, DirtyConsumer, GuestRam, Harvester, PacketDoor, PageRun};
+use crate::machine::{BeginWith, DirtyConsumer, GuestRam, Harvester, PacketDoor, PageRun, Presence};
 use crate::report;
 use crate::sys::kvm::CallError;
 use crate::sys::thread::{self, ThreadClass};
@@ -125,8 +125,8 @@ pub(super) enum Job {
         /// Where.
         list: Option<File>,
     },
-    /// Map these pages of its memory ahead.
-    Prefault(GuestRam, PrefaultSpec),
+    /// Map these pages of its memory ahead, as far as they are there.
+    Prefault(GuestRam, PrefaultSpec, Option<Arc<Presence>>),
     /// The guest stands still.
     Held,
     /// Its state.
@@ -278,8 +278,8 @@ impl Sender {
                     checkpoint::serve(self, *checkpoint);
                     continue;
                 }
-                Job::Prefault(ram, spec) => {
-                    prefault::serve(&ram, &spec);
+                Job::Prefault(ram, spec, presence) => {
+                    prefault::serve(&ram, &spec, presence.as_deref());
                     continue;
                 }
                 // What belongs to something that is over means nothing any more.

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{EventLoop, bad_request, host, nanos};
@@ -56,13 +57,15 @@ impl EventLoop {
         if spec.read.len() + spec.written.len() > PREFAULT_RUNS_MAX {
             return Err(Refusal::BadRequest { reason: format!("more than {PREFAULT_RUNS_MAX} runs of pages") });
         }
-        guest.sender.tell(Job::Prefault(guest.machine.ram().clone(), spec));
+        let presence = guest.fill.as_ref().map(|fill| Arc::clone(fill.presence()));
+        guest.sender.tell(Job::Prefault(guest.machine.ram().clone(), spec, presence));
         Ok(())
     }
 
     /// Begins to copy memory; the answer comes later.
     pub(super) fn copy_memory(&mut self, spec: CopySpec, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
         self.not_sending()?;
+        self.all_there()?;
         self.forget_copy();
         let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
         if guest.state != MachineState::Running {
@@ -118,6 +121,7 @@ impl EventLoop {
     pub(super) fn save_rest(&mut self, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
         let begun = self.clock.monotonic();
         self.paused()?;
+        self.all_there()?;
         let (Some(guest), Some(copying)) = (self.guest.as_ref(), self.copying.as_mut()) else {
             return Err(Refusal::BadRequest { reason: "no memory was copied before".to_owned() });
         };

@@ -86,6 +86,7 @@ impl EventLoop {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), Refusal> {
         self.not_sending()?;
+        self.all_there()?;
         self.forget_copy();
         let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
         let (names_form, form) = (form.is_some(), form.unwrap_or(StreamForm::PLAIN));

@@ -3,10 +3,10 @@
 //! the two; glibc is meant, which is what builds link.
 
 use super::When::{Always, Both, Is, Lacks};
-use super::{BUILDING, CONTROL, Class, DEVICES, DISK, Line, STREAM, VCPU, line};
+use super::{BUILDING, CONTROL, Class, DEVICES, DISK, FILL, Line, STREAM, VCPU, line};
 
 /// Every class.
-const ALL: Class = BUILDING.and(CONTROL).and(DEVICES).and(DISK).and(VCPU).and(STREAM);
+const ALL: Class = BUILDING.and(CONTROL).and(DEVICES).and(DISK).and(VCPU).and(STREAM).and(FILL);
 
 /// Classes that serve devices: vCPU threads do it when the guest writes a register.
 const SERVING: Class = DEVICES.and(VCPU);
@@ -36,7 +36,12 @@ const fn flag(value: libc::c_int) -> u32 {
 pub(super) const LINES: &[Line] = &[
     // Memory of the process: the allocator's.
     line(libc::SYS_brk, Always, ALL, "malloc grows its heap"),
-    line(libc::SYS_mmap, Lacks(2, flag(libc::PROT_EXEC)), ALL, "malloc, thread stacks, guest memory; never code"),
+    line(
+        libc::SYS_mmap,
+        Lacks(2, flag(libc::PROT_EXEC)),
+        ALL,
+        "malloc, thread stacks, guest memory and what takes its place; never code",
+    ),
     line(libc::SYS_mprotect, Lacks(2, flag(libc::PROT_EXEC)), ALL, "malloc opens an arena's reserve; never code"),
     line(libc::SYS_munmap, Always, ALL, "malloc, the end of a thread, guest memory at the end"),
     line(libc::SYS_mremap, Always, ALL, "realloc of a large block"),
@@ -109,23 +114,24 @@ pub(super) const LINES: &[Line] = &[
     line(libc::SYS_epoll_create1, Always, BUILDING, "each device's and the loops' own"),
     line(libc::SYS_epoll_ctl, Always, BUILDING.and(CONTROL).and(SERVING), "connections and streams come and go"),
     line(libc::SYS_epoll_wait, Always, CONTROL.and(SERVING), "the loops"),
+    line(libc::SYS_poll, Always, FILL, "who waits for memory, and what the agent says of it"),
     line(libc::SYS_eventfd2, Always, BUILDING, "interrupts, queue notifications, commands"),
     line(libc::SYS_timerfd_create, Always, SERVING, "a limited interface waits for its turn"),
     line(libc::SYS_timerfd_settime, Always, SERVING, "a limited interface waits for its turn"),
     // Sockets it was handed, and connections they take. It cannot make one.
-    line(libc::SYS_accept4, Always, CONTROL.and(DEVICES), "agents, console clients, vsock streams"),
+    line(libc::SYS_accept4, Always, CONTROL.and(DEVICES).and(FILL), "agents, console clients, vsock streams"),
     line(libc::SYS_recvmsg, Always, CONTROL, "requests with descriptors"),
     line(
         libc::SYS_recvfrom,
         Always,
-        CONTROL.and(SERVING).and(STREAM),
-        "requests, console input, vsock and migration streams",
+        CONTROL.and(SERVING).and(STREAM).and(FILL),
+        "requests, console input, vsock and migration streams, which memory is here",
     ),
     line(
         libc::SYS_sendto,
         Always,
-        CONTROL.and(SERVING).and(STREAM),
-        "answers, console output, vsock and migration streams",
+        CONTROL.and(SERVING).and(STREAM).and(FILL),
+        "answers, console output, vsock and migration streams, which memory is wanted",
     ),
     line(libc::SYS_sendmsg, Always, SERVING, "vsock streams out of the guest's buffers"),
     line(libc::SYS_shutdown, Always, SERVING, "half of a vsock stream ends"),

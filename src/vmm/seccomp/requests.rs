@@ -1,9 +1,9 @@
 //! The lines of ioctl(2): one for each request.
 
 use super::When::Is;
-use super::{BUILDING, CONTROL, Class, DEVICES, Line, STREAM, VCPU, line};
+use super::{BUILDING, CONTROL, Class, DEVICES, FILL, Line, STREAM, VCPU, line};
 use crate::sys::kvm::requests as kvm;
-use crate::sys::tap;
+use crate::sys::{tap, userfault};
 
 const fn request(number: u32, classes: Class, reason: &'static str) -> Line {
     line(libc::SYS_ioctl, Is(1, number), classes, reason)
@@ -68,12 +68,17 @@ pub(super) const LINES: &[Line] = &[
     request(kvm::KVM_ENABLE_CAP, BUILDING, "the dirty log's manual mode"),
     request(kvm::KVM_IRQFD, BUILDING, "a device's interrupt line"),
     request(kvm::KVM_IOEVENTFD, BUILDING, "a queue's notification"),
+    // Memory that is not all here.
+    request(userfault::REQUEST_NEW, BUILDING, "tells of threads that wait for memory"),
+    request(userfault::REQUEST_API, BUILDING, "which version of that"),
+    request(userfault::REQUEST_REGISTER, BUILDING, "for which memory"),
+    request(userfault::REQUEST_WAKE, FILL, "memory is here: who waits goes on"),
     // Taps and sockets.
     request(tap::REQUEST_HEADER_BYTES, BUILDING.and(CONTROL), "a tap, or the one in a lost one's place"),
     request(tap::REQUEST_OFFLOADS, BUILDING.and(CONTROL).and(DEVICES).and(VCPU), "what the guest's driver takes"),
     request(
         FIONBIO,
-        BUILDING.and(CONTROL).and(DEVICES).and(STREAM),
+        BUILDING.and(CONTROL).and(DEVICES).and(STREAM).and(FILL),
         "sockets that were handed over, and their connections",
     ),
 ];

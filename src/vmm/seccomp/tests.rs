@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-const CLASSES: [(&str, Class); 6] = [
+const CLASSES: [(&str, Class); 7] = [
     ("building", BUILDING),
     ("control", CONTROL),
     ("devices", DEVICES),
     ("disk", DISK),
     ("vcpu", VCPU),
     ("stream", STREAM),
+    ("fill", FILL),
 ];
 
 #[test]
