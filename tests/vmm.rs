@@ -5,6 +5,8 @@
 
 #[path = "vmm/copied.rs"]
 mod copied;
+#[path = "vmm/filled.rs"]
+mod filled;
 #[path = "vmm/guest.rs"]
 mod guest;
 #[path = "vmm/moved.rs"]

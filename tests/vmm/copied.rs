@@ -23,7 +23,7 @@ const PAGE: usize = 4096;
 /// Copies that are begun to have one given up.
 const TRIES: u32 = 200;
 
-fn pagemap(vmm: &Vmm) -> File {
+pub(super) fn pagemap(vmm: &Vmm) -> File {
     File::open(format!("/proc/{}/pagemap", vmm.spawned.pid)).unwrap()
 }
 
@@ -54,7 +54,7 @@ fn rest(vmm: &mut Vmm, descriptors: &[&File]) -> SavePhases {
 }
 
 /// What the guest has in memory, read from its process.
-fn memory(vmm: &mut Vmm) -> Vec<u8> {
+pub(super) fn memory(vmm: &mut Vmm) -> Vec<u8> {
     let Answer::Status(status) = vmm.ask(&Request::Status) else { panic!("no status") };
     let process = File::open(format!("/proc/{}/mem", vmm.spawned.pid)).unwrap();
     let mut bytes = vec![0; usize::try_from(status.memory_bytes).unwrap()];
@@ -62,14 +62,14 @@ fn memory(vmm: &mut Vmm) -> Vec<u8> {
     bytes
 }
 
-fn content(file: &File) -> Vec<u8> {
+pub(super) fn content(file: &File) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
     file.read_exact_at(&mut bytes, 0).unwrap();
     bytes
 }
 
 /// The pages in which two memories differ.
-fn differing(one: &[u8], other: &[u8]) -> Vec<usize> {
+pub(super) fn differing(one: &[u8], other: &[u8]) -> Vec<usize> {
     assert_eq!(one.len(), other.len());
     let pages = one.as_chunks::<PAGE>().0.iter().zip(other.as_chunks::<PAGE>().0);
     pages.enumerate().filter(|(_, (one, other))| one != other).map(|(index, _)| index).collect()
