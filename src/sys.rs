@@ -25,4 +25,5 @@ pub mod sock;
 pub mod sparse;
 pub mod tap;
 pub mod thread;
+pub mod userfault;
 pub mod vectored;
