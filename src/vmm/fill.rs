@@ -23,11 +23,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::log;
-use crate::machine::filling::PutChunksError;
+use crate::machine::filling::{CHUNKS_MAX, PutChunksError};
 use crate::machine::{FillingRam, Presence};
 use crate::report;
 use crate::sys::thread::{self, ThreadClass};
+use crate::wire::control::FILLED_CHUNKS_MAX;
 use crate::wire::filling::{FRAME_BYTES, FillingError, ToAgent, ToVmm};
+
+/// The agent refuses what this process would.
+const _: () = assert!(FILLED_CHUNKS_MAX == CHUNKS_MAX);
 
 /// Frames that are read, or written, at once.
 const FRAMES: usize = 64;
