@@ -423,6 +423,9 @@ impl HostVmm {
             }
             .into(),
         );
+        // One whose memory is on its way may have to wait for it before it answers.
+        let for_memory = if vm.spec.lazy { self.waits.memory_s } else { 0 };
+        let limit = limit + Duration::from_secs(for_memory.into());
         let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
         let mut socket = connect_in_dir(&dir, names::CONTROL).map_err(AskError::Socket)?;
         socket.set_read_timeout(Some(limit)).map_err(AskError::Socket)?;

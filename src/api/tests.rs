@@ -3,6 +3,7 @@
 mod balloon;
 mod bundles;
 mod clusters;
+mod fetches;
 mod limits;
 mod sessions;
 mod trust;

@@ -21,8 +21,8 @@ const SHOWN: &[(&str, &[&str])] = &[
         ],
     ),
     ("uids", &["base", "host_number", "quarantine_s"]),
-    ("bundles", &["trusted_keys", "trust_local"]),
-    ("waits", &["guest_ready_s", "vmm_answer_s", "vmm_launch_s"]),
+    ("bundles", &["trusted_keys", "trust_local", "fetched_mib"]),
+    ("waits", &["guest_ready_s", "vmm_answer_s", "vmm_launch_s", "memory_s"]),
     (
         "fabric",
         &[
