@@ -40,7 +40,7 @@ async fn only_a_bundle_is_launched_lazily() {
     let refused = api.post("/v1/vms", &json!({ "mode": "lazy" })).await;
     assert_eq!(code(&refused), (400, "lazy_without_bundle"), "{}", refused.1);
     let refused = api.post("/v1/vms", &json!({ "mode": "lazy", "bundle": NOBODYS })).await;
-    assert_eq!(code(&refused), (404, "unknown_bundle"), "{}", refused.1);
+    assert_eq!(code(&refused), (422, "unknown_bundle"), "{}", refused.1);
     assert_eq!(api.post("/v1/vms", &json!({ "mode": "eager", "bundle": NOBODYS })).await.0, 400);
     let (status, vm) = api.post("/v1/vms", &json!({ "name": "booted", "wait": "running" })).await;
     assert_eq!(status, 201, "{vm}");
