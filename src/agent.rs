@@ -182,13 +182,11 @@ use crate::clock::Clock;
 /// An agent over a world. Clones are the same agent.
 pub struct Agent<W: World> {
     shared: Arc<Shared<W>>,
-    /// One launch is admitted at a time.
-    admission: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl<W: World> Clone for Agent<W> {
     fn clone(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), admission: Arc::clone(&self.admission) }
+        Self { shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -234,7 +232,7 @@ impl<W: World> Agent<W> {
         if has_file {
             tokio::spawn(backups::keep(Arc::clone(&shared)));
         }
-        let agent = Self { shared, admission: Arc::default() };
+        let agent = Self { shared };
         tokio::spawn(agent.clone().end_sessions());
         tokio::spawn(agent.clone().look_after_clusters());
         tokio::spawn(agent.clone().give_out_calculations());

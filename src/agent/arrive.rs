@@ -237,7 +237,7 @@ impl<W: World> Agent<W> {
             (_, _) => None,
         };
         // Held through the record, as a launch holds it.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         if let Some(handle) = self.shared.vms().get(&order.vm) {
             let state = handle.record.borrow().state.name();
             return Err(ArriveError::Here { vm: order.vm.to_string(), state });
@@ -288,7 +288,7 @@ impl<W: World> Agent<W> {
         base: Option<BundleId>,
     ) -> Result<(), ArriveError> {
         // Held until its record says that it uses its bundle, or nearly: the one it has may say so already.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         self.hold_base(base.as_ref()).await?;
         self.check_return(handle, &way, &order)?;
         let was = handle.record.borrow().spec.clone();

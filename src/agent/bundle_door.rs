@@ -157,7 +157,7 @@ impl<W: World> Agent<W> {
 
     async fn remove_unused_bundle(&self, word: &str) -> Result<(), BundleError> {
         // No launch is admitted meanwhile that would use it.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         let bundles = self.shared.world.bundles();
         let coming = bundles.find_partial(word).await?;
         let bundle = match &coming {

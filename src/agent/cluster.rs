@@ -94,7 +94,7 @@ impl<W: World> Agent<W> {
     /// Checks and records a cluster.
     pub(super) async fn make_cluster(&self, request: ClusterRequest) -> Result<ClusterCreated, ClusterError> {
         // Held through the record: of two requests with one key, the second finds what the first made.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         if let Some(key) = &request.key
             && let Some(earlier) = self.earlier_cluster(key).await?
         {

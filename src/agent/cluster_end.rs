@@ -18,7 +18,7 @@ impl<W: World> Agent<W> {
     pub(super) async fn end_cluster(&self, word: &str, drain: bool, grace: Duration) -> Result<(), ClusterError> {
         if !drain {
             // No launch is admitted meanwhile that would join it.
-            let _admission = self.admission.lock().await;
+            let _admission = self.shared.admission.lock().await;
             let cluster = self.find_cluster(word).await?;
             return self.forget_cluster(&cluster).await;
         }
@@ -29,7 +29,7 @@ impl<W: World> Agent<W> {
     /// From here on no VM joins: those that did are known to the agent.
     async fn begin_cluster_drain(&self, word: &str) -> Result<ClusterRecord, ClusterError> {
         // A launch holds this from its record until its VM is known.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         let found = self.find_cluster(word).await?;
         if found.state == ClusterState::Draining {
             return Ok(found);

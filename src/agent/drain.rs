@@ -64,7 +64,7 @@ impl<W: World> Agent<W> {
 
     async fn drain_all(self, grace: Duration) {
         // Whoever was admitted before draining began has a record once the admission is free.
-        drop(self.admission.lock().await);
+        drop(self.shared.admission.lock().await);
         let vms: Vec<VmHandle> = self.shared.vms().values().cloned().collect();
         let living: Vec<_> = vms.into_iter().filter(runs_here).collect();
         let count = living.len();

@@ -65,6 +65,8 @@ impl<W: World> Shared<W> {
         if bytes_max == 0 {
             return;
         }
+        // No launch is admitted meanwhile that would use one of them.
+        let _admission = self.admission.lock().await;
         let fetched = match self.world.bundles().fetched().await {
             Ok(fetched) => fetched,
             Err(error) => {

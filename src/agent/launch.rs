@@ -120,7 +120,7 @@ impl<W: World> Agent<W> {
             None => None,
         };
         // Held through the record: names, memory and uids are handed out one by one.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         if let Some(key) = &request.key
             && let Some(earlier) = self.earlier(key).await?
         {

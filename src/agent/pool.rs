@@ -292,7 +292,7 @@ impl<W: World> Agent<W> {
         self.shared.require_trust(&view).map_err(|error| chain(&error))?;
         let manifest = bundles.check(bundle).await.map_err(|error| chain(&error))?;
         // Names, memory and uids are handed out one by one.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         let disk = self.shared.world.disk();
         let host = disk.host().await.map_err(|error| format!("ask the host: {error}"))?;
         check(NewWork::Vm, &host, &self.shared.config, self.shared.is_draining()).map_err(|error| chain(&error))?;

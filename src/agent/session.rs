@@ -96,7 +96,7 @@ impl<W: World> Agent<W> {
     /// Checks and records a session.
     pub(super) async fn make_session(&self, request: SessionRequest) -> Result<SessionCreated, SessionError> {
         // Held through the record: of two requests with one key, the second finds what the first made.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         if let Some(key) = &request.key
             && let Some(earlier) = self.earlier_session(key).await?
         {

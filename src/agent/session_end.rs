@@ -33,7 +33,7 @@ impl<W: World> Agent<W> {
     /// Removes a session without VMs; with `drain`, its VMs first.
     pub(super) async fn end_session(&self, word: &str, drain: bool, grace: Duration) -> Result<(), SessionError> {
         if !drain {
-            let _admission = self.admission.lock().await;
+            let _admission = self.shared.admission.lock().await;
             let session = self.find_session(word).await?;
             return self.forget_session(&session).await;
         }
@@ -44,7 +44,7 @@ impl<W: World> Agent<W> {
     /// From here on no VM joins: those that did are known to the agent.
     async fn begin_drain(&self, word: &str) -> Result<SessionRecord, SessionError> {
         // A launch holds this from its record until its VM is known.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         let mut session = self.find_session(word).await?;
         if session.state == SessionState::Active {
             session.state = SessionState::Draining;

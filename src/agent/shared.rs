@@ -85,6 +85,8 @@ pub(crate) struct Shared<W: World> {
     pub(super) pools: Pools<W>,
     /// Names of bundles that are being committed.
     pub(super) bundle_names: BundleNames,
+    /// Held while something is admitted that is counted among others, or what such a thing needs is taken away.
+    pub(super) admission: tokio::sync::Mutex<()>,
     vms: Mutex<BTreeMap<VmId, VmHandle>>,
 }
 
@@ -157,6 +159,7 @@ impl<W: World> Shared<W> {
             fillings: Fillings::default(),
             pools: Pools::default(),
             bundle_names: BundleNames::default(),
+            admission: tokio::sync::Mutex::default(),
             vms: Mutex::new(BTreeMap::new()),
         }
     }

@@ -41,9 +41,8 @@ pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     let bundle = a.json(&["bundle", "build", "--name", "base", "--memory", "128"]);
     let id = bundle["id"].as_str().expect("an id");
     // As people copy bundles: the directory is all of it.
-    for other in [b, c] {
-        copy(&bundles(a).join(id), &bundles(other).join(id));
-    }
+    copy(&bundles(a).join(id), &bundles(b).join(id));
+    fetched_from_a_peer(&fabric, id);
     let user_data = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(&user_data, "of the session").expect("write it");
     let path = user_data.path().display().to_string();
@@ -58,6 +57,17 @@ pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     stopped_meanwhile(&fabric);
     evacuated(&fabric);
     fabric.finish();
+}
+
+/// A guest runs on one host while its bundle comes from another.
+fn fetched_from_a_peer(fabric: &Fabric, bundle: &str) {
+    let (c, from) = (fabric.agent(2), format!("peer:{}", fabric.name(0)));
+    c.ok(&["bundle", "fetch", bundle, "--from", &from]);
+    c.ok(&["vm", "launch", "--bundle", bundle, "--lazy", "--name", "early"]);
+    assert_eq!(c.sh("early", "hostname"), "early");
+    c.ok(&["bundle", "fetch", bundle, "--from", &from, "--wait"]);
+    c.ok(&["bundle", "verify", "base"]);
+    c.ok(&["vm", "rm", "early", "--timeout", "0"]);
 }
 
 fn copy(from: &Path, to: &Path) {

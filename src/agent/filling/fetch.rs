@@ -46,6 +46,18 @@ enum FetchError {
 
 /// Until all of it is there, and published; or until nobody wants it.
 pub(super) async fn run<W: World>(shared: Arc<Shared<W>>, filling: Arc<Filling>) {
+    loop {
+        fetch_missing(&shared, &filling).await;
+        if filling.state().is_over || publish(&shared, &filling).await {
+            return;
+        }
+        tokio::time::sleep(PUBLISH_AGAIN).await;
+        // What turned out to be damaged is missing again.
+        filling.state().next = 0;
+    }
+}
+
+async fn fetch_missing<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>) {
     let partial = Arc::clone(&filling.partial);
     let mut changed = filling.changed.subscribe();
     let mut fetches = FuturesUnordered::new();
@@ -58,7 +70,6 @@ pub(super) async fn run<W: World>(shared: Arc<Shared<W>>, filling: Arc<Filling>)
         while again.is_none() && fetches.len() < AT_ONCE_MAX {
             let taken = filling.state().take(partial.chunks(), |chunk| !partial.is_present(chunk));
             let Some(chunk) = taken else { break };
-            let (shared, filling) = (&shared, &filling);
             fetches.push(async move { (chunk, fetch(shared, filling, chunk).await) });
         }
         tokio::select! {
@@ -96,7 +107,6 @@ pub(super) async fn run<W: World>(shared: Arc<Shared<W>>, filling: Arc<Filling>)
             _ = changed.changed() => {}
         }
     }
-    publish(&shared, &filling).await;
 }
 
 /// One chunk; its size.
@@ -113,29 +123,23 @@ async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>, chunk:
     Ok(count)
 }
 
-async fn publish<W: World>(shared: &Arc<Shared<W>>, filling: &Filling) {
+/// Whether nothing is left to do: it is a bundle now, or nobody wants it.
+async fn publish<W: World>(shared: &Arc<Shared<W>>, filling: &Filling) -> bool {
     let bundle = filling.partial.id().clone();
-    loop {
-        let opening = shared.fillings.opening.lock().await;
-        if filling.state().is_over {
-            return;
-        }
-        match shared.world.bundles().publish_partial(&filling.partial).await {
-            Ok(()) => {
-                shared.fillings.bundles().remove(&bundle);
-                drop(opening);
-                tracing::info!(%bundle, "a bundle is here as a whole");
-                shared.bundle_event("bundle_fetched", serde_json::json!({ "bundle_id": bundle })).await;
-                shared.evict_fetched().await;
-                return;
-            }
-            Err(error) => {
-                drop(opening);
-                let why = chain(&error);
-                tracing::error!(%bundle, error = why, "a bundle that has come as a whole cannot be kept");
-                filling.state().trouble = Some(why);
-            }
-        }
-        tokio::time::sleep(PUBLISH_AGAIN).await;
+    let opening = shared.fillings.opening.lock().await;
+    if filling.state().is_over {
+        return true;
     }
+    if let Err(error) = shared.world.bundles().publish_partial(&filling.partial).await {
+        let why = chain(&error);
+        tracing::error!(%bundle, error = why, "a bundle that has come as a whole cannot be kept");
+        filling.state().trouble = Some(why);
+        return false;
+    }
+    shared.fillings.bundles().remove(&bundle);
+    drop(opening);
+    tracing::info!(%bundle, "a bundle is here as a whole");
+    shared.bundle_event("bundle_fetched", serde_json::json!({ "bundle_id": bundle })).await;
+    shared.evict_fetched().await;
+    true
 }

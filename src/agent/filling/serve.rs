@@ -92,14 +92,15 @@ impl<W: World> Shared<W> {
     }
 
     async fn serve_chunks(&self, vm: &VmId, chunks: &Chunks, mut near: impl ByteStream) -> Result<(), End> {
-        let (runs, mut told) = chunks.present();
-        tell(&mut near, &runs).await?;
         // One that is here as a whole does not change.
         let still = tokio::sync::watch::Sender::new(0);
+        // Before it is looked at: what comes from here on is a change.
         let mut changed = match chunks {
             Chunks::Coming(filling) => filling.changed.subscribe(),
             Chunks::Here(_) => still.subscribe(),
         };
+        let (runs, mut told) = chunks.present();
+        tell(&mut near, &runs).await?;
         let (mut buffer, mut filled) = ([0_u8; FRAME_BYTES], 0);
         loop {
             let patience = self.patience_left(vm);

@@ -150,7 +150,7 @@ impl<W: World> Agent<W> {
         }
         let host = self.shared.world.disk().host().await.map_err(PoolError::Host)?;
         // The bundle cannot be removed meanwhile.
-        let _admission = self.admission.lock().await;
+        let _admission = self.shared.admission.lock().await;
         self.shared.world.bundles().find(bundle.as_str()).await?;
         let memory_mib = manifest.machine.memory_bytes / MIB;
         let (total_mib, reserve_mib) = (host.memory_bytes / MIB, self.shared.config.limits.memory_reserve_mib);
