@@ -37,7 +37,7 @@ fn state(migration: &Value) -> &str {
 
 pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     let fabric = Fabric::start("routed");
-    let (a, b, c) = (fabric.agent(0), fabric.agent(1), fabric.agent(2));
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
     let bundle = a.json(&["bundle", "build", "--name", "base", "--memory", "128"]);
     let id = bundle["id"].as_str().expect("an id");
     // As people copy bundles: the directory is all of it.
