@@ -59,8 +59,9 @@ impl<W: World> Shared<W> {
         Ok(BundleView { fetch: Some(fetch_view(filling)), ..view })
     }
 
-    /// Removes bundles that came from elsewhere, the longest unused first, until what is left of them fits its bound.
-    pub(super) async fn evict_fetched(&self) {
+    /// Removes bundles that came from elsewhere, the longest unused first and not this one, until what is left of them fits
+    /// its bound.
+    pub(super) async fn evict_fetched(&self, but: &BundleId) {
         let bytes_max = self.config.fetched_mib.saturating_mul(MIB);
         if bytes_max == 0 {
             return;
@@ -75,13 +76,12 @@ impl<W: World> Shared<W> {
             }
         };
         let used = self.bundles_in_use();
-        let is_used = |bundle: &BundleId| used.contains(bundle) || self.pools.size(bundle).is_some();
+        let is_used = |bundle: &BundleId| bundle == but || used.contains(bundle) || self.pools.size(bundle).is_some();
         let candidates: Vec<_> = fetched.iter().map(|one| one.candidate(is_used(&one.id))).collect();
         for bundle in to_remove(&candidates, bytes_max) {
-            let removed = match self.fillings.of(&bundle) {
-                Some(_) => self.stop_filling(&bundle).await,
-                None => self.world.bundles().remove(&bundle).await,
-            };
+            let is_whole = fetched.iter().any(|one| one.id == bundle && one.is_whole);
+            let removed =
+                if is_whole { self.world.bundles().remove(&bundle).await } else { self.stop_filling(&bundle).await };
             match removed {
                 Ok(()) => {
                     tracing::info!(%bundle, "a bundle from elsewhere was removed, to make room for others");
@@ -102,13 +102,14 @@ impl<W: World> Shared<W> {
 
 fn fetch_view(filling: &Filling) -> FetchView {
     let partial = &filling.partial;
-    FetchView { from: partial.from().to_owned(), progress: partial.progress(), trouble: filling.trouble() }
+    FetchView { from: filling.from(), progress: partial.progress(), trouble: filling.trouble() }
 }
 
 impl<W: World> Agent<W> {
     async fn fetch(&self, bundle: &BundleId, from: SourceSpec) -> Result<(BundleView, bool), BundleError> {
         let shared = &self.shared;
-        if let Some(filling) = shared.filling(bundle).await? {
+        let coming = shared.filling(bundle).await?;
+        if let Some(filling) = coming.filter(|filling| filling.from() == from.to_string()) {
             return Ok((shared.coming_view(&filling)?, false));
         }
         if let Ok(view) = shared.world.bundles().find(bundle.as_str()).await {
@@ -123,7 +124,7 @@ impl<W: World> Agent<W> {
         let at = shared.world.clock().wall();
         let filling =
             shared.begin_filling(Coming { bundle: bundle.clone(), manifest, state, signatures, from, at }).await?;
-        shared.evict_fetched().await;
+        shared.evict_fetched(bundle).await;
         Ok((shared.coming_view(&filling)?, true))
     }
 
@@ -161,7 +162,7 @@ impl<W: World> FetchDoor for Agent<W> {
             let bundle = self.any(word).await?.id;
             self.shared.world.bundles().pin(&bundle, pinned).await?;
             if !pinned {
-                self.shared.evict_fetched().await;
+                self.shared.evict_fetched(&bundle).await;
             }
             self.any(bundle.as_str()).await
         }

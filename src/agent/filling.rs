@@ -11,16 +11,19 @@
 //! and goes on. A guest that waits too long for memory is ended, and its record says why.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::bundles::BundleError;
 use super::fetched::{Coming, FetchedBundles};
 use super::ledger::{NewEvent, Write};
 use super::record::{Subject, VmRecord};
 use super::shared::Shared;
+use super::vm_state::FailureCause;
 use super::world::{VmBundles, VmmHost, VmmProcess, World};
 use crate::bundle::{ParseSourceError, Partial, Run, SourceSpec};
 use crate::clock::{Clock, Monotonic};
@@ -30,6 +33,9 @@ use crate::report::chain;
 mod fetch;
 mod serve;
 
+/// Time until what is here of a bundle is looked at again, when that failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
 pub(super) use serve::Chunks;
 pub use serve::FillingPort;
 
@@ -38,12 +44,36 @@ pub use serve::FillingPort;
 pub(super) struct Filling {
     /// What is there of it.
     pub(super) partial: Arc<Partial>,
-    /// Where the rest is.
-    source: Result<SourceSpec, ParseSourceError>,
+    /// Where the rest is: another place may be told meanwhile.
+    source: Mutex<From>,
     state: Mutex<State>,
     /// Counts what is new: chunks that came, and that somebody waits for.
     changed: watch::Sender<u64>,
 }
+
+/// Where a bundle comes from.
+#[derive(Debug, Clone)]
+struct From {
+    words: String,
+    spec: Result<SourceSpec, ParseSourceError>,
+}
+
+impl From {
+    fn new(words: &str) -> Self {
+        Self { words: words.to_owned(), spec: words.parse() }
+    }
+}
+
+/// A chunk that did not come: when it may be asked for again, and how long that was.
+#[derive(Debug, Clone, Copy)]
+struct Failed {
+    again: Instant,
+    wait: Duration,
+}
+
+/// Time until a chunk that did not come is asked for again: the first, doubled up to the last.
+const CHUNK_AGAIN_FIRST: Duration = Duration::from_millis(200);
+const CHUNK_AGAIN_LAST: Duration = Duration::from_secs(5);
 
 /// What is to be fetched, and what came.
 #[derive(Debug, Default)]
@@ -56,7 +86,9 @@ struct State {
     next: u32,
     /// What came since this agent opened it, in that order.
     came: Vec<u32>,
-    /// Why the last one did not come, if it did not.
+    /// Those that did not come, and are still missing.
+    failed: BTreeMap<u32, Failed>,
+    /// Why the last of these did not.
     trouble: Option<String>,
     /// It is of no use to anybody any more.
     is_over: bool,
@@ -64,32 +96,58 @@ struct State {
 
 impl State {
     /// The chunk to fetch next: what a guest waits for, then what comes next in memory.
-    fn take(&mut self, chunks: u32, is_missing: impl Fn(u32) -> bool) -> Option<u32> {
-        let (fetching, wanted) = (&self.fetching, &mut self.wanted);
+    fn take(&mut self, chunks: u32, now: Instant, is_missing: impl Fn(u32) -> bool) -> Option<u32> {
+        let Self { wanted, fetching, failed, next, .. } = self;
         wanted.retain(|&chunk| is_missing(chunk));
-        let first = wanted.iter().copied().find(|chunk| !fetching.contains(chunk));
-        let chunk = match first {
+        let may_come =
+            |chunk: &u32| !fetching.contains(chunk) && failed.get(chunk).is_none_or(|failed| failed.again <= now);
+        let chunk = match wanted.iter().copied().find(may_come) {
             Some(chunk) => chunk,
             None => {
-                let chunk = (self.next..chunks).find(|&chunk| is_missing(chunk) && !fetching.contains(&chunk))?;
-                self.next = chunk + 1;
+                let chunk = (*next..chunks).find(|chunk| is_missing(*chunk) && may_come(chunk))?;
+                // What was passed over is come back to.
+                let passed = failed.range(*next..chunk).next().map(|(passed, _)| *passed);
+                *next = passed.unwrap_or(chunk + 1);
                 chunk
             }
         };
-        self.fetching.insert(chunk);
+        fetching.insert(chunk);
         Some(chunk)
     }
 
-    /// It is as if it had not been taken.
-    fn give_back(&mut self, chunk: u32) {
+    /// It is there.
+    fn came(&mut self, chunk: u32) {
+        self.fetching.remove(&chunk);
+        self.failed.remove(&chunk);
+        self.came.push(chunk);
+        if self.failed.is_empty() {
+            self.trouble = None;
+        }
+    }
+
+    /// It did not come; whether that is the first trouble.
+    fn did_not_come(&mut self, chunk: u32, now: Instant, why: String) -> bool {
         self.fetching.remove(&chunk);
         self.next = self.next.min(chunk);
+        let wait = self.failed.get(&chunk).map_or(CHUNK_AGAIN_FIRST, |failed| failed.wait * 2).min(CHUNK_AGAIN_LAST);
+        self.failed.insert(chunk, Failed { again: now + wait, wait });
+        self.trouble.replace(why).is_none()
+    }
+
+    /// When the first of those that did not come may be asked for again.
+    fn again(&self) -> Option<Instant> {
+        self.failed.values().map(|failed| failed.again).min()
     }
 }
 
 impl Filling {
     fn new(partial: Arc<Partial>) -> Self {
-        Self { source: partial.from().parse(), partial, state: Mutex::default(), changed: watch::Sender::new(0) }
+        Self {
+            source: Mutex::new(From::new(partial.from())),
+            partial,
+            state: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
     }
 
     /// Held for look-ups only.
@@ -99,6 +157,22 @@ impl Filling {
 
     fn note_change(&self) {
         self.changed.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    fn source(&self) -> MutexGuard<'_, From> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where it comes from, in words.
+    pub(super) fn from(&self) -> String {
+        self.source().words.clone()
+    }
+
+    /// It comes from here from now on.
+    fn comes_from(&self, words: &str) {
+        *self.source() = From::new(words);
+        self.state().failed.clear();
+        self.note_change();
     }
 
     /// Why what is missing does not come, if it does not.
@@ -154,9 +228,12 @@ pub(super) struct Fillings {
     bundles: Mutex<BTreeMap<BundleId, Arc<Filling>>>,
     /// Held while one is opened, which takes long: all of what is there is read.
     opening: tokio::sync::Mutex<()>,
-    vms: Mutex<BTreeMap<VmId, VmFilling>>,
-    /// VMs that are ended because their memory did not come.
-    lost: Mutex<BTreeMap<VmId, String>>,
+    /// By VM, with the number of the task that serves it.
+    vms: Mutex<BTreeMap<VmId, (u64, VmFilling)>>,
+    /// Tasks that were begun.
+    serial: AtomicU64,
+    /// Why VMs are ended whose memory cannot be served.
+    lost: Mutex<BTreeMap<VmId, FailureCause>>,
 }
 
 impl Fillings {
@@ -164,11 +241,11 @@ impl Fillings {
         self.bundles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, VmFilling>> {
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<VmId, (u64, VmFilling)>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lost(&self) -> MutexGuard<'_, BTreeMap<VmId, String>> {
+    fn lost(&self) -> MutexGuard<'_, BTreeMap<VmId, FailureCause>> {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -184,11 +261,21 @@ impl Fillings {
 
     /// What a VM has of its memory, if something is missing.
     pub(super) fn of_vm(&self, vm: &VmId) -> Option<VmFilling> {
-        self.vms().get(vm).cloned()
+        self.vms().get(vm).map(|(_, filling)| filling.clone())
     }
 
-    /// Why a VM was ended, if that was because its memory did not come. Told once.
-    pub(super) fn loss(&self, vm: &VmId) -> Option<String> {
+    /// Whether a VM is not to be asked for all of its memory: that is not here, or what it differs from is no bundle yet.
+    pub(super) fn holds_back(&self, vm: &VmRecord) -> Option<(u32, u32)> {
+        if let Some(VmFilling { mapped, chunks, .. }) = self.of_vm(&vm.id) {
+            return Some((mapped, chunks));
+        }
+        let filling = vm.spec.bundle.as_ref().filter(|_| vm.spec.lazy).and_then(|bundle| self.of(bundle))?;
+        let chunks = filling.partial.chunks();
+        Some((chunks.saturating_sub(filling.partial.missing()), chunks))
+    }
+
+    /// Why a VM was ended, if that was because its memory could not be served. Told once.
+    pub(super) fn loss(&self, vm: &VmId) -> Option<FailureCause> {
         self.lost().remove(vm)
     }
 }
@@ -224,12 +311,15 @@ impl<W: World> Shared<W> {
         Ok(Some(filling))
     }
 
-    /// Begins to have a bundle that is elsewhere; what is there of it already stays.
+    /// Begins to have a bundle that is elsewhere; what is there of it already stays, and the rest comes from there.
     pub(super) async fn begin_filling(self: &Arc<Self>, coming: Coming) -> Result<Arc<Filling>, BundleError> {
-        let bundle = coming.bundle.clone();
+        let (bundle, from) = (coming.bundle.clone(), coming.from.clone());
         self.world.bundles().begin_partial(coming).await?;
         match self.filling(&bundle).await? {
-            Some(filling) => Ok(filling),
+            Some(filling) => {
+                filling.comes_from(&from);
+                Ok(filling)
+            }
             None => Err(BundleError::NotPartial { bundle }),
         }
     }
@@ -243,11 +333,11 @@ impl<W: World> Shared<W> {
         self.world.bundles().remove_partial(bundle).await
     }
 
-    /// Ends a VM whose memory does not come. Its actor sees the end, and finds the reason.
-    async fn lose(&self, vm: &VmId, why: String) {
+    /// Ends a VM whose memory cannot be served. Its actor sees the end, and finds the reason.
+    async fn lose(&self, vm: &VmId, cause: FailureCause) {
         let Some(record) = self.vms().get(vm).map(|vm| vm.record.borrow().clone()) else { return };
-        tracing::error!(%vm, why, "a VM is ended, as its memory does not come");
-        self.fillings.lost().insert(vm.clone(), why);
+        tracing::error!(%vm, why = cause.detail(), "a VM is ended, as its memory cannot be served");
+        self.fillings.lost().insert(vm.clone(), cause);
         let killed = match self.world.vmm().find(&record).await {
             Ok(Some(process)) => process.kill(),
             Ok(None) => Ok(()),
@@ -266,31 +356,33 @@ impl<W: World> Shared<W> {
         }
     }
 
-    /// Serves the memory of a VM that an earlier agent launched while some was missing.
+    /// Serves the memory of a VM that an earlier agent launched while some was missing, if some still is.
     pub(super) async fn go_on_serving(self: &Arc<Self>, vm: &VmRecord) {
         let Some(bundle) = vm.spec.bundle.clone().filter(|_| vm.spec.lazy) else { return };
-        // One that has all of its memory takes no connection any more.
-        let near = match self.world.vmm().connect_to_fill(vm).await {
-            Ok(Some(near)) => near,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::warn!(vm = %vm.id, %error, "nobody serves what is missing of a VM's memory");
-                return;
+        let Ok(Some(near)) = self.world.vmm().connect_to_fill(vm).await else { return };
+        let (shared, vm) = (Arc::clone(self), vm.clone());
+        // What is here of the bundle is read first, which takes its time.
+        tokio::spawn(async move {
+            loop {
+                let chunks = match shared.filling(&bundle).await {
+                    Ok(Some(filling)) => Ok(Chunks::Coming(filling)),
+                    Ok(None) => {
+                        shared.world.bundles().find(bundle.as_str()).await.map(|view| Chunks::Here(view.manifest))
+                    }
+                    Err(error) => Err(error),
+                };
+                match chunks {
+                    Ok(chunks) => return shared.serve(&vm, chunks, near),
+                    Err(error) => {
+                        tracing::warn!(vm = %vm.id, %bundle, error = %chain(&error), "a VM's memory is not served yet");
+                    }
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+                if !shared.vms().contains_key(&vm.id) {
+                    return;
+                }
             }
-        };
-        let chunks = match self.filling(&bundle).await {
-            Ok(Some(filling)) => Ok(Chunks::Coming(filling)),
-            Ok(None) => self.world.bundles().check(&bundle).await.map(Chunks::Here),
-            Err(error) => Err(error),
-        };
-        let chunks = match chunks {
-            Ok(chunks) => chunks,
-            Err(error) => {
-                self.lose(&vm.id, chain(&error)).await;
-                return;
-            }
-        };
-        self.serve(vm, chunks, near);
+        });
     }
 
     /// How long a guest waits for memory.
@@ -309,10 +401,20 @@ mod tests {
         let mut state = State::default();
         state.wanted.extend([7, 3, 7]);
         let missing = |chunk: u32| chunk != 1;
-        let taken: Vec<_> = std::iter::from_fn(|| state.take(9, missing)).collect();
+        let now = Instant::now();
+        let taken: Vec<_> = std::iter::from_fn(|| state.take(9, now, missing)).collect();
         assert_eq!(taken, [7, 3, 0, 2, 4, 5, 6, 8]);
-        state.give_back(2);
-        assert_eq!((state.take(9, missing), state.take(9, missing)), (Some(2), None));
+        assert!(state.did_not_come(2, now, "one".to_owned()) && !state.did_not_come(4, now, "two".to_owned()));
+        assert_eq!(state.take(9, now, missing), None);
+        let later = state.again().unwrap();
+        assert_eq!(
+            (state.take(9, later, missing), state.take(9, later, missing), state.take(9, later, missing)),
+            (Some(2), Some(4), None)
+        );
+        state.came(2);
+        assert_eq!(state.trouble.as_deref(), Some("two"));
+        state.came(4);
+        assert_eq!((state.again(), state.trouble), (None, None));
     }
 
     proptest! {
@@ -326,14 +428,20 @@ mod tests {
             let mut state = State { wanted: wanted.into(), ..State::default() };
             let (mut left, mut failing) = (missing, failing.into_iter());
             let mut taken = Vec::new();
-            while let Some(chunk) = state.take(40, |chunk| left.contains(&chunk)) {
+            let mut now = Instant::now();
+            loop {
+                let Some(chunk) = state.take(40, now, |chunk| left.contains(&chunk)) else {
+                    let Some(again) = state.again() else { break };
+                    now = again;
+                    continue;
+                };
                 prop_assert!(left.contains(&chunk) && !taken.contains(&chunk));
                 if failing.next().unwrap_or(false) {
-                    state.give_back(chunk);
+                    state.did_not_come(chunk, now, String::new());
                 } else {
                     taken.push(chunk);
                     left.remove(&chunk);
-                    state.fetching.remove(&chunk);
+                    state.came(chunk);
                 }
             }
             prop_assert!(left.is_empty());

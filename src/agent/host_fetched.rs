@@ -22,7 +22,12 @@ impl FetchedBundles for HostBundles {
             if !this.store().partials()?.contains(&bundle) {
                 return Ok(None);
             }
-            Ok(Some(Arc::new(this.store().open_partial(&bundle)?)))
+            let partial = this.store().open_partial(&bundle)?;
+            // An agent may have ended before it noted that: it gives way as one that was not used since it was made.
+            if this.store().fetched(&bundle)?.is_none() {
+                this.store().note_fetched(&bundle, partial.from(), partial.manifest().provenance.built_at)?;
+            }
+            Ok(Some(Arc::new(partial)))
         })
         .await
     }
@@ -48,7 +53,12 @@ impl FetchedBundles for HostBundles {
 
     async fn find_partial(&self, word: &str) -> Result<Option<BundleId>, BundleError> {
         let word = word.to_owned();
-        self.blocking(move |this| Ok(this.store().find_partial(&word)?)).await
+        self.blocking(move |this| match this.store().find(&word) {
+            // A whole one is meant before one that is not.
+            Ok(_) => Ok(None),
+            Err(_) => Ok(this.store().find_partial(&word)?),
+        })
+        .await
     }
 
     fn partial_view(&self, partial: &Partial) -> Result<BundleView, BundleError> {

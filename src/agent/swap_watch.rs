@@ -59,7 +59,7 @@ impl<W: World> Agent<W> {
         let handles: Vec<VmHandle> = self.shared.vms().values().cloned().collect();
         let records: Vec<Arc<VmRecord>> = handles.iter().map(|vm| vm.record.borrow().clone()).collect();
         let may_go = |vm: &&Arc<VmRecord>| {
-            let is_whole = self.shared.fillings.of_vm(&vm.id).is_none();
+            let is_whole = self.shared.fillings.holds_back(vm).is_none();
             vm.state == VmState::Running && vm.spec.swap.mode.is_some() && is_whole
         };
         let records: Vec<Arc<VmRecord>> = records.iter().filter(may_go).cloned().collect();

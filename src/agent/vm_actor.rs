@@ -14,7 +14,6 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument;
 
-use super::filling::VmFilling;
 use super::ledger::{LedgerError, Write};
 use super::migration_record::MoveRecord;
 use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
@@ -128,6 +127,8 @@ impl<W: World> VmActor<W> {
             self.shared.declare_broken(&error);
         }
         self.shared.vms().remove(&self.record.id);
+        // What it was ended for, if its end was asked for before that was seen.
+        let _ = self.shared.fillings.loss(&self.record.id);
         self.shared.note_vm_change();
     }
 
@@ -344,7 +345,7 @@ impl<W: World> VmActor<W> {
         if !matches!(verb, Verb::Snapshot(_) | Verb::HandOver | Verb::Migrate(_) | Verb::SwapOut(_)) {
             return None;
         }
-        let VmFilling { mapped, chunks, .. } = self.shared.fillings.of_vm(&self.record.id)?;
+        let (mapped, chunks) = self.shared.fillings.holds_back(&self.record)?;
         Some(VerbError::Filling { verb: verb.name(), vm: self.record.id.to_string(), mapped, chunks })
     }
 
@@ -594,7 +595,7 @@ impl<W: World> VmActor<W> {
         remains.at = Some(self.shared.world.clock().wall());
         remains.exit = Some(end.to_string());
         let ended = match self.shared.fillings.loss(&self.record.id) {
-            Some(detail) => Event::VmmFailed { cause: FailureCause::BundleUnavailable { detail } },
+            Some(cause) => Event::VmmFailed { cause },
             None => end_event(words, end),
         };
         let event = match (&operation, ended) {

@@ -24,8 +24,10 @@ const AT_ONCE_MAX: usize = 4;
 const AGAIN_FIRST: Duration = Duration::from_millis(100);
 const AGAIN_LAST: Duration = Duration::from_secs(2);
 
-/// Time until a bundle that is complete and could not be published is looked at again.
-const PUBLISH_AGAIN: Duration = Duration::from_secs(10);
+/// Time until a bundle that is complete and could not be published is looked at again: all of it is read. The first, doubled
+/// up to the last.
+const PUBLISH_AGAIN_FIRST: Duration = Duration::from_secs(10);
+const PUBLISH_AGAIN_LAST: Duration = Duration::from_secs(300);
 
 /// Why a chunk did not come.
 #[derive(Debug, thiserror::Error)]
@@ -46,12 +48,14 @@ enum FetchError {
 
 /// Until all of it is there, and published; or until nobody wants it.
 pub(super) async fn run<W: World>(shared: Arc<Shared<W>>, filling: Arc<Filling>) {
+    let mut wait = PUBLISH_AGAIN_FIRST;
     loop {
         fetch_missing(&shared, &filling).await;
         if filling.state().is_over || publish(&shared, &filling).await {
             return;
         }
-        tokio::time::sleep(PUBLISH_AGAIN).await;
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(PUBLISH_AGAIN_LAST);
         // What turned out to be damaged is missing again.
         filling.state().next = 0;
     }
@@ -68,36 +72,31 @@ async fn fetch_missing<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>
             return;
         }
         while again.is_none() && fetches.len() < AT_ONCE_MAX {
-            let taken = filling.state().take(partial.chunks(), |chunk| !partial.is_present(chunk));
+            let taken = filling.state().take(partial.chunks(), Instant::now(), |chunk| !partial.is_present(chunk));
             let Some(chunk) = taken else { break };
             fetches.push(async move { (chunk, fetch(shared, filling, chunk).await) });
+        }
+        if fetches.is_empty() && again.is_none() {
+            again = filling.state().again();
         }
         tokio::select! {
             Some((chunk, fetched)) = fetches.next(), if !fetches.is_empty() => match fetched {
                 Ok(bytes) => {
                     (again, wait) = (None, AGAIN_FIRST);
-                    let mut state = filling.state();
-                    state.fetching.remove(&chunk);
-                    state.came.push(chunk);
-                    state.trouble = None;
-                    drop(state);
+                    filling.state().came(chunk);
                     shared.metrics.fetched(bytes);
                     filling.note_change();
                 }
                 Err(error) => {
-                    let (why, was_fine) = (chain(&error), filling.state().trouble.is_none());
-                    if was_fine {
+                    let (now, why) = (Instant::now(), chain(&error));
+                    shared.metrics.fetch_failed();
+                    if filling.state().did_not_come(chunk, now, why.clone()) {
                         tracing::warn!(bundle = %partial.id(), chunk, error = why, "a part of a bundle does not come");
                         let body = serde_json::json!({ "bundle_id": partial.id(), "chunk": chunk, "reason": why });
                         shared.bundle_event("bundle_fetch_failing", body).await;
                     }
-                    shared.metrics.fetch_failed();
-                    let mut state = filling.state();
-                    state.give_back(chunk);
-                    state.trouble = Some(why);
-                    drop(state);
                     if again.is_none() {
-                        again = Some(Instant::now() + wait);
+                        again = Some(now + wait);
                         wait = (wait * 2).min(AGAIN_LAST);
                     }
                 }
@@ -115,8 +114,8 @@ async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>, chunk:
     // One without content is there.
     let Some(range) = partial.chunk_range(chunk) else { return Ok(0) };
     let part = BundlePart::Memory { offset: range.start, bytes: range.end - range.start };
-    let source = filling.source.as_ref().map_err(|error| FetchError::Nowhere(error.clone()))?;
-    let bytes = read_part(shared, source, partial.id(), part).await?;
+    let source = filling.source().spec.clone().map_err(FetchError::Nowhere)?;
+    let bytes = read_part(shared, &source, partial.id(), part).await?;
     let count = bytes.len() as u64;
     let installed = spawn_blocking(move || partial.install(chunk, &bytes)).await;
     installed.map_err(|_| FetchError::Ending)??;
@@ -126,20 +125,20 @@ async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>, chunk:
 /// Whether nothing is left to do: it is a bundle now, or nobody wants it.
 async fn publish<W: World>(shared: &Arc<Shared<W>>, filling: &Filling) -> bool {
     let bundle = filling.partial.id().clone();
-    let opening = shared.fillings.opening.lock().await;
+    // All of it is read: nobody waits for that. Until it is over, the bundle is one that is on its way.
+    let published = shared.world.bundles().publish_partial(&filling.partial).await;
     if filling.state().is_over {
         return true;
     }
-    if let Err(error) = shared.world.bundles().publish_partial(&filling.partial).await {
+    if let Err(error) = published {
         let why = chain(&error);
         tracing::error!(%bundle, error = why, "a bundle that has come as a whole cannot be kept");
         filling.state().trouble = Some(why);
         return false;
     }
     shared.fillings.bundles().remove(&bundle);
-    drop(opening);
     tracing::info!(%bundle, "a bundle is here as a whole");
     shared.bundle_event("bundle_fetched", serde_json::json!({ "bundle_id": bundle })).await;
-    shared.evict_fetched().await;
+    shared.evict_fetched(&bundle).await;
     true
 }

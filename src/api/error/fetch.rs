@@ -15,7 +15,9 @@ pub(super) const fn partial(error: &PartialError) -> Answer {
         PartialError::Unknown { .. } => {
             (StatusCode::NOT_FOUND, "unknown_bundle", Some("`hearth bundle ls` lists the bundles of this host"))
         }
-        PartialError::Whole { .. } => (StatusCode::CONFLICT, "bundle_is_here", None),
+        PartialError::Whole { .. } => {
+            (StatusCode::CONFLICT, "bundle_is_here", Some("`hearth bundle verify` looks whether it is whole"))
+        }
         PartialError::Diff { .. } => {
             let todo = "where it is: `hearth bundle compact`; or export and import it";
             (StatusCode::UNPROCESSABLE_ENTITY, "bundle_builds_on_others", Some(todo))
@@ -44,6 +46,17 @@ pub(super) const fn noted(error: &FetchedError) -> Answer {
     }
 }
 
-pub(super) const fn source(_: &SourceError) -> Answer {
-    (StatusCode::BAD_GATEWAY, "bundle_source_failed", Some("is the bundle there, and does that host answer?"))
+pub(super) const fn source(error: &SourceError) -> Answer {
+    match error {
+        SourceError::NotThere { .. } => (StatusCode::NOT_FOUND, "bundle_not_there", None),
+        SourceError::UnknownPeer { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "unknown_peer", None),
+        SourceError::NotStarted { .. } => (StatusCode::SERVICE_UNAVAILABLE, "not_started", None),
+        SourceError::Peer { .. }
+        | SourceError::Directory { .. }
+        | SourceError::Store { .. }
+        | SourceError::OtherPiece { .. }
+        | SourceError::TooMany { .. } => {
+            (StatusCode::BAD_GATEWAY, "bundle_source_failed", Some("is the bundle there, and does that host answer?"))
+        }
+    }
 }

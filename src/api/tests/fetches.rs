@@ -16,8 +16,8 @@ async fn what_cannot_be_fetched_is_refused_and_leaves_nothing() {
         ("https://store/bundles", (400, "invalid_source")),
         ("http://user@store/", (400, "invalid_source")),
         ("peer:", (400, "invalid_source")),
-        ("peer:two", (502, "bundle_source_failed")),
-        ("/nowhere", (502, "bundle_source_failed")),
+        ("peer:two", (422, "unknown_peer")),
+        ("/nowhere", (404, "bundle_not_there")),
         ("http://127.0.0.1:1", (502, "bundle_source_failed")),
     ] {
         let refused = fetch(NOBODYS, from).await;
