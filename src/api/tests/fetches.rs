@@ -18,7 +18,7 @@ async fn what_cannot_be_fetched_is_refused_and_leaves_nothing() {
         ("peer:", (400, "invalid_source")),
         ("peer:two", (422, "unknown_peer")),
         ("/nowhere", (404, "bundle_not_there")),
-        ("http://127.0.0.1:1", (502, "bundle_source_failed")),
+        ("http://127.0.0.1:1", (503, "not_started")),
     ] {
         let refused = fetch(NOBODYS, from).await;
         assert_eq!(code(&refused), wanted, "{from}: {}", refused.1);
