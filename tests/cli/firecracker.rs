@@ -99,7 +99,8 @@ fn its_restores_are_measured() {
     let figure = |name: &str| anchor[name]["min"].as_f64().expect("a figure");
     assert_eq!(anchor["load_ms"]["count"], 2);
     assert!(figure("spawn_ms") > 0.0 && figure("load_ms") > 0.0, "{anchor}");
-    assert!(figure("resumed_ms") >= figure("spawn_ms") + figure("load_ms"), "{anchor}");
+    // A nanosecond is less than what is measured, and more than what sums of fractions lose.
+    assert!(figure("resumed_ms") + 1e-6 >= figure("spawn_ms") + figure("load_ms"), "{anchor}");
     assert_eq!(ground.nothing_is_left(), 3, "one that is saved, two that are restored");
 }
 
