@@ -248,3 +248,15 @@ mod tests {
         }
     }
 }
+id! {
+    /// A volume: a block device that outlives guests.
+    VolumeId, "vol-", from_random: ID_RANDOM_BYTES
+}
+id! {
+    /// A volume's content at one moment.
+    VolumeSnapshotId, "vs-", from_random: ID_RANDOM_BYTES
+}
+id! {
+    /// The right to use a volume, of one holder.
+    LeaseId, "l-", from_random: ID_RANDOM_BYTES
+}
