@@ -8,6 +8,7 @@
 mod base64;
 pub mod clock;
 pub mod ids;
+pub mod lease;
 pub mod report;
 pub mod saved;
 pub mod signing;

@@ -1,4 +1,4 @@
-//! Floor 2: what the two processes say to each other, and what hosts show each other. Types and their encoding only: no sockets
+//! Floor 2: what the processes say to each other, and what hosts show each other. Types and their encoding only: no sockets
 //! here.
 //! The protocols' states and rules are in `PROTOCOL.md`.
 #![doc = include_str!("wire/PROTOCOL.md")]
@@ -16,3 +16,4 @@ pub mod nbd;
 pub mod packed;
 pub mod refusal;
 pub mod stream;
+pub mod volumed;

@@ -21,6 +21,7 @@ const EVERYWHERE: &[&str] = &["std", "core", "alloc", "serde", "thiserror", "pro
 const FLOORS: &[Floor] = &[
     Floor { module: "base64", ours: &[], outside: &[] },
     Floor { module: "ids", ours: &[], outside: &[] },
+    Floor { module: "lease", ours: &["ids"], outside: &[] },
     Floor { module: "signing", ours: &["base64"], outside: &["ring"] },
     Floor { module: "units", ours: &[], outside: &[] },
     Floor { module: "clock", ours: &[], outside: &[] },
@@ -58,7 +59,7 @@ const FLOORS: &[Floor] = &[
     },
     Floor {
         module: "wire",
-        ours: &["ids", "units", "clock", "report", "saved"],
+        ours: &["ids", "units", "clock", "report", "saved", "lease"],
         outside: &["postcard", "serde_json", "serde_bytes", "blake3", "lz4_flex", "twox_hash"],
     },
     Floor {
