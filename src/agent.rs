@@ -52,6 +52,7 @@ mod host_process;
 mod host_save;
 mod host_touched;
 mod host_vmm;
+mod host_volumes;
 mod host_world;
 mod images;
 mod isolation;
@@ -91,6 +92,8 @@ mod trust;
 mod usage;
 mod vm_actor;
 mod vm_state;
+mod volume_door;
+pub mod volumes;
 mod work;
 pub mod world;
 
@@ -162,6 +165,10 @@ pub use trust::{Trust, TrustConfig};
 pub use usage::{Usages, VmUsage};
 pub use vm_actor::{Arrival, SwapOrder, Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
+pub use volume_door::{
+    ChangesView, DigestView, LeaseRequest, LeasesView, VolumeDoor, VolumeError, VolumeOrigin, VolumeRequest,
+};
+pub use volumes::AskVolumesError;
 
 pub use crate::bundle::archive::ArchiveError;
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};

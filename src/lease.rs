@@ -480,7 +480,7 @@ impl Leases {
     }
 
     fn note_end(&mut self, id: &LeaseId) {
-        drop(self.seen_ms.remove(id));
+        self.seen_ms.remove(id);
         self.ended.insert(id.clone());
     }
 }

@@ -15,6 +15,7 @@ mod registrar;
 mod road;
 mod swap;
 mod vmm;
+mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -103,6 +104,7 @@ struct State {
     /// What it is, as far as guests care.
     facts: HostFacts,
     swap: swap::Swap,
+    volumes: volumes::Volumes,
 }
 
 /// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
@@ -167,6 +169,7 @@ impl SimHost {
             bundles: bundles::Bundles::default(),
             facts: manifest::facts(),
             swap: swap::Swap::default(),
+            volumes: volumes::Volumes::default(),
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -388,6 +391,7 @@ impl World for SimWorld {
     type Disk = SimHost;
     type Networks = SimHost;
     type Bundles = SimHost;
+    type Volumes = SimHost;
     type Records = SimHost;
 
     fn clock(&self) -> &SimHost {
@@ -407,6 +411,10 @@ impl World for SimWorld {
     }
 
     fn bundles(&self) -> &SimHost {
+        &self.host
+    }
+
+    fn volumes(&self) -> &SimHost {
         &self.host
     }
 

@@ -11,6 +11,7 @@ pub use super::swap::SwapConfig;
 use super::trust::TRUSTED_KEYS_MAX;
 pub use super::trust::TrustConfig;
 use crate::signing::PublicKey;
+use crate::units::MIB;
 pub use fabric::{FabricConfig, Peer, Underlay};
 
 /// Where the configuration is looked for when no path is given. It may be absent.
@@ -48,11 +49,32 @@ pub struct Config {
     pub trust: TrustConfig,
     /// Most MiB that bundles from elsewhere take on disk, but for those that are used or kept; 0: no bound.
     pub fetched_mib: u64,
+    /// Where volumes are, and how much of the disk they take.
+    pub volumes: VolumesConfig,
     /// What session networks are made of; without it there are none.
     pub fabric: Option<FabricConfig>,
     /// The control group below which VMs have theirs, from the mount of version 2; found when it is not said.
     pub cgroup_parent: Option<String>,
 }
+
+/// Where volumes are, and how much of the disk they take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumesConfig {
+    /// Their directory.
+    pub directory: PathBuf,
+    /// Most bytes of the disk that they take together; `None`: as many as there are.
+    pub quota_bytes: Option<u64>,
+    /// The TCP port where other hosts of the fabric reach them.
+    pub port: u16,
+    /// Seconds without any connection to a volume after which its guest is told of errors.
+    pub reconnect_s: u32,
+}
+
+/// The port where other hosts reach volumes: the one behind that of agents.
+const VOLUMES_PORT_DEFAULT: u16 = super::peers::PEER_PORT_DEFAULT + 1;
+
+/// As long as Linux lets a disk take for one request before it resets it.
+const RECONNECT_S_DEFAULT: u32 = 30;
 
 /// Bounds on what users may ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -199,6 +221,16 @@ struct WrittenBundles {
     fetched_mib: u64,
 }
 
+/// [`VolumesConfig`] as it is written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WrittenVolumes {
+    directory: Option<PathBuf>,
+    quota_mib: u64,
+    port: Option<u16>,
+    reconnect_s: Option<u32>,
+}
+
 /// The file as it is written.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -212,6 +244,7 @@ struct Written {
     waits: Waits,
     swap: SwapConfig,
     bundles: WrittenBundles,
+    volumes: WrittenVolumes,
     fabric: Option<fabric::WrittenFabric>,
     peers: Vec<fabric::WrittenPeer>,
     cgroup: WrittenCgroup,
@@ -337,6 +370,22 @@ fn check_swap(swap: &SwapConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
+fn check_volumes(written: WrittenVolumes, state_dir: &Path) -> Result<VolumesConfig, ConfigError> {
+    let WrittenVolumes { directory, quota_mib, port, reconnect_s } = written;
+    let (port, reconnect_s) = (port.unwrap_or(VOLUMES_PORT_DEFAULT), reconnect_s.unwrap_or(RECONNECT_S_DEFAULT));
+    in_range("volumes.quota_mib", quota_mib, 0, 1 << 40)?;
+    in_range("volumes.port", port.into(), 1, u16::MAX.into())?;
+    in_range("volumes.reconnect_s", reconnect_s.into(), 1, 3600)?;
+    let directory = directory.unwrap_or_else(|| state_dir.join("volumes"));
+    if !directory.is_absolute() {
+        let wanted = "an absolute path is possible".to_owned();
+        let found = directory.display().to_string();
+        return Err(ConfigError::Range { what: "volumes.directory".to_owned(), found, wanted });
+    }
+    let quota_bytes = (quota_mib > 0).then(|| quota_mib.saturating_mul(MIB));
+    Ok(VolumesConfig { directory, quota_bytes, port, reconnect_s })
+}
+
 fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> {
     let Written { host_name, state_dir, images_dir, socket, limits, uids, waits, swap, bundles, .. } = written;
     let fabric = fabric::check(written.fabric, written.peers)?;
@@ -372,6 +421,7 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
     in_range("bundles.fetched_mib", bundles.fetched_mib, 0, 1 << 40)?;
     let WrittenBundles { trusted_keys, trust_local, fetched_mib } = bundles;
     let trust = TrustConfig { trusted_keys, trust_local };
+    let volumes = check_volumes(written.volumes, &state_dir)?;
     Ok(Config {
         host_name,
         state_dir,
@@ -383,6 +433,7 @@ fn check(written: Written, overrides: Overrides) -> Result<Config, ConfigError> 
         swap,
         trust,
         fetched_mib,
+        volumes,
         fabric,
         cgroup_parent,
     })
@@ -437,6 +488,17 @@ mod tests {
         assert!(checked("[bundles]\ntrust = true").unwrap_err().contains("trust"));
         let many = format!("'{key}',").repeat(257);
         assert!(checked(&format!("[bundles]\ntrusted_keys = [{many}]")).unwrap_err().contains("257"));
+    }
+
+    #[test]
+    fn volumes_are_in_the_state_directory_unless_said_otherwise() {
+        let volumes = checked("").unwrap().volumes;
+        assert_eq!((volumes.directory.as_path(), volumes.quota_bytes), (Path::new("/var/lib/hearth/volumes"), None));
+        let volumes = checked("[volumes]\ndirectory = '/srv/volumes'\nquota_mib = 2\nport = 9").unwrap().volumes;
+        assert_eq!((volumes.directory.as_path(), volumes.quota_bytes), (Path::new("/srv/volumes"), Some(2 << 20)));
+        for wrong in ["directory = 'here'", "port = 0", "reconnect_s = 0", "quota = 1"] {
+            assert!(checked(&format!("[volumes]\n{wrong}")).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -39,6 +39,7 @@ use super::transfer::TransferDoor;
 use super::usage::Usages;
 use super::vm_actor::{Verb, VerbError};
 use super::vm_state::{Denied, VmState};
+use super::volume_door::VolumeDoor;
 use super::world::{HostFacts, ImageImport, OpenStreamError, ProcessUsage};
 use crate::clock::UnixNanos;
 use crate::report::Retry;
@@ -220,7 +221,16 @@ pub struct HostView {
 
 /// The agent, as seen from above.
 pub trait Door:
-    PeerDoor + SelfDoor + BundleDoor + ClusterDoor + MigrationDoor + PoolDoor + SourceDoor + TransferDoor + FetchDoor
+    PeerDoor
+    + SelfDoor
+    + BundleDoor
+    + ClusterDoor
+    + MigrationDoor
+    + PoolDoor
+    + SourceDoor
+    + TransferDoor
+    + FetchDoor
+    + VolumeDoor
 {
     /// Admits and records a VM, and starts its launch.
     fn launch(&self, request: LaunchRequest) -> BoxFuture<'_, Result<Launched, LaunchError>>;

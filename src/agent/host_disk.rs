@@ -42,7 +42,8 @@ impl VmDirs {
         Self { root }
     }
 
-    fn path(&self, vm: &VmId) -> PathBuf {
+    /// A VM's directory.
+    pub(super) fn path(&self, vm: &VmId) -> PathBuf {
         self.root.join(vm.as_str())
     }
 

@@ -14,6 +14,7 @@ use super::host_disk::{HostDisk, VmDirs};
 use super::host_network::HostNetworks;
 use super::host_probe::HostProbe;
 use super::host_vmm::HostVmm;
+use super::host_volumes::HostVolumes;
 use super::images::ImageStore;
 use super::ledger::LedgerError;
 use super::ledger::writer::LedgerThread;
@@ -23,6 +24,7 @@ use crate::net::desired::{Host, Peer, Underlay};
 use crate::net::host::{NetworkSpec, OpenNetworkError};
 use crate::sys::{file, host};
 use crate::units::MIB;
+use crate::wire::volumed::StartMessage;
 
 /// This host.
 #[derive(Debug)]
@@ -34,6 +36,7 @@ pub struct HostWorld {
     disk: HostDisk,
     networks: HostNetworks,
     bundles: HostBundles,
+    volumes: HostVolumes,
     records: LedgerThread,
     /// The state directory and this host's number: held as long as this agent lives.
     _locks: [file::Lock; 2],
@@ -212,9 +215,18 @@ impl HostWorld {
             cgroups: cgroups.clone(),
         };
         vmm.sweep_groups();
+        let volumes = StartMessage {
+            store: config.volumes.directory.clone(),
+            runtime: path.join("volumed"),
+            quota_bytes: config.volumes.quota_bytes,
+            reserve_bytes: config.limits.disk_reserve_mib.saturating_mul(MIB),
+            record: None,
+        };
+        let listens_at = vmm.listens_at.map(|address| (address, config.volumes.port));
+        let volumes = HostVolumes::new(volumes, dirs.clone(), listens_at);
         let disk = HostDisk::new(dirs, images, config.host_name.clone(), probe, cgroups);
         let (clock, uptime) = (SystemClock::new(), host::uptime().map_err(|source| OpenHostError::Uptime { source })?);
-        Ok(Self { clock, uptime, vmm, disk, networks, bundles, records, _locks: [lock, number_lock] })
+        Ok(Self { clock, uptime, vmm, disk, networks, bundles, volumes, records, _locks: [lock, number_lock] })
     }
 }
 
@@ -224,6 +236,7 @@ impl World for HostWorld {
     type Disk = HostDisk;
     type Networks = HostNetworks;
     type Bundles = HostBundles;
+    type Volumes = HostVolumes;
     type Records = LedgerThread;
 
     fn clock(&self) -> &SystemClock {
@@ -244,6 +257,10 @@ impl World for HostWorld {
 
     fn bundles(&self) -> &HostBundles {
         &self.bundles
+    }
+
+    fn volumes(&self) -> &HostVolumes {
+        &self.volumes
     }
 
     fn records(&self) -> &LedgerThread {

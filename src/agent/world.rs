@@ -21,6 +21,7 @@ use super::isolation::{HostIsolation, VmJail};
 use super::ledger::{LedgerError, Store};
 use super::record::{DiskSpec, ProcessRecord, Remains, VmRecord};
 use super::transfer::{Imported, Piece};
+use super::volumes::VolumeHost;
 use crate::bundle::admit::GuestNeeds;
 use crate::bundle::working_set::{WorkingSet, WorkingSetError};
 use crate::bundle::{
@@ -53,6 +54,8 @@ pub trait World: Send + Sync + 'static {
     type Networks: VmNetworks;
     /// The bundles, and what is to become one.
     type Bundles: VmBundles + FetchedBundles;
+    /// The volume daemon.
+    type Volumes: VolumeHost;
     /// Durable records.
     type Records: Records;
 
@@ -66,6 +69,8 @@ pub trait World: Send + Sync + 'static {
     fn networks(&self) -> &Self::Networks;
     /// Bundles.
     fn bundles(&self) -> &Self::Bundles;
+    /// The volume daemon.
+    fn volumes(&self) -> &Self::Volumes;
     /// Durable records.
     fn records(&self) -> &Self::Records;
     /// Fills `bytes` with randomness fit for keys.

@@ -8,7 +8,7 @@
 //! waiting, and who hangs up gives it up. JSON, and unknown fields are passed over, since a daemon outlives agents: it goes
 //! on serving while the agent is replaced by another version.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -265,12 +265,14 @@ pub enum Ask {
     /// for the same address, it is so already.
     Listen {
         /// The address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// The port.
         port: u16,
     },
     /// Flush everything and end; answered by [`Answer::Done`] before it does.
     End,
+    /// The same if nobody uses it: there is no attachment and no connection of a client; refused otherwise.
+    EndIfIdle,
 }
 
 /// A volume, as it is told of.

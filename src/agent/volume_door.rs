@@ -1,0 +1,444 @@
+//! What may be asked of the agent about volumes, their snapshots and their leases.
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+
+use super::Agent;
+use super::images::is_name;
+use super::shared::Shared;
+use super::volumes::{AskVolumesError, VolumeHost};
+use super::world::{World, random_array};
+use crate::clock::Clock;
+use crate::ids::{LeaseId, VolumeId, VolumeSnapshotId};
+use crate::lease::{Epoch, Lease, LeaseEntry, LeaseMode, LeaseSecret};
+use crate::wire::volumed::{Answer, Ask, Origin, Run, SnapshotReport, VolumeReport};
+
+/// What a new volume is to begin with, in a user's words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeOrigin {
+    /// Nothing.
+    Empty,
+    /// A raw image: its absolute path on this host.
+    File(String),
+    /// Another volume, as it is now.
+    Volume(String),
+    /// A snapshot.
+    Snapshot(String),
+}
+
+/// A volume to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeRequest {
+    /// Its name.
+    pub name: Option<String>,
+    /// Its size in bytes; `None`: that of what it begins with.
+    pub bytes: Option<u64>,
+    /// What it begins with.
+    pub origin: VolumeOrigin,
+}
+
+/// A lease to take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseRequest {
+    /// What it shall allow.
+    pub mode: LeaseMode,
+    /// Who wants it, for people.
+    pub holder: String,
+    /// Its time to live in seconds.
+    pub ttl_s: Option<u32>,
+    /// End whatever lease is in the way.
+    pub break_others: bool,
+}
+
+/// The leases of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeasesView {
+    /// The volume.
+    pub volume: VolumeId,
+    /// In force.
+    pub leases: Vec<Lease>,
+    /// The last epoch somebody was active in.
+    pub epoch: Epoch,
+    /// What happened of late, the oldest first.
+    pub history: Vec<LeaseEntry>,
+}
+
+/// What changed of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChangesView {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Its present generation.
+    pub generation: u32,
+    /// Whether nothing else changed.
+    pub complete: bool,
+    /// The stretches.
+    pub runs: Vec<Run>,
+}
+
+/// The digest of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DigestView {
+    /// The volume.
+    pub volume: VolumeId,
+    /// BLAKE3 of its bytes, in hexadecimal digits.
+    pub blake3: String,
+    /// Their number.
+    pub bytes: u64,
+}
+
+/// Why something asked of a volume was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// None has this id or name.
+    #[error("there is no {what} {word:?}")]
+    Unknown {
+        /// A volume, or a snapshot of one.
+        what: &'static str,
+        /// What was given.
+        word: String,
+    },
+    /// Several ids start like this.
+    #[error("{word:?} is the start of {count} ids; give more of it")]
+    Ambiguous {
+        /// What was given.
+        word: String,
+        /// How many it could be.
+        count: usize,
+    },
+    /// The name cannot be one.
+    #[error("{name:?} is not a name: letters, digits, '.', '_' and '-', the first a letter or digit, at most 64")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// Randomness for an id.
+    #[error("read random bytes for an id")]
+    Random(#[source] std::io::Error),
+    /// The daemon did not do it.
+    #[error(transparent)]
+    Ask(#[from] AskVolumesError),
+}
+
+/// Volumes, as seen from above.
+pub trait VolumeDoor: Send + Sync + 'static {
+    /// Makes a volume.
+    fn create_volume(&self, request: VolumeRequest) -> BoxFuture<'_, Result<VolumeReport, VolumeError>>;
+    /// All of them.
+    fn volumes(&self) -> BoxFuture<'_, Result<Vec<VolumeReport>, VolumeError>>;
+    /// The one a word means: its id, the start of it, or its name.
+    fn volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<VolumeReport, VolumeError>>;
+    /// Makes one larger.
+    fn resize_volume<'a>(&'a self, word: &'a str, bytes: u64) -> BoxFuture<'a, Result<VolumeReport, VolumeError>>;
+    /// Removes one that nobody has a lease of.
+    fn remove_volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<(), VolumeError>>;
+    /// Keeps its content as of now.
+    fn snapshot_volume<'a>(
+        &'a self,
+        word: &'a str,
+        name: Option<String>,
+    ) -> BoxFuture<'a, Result<SnapshotReport, VolumeError>>;
+    /// All snapshots.
+    fn volume_snapshots(&self) -> BoxFuture<'_, Result<Vec<SnapshotReport>, VolumeError>>;
+    /// Removes a snapshot.
+    fn remove_volume_snapshot<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<(), VolumeError>>;
+    /// The digest of all its bytes.
+    fn digest_volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<DigestView, VolumeError>>;
+    /// What changed after a generation.
+    fn volume_changes<'a>(&'a self, word: &'a str, since: u32) -> BoxFuture<'a, Result<ChangesView, VolumeError>>;
+    /// Its leases.
+    fn volume_leases<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<LeasesView, VolumeError>>;
+    /// Takes a lease.
+    fn acquire_lease<'a>(&'a self, word: &'a str, request: LeaseRequest) -> BoxFuture<'a, Result<Lease, VolumeError>>;
+    /// Whether a lease is in force in this epoch; it lives on.
+    fn validate_lease<'a>(
+        &'a self,
+        word: &'a str,
+        id: &'a LeaseId,
+        epoch: Epoch,
+    ) -> BoxFuture<'a, Result<Lease, VolumeError>>;
+    /// Makes a standby lease the active one.
+    fn convert_lease<'a>(
+        &'a self,
+        word: &'a str,
+        from: &'a LeaseId,
+        to: &'a LeaseId,
+        epoch: Epoch,
+    ) -> BoxFuture<'a, Result<Lease, VolumeError>>;
+    /// Ends a lease.
+    fn release_lease<'a>(&'a self, word: &'a str, id: &'a LeaseId) -> BoxFuture<'a, Result<(), VolumeError>>;
+}
+
+/// One of those that have an id and perhaps a name.
+fn pick<T>(
+    what: &'static str,
+    word: &str,
+    all: Vec<T>,
+    (prefix, names): (&str, impl Fn(&T) -> (String, Option<String>)),
+) -> Result<T, VolumeError> {
+    let unknown = || VolumeError::Unknown { what, word: word.to_owned() };
+    let start = format!("{prefix}{}", word.strip_prefix(prefix).unwrap_or(word));
+    let (mut exact, mut starting) = (Vec::new(), Vec::new());
+    for one in all {
+        let (id, name) = names(&one);
+        if id == word || name.as_deref() == Some(word) {
+            exact.push(one);
+        } else if start.len() > prefix.len() && id.starts_with(&start) {
+            starting.push(one);
+        }
+    }
+    let mut found = if exact.is_empty() { starting } else { exact };
+    match (found.pop(), found.len()) {
+        (Some(one), 0) => Ok(one),
+        (Some(_), more) => Err(VolumeError::Ambiguous { word: word.to_owned(), count: more + 1 }),
+        (None, _) => Err(unknown()),
+    }
+}
+
+fn unexpected() -> VolumeError {
+    VolumeError::Ask(AskVolumesError::Unexpected)
+}
+
+impl<W: World> Shared<W> {
+    pub(super) async fn ask_volumes(&self, ask: Ask) -> Result<Answer, AskVolumesError> {
+        self.world.volumes().ask(ask, None).await
+    }
+
+    /// All volumes of this host; none without a daemon, as there was never one.
+    pub(super) async fn all_volumes(&self) -> Result<Vec<VolumeReport>, VolumeError> {
+        if !self.world.volumes().is_used() {
+            return Ok(Vec::new());
+        }
+        match self.ask_volumes(Ask::List).await? {
+            Answer::Volumes { volumes } => Ok(volumes),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The volume of this host that a word means.
+    pub(super) async fn find_volume(&self, word: &str) -> Result<VolumeReport, VolumeError> {
+        let all = self.all_volumes().await?;
+        pick("volume", word, all, (VolumeId::PREFIX, |one| (one.id.to_string(), one.name.clone())))
+    }
+
+    async fn all_volume_snapshots(&self) -> Result<Vec<SnapshotReport>, VolumeError> {
+        if !self.world.volumes().is_used() {
+            return Ok(Vec::new());
+        }
+        match self.ask_volumes(Ask::Snapshots).await? {
+            Answer::Snapshots { snapshots } => Ok(snapshots),
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn find_volume_snapshot(&self, word: &str) -> Result<SnapshotReport, VolumeError> {
+        let all = self.all_volume_snapshots().await?;
+        let names = |one: &SnapshotReport| (one.id.to_string(), one.name.clone());
+        pick("snapshot", word, all, (VolumeSnapshotId::PREFIX, names))
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.world.clock().wall().0 / 1_000_000
+    }
+
+    async fn make_volume(&self, request: VolumeRequest) -> Result<VolumeReport, VolumeError> {
+        named(request.name.as_deref())?;
+        let origin = match request.origin {
+            VolumeOrigin::Empty => Origin::Empty,
+            VolumeOrigin::File(path) => Origin::File { path: path.into() },
+            VolumeOrigin::Volume(word) => Origin::Volume { id: self.find_volume(&word).await?.id },
+            VolumeOrigin::Snapshot(word) => Origin::Snapshot { id: self.find_volume_snapshot(&word).await?.id },
+        };
+        let id = VolumeId::from_random(random_array(&self.world).map_err(VolumeError::Random)?);
+        let (name, bytes, now_ms) = (request.name, request.bytes, self.now_ms());
+        let volume = volume_of(self.ask_volumes(Ask::Create { id, name, bytes, origin, now_ms }).await?)?;
+        self.volume_event("volume_created", &volume.id).await;
+        Ok(volume)
+    }
+
+    async fn volume_event(&self, kind: &'static str, volume: &VolumeId) {
+        self.bundle_event(kind, serde_json::json!({ "volume_id": volume })).await;
+    }
+
+    async fn take_lease(&self, word: &str, request: LeaseRequest) -> Result<Lease, VolumeError> {
+        let volume = self.find_volume(word).await?.id;
+        let LeaseRequest { mode, holder, ttl_s, break_others } = request;
+        let id = LeaseId::from_random(random_array(&self.world).map_err(VolumeError::Random)?);
+        let secret = LeaseSecret::from_random(random_array(&self.world).map_err(VolumeError::Random)?);
+        lease_of(
+            self.ask_volumes(Ask::Acquire { volume, id, mode, holder, vm: None, ttl_s, secret, break_others }).await?,
+        )
+    }
+}
+
+fn named(name: Option<&str>) -> Result<(), VolumeError> {
+    match name {
+        Some(name) if !is_name(name) => Err(VolumeError::Name { name: name.to_owned() }),
+        Some(_) | None => Ok(()),
+    }
+}
+
+fn volume_of(answer: Answer) -> Result<VolumeReport, VolumeError> {
+    if let Answer::Volume { volume } = answer { Ok(volume) } else { Err(unexpected()) }
+}
+
+fn lease_of(answer: Answer) -> Result<Lease, VolumeError> {
+    if let Answer::Lease { lease } = answer { Ok(lease) } else { Err(unexpected()) }
+}
+
+impl<W: World> VolumeDoor for Agent<W> {
+    fn create_volume(&self, request: VolumeRequest) -> BoxFuture<'_, Result<VolumeReport, VolumeError>> {
+        self.shared.make_volume(request).boxed()
+    }
+
+    fn volumes(&self) -> BoxFuture<'_, Result<Vec<VolumeReport>, VolumeError>> {
+        self.shared.all_volumes().boxed()
+    }
+
+    fn volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<VolumeReport, VolumeError>> {
+        self.shared.find_volume(word).boxed()
+    }
+
+    fn resize_volume<'a>(&'a self, word: &'a str, bytes: u64) -> BoxFuture<'a, Result<VolumeReport, VolumeError>> {
+        async move {
+            let id = self.shared.find_volume(word).await?.id;
+            volume_of(self.shared.ask_volumes(Ask::Resize { id, bytes }).await?)
+        }
+        .boxed()
+    }
+
+    fn remove_volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<(), VolumeError>> {
+        async move {
+            let id = self.shared.find_volume(word).await?.id;
+            self.shared.ask_volumes(Ask::Remove { id: id.clone() }).await?;
+            self.shared.volume_event("volume_removed", &id).await;
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn snapshot_volume<'a>(
+        &'a self,
+        word: &'a str,
+        name: Option<String>,
+    ) -> BoxFuture<'a, Result<SnapshotReport, VolumeError>> {
+        async move {
+            named(name.as_deref())?;
+            let volume = self.shared.find_volume(word).await?.id;
+            let random = random_array(&self.shared.world).map_err(VolumeError::Random)?;
+            let (id, now_ms) = (VolumeSnapshotId::from_random(random), self.shared.now_ms());
+            match self.shared.ask_volumes(Ask::Snapshot { volume, id, name, now_ms }).await? {
+                Answer::Snapshot { snapshot } => Ok(snapshot),
+                _ => Err(unexpected()),
+            }
+        }
+        .boxed()
+    }
+
+    fn volume_snapshots(&self) -> BoxFuture<'_, Result<Vec<SnapshotReport>, VolumeError>> {
+        self.shared.all_volume_snapshots().boxed()
+    }
+
+    fn remove_volume_snapshot<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<(), VolumeError>> {
+        async move {
+            let id = self.shared.find_volume_snapshot(word).await?.id;
+            self.shared.ask_volumes(Ask::RemoveSnapshot { id }).await?;
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn digest_volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<DigestView, VolumeError>> {
+        async move {
+            let volume = self.shared.find_volume(word).await?.id;
+            match self.shared.ask_volumes(Ask::Digest { id: volume.clone() }).await? {
+                Answer::Digest { blake3, bytes } => Ok(DigestView { volume, blake3, bytes }),
+                _ => Err(unexpected()),
+            }
+        }
+        .boxed()
+    }
+
+    fn volume_changes<'a>(&'a self, word: &'a str, since: u32) -> BoxFuture<'a, Result<ChangesView, VolumeError>> {
+        async move {
+            let volume = self.shared.find_volume(word).await?.id;
+            match self.shared.ask_volumes(Ask::Changes { id: volume.clone(), since }).await? {
+                Answer::Changes { generation, complete, runs } => {
+                    Ok(ChangesView { volume, generation, complete, runs })
+                }
+                _ => Err(unexpected()),
+            }
+        }
+        .boxed()
+    }
+
+    fn volume_leases<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<LeasesView, VolumeError>> {
+        async move {
+            let volume = self.shared.find_volume(word).await?.id;
+            match self.shared.ask_volumes(Ask::Leases { volume: volume.clone() }).await? {
+                Answer::Leases { leases, epoch, history } => Ok(LeasesView { volume, leases, epoch, history }),
+                _ => Err(unexpected()),
+            }
+        }
+        .boxed()
+    }
+
+    fn acquire_lease<'a>(&'a self, word: &'a str, request: LeaseRequest) -> BoxFuture<'a, Result<Lease, VolumeError>> {
+        self.shared.take_lease(word, request).boxed()
+    }
+
+    fn validate_lease<'a>(
+        &'a self,
+        word: &'a str,
+        id: &'a LeaseId,
+        epoch: Epoch,
+    ) -> BoxFuture<'a, Result<Lease, VolumeError>> {
+        async move {
+            let (volume, id) = (self.shared.find_volume(word).await?.id, id.clone());
+            lease_of(self.shared.ask_volumes(Ask::Validate { volume, id, epoch }).await?)
+        }
+        .boxed()
+    }
+
+    fn convert_lease<'a>(
+        &'a self,
+        word: &'a str,
+        from: &'a LeaseId,
+        to: &'a LeaseId,
+        epoch: Epoch,
+    ) -> BoxFuture<'a, Result<Lease, VolumeError>> {
+        async move {
+            let (volume, from, to) = (self.shared.find_volume(word).await?.id, from.clone(), to.clone());
+            lease_of(self.shared.ask_volumes(Ask::Convert { volume, from, to, epoch }).await?)
+        }
+        .boxed()
+    }
+
+    fn release_lease<'a>(&'a self, word: &'a str, id: &'a LeaseId) -> BoxFuture<'a, Result<(), VolumeError>> {
+        async move {
+            let (volume, id) = (self.shared.find_volume(word).await?.id, id.clone());
+            self.shared.ask_volumes(Ask::Release { volume, id }).await?;
+            Ok(())
+        }
+        .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_is_an_id_the_start_of_one_or_a_name() {
+        let ids = ["vol-aaaaaaaaaaaaaaaa", "vol-abaaaaaaaaaaaaaa", "vol-zzaaaaaaaaaaaaaa"];
+        let names = |one: &&str| ((*one).to_owned(), one.ends_with("zaaaaaaaaaaaaaa").then(|| "ab".to_owned()));
+        let find = |word: &str| pick("volume", word, ids.to_vec(), (VolumeId::PREFIX, names));
+        assert_eq!(find("vol-aa").unwrap(), ids[0]);
+        assert_eq!(find("zz").unwrap(), ids[2]);
+        assert_eq!(find("ab").unwrap(), ids[2], "a name is meant before the start of an id");
+        assert!(matches!(find("a"), Err(VolumeError::Ambiguous { count: 2, .. })));
+        for word in ["", "vol-", "q"] {
+            assert!(matches!(find(word), Err(VolumeError::Unknown { .. })), "{word}");
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! The volume daemon as the agent sees it: a process that serves volumes, keeps their leases, and outlives agents.
+
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use crate::ids::{LeaseId, VmId, VolumeId};
+use crate::lease::{Epoch, LeaseSecret};
+use crate::wire::volumed::{Answer, Ask, FrameError, Listening, Refusal};
+
+/// Connections that are kept to a VMM for each of its volumes: enough for both processors of a small host, and for a flush
+/// beside other requests.
+pub(super) const LINES: u8 = 2;
+
+/// A volume of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeUse {
+    /// Which volume.
+    pub volume: VolumeId,
+    /// The host of the fabric that has it; `None`: this one, which is in no fabric.
+    #[serde(default)]
+    pub home: Option<u16>,
+    /// Its size in bytes, which the guest was told.
+    pub bytes: u64,
+    /// Refuse the guest's writes.
+    pub read_only: bool,
+    /// The lease it is used with.
+    pub lease: LeaseId,
+    /// The epoch the lease is active in, or will be; 0 until the lease is there.
+    pub epoch: Epoch,
+    /// What the lease's holder knows.
+    pub secret: LeaseSecret,
+    /// Where the guest has it mounted, if it was asked to.
+    #[serde(default)]
+    pub mount: Option<String>,
+}
+
+/// How far something is that takes long: bytes done, of all.
+pub type VolumeProgress = watch::Sender<(u64, u64)>;
+
+/// Why the volume daemon did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AskVolumesError {
+    /// It cannot be started.
+    #[error("start the volume daemon")]
+    Start(#[source] io::Error),
+    /// The socket failed: usually the daemon ended.
+    #[error("talk to the volume daemon")]
+    Socket(#[source] io::Error),
+    /// It said something else than an answer.
+    #[error("understand the volume daemon")]
+    Frame(#[source] FrameError),
+    /// It is of a version that this agent cannot speak with.
+    #[error("the volume daemon speaks version {speaks} of its protocol: stop the VMs with volumes, then end it")]
+    OtherVersion {
+        /// The version it speaks.
+        speaks: u16,
+    },
+    /// It did not answer in time.
+    #[error("the volume daemon did not answer within {} s", limit.as_secs())]
+    TimedOut {
+        /// How long was waited.
+        limit: Duration,
+    },
+    /// It answered something that is not an answer to this.
+    #[error("the volume daemon answered something else than was asked")]
+    Unexpected,
+    /// It said no.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+impl AskVolumesError {
+    /// Whether it is known that nothing was done.
+    pub const fn is_refusal(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::Start(_) | Self::OtherVersion { .. })
+    }
+}
+
+/// The volume daemon of this host.
+pub trait VolumeHost: Send + Sync + 'static {
+    /// Asks it, and starts it first if it does not run. Refusals are errors; `progress` hears how far it is.
+    fn ask(
+        &self,
+        ask: Ask,
+        progress: Option<VolumeProgress>,
+    ) -> impl Future<Output = Result<Answer, AskVolumesError>> + Send;
+
+    /// Whether there is, or was, any volume here: a host without one needs no daemon.
+    fn is_used(&self) -> bool;
+
+    /// Has it run, and resolves when it ended or hangs up. An error: it cannot be started, or not be spoken to.
+    fn watch(&self) -> impl Future<Output = Result<(), AskVolumesError>> + Send;
+
+    /// The socket of a VM's slot, which the daemon connects to.
+    fn socket(&self, vm: &VmId, slot: u8) -> PathBuf;
+
+    /// Has it serve other hosts of the fabric; where. `None`: this host is in no fabric.
+    fn listen(&self) -> impl Future<Output = Result<Option<Listening>, AskVolumesError>> + Send;
+}
