@@ -381,9 +381,11 @@ mod tests {
         #[test]
         fn requests_are_read_back(name in "[a-z:0-9-]{0,40}", wanted: Vec<u16>, queries in proptest::collection::vec("[a-z:]{0,20}", 0..9)) {
             let info = InfoRequest { name: &name, wanted };
-            prop_assert_eq!(InfoRequest::read(&info.to_bytes()), Ok(info.clone()));
+            let bytes = info.to_bytes();
+            prop_assert_eq!(InfoRequest::read(&bytes), Ok(info.clone()));
             let meta = MetaContextRequest { name: &name, queries: queries.iter().map(String::as_str).collect() };
-            prop_assert_eq!(MetaContextRequest::read(&meta.to_bytes()), Ok(meta.clone()));
+            let bytes = meta.to_bytes();
+            prop_assert_eq!(MetaContextRequest::read(&bytes), Ok(meta.clone()));
         }
 
         #[test]
@@ -395,7 +397,8 @@ mod tests {
                 Info::Name(&name),
                 Info::Description(&name),
             ] {
-                prop_assert_eq!(Info::read(&info.to_bytes()), Ok(info.clone()));
+                let bytes = info.to_bytes();
+                prop_assert_eq!(Info::read(&bytes), Ok(info.clone()));
             }
         }
 
