@@ -22,7 +22,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::clock::SystemClock;
 use crate::report;
-use crate::sys::{confine, file, host, sock};
+use crate::sys::{file, host, landlock, sock};
 use crate::volume::{Options, Store, VolumeError};
 use crate::wire::volumed::{Listening, StartMessage};
 
@@ -97,7 +97,7 @@ pub enum VolumedError {
     Tls(#[source] io::Error),
     /// What it may reach is not confined.
     #[error("confine the process")]
-    Confine(#[source] confine::ConfineError),
+    Confine(#[source] landlock::ConfineError),
 }
 
 /// What the threads share.
@@ -131,7 +131,7 @@ pub fn run() -> Result<(), VolumedError> {
         None => None,
     };
     host::raise_descriptors().map_err(io("raise the bound of descriptors of", &start.runtime))?;
-    let confined = confine::write_below_only(&[&start.store, &start.runtime]).map_err(VolumedError::Confine)?;
+    let confined = landlock::write_below_only(&[&start.store, &start.runtime]).map_err(VolumedError::Confine)?;
     say(format_args!("confined to {} and {}: {confined}", start.store.display(), start.runtime.display()));
 
     let daemon = open(&start, recorder)?;

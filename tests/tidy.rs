@@ -110,6 +110,11 @@ const FLOORS: &[Floor] = &[
         outside: &["vmm_sys_util", "libc", "nix", "serde_json", "kvm_ioctls", "seccompiler", "rustls", "ring"],
     },
     Floor {
+        module: "volumed",
+        ours: &["ids", "units", "clock", "report", "lease", "sys", "!sys::kvm", "!sys::ram", "wire", "volume"],
+        outside: &["serde_json", "blake3", "nix", "rustls", "rcgen", "ring"],
+    },
+    Floor {
         module: "agent",
         ours: &[
             "base64",

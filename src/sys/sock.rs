@@ -52,6 +52,12 @@ pub fn notice_silence(socket: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// Has a listening socket accept nothing more: whoever waits in accept(2) is told EINVAL.
+pub fn stop_listening(socket: &TcpListener) -> io::Result<()> {
+    nix::sys::socket::shutdown(std::os::fd::AsRawFd::as_raw_fd(socket), nix::sys::socket::Shutdown::Both)?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

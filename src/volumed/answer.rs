@@ -18,8 +18,8 @@ use crate::report;
 use crate::volume::{self, CHUNK_BYTES, CreateSpec, ErrorKind, Info, Progress, SnapshotInfo, VolumeError, image_bytes};
 use crate::wire::volumed::{Answer, Ask, Attachment, Origin, Refusal, Run, SnapshotReport, VolumeReport};
 
-/// How long a detachment waits for requests.
-const DETACH_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a detachment waits for requests: it is answered before its agent's patience ends.
+const DETACH_PATIENCE: Duration = Duration::from_secs(4);
 
 /// Most stretches of changes that one answer tells; those beyond are joined with what lies between.
 const RUNS_MAX: usize = 50_000;
@@ -91,7 +91,7 @@ fn about_volumes(daemon: &Arc<Daemon>, ask: Ask, teller: &mut Teller<'_>) -> Ans
         },
         Ask::Snapshot { volume, id, name, now_ms } => snapshot(daemon, &volume, &id, name, now_ms),
         Ask::Snapshots => {
-            let snapshots = store.list_snapshots().into_iter().map(|info| snapshot_report(&info)).collect();
+            let snapshots = store.list_snapshots().into_iter().filter_map(snapshot_report).collect();
             Ok(Answer::Snapshots { snapshots })
         }
         Ask::RemoveSnapshot { id } => match store.remove_snapshot(&id) {
@@ -159,9 +159,9 @@ fn about_connections(daemon: &Arc<Daemon>, ask: Ask) -> Answered {
         Ask::Attachments => Ok(Answer::Attachments { attachments: daemon.attachments.reports() }),
         Ask::Listen { address, port } => {
             let listening = daemon.listen((address, port).into());
-            listening.map(|listening| Answer::Listening { listening }).map_err(|error| Refusal::Failed {
-                text: format!("listen at {address}: {}", report::chain(&error)),
-            })
+            listening
+                .map(|listening| Answer::Listening { listening })
+                .map_err(|error| Refusal::Failed { text: format!("listen at {address}: {}", report::chain(&error)) })
         }
         Ask::End => {
             daemon.stop.ask();
@@ -286,30 +286,21 @@ fn volume_report(daemon: &Daemon, info: Info) -> VolumeReport {
     }
 }
 
-fn snapshot_report(info: &SnapshotInfo) -> SnapshotReport {
-    SnapshotReport {
-        id: info.id.clone(),
-        name: Some(info.name.clone()).filter(|name| *name != info.id.as_str()),
-        volume: info.volume.clone(),
-        bytes: info.size_bytes,
-        generation: info.generation,
-        created_ms: info.created_ms,
-    }
+/// `None` for one that is damaged so that nobody knows what it is of.
+fn snapshot_report(info: SnapshotInfo) -> Option<SnapshotReport> {
+    let SnapshotInfo { id, name, volume, size_bytes, generation, created_ms, .. } = info;
+    let name = Some(name).filter(|name| *name != id.as_str());
+    Some(SnapshotReport { id, name, volume: volume?, bytes: size_bytes, generation, created_ms })
 }
 
-fn snapshot(
-    daemon: &Daemon,
-    of: &VolumeId,
-    id: &VolumeSnapshotId,
-    name: Option<String>,
-    now_ms: u64,
-) -> Answered {
+fn snapshot(daemon: &Daemon, of: &VolumeId, id: &VolumeSnapshotId, name: Option<String>, now_ms: u64) -> Answered {
     let store = &daemon.registry.store;
     let info = match store.snapshot(id) {
         Some(snapshot) => snapshot.info(),
         None => store.take_snapshot(of, &name.unwrap_or_else(|| id.to_string()), now_ms, id)?,
     };
-    Ok(Answer::Snapshot { snapshot: snapshot_report(&info) })
+    let damaged = || Refusal::Damaged { text: format!("snapshot {id} does not say what it is of") };
+    Ok(Answer::Snapshot { snapshot: snapshot_report(info).ok_or_else(damaged)? })
 }
 
 fn changes(daemon: &Daemon, id: &VolumeId, since: u32) -> Answered {

@@ -162,10 +162,7 @@ impl Attachments {
 
     /// Takes an attachment in the place of one of the same socket, which is given as well if it is another; `None` for the
     /// first: it is so already.
-    pub(super) fn attach(
-        &self,
-        attachment: Attachment,
-    ) -> Result<(Option<Arc<Kept>>, Option<Arc<Kept>>), AttachError> {
+    pub(super) fn attach(&self, attachment: Attachment) -> Result<(Option<Arc<Kept>>, Option<Arc<Kept>>), AttachError> {
         if !attachment.socket.is_absolute() {
             return Err(AttachError::Words("the path of a socket is absolute"));
         }

@@ -11,6 +11,9 @@ use crate::ids::{LeaseId, VolumeId};
 /// Most connections that are accepted, of all sockets together.
 pub(super) const ACCEPTED_MAX: usize = 512;
 
+/// How long a client has to take its answers when its connection ends.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
+
 /// All connections.
 #[derive(Debug, Clone)]
 pub(super) struct Connections(Arc<Shared>);
@@ -88,6 +91,11 @@ impl Connections {
         self.count(|entry| entry.volume.as_ref() == Some(volume))
     }
 
+    /// All connections.
+    pub(super) fn count_all(&self) -> usize {
+        self.count(|_| true)
+    }
+
     fn count(&self, is_it: impl Fn(&Entry) -> bool) -> usize {
         self.0.table().entries.values().filter(|entry| is_it(entry)).count()
     }
@@ -104,11 +112,17 @@ impl Connections {
     }
 
     fn end(&self, limit: Duration, is_it: impl Fn(&Entry) -> bool) -> bool {
+        // What was asked for already is still answered; who does not take the answer is not waited for.
+        let polite = limit.min(ANSWER_PATIENCE);
+        self.end_by(polite, Socket::end_requests, &is_it) || self.end_by(limit - polite, Socket::end, &is_it)
+    }
+
+    fn end_by(&self, limit: Duration, how: fn(&Socket), is_it: &impl Fn(&Entry) -> bool) -> bool {
         let table = self.0.table();
         for entry in table.entries.values().filter(|entry| is_it(entry)) {
-            entry.socket.end();
+            how(&entry.socket);
         }
-        let is_any = |table: &mut Table| table.entries.values().any(&is_it);
+        let is_any = |table: &mut Table| table.entries.values().any(is_it);
         let waited = self.0.fewer.wait_timeout_while(table, limit, is_any);
         let (_table, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         !waited.timed_out()

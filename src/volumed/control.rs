@@ -162,8 +162,9 @@ impl Teller<'_> {
     }
 
     fn has_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLRDHUP)];
-        let ended = PollFlags::POLLRDHUP | PollFlags::POLLHUP | PollFlags::POLLERR;
+        // These are told unasked.
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        let ended = PollFlags::POLLHUP | PollFlags::POLLERR;
         let asked = poll(&mut fds, PollTimeout::ZERO).is_ok();
         asked && fds[0].revents().is_some_and(|happened| happened.intersects(ended))
     }

@@ -125,9 +125,7 @@ impl Names<'_> {
             match (found, self.asker) {
                 (Some(found), _) => Ok(found.mode),
                 (None, Asker::Remote) => Err(nothing()),
-                (None, Asker::Local | Asker::Vmm(_)) => {
-                    Err(Refused::Policy(stale(leases, lease, epoch).to_string()))
-                }
+                (None, Asker::Local | Asker::Vmm(_)) => Err(Refused::Policy(stale(leases, lease, epoch).to_string())),
             }
         })?;
         let read_only = read_only || mode == LeaseMode::Shared;
@@ -193,7 +191,9 @@ mod tests {
         assert_eq!(Name::parse(snapshot.as_str()), Some(Name::Snapshot(snapshot)));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7")), Some(leased(None)));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:b")), Some(leased(Some("a:b"))));
-        for wrong in ["", "vol-", &format!("{volume}:{lease}"), &format!("{volume}:{lease}:+7"), &format!("{lease}:{volume}:7")] {
+        for wrong in
+            ["", "vol-", &format!("{volume}:{lease}"), &format!("{volume}:{lease}:+7"), &format!("{lease}:{volume}:7")]
+        {
             assert_eq!(Name::parse(wrong), None, "{wrong}");
         }
     }

@@ -93,8 +93,7 @@ pub(super) struct LeaseBook {
 impl LeaseBook {
     /// Reads a volume's leases. All that are in force count as seen at `now_ms`. Damage is kept, not an error here.
     pub(super) fn open(path: &Path, now_ms: u64) -> Self {
-        let mut book =
-            Self { path: path.to_owned(), damage: None, leases: Leases::default(), file: None, bytes: 0 };
+        let mut book = Self { path: path.to_owned(), damage: None, leases: Leases::default(), file: None, bytes: 0 };
         if let Err(error) = book.read(now_ms) {
             book.damage = Some(crate::report::chain(&error));
         }
@@ -151,12 +150,7 @@ impl LeaseBook {
     }
 
     /// Writes down what happened, all or nothing, and takes it in. When this returns, it is durable.
-    pub(super) fn happened(
-        &mut self,
-        events: Vec<LeaseEvent>,
-        wall_ms: u64,
-        now_ms: u64,
-    ) -> Result<(), ChangeError> {
+    pub(super) fn happened(&mut self, events: Vec<LeaseEvent>, wall_ms: u64, now_ms: u64) -> Result<(), ChangeError> {
         self.known().map_err(|damage| ChangeError::Unknown(damage.to_owned()))?;
         if events.is_empty() {
             return Ok(());

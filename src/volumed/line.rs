@@ -48,6 +48,14 @@ impl Socket {
         };
     }
 
+    /// Takes no more requests; what came already is there to be read.
+    pub(super) fn end_requests(&self) {
+        let _ = match self {
+            Self::Unix(socket) => socket.shutdown(Shutdown::Read),
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Read),
+        };
+    }
+
     /// Blocking, with the patience of this module.
     fn prepare(&self) -> io::Result<()> {
         match self {

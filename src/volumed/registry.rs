@@ -15,8 +15,9 @@ use crate::lease::{Epoch, LeaseEvent, LeaseMode, LeaseRefusal, Leases};
 use crate::report;
 use crate::volume::{Snapshot, StatusRun, Store, Volume, VolumeError};
 
-/// How long whoever changes leases waits for requests that are being carried out: as long as a disk may take.
-const ALONE_PATIENCE: Duration = Duration::from_secs(20);
+/// How long whoever changes leases waits for requests that are being carried out. It is answered before its agent's
+/// patience ends; a conversion may be asked for again.
+const ALONE_PATIENCE: Duration = Duration::from_secs(4);
 
 /// A volume's gate. What lies behind it are its leases.
 pub(super) type LeaseGate = Gate<LeaseBook>;
@@ -101,8 +102,7 @@ impl From<LeaseRefusal> for LeaseError {
 impl Registry {
     /// Serves a store; reads the leases of all its volumes.
     pub(super) fn new(store: Store, clock: SystemClock) -> Result<Self, VolumeError> {
-        let registry =
-            Self { store, clock, connections: Connections::new(), gates: Mutex::new(BTreeMap::new()) };
+        let registry = Self { store, clock, connections: Connections::new(), gates: Mutex::new(BTreeMap::new()) };
         for info in registry.store.list()? {
             if let Some(damage) = info.damage.first() {
                 say(format_args!("volume {} is damaged, so it is only read: {damage}", info.id));
@@ -277,8 +277,7 @@ impl Bound {
                 Err(Stale::ReadOnly)
             }
             Self::Leased { lease, epoch, .. } => {
-                let may =
-                    if writes { leases.may_write(lease, *epoch) } else { leases.may_read(lease, *epoch) };
+                let may = if writes { leases.may_write(lease, *epoch) } else { leases.may_read(lease, *epoch) };
                 if may { Ok(()) } else { Err(stale(leases, lease, *epoch)) }
             }
             Self::Looked { .. } | Self::Snapshot(_) => Ok(()),

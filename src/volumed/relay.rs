@@ -246,7 +246,8 @@ fn wait(near: &impl AsFd, far: &impl AsFd, is_full: bool, must_send: bool) -> io
         let read = if reads { PollFlags::POLLIN } else { PollFlags::empty() };
         read | if writes { PollFlags::POLLOUT } else { PollFlags::empty() }
     };
-    let mut fds = [PollFd::new(near.as_fd(), of(!must_send, is_full)), PollFd::new(far.as_fd(), of(!is_full, must_send))];
+    let mut fds =
+        [PollFd::new(near.as_fd(), of(!must_send, is_full)), PollFd::new(far.as_fd(), of(!is_full, must_send))];
     match poll(&mut fds, PollTimeout::NONE) {
         Ok(_) | Err(nix::Error::EINTR) => {}
         Err(error) => return Err(error.into()),

@@ -95,13 +95,8 @@ pub(super) struct Transmission<'a> {
 impl<'a> Transmission<'a> {
     pub(super) fn new(line: &'a mut Line, payload: Payload, agreed: Agreed<Bound>, peer: &'a str) -> Self {
         let Agreed { export, bound, structured, allocation } = agreed;
-        let limits = Limits {
-            size: export.size,
-            flags: export.flags,
-            block_bytes: export.block_bytes,
-            structured,
-            allocation,
-        };
+        let limits =
+            Limits { size: export.size, flags: export.flags, block_bytes: export.block_bytes, structured, allocation };
         Self { line, payload, bound, limits, peer, told: false }
     }
 

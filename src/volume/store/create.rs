@@ -96,7 +96,8 @@ impl Store {
         let words = [format!("{kind} {name}"), subject.to_owned()];
         let is_volume = kind == VOLUME;
         let mut catalog = self.catalog();
-        let volumes: Vec<Arc<Volume>> = if is_volume { catalog.volumes.values().cloned().collect() } else { Vec::new() };
+        let volumes: Vec<Arc<Volume>> =
+            if is_volume { catalog.volumes.values().cloned().collect() } else { Vec::new() };
         let taken = if is_volume {
             volumes.iter().any(|volume| volume.name() == name)
         } else {
@@ -239,7 +240,8 @@ impl Store {
                 (volume.freeze(&self.new_layer(from.as_str(), 0)?)?, None)
             }
             Origin::Snapshot(from) => {
-                let snapshot = self.snapshot(from).ok_or_else(|| VolumeError::NotFound { subject: from.to_string() })?;
+                let snapshot =
+                    self.snapshot(from).ok_or_else(|| VolumeError::NotFound { subject: from.to_string() })?;
                 (snapshot.frozen()?, Some(snapshot))
             }
         };

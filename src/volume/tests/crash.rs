@@ -238,7 +238,8 @@ impl Work {
             let Some(volume) = volume else { continue };
             assert_eq!(volume.damage(), [], "volume {number}");
             let size = volume.size_bytes();
-            let done = told.sizes.iter().rev().find(|(when, _)| when.ended <= cut).map_or(told.sizes[0].1, |size| size.1);
+            let done =
+                told.sizes.iter().rev().find(|(when, _)| when.ended <= cut).map_or(told.sizes[0].1, |size| size.1);
             assert!(size == done || told.sizes.iter().any(|(when, of)| *of == size && when.begun < cut), "{size}");
             for (block, bytes) in (0_u64..).zip(content(&volume).chunks(4096)) {
                 let found = u64::from_le_bytes(*bytes.first_chunk().unwrap());
