@@ -179,6 +179,7 @@ pub use crate::bundle::{
 };
 pub use crate::container::{ContainerError, Source as ContainerSource};
 pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};
+pub use crate::wire::volumed::{Refusal as VolumeRefusal, Run as VolumeRun, SnapshotReport, VolumeReport};
 pub use world::{Drops, HostFacts, ImageContent, ImageImport, ProcessUsage};
 
 use shared::{Begun, Shared, VmHandle};

@@ -18,6 +18,7 @@ mod swap;
 mod top;
 mod value;
 mod vm;
+mod volume;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -44,6 +45,10 @@ pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPo
 pub use top::{SortWord, TopArgs};
 pub use value::{DiskWord, EgressWord, LayoutWord, PortWord, RateWord, ReferenceWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
+pub use volume::{
+    LeaseArgs, LeaseConvertArgs, LeaseModeWord, VolumeAttachArgs, VolumeCommand, VolumeCreateArgs, VolumeDetachArgs,
+    VolumeSnapshotArgs,
+};
 
 /// Where the agent's API answers when nothing else is said.
 pub const SOCKET_DEFAULT: &str = "/run/hearth/api.sock";
@@ -152,6 +157,9 @@ pub enum ClientCommand {
     /// Machines of bundles that are kept ready, for launches in a few milliseconds
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Volumes: block devices that outlive guests
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// Images that VMs boot
     #[command(subcommand)]
     Image(ImageCommand),

@@ -35,6 +35,7 @@ mod table;
 mod terminal;
 mod top;
 mod vm;
+mod volume;
 
 use std::future::Future;
 use std::io;
@@ -303,6 +304,7 @@ async fn dispatch(agent: &Agent, out: Output, command: ClientCommand) -> Result<
         ClientCommand::Vm(VmCommand::SwapPolicy(args)) => swap::set_policy(agent, out, args).await?,
         ClientCommand::Vm(VmCommand::Snapshot(args)) => bundle::snapshot(agent, out, args).await?,
         ClientCommand::Pool(command) => pool::run(agent, out, command).await?,
+        ClientCommand::Volume(command) => volume::run(agent, out, command).await?,
         ClientCommand::Bundle(command) => bundle::run(agent, out, command).await?,
         ClientCommand::Vm(VmCommand::Stats { vm }) => vm::stats(agent, out, &vm).await?,
         ClientCommand::Session(command) => session::run(agent, out, command).await?,

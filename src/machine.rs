@@ -70,6 +70,8 @@ use serial::SerialPort;
 use time::{ClockOverflow, Stopped};
 use vcpu::{PausedTsc, RunClock, SharedClock, Surroundings, VcpuThread};
 use vcpu_saved::MsrIndices;
+use virtio::block::VolumeError;
+use virtio::block::volume::{Attachment, VolumeCounts, VolumeLimits};
 use virtio::{BalloonCounts, DeviceLoop, NetCounts};
 use vm_saved::ClockReading;
 
@@ -181,6 +183,25 @@ pub enum SaveError {
     /// Two devices gave one section.
     #[error("save")]
     Duplicate(#[source] DuplicateSection),
+}
+
+/// What becomes of a volume slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeChange {
+    /// It gets a volume; it has none.
+    Attach(Attachment),
+    /// It has no volume any more.
+    Detach {
+        /// Also with requests under way, which fail.
+        force: bool,
+    },
+    /// Its volume has become larger.
+    Resize {
+        /// The new size.
+        bytes: u64,
+    },
+    /// What the guest may do with it is bounded.
+    Limit(VolumeLimits),
 }
 
 /// Why an interface did not get another tap; it has the old one.
@@ -414,6 +435,25 @@ impl Machine {
         let slot = slots.find(|slot| slot.slot().net_index() == Some(index));
         let slot = slot.ok_or(ReplaceTapError::NoInterface { index })?;
         slot.replace_tap(tap).map_err(|source| ReplaceTapError::Host { index, source })
+    }
+
+    /// The volume slots, each with its index.
+    pub fn volumes(&self) -> Vec<(u8, VolumeCounts)> {
+        let slots = self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots);
+        slots.iter().filter_map(|slot| Some((slot.slot().block_index()?, slot.volume_counts()?))).collect()
+    }
+
+    /// Changes something of a volume slot, whether the machine runs or not.
+    pub fn change_volume(&self, index: u8, change: VolumeChange) -> Result<(), VolumeError> {
+        let mut slots = self.device_loop.as_ref().map_or(&[][..], DeviceLoop::slots).iter();
+        let slot = slots.find(|slot| slot.slot().block_index() == Some(index) && slot.volume_counts().is_some());
+        let slot = slot.ok_or(VolumeError::NoSlot { index })?;
+        match change {
+            VolumeChange::Attach(attachment) => slot.attach_volume(attachment),
+            VolumeChange::Detach { force } => slot.detach_volume(force),
+            VolumeChange::Resize { bytes } => slot.resize_volume(bytes),
+            VolumeChange::Limit(limits) => slot.limit_volume(limits),
+        }
     }
 
     /// The packets that wait for the guest's interfaces.

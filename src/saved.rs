@@ -204,6 +204,12 @@ impl Sections {
         codec::decode(&section.bytes).map_err(|source| TakeSectionError::Decode { name, source })
     }
 
+    /// The version of a section that is there, for a kind that has several.
+    pub fn version(&self, kind: SectionKind, instance: u16) -> Option<u16> {
+        let name = SectionName { kind, instance };
+        self.sections.iter().find(|section| section.name == name).map(|section| section.version)
+    }
+
     /// Ends a restore: every section must have been taken.
     pub fn finish(self) -> Result<(), TakeSectionError> {
         match self.sections.first() {

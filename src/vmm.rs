@@ -37,6 +37,7 @@ mod send;
 mod session;
 mod socket;
 mod tls;
+mod volumes;
 
 pub use seccomp::FilterError;
 

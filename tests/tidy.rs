@@ -159,7 +159,7 @@ const FLOORS: &[Floor] = &[
     Floor {
         module: "api",
         // `sim` for its tests: the API is tested over a simulated host.
-        ours: &["base64", "ids", "units", "clock", "report", "signing", "agent", "sim"],
+        ours: &["base64", "ids", "lease", "units", "clock", "report", "signing", "agent", "sim"],
         outside: &[
             "tokio",
             "tokio_util",

@@ -23,6 +23,10 @@ mod random;
 mod rng;
 #[path = "virtio/saved.rs"]
 mod saved;
+#[path = "virtio/volume.rs"]
+mod volume;
+#[path = "virtio/volume_server.rs"]
+mod volume_server;
 #[path = "virtio/vsock.rs"]
 mod vsock;
 #[path = "virtio/vsock_guest.rs"]

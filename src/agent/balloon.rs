@@ -95,6 +95,7 @@ pub(super) async fn set_target<W: World>(
             | Answer::SentIn { .. }
             | Answer::Sending(_)
             | Answer::Copied(_)
+            | Answer::Volumes(_)
             | Answer::Forwarded { .. },
         ) => AskError::Unexpected,
         Err(error) => error,

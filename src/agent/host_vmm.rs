@@ -40,7 +40,7 @@ use crate::sys::{netns, tap};
 use crate::units::{MIB, NetLimits};
 use crate::wire::control::{
     Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreFillingSpec, RestoreSpec, SendPhases, StartMessage,
-    StreamKey, UnsealSpec,
+    StreamKey, UnsealSpec, VOLUME_SLOTS_MAX,
 };
 use crate::wire::frame::{self, HEADER_BYTES};
 use crate::wire::refusal::Refusal;
@@ -416,6 +416,11 @@ impl HostVmm {
                 | Ask::SendProgress
                 | Ask::Pause
                 | Ask::Resume
+                | Ask::AttachVolume(_)
+                | Ask::DetachVolume { .. }
+                | Ask::ResizeVolume { .. }
+                | Ask::LimitVolume { .. }
+                | Ask::Volumes
                 | Ask::Network
                 | Ask::ReplaceTap { .. }
                 | Ask::Prefault(_)
@@ -445,6 +450,7 @@ impl HostVmm {
             | Answer::SentIn { .. }
             | Answer::Sending(_)
             | Answer::Copied(_)
+            | Answer::Volumes(_)
             | Answer::Forwarded { .. } => {
                 return Err(AskError::Unexpected);
             }
@@ -463,6 +469,18 @@ impl HostVmm {
                 exchange(&Request::ReplaceTap { index }, &[tap.into()])
             }
             Ask::Balloon { target_bytes } => exchange(&Request::Balloon { target_bytes: *target_bytes }, &[]),
+            Ask::AttachVolume(spec) => exchange(&Request::AttachVolume(*spec), &[]),
+            Ask::DetachVolume { index, force } => {
+                exchange(&Request::DetachVolume { index: *index, force: *force }, &[])
+            }
+            Ask::ResizeVolume { index, bytes } => {
+                exchange(&Request::ResizeVolume { index: *index, bytes: *bytes }, &[])
+            }
+            Ask::LimitVolume { index, iops, bytes_per_s } => {
+                let (index, iops, bytes_per_s) = (*index, *iops, *bytes_per_s);
+                exchange(&Request::LimitVolume { index, iops, bytes_per_s }, &[])
+            }
+            Ask::Volumes => exchange(&Request::Volumes, &[]),
             Ask::Prefault(set) => exchange(&Request::Prefault(prefault_spec(set)), &[]),
             Ask::Launch(plan) => {
                 let (spec, files) = self.open_for(vm, &dir, plan)?;
@@ -676,6 +694,14 @@ pub(super) fn exchange(
         Answer::Refused(refusal) => Err(AskError::Refused(bounded(refusal))),
         // No more of them than there can be.
         Answer::Network(interfaces) if interfaces.len() > INTERFACES_MAX => Err(AskError::Unexpected),
+        Answer::Volumes(volumes) if volumes.len() > VOLUME_SLOTS_MAX => Err(AskError::Unexpected),
+        Answer::Volumes(mut volumes) => {
+            // A VMM's words end up in answers.
+            for volume in &mut volumes {
+                volume.trouble = volume.trouble.as_deref().map(super::guest::printable);
+            }
+            Ok(Answer::Volumes(volumes))
+        }
         answer @ (Answer::Welcome(_)
         | Answer::Launched(_)
         | Answer::Done
@@ -706,6 +732,7 @@ fn bounded(refusal: Refusal) -> Refusal {
         | Refusal::State { .. }
         | Refusal::Sending
         | Refusal::Cancelled
-        | Refusal::Filling) => other,
+        | Refusal::Filling
+        | Refusal::VolumeInUse { .. }) => other,
     }
 }

@@ -11,6 +11,7 @@ mod pool;
 mod session;
 mod swap;
 mod usage;
+mod volume;
 
 use std::time::Duration;
 
@@ -40,6 +41,7 @@ pub(super) use pool::pool;
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 pub(super) use swap::{swap_decision, swap_mode, swap_policy};
 pub(super) use usage::usage;
+pub(super) use volume::{changes, digest, lease, lease_mode, leases, volume, volume_snapshot};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {

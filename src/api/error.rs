@@ -7,6 +7,7 @@ mod fetch;
 mod image;
 mod pool;
 mod transfer;
+mod volume;
 
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};

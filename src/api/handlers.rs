@@ -15,3 +15,4 @@ pub(super) mod sessions;
 pub(super) mod swap;
 pub(super) mod transfers;
 pub(super) mod vms;
+pub(super) mod volumes;

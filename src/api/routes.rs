@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 use super::error::{ApiError, ErrorCode};
 use super::handlers::{
     balloon, bundles, calculations, clusters, exec, fetches, host, images, migrations, operations, pools, sessions,
-    swap, transfers, vms,
+    swap, transfers, vms, volumes,
 };
 use super::http::Client;
 use super::types;
@@ -50,6 +50,7 @@ impl std::fmt::Debug for Served {
         (name = "sessions", description = "VMs that may talk to each other"),
         (name = "images", description = "Images that VMs boot"),
         (name = "bundles", description = "Guests frozen once, to be launched any number of times"),
+        (name = "volumes", description = "Block devices that outlive guests, and the leases that say who writes them"),
         (name = "clusters", description = "VMs that register under a name each, and calculations that run in them"),
         (name = "migrations", description = "VMs on their way from host to host"),
         (name = "operations", description = "Long work, and what happened"),
@@ -96,6 +97,18 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(fetches::fetch_bundle))
         .routes(routes!(fetches::pin_bundle, fetches::unpin_bundle))
         .routes(routes!(fetches::vm_memory))
+        .routes(routes!(volumes::create_volume, volumes::list_volumes))
+        .routes(routes!(volumes::show_volume, volumes::remove_volume))
+        .routes(routes!(volumes::resize_volume))
+        .routes(routes!(volumes::digest_volume))
+        .routes(routes!(volumes::volume_changes))
+        .routes(routes!(volumes::snapshot_volume))
+        .routes(routes!(volumes::list_volume_snapshots))
+        .routes(routes!(volumes::remove_volume_snapshot))
+        .routes(routes!(volumes::acquire_lease, volumes::list_leases))
+        .routes(routes!(volumes::convert_lease))
+        .routes(routes!(volumes::validate_lease))
+        .routes(routes!(volumes::release_lease))
         .routes(routes!(pools::list_pools))
         .routes(routes!(pools::show_pool, pools::set_pool, pools::remove_pool))
         .routes(routes!(clusters::create_cluster, clusters::list_clusters))

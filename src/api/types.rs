@@ -23,6 +23,7 @@ mod session;
 mod swap;
 mod usage;
 mod vm;
+mod volume;
 
 pub(crate) use crate::base64::{decode as decode_base64, encode as encode_base64};
 pub use balloon::{BalloonGuestStats, BalloonRequest, BalloonStats};
@@ -62,6 +63,11 @@ pub use usage::{NetworkUsage, ProcessUsage, UsageList, VmUsage};
 pub use vm::{
     Cause, ConsoleQuery, Disk, GuestStats, PortProtocol, PublishedPort, Quarantine, RemoveQuery, Stats, StopRequest,
     Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
+};
+pub use volume::{
+    Lease, LeaseConvertRequest, LeaseHistoryEntry, LeaseList, LeaseMode, LeaseRequest, LeaseValidateRequest, Volume,
+    VolumeChanges, VolumeChangesQuery, VolumeCreateRequest, VolumeDigest, VolumeList, VolumeResizeRequest, VolumeRun,
+    VolumeSnapshot, VolumeSnapshotList, VolumeSnapshotRequest,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

@@ -154,6 +154,14 @@ impl Slot {
         (index < 6).then_some(Self(3 + index))
     }
 
+    /// Which block device's slot it is, if it is one's.
+    pub const fn block_index(self) -> Option<u8> {
+        match self.0 {
+            number @ 3..=8 => Some(number - 3),
+            _ => None,
+        }
+    }
+
     /// Network devices: slots 9 to 16.
     pub fn net(index: u8) -> Option<Self> {
         (index < 8).then_some(Self(9 + index))

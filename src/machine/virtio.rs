@@ -1,9 +1,9 @@
 //! virtio-mmio devices (virtio 1.2) and the thread that serves them.
 //!
 //! ```text
-//!  vCPU threads                                  │ thread "devices"                    │ threads "disk-N"
-//!  mmio: registers ─ notify (eventfd) ──────────▶│ device_loop ─▶ slot ─▶ model.serve   │ block/worker
-//!        status, queue setup ─ lock ─▶ slot      │   model = rng | vsock | net | block ─┼─▶ pread, pwrite
+//!  vCPU threads                                  │ thread "devices"                    │ threads "disk-N", "volume-N"
+//!  mmio: registers ─ notify (eventfd) ──────────▶│ device_loop ─▶ slot ─▶ model.serve   │ block/worker, block/volume, block/volume
+//!        status, queue setup ─ lock ─▶ slot      │   model = rng | vsock | net | block ─┼─▶ pread, pwrite; NBD
 //!  irqfd ◀────────── interrupt (eventfd) ────────│   queue, chain ⇄ guest memory        │
 //! ```
 //! `spec` has the specification's numbers, `status` its state machine, `saved` what survives. A slot is put together
@@ -19,6 +19,9 @@ use std::sync::{Arc, Mutex};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::block::saved::{BlockV1, BlockV2};
+use self::block::volume::{Attachment, Tell, VolumeCounts, VolumeLimits};
+use self::block::{Block, OtherDisk, VolumeError};
 use self::interrupt::Interrupt;
 use self::mmio::{RegisterFile, Registers, TRANSPORT_FEATURES};
 use self::model::{Counters, Model, QUEUE_TOKENS, Turn, Watch};
@@ -34,6 +37,7 @@ use crate::units::{NetLimits, PAGE_BYTES, PageCount};
 
 mod balloon;
 pub mod block;
+mod bucket;
 pub mod chain;
 mod device_loop;
 mod interrupt;
@@ -70,6 +74,17 @@ pub enum Backend {
         file: File,
         /// Refuse writes.
         read_only: bool,
+    },
+    /// A block device on a volume, or a slot for one.
+    Volume {
+        /// Listening socket, made by the agent: the volume's server connects to it.
+        listener: UnixListener,
+        /// What is attached from the beginning, if anything is.
+        attached: Option<Attachment>,
+        /// Tell the guest that the slot is read-only.
+        read_only: bool,
+        /// Where trouble with connections is told.
+        tell: Tell,
     },
     /// A network interface on a tap.
     Net {
@@ -227,6 +242,35 @@ impl VirtioSlot {
         self.shared.balloon(target)
     }
 
+    /// Attaches a volume to this slot.
+    pub fn attach_volume(&self, attachment: Attachment) -> Result<(), VolumeError> {
+        self.volume(|block| block.attach(attachment))
+    }
+
+    /// Leaves this slot without a volume; with `force` also while requests are under way, which fail.
+    pub fn detach_volume(&self, force: bool) -> Result<(), VolumeError> {
+        self.volume(|block| block.detach(force))
+    }
+
+    /// The volume of this slot has become larger.
+    pub fn resize_volume(&self, bytes: u64) -> Result<(), VolumeError> {
+        self.volume(|block| block.resize(bytes))
+    }
+
+    /// Bounds what the guest may do with this slot's volume.
+    pub fn limit_volume(&self, limits: VolumeLimits) -> Result<(), VolumeError> {
+        self.volume(|block| block.limit(limits))
+    }
+
+    /// How this slot is, if it is a volume's.
+    pub fn volume_counts(&self) -> Option<VolumeCounts> {
+        self.shared.block(|block| block.volume_counts()).flatten()
+    }
+
+    fn volume(&self, change: impl FnOnce(&mut Block) -> Result<(), VolumeError>) -> Result<(), VolumeError> {
+        self.shared.block(change).unwrap_or(Err(VolumeError::NotAttached))
+    }
+
     /// Gives a network device another tap in the place of one that was deleted, at any time: rings and negotiated
     /// offloads stay, the guest sees its link come up. On an error the device is as it was.
     pub fn replace_tap(&self, tap: File) -> io::Result<()> {
@@ -283,12 +327,15 @@ fn build(
             Box::new(balloon.ok_or_else(|| invalid::<balloon::saved::BalloonV1>(slot, reason))?)
         }
         Backend::Block { file, read_only } => {
-            let block = block::Block::new(slot, file, read_only, ram, &watch).map_err(host("open the disk"))?;
-            if let Some(saved) = take::<block::saved::BlockV1>(slot, saved)? {
-                let other = |_| invalid::<block::saved::BlockV1>(slot, "the disk has another size or access");
-                block.check_saved(&saved).map_err(other)?;
-            }
-            Box::new(block)
+            let block = Block::new(slot, file, read_only, ram, &watch).map_err(host("open the disk"))?;
+            Box::new(go_on(slot, block, saved)?)
+        }
+        Backend::Volume { listener, attached, read_only, tell } => {
+            let index = slot.block_index().unwrap_or_default();
+            let setup = block::volume::Setup { index, listener, attached, tell };
+            let made = block::VolumeSlot { setup, read_only };
+            let block = Block::on_volume(slot, made, ram, &watch, clock);
+            Box::new(go_on(slot, block.map_err(host("serve a volume"))?, saved)?)
         }
         Backend::Net { tap, mac, mtu, limits } => {
             let saved: Option<net::saved::NetV1> = take(slot, saved)?;
@@ -298,6 +345,27 @@ fn build(
         }
     };
     Ok((epoll, model))
+}
+
+/// A block device as it was saved, if it was.
+fn go_on(slot: Slot, mut block: Block, saved: Option<&mut Sections>) -> Result<Block, BuildDeviceError> {
+    let Some(sections) = saved else { return Ok(block) };
+    let failed = |source| BuildDeviceError::Saved { slot, source };
+    let instance = u16::from(slot.number());
+    // One that was saved on a file can go on on a volume, and the other way round.
+    let saved: BlockV2 = match sections.version(BlockV1::KIND, instance) {
+        Some(BlockV1::VERSION) => sections.take::<BlockV1>(instance).map_err(failed)?.into(),
+        Some(_) | None => sections.take(instance).map_err(failed)?,
+    };
+    let gone_on = block.go_on_from(saved);
+    gone_on.map_err(|other| {
+        let reason = match other {
+            OtherDisk::Differs => "the disk has another size or access",
+            OtherDisk::UnderWay => "its requests under way are impossible",
+        };
+        invalid::<BlockV2>(slot, reason)
+    })?;
+    Ok(block)
 }
 
 fn system_clock() -> Arc<dyn Clock> {

@@ -1,6 +1,7 @@
 //! VMM processes of a simulated host. They live on when the agent dies, answer only who knows their nonce and has the
 //! newest epoch, and end when their guest does.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::bundle::working_set::WorkingSet;
 use crate::ids::VmId;
 use crate::wire::control::{
     Answer, BalloonStatus, CopyPhases, InterfaceStatus, LaunchPhases, MachineState, Nonce, PackedPhases, Packing,
-    SavePhases, SavedPages, SendPhase, SendPhases, SendProgress, Status, StreamKey,
+    SavePhases, SavedPages, SendPhase, SendPhases, SendProgress, Status, StreamKey, VOLUME_SLOTS_MAX, VolumeStatus,
 };
 use crate::wire::last_words::LastWords;
 use crate::wire::refusal::Refusal;
@@ -56,6 +57,8 @@ pub(super) struct Vmm {
     pub(super) memory: u64,
     /// Bytes of its balloon, which obeys at once.
     balloon: u64,
+    /// Its volumes by slot; a slot without one is not there.
+    volumes: BTreeMap<u8, VolumeStatus>,
     /// Until when it writes its machine to files, and answers nobody.
     pub(super) busy_until_ns: u64,
     /// When the guest agent begins to answer.
@@ -74,6 +77,36 @@ pub(super) struct Vmm {
     names: Names,
     /// The agent's life it was started in: only that one can learn how it ended.
     pub(super) life: u64,
+}
+
+impl Vmm {
+    /// Does to a volume slot what is asked.
+    fn change_volume(&mut self, ask: &Ask) -> Result<(), &'static str> {
+        if let Ask::AttachVolume(spec) = ask {
+            if usize::from(spec.index) >= VOLUME_SLOTS_MAX {
+                return Err("there is no such volume slot");
+            }
+            if self.volumes.contains_key(&spec.index) {
+                return Err("a volume is attached already");
+            }
+            let (index, bytes, read_only) = (spec.index, spec.bytes, spec.read_only);
+            let status = VolumeStatus { index, bytes, read_only, connections: 4, ..VolumeStatus::default() };
+            self.volumes.insert(index, status);
+            return Ok(());
+        }
+        let none = "no volume is attached";
+        if let Ask::DetachVolume { index, .. } = ask {
+            return self.volumes.remove(index).map(|_| ()).ok_or(none);
+        }
+        if let Ask::ResizeVolume { index, bytes } = ask {
+            let volume = self.volumes.get_mut(index).ok_or(none)?;
+            if *bytes < volume.bytes {
+                return Err("a volume does not shrink");
+            }
+            volume.bytes = *bytes;
+        }
+        Ok(())
+    }
 }
 
 impl State {
@@ -146,6 +179,7 @@ impl State {
             restored: false,
             memory: 0,
             balloon: 0,
+            volumes: BTreeMap::new(),
             busy_until_ns: 0,
             answers_at_ns: None,
             ends_at_ns: None,
@@ -197,11 +231,13 @@ impl State {
         source.machine = MachineState::Paused;
         source.is_sent = true;
         let guest = (source.fate, source.restored, source.memory, source.balloon);
+        let volumes = source.volumes.clone();
         let times = (source.answers_at_ns, source.ends_at_ns.clone());
         let Some(target) = self.vmms.get_mut(&target) else { return Err(gone()) };
         target.epoch = epoch;
         target.machine = MachineState::Paused;
         (target.fate, target.restored, target.memory, target.balloon) = guest;
+        target.volumes = volumes;
         (target.answers_at_ns, target.ends_at_ns) = times;
         Ok(SendPhases { held_ns: 1_000_000, pages: 10, wire_bytes: 50_000, ..SendPhases::default() })
     }
@@ -307,6 +343,14 @@ impl State {
                 let (target_bytes, actual_bytes) = (vmm.balloon, vmm.balloon);
                 Ok(Answer::Balloon(BalloonStatus { target_bytes, actual_bytes, ..BalloonStatus::default() }))
             }
+            (Ask::Volumes, _) => Ok(Answer::Volumes(vmm.volumes.values().cloned().collect())),
+            (
+                Ask::AttachVolume(_) | Ask::DetachVolume { .. } | Ask::ResizeVolume { .. } | Ask::LimitVolume { .. },
+                MachineState::Paused | MachineState::Running,
+            ) => match vmm.change_volume(ask) {
+                Ok(()) => Ok(Answer::Done),
+                Err(reason) => Err(AskError::Refused(Refusal::BadRequest { reason: reason.to_owned() })),
+            },
             (Ask::CancelSend, _) => {
                 vmm.is_sent = false;
                 vmm.copied = None;
@@ -401,7 +445,11 @@ impl State {
                 | Ask::Pause
                 | Ask::ReplaceTap { .. }
                 | Ask::Prefault(_)
-                | Ask::Balloon { .. },
+                | Ask::Balloon { .. }
+                | Ask::AttachVolume(_)
+                | Ask::DetachVolume { .. }
+                | Ask::ResizeVolume { .. }
+                | Ask::LimitVolume { .. },
                 state,
             ) => denied(state),
         }

@@ -16,6 +16,8 @@ pub enum ThreadClass {
     Devices,
     /// Waits for one disk.
     Disk,
+    /// Waits for one volume's server.
+    Volume,
     /// Runs one vCPU.
     Vcpu,
     /// Sends or takes a migration's stream.

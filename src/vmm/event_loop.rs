@@ -17,11 +17,12 @@ use super::save::{self, SaveFiles, SealFiles};
 use super::send::SendThread;
 use super::session::Ownership;
 use super::{VmmError, bounded};
-use super::{log, seccomp};
+use super::{log, seccomp, volumes};
 use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::virtio::{FlowCounts, NetCounts};
 use crate::machine::{
     self, Entry, GuestTime, Machine, MachineEvent, MachineSpec, Phases, RamBacking, ReplaceTapError, SealKey, Sealed,
+    VolumeChange,
 };
 use crate::report;
 use crate::units::Bytes;
@@ -317,6 +318,19 @@ impl EventLoop {
             Request::Save { pages } => self.save(pages, descriptors).map(Answer::Saved),
             Request::Seal { pages, key } => self.seal(pages, SealKey(key.0), descriptors).map(Answer::Saved),
             Request::Unseal(spec) => self.restore(Restore::sealed(&spec, descriptors)).map(Answer::Launched),
+            Request::AttachVolume(spec) => {
+                let (index, change) = volumes::attach(spec);
+                self.change_volume(index, change)
+            }
+            Request::DetachVolume { index, force } => self.change_volume(index, VolumeChange::Detach { force }),
+            Request::ResizeVolume { index, bytes } => self.change_volume(index, VolumeChange::Resize { bytes }),
+            Request::LimitVolume { index, iops, bytes_per_s } => {
+                self.change_volume(index, volumes::limit(iops, bytes_per_s))
+            }
+            Request::Volumes => {
+                let machine = self.guest.as_ref().map(|guest| &guest.machine);
+                Ok(Answer::Volumes(machine.map_or_else(Vec::new, volumes::status)))
+            }
             Request::Balloon { target_bytes } => {
                 let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
                 balloon::answer(&guest.machine, target_bytes).map(Answer::Balloon)
@@ -370,6 +384,13 @@ impl EventLoop {
             ReplaceTapError::NoInterface { .. } => bad(error.to_string()),
             ReplaceTapError::Host { .. } => host(&error),
         })
+    }
+
+    fn change_volume(&self, index: u8, change: VolumeChange) -> Result<Answer, Refusal> {
+        let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
+        // From where it is sent on, what is attached is what the other end was told.
+        self.not_sending()?;
+        volumes::change(&guest.machine, index, change).map(|()| Answer::Done)
     }
 
     fn change(&mut self, from: MachineState, to: MachineState) -> Result<Answer, Refusal> {

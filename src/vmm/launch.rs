@@ -4,9 +4,13 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
+use super::log;
 use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
+use crate::machine::virtio::block::volume::Attachment;
+use crate::machine::virtio::block::{VolumeError, check_volume_bytes};
 use crate::machine::virtio::spec::net::MTU_MIN;
 use crate::machine::{RamBacking, SealKey};
 use crate::units::NetLimitError;
@@ -129,6 +133,9 @@ pub(super) enum LaunchRequestError {
     /// Nobody can mean such a limit.
     #[error(transparent)]
     Limits(NetLimitError),
+    /// No volume is like that.
+    #[error(transparent)]
+    Volume(VolumeError),
     /// No stream has so many connections.
     #[error("{found} connections: 1 to {CONNECTIONS_MAX} are possible")]
     Connections {
@@ -197,6 +204,15 @@ impl Unnamed {
             DeviceSpec::Block { index, read_only } => {
                 let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
                 (slot, Backend::Block { file: self.next()?, read_only })
+            }
+            DeviceSpec::Volume { index, bytes, read_only, reconnect_ms } => {
+                let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "volume", index })?;
+                if bytes != 0 {
+                    check_volume_bytes(bytes).map_err(LaunchRequestError::Volume)?;
+                }
+                let reconnect = Duration::from_millis(reconnect_ms.into());
+                let attached = (bytes != 0).then_some(Attachment { bytes, read_only, reconnect });
+                (slot, Backend::Volume { listener: self.next()?, attached, read_only, tell: log::say })
             }
             DeviceSpec::Net { index, mac, mtu, limits } => {
                 let slot = Slot::net(index).ok_or(LaunchRequestError::DeviceIndex { kind: "net", index })?;
@@ -390,6 +406,17 @@ mod tests {
         assert_eq!(beyond, LaunchRequestError::DeviceIndex { kind: "block", index: 6 });
         let twice = Launch::new(spec(vec![DeviceSpec::Rng, DeviceSpec::Rng]), files(5)).unwrap_err();
         assert_eq!(twice, LaunchRequestError::SlotTwice { slot: 1 });
+        let volume = |index, bytes| DeviceSpec::Volume { index, bytes, read_only: false, reconnect_ms: 1000 };
+        assert!(Launch::new(spec(vec![volume(0, 0), volume(5, 4096)]), files(7)).is_ok());
+        let taken = DeviceSpec::Block { index: 5, read_only: true };
+        let twice = Launch::new(spec(vec![volume(5, 0), taken]), files(7)).unwrap_err();
+        assert_eq!(twice, LaunchRequestError::SlotTwice { slot: 8 });
+        let beyond = Launch::new(spec(vec![volume(6, 0)]), files(6)).unwrap_err();
+        assert_eq!(beyond, LaunchRequestError::DeviceIndex { kind: "volume", index: 6 });
+        for bytes in [1, 512, 4097, u64::MAX - 4095] {
+            let odd = Launch::new(spec(vec![volume(0, bytes)]), files(6)).unwrap_err();
+            assert_eq!(odd, LaunchRequestError::Volume(VolumeError::Bytes { found: bytes }));
+        }
         let net = |index, mtu, limits| DeviceSpec::Net { index, mac: [2; 6], mtu, limits };
         let open = NetLimits::default();
         assert!(Launch::new(spec((0..8).map(|index| net(index, Some(1280), open)).collect()), files(13)).is_ok());

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! jail closed ─▶ Building (the one thread, and what new threads begin with)      before the first byte of an agent
-//!                  ├─▶ Devices, Disk, Vcpu, Stream, Fill: first on each new thread  before it gets anything to do
+//!                  ├─▶ Devices, Disk, Volume, Vcpu, Stream, Fill: first on each     before it gets anything to do
+//!                  │   new thread
 //!                  └─▶ Control: the first thread, once its machine is built      before Launched is answered
 //! ```
 //! Filters are stacked and the strictest wins, so a class can only lose calls: Building holds the lines of every class.
@@ -45,6 +46,8 @@ const VCPU: Class = Class(16);
 const STREAM: Class = Class(32);
 /// The thread that fills guest memory.
 const FILL: Class = Class(64);
+/// The thread of one volume slot.
+const VOLUME: Class = Class(128);
 
 impl Class {
     /// Both.
@@ -133,6 +136,7 @@ fn confine(class: ThreadClass) {
     let (name, class) = match class {
         ThreadClass::Devices => ("devices", DEVICES),
         ThreadClass::Disk => ("disk", DISK),
+        ThreadClass::Volume => ("volume", VOLUME),
         ThreadClass::Vcpu => ("vcpu", VCPU),
         ThreadClass::Stream => ("stream", STREAM),
         ThreadClass::Fill => ("fill", FILL),

@@ -11,6 +11,7 @@ mod copying;
 mod filling;
 mod moving;
 mod prefault;
+mod volumes;
 
 pub use copying::{CopyPhases, CopySpec};
 pub use filling::{FILLED_CHUNKS_MAX, RestoreFillingSpec};
@@ -19,12 +20,16 @@ pub use moving::{
     StreamForm, StreamKey, StreamTls, StreamToken,
 };
 pub use prefault::{PREFAULT_RUNS_MAX, PrefaultSpec};
+pub use volumes::{AttachVolumeSpec, LATENCY_BUCKETS, VOLUME_BLOCK_BYTES, VOLUME_SLOTS_MAX, VolumeFlow, VolumeStatus};
 
 /// Most descriptors beside one frame: kvm, kernel, initrd, console file and socket, and 19 slots. Linux allows 253.
 pub const DESCRIPTORS_MAX: usize = 32;
 
 /// Longest kernel command line in bytes, x86's COMMAND_LINE_SIZE less its terminator.
 pub const COMMAND_LINE_BYTES_MAX: usize = 2047;
+
+/// The first version of the protocol that has volumes.
+const VOLUMES_SINCE: u16 = 6;
 
 /// Most network interfaces of one machine.
 pub const INTERFACES_MAX: usize = 8;
@@ -160,6 +165,35 @@ pub enum Request {
     /// agent says that it is. Descriptors: those of a restore, then `/dev/userfaultfd`, then a listening unix socket, to
     /// which agents connect that fill it ([`super::filling`]).
     RestoreFilling(RestoreFillingSpec),
+    /// Attach a volume to a volume slot that has none; its server connects to the slot's socket. The guest sees the size
+    /// change.
+    AttachVolume(AttachVolumeSpec),
+    /// Leave a volume slot without a volume: its size is 0 then, and its connections are closed.
+    DetachVolume {
+        /// Which slot, 0 to 5.
+        index: u8,
+        /// Also with requests under way, which fail.
+        force: bool,
+    },
+    /// A volume has become larger. Connections are made again, as the size is agreed upon on each.
+    ResizeVolume {
+        /// Which slot, 0 to 5.
+        index: u8,
+        /// The new size in bytes, a multiple of [`VOLUME_BLOCK_BYTES`].
+        bytes: u64,
+    },
+    /// Ask how the volume slots are.
+    Volumes,
+    /// Bound what a volume slot's guest may do, until its volume is detached: requests wait, none fails. `None` is without
+    /// a bound.
+    LimitVolume {
+        /// Which slot, 0 to 5.
+        index: u8,
+        /// Requests per second.
+        iops: Option<u32>,
+        /// Bytes read and written per second.
+        bytes_per_s: Option<u64>,
+    },
 }
 
 impl Message for Request {
@@ -170,29 +204,46 @@ impl Request {
     /// The first version of the protocol that has it.
     pub const fn since_version(&self) -> u16 {
         match self {
+            Self::Launch(spec) => with_devices(1, spec.devices.as_slice()),
+            Self::Restore(spec) => with_devices(1, spec.devices.as_slice()),
+            Self::Unseal(spec) => with_devices(2, spec.devices.as_slice()),
+            Self::Receive(spec) => with_devices(2, spec.devices.as_slice()),
+            Self::RestoreFilling(spec) => with_devices(5, spec.restore.devices.as_slice()),
             Self::Hello { .. }
-            | Self::Launch(_)
             | Self::Pause
             | Self::Resume
             | Self::Status
             | Self::Stop
             | Self::Network
             | Self::ReplaceTap { .. }
-            | Self::Restore(_)
             | Self::Save { .. } => 1,
             Self::Seal { .. }
-            | Self::Unseal(_)
             | Self::Balloon { .. }
             | Self::Send(_)
             | Self::SendProgress
             | Self::CancelSend
-            | Self::ForwardPackets { .. }
-            | Self::Receive(_) => 2,
+            | Self::ForwardPackets { .. } => 2,
             Self::SendIn { .. } => 3,
             Self::CopyMemory(_) | Self::SaveRest | Self::Prefault(_) => 4,
-            Self::RestoreFilling(_) => 5,
+            Self::AttachVolume(_)
+            | Self::DetachVolume { .. }
+            | Self::ResizeVolume { .. }
+            | Self::Volumes
+            | Self::LimitVolume { .. } => VOLUMES_SINCE,
         }
     }
+}
+
+/// The first version that has a request of `version` with these devices.
+const fn with_devices(version: u16, devices: &[DeviceSpec]) -> u16 {
+    let mut rest = devices;
+    while let [first, later @ ..] = rest {
+        if matches!(first, DeviceSpec::Volume { .. }) {
+            return VOLUMES_SINCE;
+        }
+        rest = later;
+    }
+    version
 }
 
 /// The key of a sealed machine.
@@ -213,8 +264,8 @@ pub enum Answer {
     /// To [`Request::Launch`], [`Request::Restore`], [`Request::RestoreFilling`], [`Request::Unseal`] and
     /// [`Request::Receive`]: the machine is built and paused.
     Launched(LaunchPhases),
-    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`], [`Request::Prefault`] and
-    /// [`Request::CancelSend`].
+    /// To [`Request::Pause`], [`Request::Resume`], [`Request::Stop`], [`Request::ReplaceTap`], [`Request::Prefault`],
+    /// [`Request::CancelSend`], and to what changes a volume slot.
     Done,
     /// To [`Request::Status`].
     Status(Status),
@@ -244,6 +295,8 @@ pub enum Answer {
     },
     /// To [`Request::CopyMemory`]: little is left, and the machine still runs.
     Copied(CopyPhases),
+    /// To [`Request::Volumes`]: the volume slots, by index.
+    Volumes(Vec<VolumeStatus>),
 }
 
 impl Message for Answer {
@@ -292,13 +345,25 @@ pub enum DeviceSpec {
     },
     /// Memory balloon; no descriptor.
     Balloon,
+    /// Block device on a volume; descriptor: a listening unix socket, to which the volume's server connects. Since
+    /// version 6.
+    Volume {
+        /// Which of the block devices, 0 to 5.
+        index: u8,
+        /// The volume's size in bytes, a multiple of [`VOLUME_BLOCK_BYTES`]; 0: a slot to attach one to later.
+        bytes: u64,
+        /// Refuse writes, and tell the guest so.
+        read_only: bool,
+        /// How long requests wait for a connection, in milliseconds, before they fail.
+        reconnect_ms: u32,
+    },
 }
 
 impl DeviceSpec {
     /// Whether a descriptor comes with it.
     pub const fn wants_descriptor(self) -> bool {
         match self {
-            Self::Vsock | Self::Block { .. } | Self::Net { .. } => true,
+            Self::Vsock | Self::Block { .. } | Self::Net { .. } | Self::Volume { .. } => true,
             Self::Rng | Self::Balloon => false,
         }
     }

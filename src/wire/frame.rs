@@ -13,8 +13,8 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"HRTH");
 
 /// Version of the control protocol this build speaks. 2 has [`super::control::Request::Seal`], `Unseal` and `Balloon`, and
 /// all of a machine's move from one VMM to another; 3 has `SendIn`; 4 has `CopyMemory`, `SaveRest` and `Prefault`; 5 has
-/// `RestoreFilling`.
-pub const VERSION: u16 = 5;
+/// `RestoreFilling`; 6 has volumes.
+pub const VERSION: u16 = 6;
 
 /// Oldest version this build still answers: a VMM outlives upgrades of the agent.
 pub const VERSION_MIN: u16 = 2;

@@ -67,6 +67,12 @@ pub enum Refusal {
     /// Parts of the guest's memory are not here yet; since version 5.
     #[error("not possible while parts of the guest's memory are not here yet")]
     Filling,
+    /// The guest still waits for requests to a volume; since version 6.
+    #[error("volume slot {index}: requests are under way")]
+    VolumeInUse {
+        /// The slot.
+        index: u8,
+    },
 }
 
 impl Refusal {
@@ -79,7 +85,8 @@ impl Refusal {
             | Self::Sending
             | Self::Stream { .. }
             | Self::Cancelled
-            | Self::Filling => Retry::Later,
+            | Self::Filling
+            | Self::VolumeInUse { .. } => Retry::Later,
             Self::BadRequest { .. } | Self::BadImage { .. } | Self::BadState { .. } => Retry::WithChange,
         }
     }

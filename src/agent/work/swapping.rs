@@ -96,6 +96,7 @@ impl<W: World> Work<W> {
                 | Answer::SentIn { .. }
                 | Answer::Sending(_)
                 | Answer::Copied(_)
+                | Answer::Volumes(_)
                 | Answer::Forwarded { .. }
                 | Answer::Refused(_)
                 | Answer::Network(_),

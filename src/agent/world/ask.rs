@@ -11,7 +11,7 @@ use crate::bundle::working_set::WorkingSet;
 use crate::ids::BundleId;
 use crate::units::NetLimits;
 use crate::wire::control::{
-    PackedPhases, SavedPages, SealingKey, SendPhases, StreamForm, StreamKey, StreamTls, StreamToken,
+    AttachVolumeSpec, PackedPhases, SavedPages, SealingKey, SendPhases, StreamForm, StreamKey, StreamTls, StreamToken,
 };
 
 /// Who one end of a migration's stream is.
@@ -124,6 +124,33 @@ pub enum Ask {
         /// What it is to hold from now on.
         target_bytes: Option<u64>,
     },
+    /// Attach a volume to a volume slot that has none.
+    AttachVolume(AttachVolumeSpec),
+    /// Leave a volume slot without a volume.
+    DetachVolume {
+        /// Which slot.
+        index: u8,
+        /// Also with requests under way, which fail.
+        force: bool,
+    },
+    /// A volume has become larger.
+    ResizeVolume {
+        /// Which slot.
+        index: u8,
+        /// Its size from now on.
+        bytes: u64,
+    },
+    /// Bound what the guest may do with a volume, until it is detached.
+    LimitVolume {
+        /// Which slot.
+        index: u8,
+        /// Requests per second; `None` is without a bound.
+        iops: Option<u32>,
+        /// Bytes read and written per second; `None` is without a bound.
+        bytes_per_s: Option<u64>,
+    },
+    /// How its volume slots are.
+    Volumes,
 }
 
 /// A machine to build: names of things on this host, opened by whoever sends them.

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::balloon::Balloon;
+use super::block::Block;
 use super::net::traffic::Traffic;
 use super::queue::{Queue, RingError};
 use crate::machine::ram::GuestRam;
@@ -66,9 +67,13 @@ pub(crate) trait Model: Send + fmt::Debug {
     fn serve(&mut self, io: &mut Io<'_>) -> Result<Turn, RingError>;
     /// Finishes every request that was begun, so that nothing is written to guest memory afterwards.
     fn drain(&mut self, io: &mut Io<'_>) -> Result<(), RingError>;
+    /// Writes nothing to guest memory from here on, until it serves again. What it cannot finish soon it keeps.
+    fn pause(&mut self, io: &mut Io<'_>) -> Result<(), RingError> {
+        self.drain(io)
+    }
     /// The guest reset the device, or its rings are broken: forget the driver. Waits for requests that were begun.
     fn reset(&mut self);
-    /// What must survive, as the section of this slot. Only after `drain`.
+    /// What must survive, as the section of this slot. Only after `pause`.
     fn save(&self, instance: u16) -> Result<Section, SaveSectionError>;
     /// Whether the configuration space changed since the last call: the guest is then told.
     fn take_config_change(&mut self) -> bool {
@@ -84,6 +89,10 @@ pub(crate) trait Model: Send + fmt::Debug {
     }
     /// The balloon, if it is one.
     fn balloon(&mut self) -> Option<&mut Balloon> {
+        None
+    }
+    /// The block device, if it is one.
+    fn block(&mut self) -> Option<&mut Block> {
         None
     }
     /// Takes the next packet that waits for the guest out of a paused network device.

@@ -31,7 +31,6 @@ use crate::sys::tap::{self, Offloads};
 use crate::sys::vectored;
 use crate::units::NetLimits;
 
-mod bucket;
 mod forwarded;
 mod pace;
 pub(crate) mod traffic;

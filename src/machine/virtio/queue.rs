@@ -17,6 +17,8 @@ use super::chain::{CHAIN_SEGMENTS_MAX, Chain, Segment};
 use super::saved::QueueV1;
 use crate::machine::ram::GuestRam;
 
+mod table;
+
 /// Why a ring cannot be worked with: the driver broke the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
@@ -173,6 +175,16 @@ impl Queue {
             return Err(RingError::Chain);
         }
         Ok(Some(Chain::new(head, segments, readable)))
+    }
+
+    /// A chain that was taken before the machine was saved and is not used yet, read again from where it begins. The guest
+    /// may not change it until it is used.
+    pub fn taken_before(&self, head: u16) -> Result<Chain, RingError> {
+        if self.ring.is_none() {
+            return Err(RingError::Setup);
+        }
+        let QueueSetup { size, descriptors, .. } = self.setup;
+        table::chain(&self.ram, table::Table { at: descriptors, entries: size.into() }, head)
     }
 
     /// Takes the last `pop` back: the chain is available again.

@@ -3,7 +3,7 @@
 //!
 //! Who takes the lock: the device loop for each turn, a vCPU thread for register accesses that set the device up, the
 //! machine's thread for save. Nobody holds two slots' locks. A turn is bounded, so nobody waits long; the exception is a
-//! reset or a pause of a disk, which waits for the host's disk.
+//! reset or a pause of a disk, which waits for the host's disk, or up to a second for a volume's server.
 
 use std::fs::File;
 use std::io;
@@ -13,11 +13,12 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::balloon::BalloonCounts;
+use super::block::Block;
 use super::interrupt::Interrupt;
 use super::mmio::RegisterFile;
 use super::model::{Counters, Io, Model, QUEUE_TOKENS, Turn};
 use super::net::traffic::Traffic;
-use super::queue::Queue;
+use super::queue::{Queue, RingError};
 use super::saved::TransportV1;
 use super::spec::feature;
 use crate::machine::layout::Slot;
@@ -85,10 +86,14 @@ impl Cell {
 
     /// Finishes what was begun.
     pub(crate) fn drain(&mut self, shared: &Shared) {
+        self.stop_with(shared, |model, io| model.drain(io));
+    }
+
+    fn stop_with(&mut self, shared: &Shared, stop: impl FnOnce(&mut dyn Model, &mut Io<'_>) -> Result<(), RingError>) {
         let Self { registers, queues, model, ram, .. } = self;
         let (live, features) = (registers.status.is_live(), registers.accepted);
-        let drained = model.drain(&mut Io { queues, ram, live, features, counters: &shared.counters });
-        match drained {
+        let stopped = stop(model.as_mut(), &mut Io { queues, ram, live, features, counters: &shared.counters });
+        match stopped {
             Ok(()) => self.interrupt_if_owed(shared),
             Err(_) => self.give_up(shared),
         }
@@ -180,7 +185,7 @@ impl Shared {
     pub(crate) fn pause(&self) {
         let mut cell = self.lock();
         if !cell.paused {
-            cell.drain(self);
+            cell.stop_with(self, |model, io| model.pause(io));
             cell.paused = true;
         }
     }
@@ -222,6 +227,13 @@ impl Shared {
     pub(crate) fn expect_packets(&self, more: bool) {
         self.lock().model.expect_packets(more);
         self.poke();
+    }
+
+    /// Asks or changes something of a block device; `None` if it is none.
+    pub(crate) fn block<T>(&self, ask: impl FnOnce(&mut Block) -> T) -> Option<T> {
+        let answer = self.lock().model.block().map(ask);
+        self.poke();
+        answer
     }
 
     /// Sets the balloon's target, if there is one to set, and asks the guest for fresh statistics. `None`: it is no

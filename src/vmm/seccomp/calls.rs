@@ -3,10 +3,10 @@
 //! the two; glibc is meant, which is what builds link.
 
 use super::When::{Always, Both, Is, Lacks};
-use super::{BUILDING, CONTROL, Class, DEVICES, DISK, FILL, Line, STREAM, VCPU, line};
+use super::{BUILDING, CONTROL, Class, DEVICES, DISK, FILL, Line, STREAM, VCPU, VOLUME, line};
 
 /// Every class.
-const ALL: Class = BUILDING.and(CONTROL).and(DEVICES).and(DISK).and(VCPU).and(STREAM).and(FILL);
+const ALL: Class = BUILDING.and(CONTROL).and(DEVICES).and(DISK).and(VCPU).and(STREAM).and(FILL).and(VOLUME);
 
 /// Classes that serve devices: vCPU threads do it when the guest writes a register.
 const SERVING: Class = DEVICES.and(VCPU);
@@ -104,7 +104,12 @@ pub(super) const LINES: &[Line] = &[
         DISK,
         "a guest zeroes a range of a disk",
     ),
-    line(libc::SYS_readv, Always, SERVING, "frames from a tap into the guest's buffers"),
+    line(
+        libc::SYS_readv,
+        Always,
+        SERVING.and(VOLUME),
+        "frames from a tap, or a volume's data, into the guest's buffers",
+    ),
     line(libc::SYS_writev, Always, SERVING.and(STREAM), "frames from the guest's buffers to a tap; TLS records"),
     line(libc::SYS_lseek, Always, BUILDING.and(CONTROL).and(STREAM), "reading a kernel; holes of guest memory"),
     line(libc::SYS_ftruncate, Always, BUILDING.and(CONTROL), "size of guest memory, console file, saved image"),
@@ -114,26 +119,36 @@ pub(super) const LINES: &[Line] = &[
     line(libc::SYS_epoll_create1, Always, BUILDING, "each device's and the loops' own"),
     line(libc::SYS_epoll_ctl, Always, BUILDING.and(CONTROL).and(SERVING), "connections and streams come and go"),
     line(libc::SYS_epoll_wait, Always, CONTROL.and(SERVING), "the loops"),
-    line(libc::SYS_poll, Always, FILL, "who waits for memory, and what the agent says of it"),
+    line(libc::SYS_poll, Always, FILL.and(VOLUME), "who waits for memory; agents; a volume's server"),
     line(libc::SYS_eventfd2, Always, BUILDING, "interrupts, queue notifications, commands"),
     line(libc::SYS_timerfd_create, Always, SERVING, "a limited interface waits for its turn"),
     line(libc::SYS_timerfd_settime, Always, SERVING, "a limited interface waits for its turn"),
     // Sockets it was handed, and connections they take. It cannot make one.
-    line(libc::SYS_accept4, Always, CONTROL.and(DEVICES).and(FILL), "agents, console clients, vsock streams"),
+    line(
+        libc::SYS_accept4,
+        Always,
+        CONTROL.and(DEVICES).and(FILL).and(VOLUME),
+        "agents, console clients, vsock streams, a volume's server",
+    ),
     line(libc::SYS_recvmsg, Always, CONTROL, "requests with descriptors"),
     line(
         libc::SYS_recvfrom,
         Always,
-        CONTROL.and(SERVING).and(STREAM).and(FILL),
-        "requests, console input, vsock and migration streams, which memory is here",
+        CONTROL.and(SERVING).and(STREAM).and(FILL).and(VOLUME),
+        "requests, console input, vsock and migration streams, which memory is here, a volume's answers",
     ),
     line(
         libc::SYS_sendto,
         Always,
-        CONTROL.and(SERVING).and(STREAM).and(FILL),
-        "answers, console output, vsock and migration streams, which memory is wanted",
+        CONTROL.and(SERVING).and(STREAM).and(FILL).and(VOLUME),
+        "answers, console output, vsock and migration streams, which memory is wanted, a volume's requests",
     ),
-    line(libc::SYS_sendmsg, Always, SERVING, "vsock streams out of the guest's buffers"),
+    line(
+        libc::SYS_sendmsg,
+        Always,
+        SERVING.and(VOLUME),
+        "vsock streams and a volume's data out of the guest's buffers",
+    ),
     line(libc::SYS_shutdown, Always, SERVING, "half of a vsock stream ends"),
     line(
         libc::SYS_setsockopt,

@@ -1,7 +1,7 @@
 //! The lines of ioctl(2): one for each request.
 
 use super::When::Is;
-use super::{BUILDING, CONTROL, Class, DEVICES, FILL, Line, STREAM, VCPU, line};
+use super::{BUILDING, CONTROL, Class, DEVICES, FILL, Line, STREAM, VCPU, VOLUME, line};
 use crate::sys::kvm::requests as kvm;
 use crate::sys::{tap, userfault};
 
@@ -78,7 +78,7 @@ pub(super) const LINES: &[Line] = &[
     request(tap::REQUEST_OFFLOADS, BUILDING.and(CONTROL).and(DEVICES).and(VCPU), "what the guest's driver takes"),
     request(
         FIONBIO,
-        BUILDING.and(CONTROL).and(DEVICES).and(STREAM).and(FILL),
+        BUILDING.and(CONTROL).and(DEVICES).and(STREAM).and(FILL).and(VOLUME),
         "sockets that were handed over, and their connections",
     ),
 ];

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-const CLASSES: [(&str, Class); 7] = [
+const CLASSES: [(&str, Class); 8] = [
     ("building", BUILDING),
     ("control", CONTROL),
     ("devices", DEVICES),
@@ -12,6 +12,7 @@ const CLASSES: [(&str, Class); 7] = [
     ("vcpu", VCPU),
     ("stream", STREAM),
     ("fill", FILL),
+    ("volume", VOLUME),
 ];
 
 #[test]

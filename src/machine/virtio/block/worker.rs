@@ -18,7 +18,7 @@ use super::request::{Range, Request};
 use crate::machine::ram::GuestRam;
 use crate::machine::virtio::chain::{Chain, GuestSlice};
 use crate::machine::virtio::queue::RingError;
-use crate::machine::virtio::spec::block::{HEADER_BYTES, ID_BYTES, S_IOERR, S_OK};
+use crate::machine::virtio::spec::block::{HEADER_BYTES, S_IOERR, S_OK};
 use crate::sys::thread::{self, ThreadClass};
 use crate::sys::{extent, vectored};
 
@@ -75,13 +75,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread. `id` is the disk's, for the guest and as the thread's name.
-    pub(crate) fn start(file: File, ram: GuestRam, id: String) -> io::Result<Self> {
+    /// Starts the thread, of this name.
+    pub(crate) fn start(file: File, ram: GuestRam, name: String) -> io::Result<Self> {
         let finished = EventFd::new(EFD_NONBLOCK)?;
         let (state, work, idle) = (Mutex::new(State::default()), Condvar::new(), Condvar::new());
         let desk = Arc::new(Desk { state, work, idle, finished });
-        let body = Body { file, ram, id: id.clone(), desk: desk.clone() };
-        let thread = thread::start(ThreadClass::Disk, id, move || body.run())?;
+        let body = Body { file, ram, desk: desk.clone() };
+        let thread = thread::start(ThreadClass::Disk, name, move || body.run())?;
         Ok(Self { desk, thread: Some(thread) })
     }
 
@@ -122,7 +122,6 @@ impl Drop for Worker {
 struct Body {
     file: File,
     ram: GuestRam,
-    id: String,
     desk: Arc<Desk>,
 }
 
@@ -161,13 +160,8 @@ impl Body {
             Request::Read(range) => self.read(&job.chain, *range),
             Request::Write(range) => self.write(&job.chain, *range),
             Request::Flush => self.file.sync_data(),
-            Request::Id => {
-                let mut id = [0; ID_BYTES];
-                for (to, from) in id.iter_mut().zip(self.id.bytes()) {
-                    *to = from;
-                }
-                job.chain.write(&self.ram, 0, &id).map(|_| ()).map_err(io::Error::other)
-            }
+            // Answered before it comes here.
+            Request::Id => Ok(()),
             Request::Discard(ranges) => ranges.iter().try_for_each(|range| {
                 match extent::punch_hole(&self.file, range.offset, range.bytes) {
                     // A discard is a hint (5.2.6.1): a file system that cannot give space back keeps it.

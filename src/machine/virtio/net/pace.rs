@@ -11,8 +11,8 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use vmm_sys_util::epoll::EventSet;
 
-use super::bucket::Limiter;
 use crate::clock::{Clock, Monotonic};
+use crate::machine::virtio::bucket::Limiter;
 use crate::machine::virtio::model::Watch;
 use crate::units::NetLimits;
 

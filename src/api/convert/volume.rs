@@ -1,0 +1,97 @@
+//! Volumes, their snapshots and their leases.
+
+use crate::agent::{self, ChangesView, DigestView, LeasesView, SnapshotReport, VolumeReport};
+use crate::api::types::{
+    Lease, LeaseHistoryEntry, LeaseList, LeaseMode, Volume, VolumeChanges, VolumeDigest, VolumeRun, VolumeSnapshot,
+};
+use crate::lease;
+
+pub(in crate::api) fn volume(report: VolumeReport) -> Volume {
+    let VolumeReport { id, name, bytes, allocated_bytes, layers, generation, created_ms, origin, damage, .. } = report;
+    Volume {
+        id,
+        name,
+        bytes,
+        allocated_bytes,
+        layers,
+        generation,
+        created_ms,
+        origin,
+        damage,
+        active: report.active.map(lease),
+        standby: report.standby.map(lease),
+        shared: report.shared,
+        connections: report.connections,
+    }
+}
+
+pub(in crate::api) fn volume_snapshot(report: SnapshotReport) -> VolumeSnapshot {
+    let SnapshotReport { id, name, volume, bytes, generation, created_ms } = report;
+    VolumeSnapshot { id, name, volume_id: volume, bytes, generation, created_ms }
+}
+
+/// What its holder knows is left out: it goes from agent to daemon only.
+pub(in crate::api) fn lease(lease: lease::Lease) -> Lease {
+    let lease::Lease { id, mode, epoch, holder, vm, ttl_s, secret: _ } = lease;
+    let mode = match mode {
+        lease::LeaseMode::Active => LeaseMode::Active,
+        lease::LeaseMode::Standby => LeaseMode::Standby,
+        lease::LeaseMode::Shared => LeaseMode::Shared,
+    };
+    Lease { id, mode, epoch, holder, vm_id: vm, ttl_s }
+}
+
+pub(in crate::api) fn lease_mode(mode: LeaseMode) -> lease::LeaseMode {
+    match mode {
+        LeaseMode::Active => lease::LeaseMode::Active,
+        LeaseMode::Standby => lease::LeaseMode::Standby,
+        LeaseMode::Shared => lease::LeaseMode::Shared,
+    }
+}
+
+pub(in crate::api) fn leases(view: LeasesView) -> LeaseList {
+    let LeasesView { volume, leases, epoch, history } = view;
+    let (leases, history) = (leases.into_iter().map(lease).collect(), history.into_iter().map(entry).collect());
+    LeaseList { volume_id: volume, epoch, leases, history }
+}
+
+fn entry(entry: lease::LeaseEntry) -> LeaseHistoryEntry {
+    let at_ms = entry.at_ms;
+    match entry.event {
+        lease::LeaseEvent::Acquired { lease } => LeaseHistoryEntry {
+            at_ms,
+            what: "acquired".to_owned(),
+            lease_id: lease.id,
+            from: None,
+            epoch: Some(lease.epoch),
+            holder: Some(lease.holder),
+        },
+        lease::LeaseEvent::Converted { from, to, epoch } => LeaseHistoryEntry {
+            at_ms,
+            what: "converted".to_owned(),
+            lease_id: to,
+            from: Some(from),
+            epoch: Some(epoch.saturating_add(1)),
+            holder: None,
+        },
+        lease::LeaseEvent::Ended { id, why } => {
+            let what = match why {
+                lease::LeaseEnd::Released => "released",
+                lease::LeaseEnd::Expired => "expired",
+                lease::LeaseEnd::Broken => "broken",
+            };
+            LeaseHistoryEntry { at_ms, what: what.to_owned(), lease_id: id, from: None, epoch: None, holder: None }
+        }
+    }
+}
+
+pub(in crate::api) fn digest(view: DigestView) -> VolumeDigest {
+    let DigestView { volume, blake3, bytes } = view;
+    VolumeDigest { volume_id: volume, blake3, bytes }
+}
+
+pub(in crate::api) fn changes(view: ChangesView) -> VolumeChanges {
+    let ChangesView { volume, generation, complete, runs } = view;
+    let runs = runs.into_iter().map(|agent::VolumeRun { offset, bytes }| VolumeRun { offset, bytes }).collect();
+    VolumeChanges { volume_id: volume, generation, complete, runs }
+}
