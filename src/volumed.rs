@@ -22,7 +22,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::clock::SystemClock;
 use crate::report;
-use crate::sys::{file, host, landlock, sock};
+use crate::sys::{file, host, jail, landlock, sock};
 use crate::volume::{Options, Store, VolumeError};
 use crate::wire::volumed::{Listening, StartMessage};
 
@@ -48,7 +48,7 @@ mod tls;
 
 use accept::accept_failed;
 use attachments::Attachments;
-use log::say;
+use log::{Seldom, say};
 use payload::Stock;
 use registry::Registry;
 use stop::Stop;
@@ -98,6 +98,9 @@ pub enum VolumedError {
     /// What it may reach is not confined.
     #[error("confine the process")]
     Confine(#[source] landlock::ConfineError),
+    /// It has more powers than it needs.
+    #[error("give up root's powers")]
+    Powers(#[source] jail::EnterJailError),
 }
 
 /// What the threads share.
@@ -107,6 +110,8 @@ struct Daemon {
     attachments: Attachments,
     stock: Stock,
     stop: Stop,
+    /// What clients have the log say.
+    noise: Seldom,
     identity: Identity,
     /// Where other hosts are served.
     listener: Mutex<Option<(Arc<TcpListener>, SocketAddr)>>,
@@ -131,6 +136,7 @@ pub fn run() -> Result<(), VolumedError> {
         None => None,
     };
     host::raise_descriptors().map_err(io("raise the bound of descriptors of", &start.runtime))?;
+    jail::keep_access_to_files().map_err(VolumedError::Powers)?;
     let confined = landlock::write_below_only(&[&start.store, &start.runtime]).map_err(VolumedError::Confine)?;
     say(format_args!("confined to {} and {}: {confined}", start.store.display(), start.runtime.display()));
 
@@ -199,6 +205,7 @@ fn open(
         attachments,
         stock: Stock::new(),
         stop: Stop::default(),
+        noise: Seldom::default(),
         identity,
         listener: Mutex::new(None),
     };

@@ -16,6 +16,7 @@ use super::payload::Payload;
 use super::registry::Bound;
 use super::serve::{ServeError, Transmission};
 use super::stop::Stop;
+use crate::clock::Clock;
 use crate::report;
 use crate::sys::sock;
 
@@ -66,13 +67,15 @@ fn begin(daemon: &Arc<Daemon>, socket: Socket, peer: String) {
     let Ok(handle) = socket.handle() else { return };
     // Who comes as one too many hears that it is hung up on.
     let Some(connected) = daemon.registry.connections.accepted(handle) else {
-        say(format_args!("{peer}: a connection is one too many: {ACCEPTED_MAX} are there"));
+        let text = format_args!("{peer}: a connection is one too many: {ACCEPTED_MAX} are there");
+        daemon.noise.say(daemon.registry.clock.monotonic(), text);
         return;
     };
     let shared = Arc::clone(daemon);
     let thread = std::thread::Builder::new().name("client".to_owned()).spawn(move || {
         if let Err(error) = serve(&shared, socket, &connected, &peer) {
-            say(format_args!("{peer}: {}", report::chain(&error)));
+            let now = shared.registry.clock.monotonic();
+            shared.noise.say(now, format_args!("{peer}: {}", report::chain(&error)));
         }
     });
     if let Err(error) = thread {

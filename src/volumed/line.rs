@@ -206,6 +206,7 @@ impl Line {
                 };
                 match read {
                     Ok(0) if done == 0 => return Ok(false),
+                    Err(error) if done == 0 && is_hang_up(&error) => return Ok(false),
                     Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                     Ok(count) if rest >= AHEAD_BYTES => done += count,
                     Ok(_) => {}
@@ -264,6 +265,11 @@ impl Line {
 
 /// How long the rest of a message may take once its first byte is there.
 pub(super) const MESSAGE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Other ways to hang up: with answers left to read, or without the words that TLS has for it.
+fn is_hang_up(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
+}
 
 /// Nothing came for a while, or a signal did.
 fn is_tick(error: &io::Error) -> bool {

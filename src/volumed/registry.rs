@@ -19,6 +19,10 @@ use crate::volume::{Snapshot, StatusRun, Store, Volume, VolumeError};
 /// patience ends; a conversion may be asked for again.
 const ALONE_PATIENCE: Duration = Duration::from_secs(4);
 
+/// How often a removal is tried again that finds a volume in use by nobody who is connected, and after how long.
+const REMOVE_AGAIN_MAX: u32 = 20;
+const REMOVE_AGAIN: Duration = Duration::from_millis(5);
+
 /// A volume's gate. What lies behind it are its leases.
 pub(super) type LeaseGate = Gate<LeaseBook>;
 
@@ -200,7 +204,16 @@ impl Registry {
             let text = format!("{id} ({} has the {} lease {})", lease.holder, lease.mode, lease.id);
             return Ok(Err(VolumeError::InUse { subject: text }));
         }
-        let removed = self.store.remove(id);
+        let mut removed = self.store.remove(id);
+        for _ in 0..REMOVE_AGAIN_MAX {
+            let is_looked_at = matches!(removed, Err(VolumeError::InUse { .. })) && self.connections.of_volume(id) == 0;
+            if !is_looked_at {
+                break;
+            }
+            // Somebody lists volumes just now, say.
+            std::thread::sleep(REMOVE_AGAIN);
+            removed = self.store.remove(id);
+        }
         if removed.is_ok() {
             self.forget(id);
         }

@@ -1,7 +1,7 @@
 //! Leases: who may write does, whoever could before does not, and VMMs are served from their own sockets.
 
 use std::io::Read;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,9 +27,15 @@ fn attach(daemon: &Daemon, socket: &Path, volume: &hearth::ids::VolumeId, lease:
     assert_eq!(daemon.ask(Ask::Attach { attachment }), Answer::Done);
 }
 
-/// The VMM's end of a connection that the daemon made.
-fn accept(listener: &UnixListener) -> UnixStream {
-    listener.accept().expect("a connection").0
+/// The VMM's end of a connection that the daemon made. Those that an earlier daemon made are broken.
+fn accept(listener: &UnixListener) -> Client {
+    loop {
+        let (socket, _) = listener.accept().expect("a connection");
+        match Client::greet(socket, "") {
+            Err(ClientError::Broken(_)) => {}
+            client => return client.expect("a handshake"),
+        }
+    }
 }
 
 #[test]
@@ -156,7 +162,7 @@ fn a_vmm_is_served_whoever_is_new() {
         attachments(&daemon)[0].trouble.as_ref().is_some_and(|trouble| trouble.contains("connect to"))
     });
     let listener = UnixListener::bind(&socket).expect("a listener");
-    let mut clients: Vec<_> = (0..2).map(|_| Client::greet(accept(&listener), "").expect("a handshake")).collect();
+    let mut clients: Vec<_> = (0..2).map(|_| accept(&listener)).collect();
     assert_eq!(clients[0].size, MIB);
     clients[0].write(0, &[7; 8192]).expect("a write");
     assert_eq!(clients[1].read(4096, 4096).expect("a read"), [7; 4096]);
@@ -165,13 +171,13 @@ fn a_vmm_is_served_whoever_is_new() {
     daemon.kill();
     daemon.start_again();
     assert!(matches!(clients[0].read(0, 512), Err(ClientError::Broken(_))));
-    let mut client = Client::greet(accept(&listener), "").expect("a handshake");
+    let mut client = accept(&listener);
     assert_eq!(client.read(0, 8192).expect("a read"), [7; 8192]);
     // The VMM is new.
     drop((client, clients, listener));
     std::fs::remove_file(&socket).expect("the socket");
     let listener = UnixListener::bind(&socket).expect("a listener");
-    let mut client = Client::greet(accept(&listener), "").expect("a handshake");
+    let mut client = accept(&listener);
     client.write(0, &[8; 512]).expect("a write");
     // Detached, it hears of it, and nobody dials any more.
     assert_eq!(daemon.ask(Ask::Detach { socket: socket.clone() }), Answer::Done);
@@ -191,7 +197,7 @@ fn a_vmm_whose_lease_is_another_ones_is_refused_and_dialed_no_more() {
     let listeners = [&source, &target].map(|path| UnixListener::bind(path).expect("a listener"));
     attach(&daemon, &source, &volume, &first);
     attach(&daemon, &target, &volume, &second);
-    let [mut old, mut new] = [0, 1].map(|at| Client::greet(accept(&listeners[at]), "").expect("a handshake"));
+    let [mut old, mut new] = [0, 1].map(|at| accept(&listeners[at]));
     old.write(0, &[1; 512]).expect("it is active");
     assert_eq!(new.write(0, &[2; 512]).expect_err("it stands by").number(), ErrorNumber::Permission);
     daemon.convert(&volume, &first, &second).expect("a conversion");
@@ -204,7 +210,7 @@ fn a_vmm_whose_lease_is_another_ones_is_refused_and_dialed_no_more() {
         found.expect("the attachment stays").trouble
     };
     eventually("the stale one is told", || trouble().is_some_and(|trouble| trouble.contains("is active")));
-    let mut new = Client::greet(accept(&listeners[1]), "").expect("a handshake");
+    let mut new = accept(&listeners[1]);
     assert_eq!(new.read(0, 1024).expect("a read"), [[1; 512], [2; 512]].concat());
 }
 
