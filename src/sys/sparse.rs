@@ -79,7 +79,9 @@ pub fn copy_sparse(from: &File, to: &File, length: u64) -> io::Result<()> {
 pub fn share_blocks(from: &File, to: &File) -> io::Result<bool> {
     match ioctl_ficlone(to, from) {
         Ok(()) => Ok(true),
-        Err(CopyErrno::OPNOTSUPP | CopyErrno::XDEV | CopyErrno::INVAL | CopyErrno::NOTTY | CopyErrno::NOSYS) => Ok(false),
+        Err(CopyErrno::OPNOTSUPP | CopyErrno::XDEV | CopyErrno::INVAL | CopyErrno::NOTTY | CopyErrno::NOSYS) => {
+            Ok(false)
+        }
         Err(errno) => Err(errno.into()),
     }
 }

@@ -68,7 +68,6 @@ impl ChunkMap {
         self.segments.resize_with(segments.max(self.segments.len()), OnceLock::new);
     }
 
-
     /// A chunk beyond the end is nowhere.
     pub(super) fn get(&self, chunk: u32) -> Entry {
         let (segment, place) = index(chunk);
@@ -81,7 +80,8 @@ impl ChunkMap {
         for chunk in chunks.start..chunks.end.min(self.chunks) {
             let (segment, place) = index(chunk);
             if let Some(segment) = self.segments.get(segment) {
-                let entries = segment.get_or_init(|| (0..SEGMENT).map(|_| AtomicU64::new(self.absent.pack())).collect());
+                let entries =
+                    segment.get_or_init(|| (0..SEGMENT).map(|_| AtomicU64::new(self.absent.pack())).collect());
                 entries[place].store(entry.pack(), Ordering::Release);
             }
         }
@@ -126,9 +126,7 @@ impl ChunkMap {
         let mut runs: Vec<Run> = Vec::new();
         self.each(|chunk, Entry { layer, generation }| match runs.last_mut() {
             _ if layer == LOST => {}
-            Some(last)
-                if last.first + last.count == chunk && (last.layer, last.generation) == (layer, generation) =>
-            {
+            Some(last) if last.first + last.count == chunk && (last.layer, last.generation) == (layer, generation) => {
                 last.count += 1;
             }
             Some(_) | None => runs.push(Run { first: chunk, count: 1, layer, generation }),

@@ -31,7 +31,12 @@ pub(super) struct Opened {
 }
 
 /// A volume in a directory of the root. `size_bytes` is believed when the map says nothing.
-pub(super) fn volume(parts: &Parts, directory: &Path, size_bytes: u64, mut damage: Vec<Damage>) -> (State, Vec<Damage>) {
+pub(super) fn volume(
+    parts: &Parts,
+    directory: &Path,
+    size_bytes: u64,
+    mut damage: Vec<Damage>,
+) -> (State, Vec<Damage>) {
     let mut opened = map(parts, directory, size_bytes);
     damage.append(&mut opened.damage);
     let mut live = None;
@@ -140,7 +145,9 @@ fn slots(parts: &Parts, lines: &[LayerLine], damage: &mut Vec<Damage>) -> Vec<Sl
 /// A record that is lost may have said that a chunk is in the top. So a chunk that has data there and is said to be
 /// elsewhere is not read.
 fn mark_suspects(view: &View, top: u16) {
-    let Some(layer) = usize::from(top).checked_sub(1).and_then(|place| view.slots.get(place)?.layer.clone()) else { return };
+    let Some(layer) = usize::from(top).checked_sub(1).and_then(|place| view.slots.get(place)?.layer.clone()) else {
+        return;
+    };
     let _ = each_unowned(view, top, &layer, |chunk, _| {
         view.map.set(chunk..chunk + 1, Entry { layer: LOST, generation: 0 });
         Ok(())

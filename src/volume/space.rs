@@ -26,11 +26,7 @@ impl Space {
 
     /// Takes bytes that are about to be written; `needed` says how many of them the disk has no space for yet, and is
     /// asked only when there is little left. The error is what may still be taken.
-    pub(super) fn take(
-        &self,
-        bytes: u64,
-        needed: impl FnOnce() -> io::Result<u64>,
-    ) -> io::Result<Result<(), u64>> {
+    pub(super) fn take(&self, bytes: u64, needed: impl FnOnce() -> io::Result<u64>) -> io::Result<Result<(), u64>> {
         if self.quota_bytes.is_none() && self.reserve_bytes == 0 {
             return Ok(Ok(()));
         }

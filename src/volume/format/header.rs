@@ -95,7 +95,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Header, u32, usize), Wrong> {
     else {
         return wrong(68, "more layers than the header has");
     };
-    let layers = lines.chunks_exact(LINE_BYTES).map(|line| LayerLine { number: u64_at(line, 0), bytes: u64_at(line, 8) });
+    let layers =
+        lines.chunks_exact(LINE_BYTES).map(|line| LayerLine { number: u64_at(line, 0), bytes: u64_at(line, 8) });
     let header = Header {
         size_bytes: u64_at(bytes, 16),
         generation: u32_at(bytes, 24),
@@ -104,7 +105,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Header, u32, usize), Wrong> {
         top: u16::try_from(u32_at(bytes, 64)).unwrap_or(u16::MAX),
         layers: layers.collect(),
     };
-    if !is_size(header.size_bytes) || header.layers.len() > LAYERS_MAX || usize::from(header.top) > header.layers.len() {
+    if !is_size(header.size_bytes) || header.layers.len() > LAYERS_MAX || usize::from(header.top) > header.layers.len()
+    {
         return wrong(16, "no volume has this size and these layers");
     }
     Ok((header, u32_at(bytes, 72), length))

@@ -103,7 +103,13 @@ impl Volume {
     }
 
     /// Refuses what would take more space than there may be, before anything of it is written.
-    fn take_space(&self, state: &State, live: &Live, range: &Range<u64>, content: Content<'_>) -> Result<(), VolumeError> {
+    fn take_space(
+        &self,
+        state: &State,
+        live: &Live,
+        range: &Range<u64>,
+        content: Content<'_>,
+    ) -> Result<(), VolumeError> {
         let steps = || {
             pieces(range.clone(), state.view.size_bytes).map(|piece| {
                 let entry = state.view.map.get(piece.chunk);
@@ -159,7 +165,8 @@ impl Volume {
             steps.push((piece, step));
         }
         self.record(state, live, &again, ready)?;
-        let done = self.clear_stale(live, &first, size_bytes).and_then(|()| self.carry_out(state, live, &steps, content));
+        let done =
+            self.clear_stale(live, &first, size_bytes).and_then(|()| self.carry_out(state, live, &steps, content));
         let done = done.and_then(|()| self.record(state, live, &first, ready));
         if done.is_err() {
             let mut stale = self.stale.lock().unwrap_or_else(PoisonError::into_inner);

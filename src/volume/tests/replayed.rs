@@ -74,7 +74,11 @@ struct Bytes {
 #[derive(Debug, Clone)]
 enum Change {
     /// Within one block.
-    Write { block: u64, at: usize, bytes: Vec<u8> },
+    Write {
+        block: u64,
+        at: usize,
+        bytes: Vec<u8>,
+    },
     Truncate(u64),
     All(Bytes),
 }
