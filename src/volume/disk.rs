@@ -191,8 +191,16 @@ impl Disk {
         Ok(())
     }
 
-    /// Removes a directory with all in it; that there is none is fine.
+    /// Removes whatever has this name, a directory with all in it; that there is none is fine.
     pub(super) fn remove_tree(&self, path: &Path) -> io::Result<()> {
+        let found = match std::fs::symlink_metadata(self.path(path)) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if !found.is_dir() {
+            return self.remove_file(path);
+        }
         file::remove_tree(&self.path(path))?;
         self.record(&Operation::Remove { path });
         Ok(())

@@ -100,9 +100,9 @@ pub(super) fn parse(bytes: &[u8], count: usize, salt: &Salt, chunks: u32, layers
     }
     if next < chunks {
         entries.lost.push(next..chunks);
-        if entries.wrong.is_empty() {
-            entries.wrong.push(Wrong { offset: 0, what: "entries of some chunks are missing" });
-        }
+    }
+    if !entries.lost.is_empty() && entries.wrong.is_empty() {
+        entries.wrong.push(Wrong { offset: 0, what: "entries of some chunks are missing" });
     }
     entries
 }

@@ -234,7 +234,7 @@ impl Volume {
         let step = self.parts.compact_bytes;
         match done {
             Ok(()) => self.compact_after.store(step, Ordering::Relaxed),
-            Err(_) => drop(self.compact_after.fetch_add(step, Ordering::Relaxed)),
+            Err(_) => _ = self.compact_after.fetch_add(step, Ordering::Relaxed),
         }
     }
 }

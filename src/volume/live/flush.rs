@@ -85,7 +85,7 @@ mod tests {
                 });
             });
             first.recv().unwrap();
-            let later = (0..4).map(|_| scope.spawn(|| flushes.share(|| drop(count.fetch_add(1, Ordering::Relaxed)))));
+            let later = (0..4).map(|_| scope.spawn(|| flushes.share(|| _ = count.fetch_add(1, Ordering::Relaxed))));
             let later: Vec<_> = later.collect();
             // None of them may take the one that runs for theirs.
             assert!(later.iter().all(|thread| !thread.is_finished()));

@@ -53,6 +53,21 @@ impl Drop for Reservation<'_> {
     }
 }
 
+/// A layer that no map speaks of yet.
+struct Fresh<'a> {
+    store: &'a Store,
+    layer: Arc<Layer>,
+}
+
+impl Drop for Fresh<'_> {
+    fn drop(&mut self) {
+        // Nobody took it: what it was made for came to nothing.
+        if Arc::strong_count(&self.layer) == 1 {
+            let _ = self.store.parts.disk.remove_file(&self.layer.path());
+        }
+    }
+}
+
 /// The directory of something that is being made.
 struct Stage<'a> {
     store: &'a Store,
@@ -124,9 +139,10 @@ impl Store {
     }
 
     /// A new layer to write to. What it takes is refused before if there is no space at all.
-    fn new_layer(&self, subject: &str, bytes: u64) -> Result<Arc<Layer>, VolumeError> {
+    fn new_layer(&self, subject: &str, bytes: u64) -> Result<Fresh<'_>, VolumeError> {
         self.check_space(subject, CHUNK_BYTES)?;
-        self.parts.layers.create(bytes).map_err(|source| match source.kind() {
+        let made = self.parts.layers.create(bytes);
+        made.map(|layer| Fresh { store: self, layer }).map_err(|source| match source.kind() {
             // The file system has no files of this length.
             io::ErrorKind::FileTooLarge => VolumeError::Size {
                 size_bytes: bytes,
@@ -158,7 +174,7 @@ impl Store {
             runs: Vec::new(),
         };
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
-        self.finish_volume(spec, id, frozen, top, Vec::new(), None)
+        self.finish_volume(spec, id, frozen, Arc::clone(&top.layer), Vec::new(), None)
     }
 
     /// Makes a volume of an image: a file, whose holes are left out, or a block device.
@@ -178,7 +194,7 @@ impl Store {
         }
         let _reserved = self.reserve(VOLUME, &spec.name, id.as_str())?;
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
-        let own = self.copy_image(id.as_str(), image, image_bytes, &top, on_progress)?;
+        let own = self.copy_image(id.as_str(), image, image_bytes, &top.layer, on_progress)?;
         let frozen = Frozen {
             size_bytes: spec.size_bytes,
             generation: 0,
@@ -186,7 +202,7 @@ impl Store {
             slots: Vec::new(),
             runs: Vec::new(),
         };
-        self.finish_volume(spec, id, frozen, top, own, None)
+        self.finish_volume(spec, id, frozen, Arc::clone(&top.layer), own, None)
     }
 
     /// Copies the chunks of an image that are not zero; gives their runs.
@@ -237,7 +253,7 @@ impl Store {
             Origin::Volume(from) => {
                 let volume = self.volume(from).ok_or_else(|| VolumeError::NotFound { subject: from.to_string() })?;
                 check_grows(from.as_str(), volume.size_bytes(), spec.size_bytes)?;
-                (volume.freeze(&self.new_layer(from.as_str(), 0)?)?, None)
+                (volume.freeze(&self.new_layer(from.as_str(), 0)?.layer)?, None)
             }
             Origin::Snapshot(from) => {
                 let snapshot =
@@ -247,7 +263,7 @@ impl Store {
         };
         check_grows(id.as_str(), frozen.size_bytes, spec.size_bytes)?;
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
-        self.finish_volume(spec, id, frozen, top, Vec::new(), Some(origin.clone()))
+        self.finish_volume(spec, id, frozen, Arc::clone(&top.layer), Vec::new(), Some(origin.clone()))
     }
 
     /// Writes what says that there is a volume, and opens it. `own` are runs in its top.
@@ -302,7 +318,7 @@ impl Store {
         let volume = self.volume(of).ok_or_else(|| VolumeError::NotFound { subject: of.to_string() })?;
         let _reserved = self.reserve(SNAPSHOT, name, id.as_str())?;
         let Frozen { size_bytes, generation, incomplete_to, slots, runs } =
-            volume.freeze(&self.new_layer(of.as_str(), 0)?)?;
+            volume.freeze(&self.new_layer(of.as_str(), 0)?.layer)?;
         let stage = self.stage(id.as_str())?;
         let mut about = SnapshotAbout::new(id.clone(), name.to_owned(), size_bytes, created_ms);
         about.volume = Some(of.clone());

@@ -140,6 +140,7 @@ fn layers_that_nobody_needs_are_removed() {
         crate::sys::file::create(&dir.path().join(left)).unwrap();
     }
     std::fs::create_dir(dir.path().join(".removing/vol-y")).unwrap();
+    crate::sys::file::create(&dir.path().join(".removing/vol-y/map")).unwrap();
     let store = open(dir.path());
     assert_eq!(layers(), 2);
     store.remove(&volume_id(2)).unwrap();
