@@ -22,7 +22,8 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::clock::SystemClock;
 use crate::report;
-use crate::sys::{file, host, jail, landlock, sock};
+use crate::sys::landlock::{ConfineError, write_below_only};
+use crate::sys::{file, host, jail, sock};
 use crate::volume::{Options, Store, VolumeError};
 use crate::wire::volumed::{Listening, StartMessage};
 
@@ -97,7 +98,7 @@ pub enum VolumedError {
     Tls(#[source] io::Error),
     /// What it may reach is not confined.
     #[error("confine the process")]
-    Confine(#[source] landlock::ConfineError),
+    Confine(#[source] ConfineError),
     /// It has more powers than it needs.
     #[error("give up root's powers")]
     Powers(#[source] jail::EnterJailError),
@@ -137,7 +138,7 @@ pub fn run() -> Result<(), VolumedError> {
     };
     host::raise_descriptors().map_err(io("raise the bound of descriptors of", &start.runtime))?;
     jail::keep_access_to_files().map_err(VolumedError::Powers)?;
-    let confined = landlock::write_below_only(&[&start.store, &start.runtime]).map_err(VolumedError::Confine)?;
+    let confined = write_below_only(&[&start.store, &start.runtime]).map_err(VolumedError::Confine)?;
     say(format_args!("confined to {} and {}: {confined}", start.store.display(), start.runtime.display()));
 
     let daemon = open(&start, recorder)?;

@@ -122,6 +122,7 @@ const FLOORS: &[Floor] = &[
             "units",
             "clock",
             "report",
+            "lease",
             "saved",
             "signing",
             "sys",
@@ -205,7 +206,9 @@ const FLOORS: &[Floor] = &[
     },
     Floor {
         module: "sim",
-        ours: &["ids", "units", "clock", "report", "saved", "signing", "wire", "bundle", "agent", "sys", "net"],
+        ours: &[
+            "ids", "lease", "units", "clock", "report", "saved", "signing", "wire", "bundle", "agent", "sys", "net",
+        ],
         outside: &["tokio", "tokio_util", "hearth_guest_wire", "serde_json", "bytes"],
     },
 ];

@@ -188,7 +188,7 @@ mod tests {
         let snapshot = VolumeSnapshotId::from_random([3; 10]);
         let leased = |secret| Name::Leased { volume: volume.clone(), lease: lease.clone(), epoch: 7, secret };
         assert_eq!(Name::parse(volume.as_str()), Some(Name::Volume(volume.clone())));
-        assert_eq!(Name::parse(snapshot.as_str()), Some(Name::Snapshot(snapshot)));
+        assert_eq!(Name::parse(snapshot.as_str()), Some(Name::Snapshot(snapshot.clone())));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7")), Some(leased(None)));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:b")), Some(leased(Some("a:b"))));
         for wrong in

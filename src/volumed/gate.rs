@@ -9,12 +9,12 @@ use std::time::Duration;
 /// A value that says what requests may do.
 #[derive(Debug)]
 pub(super) struct Gate<T> {
-    inner: Mutex<Inner<T>>,
+    inner: Mutex<Passage<T>>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-struct Inner<T> {
+struct Passage<T> {
     /// Requests that are being carried out.
     inside: usize,
     /// Somebody is alone, or waits to be.
@@ -30,7 +30,7 @@ pub(super) struct Pass<'a, T>(&'a Gate<T>);
 #[derive(Debug)]
 pub(super) struct Alone<'a, T> {
     gate: &'a Gate<T>,
-    inner: Option<MutexGuard<'a, Inner<T>>>,
+    inner: Option<MutexGuard<'a, Passage<T>>>,
 }
 
 /// Requests were still being carried out when the time was over.
@@ -45,14 +45,14 @@ pub(super) struct Busy {
 
 impl<T> Gate<T> {
     pub(super) const fn new(value: T) -> Self {
-        Self { inner: Mutex::new(Inner { inside: 0, closed: false, value }), changed: Condvar::new() }
+        Self { inner: Mutex::new(Passage { inside: 0, closed: false, value }), changed: Condvar::new() }
     }
 
-    fn inner(&self) -> MutexGuard<'_, Inner<T>> {
+    fn inner(&self) -> MutexGuard<'_, Passage<T>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, inner: MutexGuard<'a, Inner<T>>) -> MutexGuard<'a, Inner<T>> {
+    fn wait<'a>(&self, inner: MutexGuard<'a, Passage<T>>) -> MutexGuard<'a, Passage<T>> {
         self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -252,8 +252,8 @@ fn refuse(option: u32, refused: &Refused, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::option::{OPTION_REPLY_HEADER_BYTES, OptionReplyHeader};
     use super::*;
+    use crate::wire::nbd::option::{OPTION_REPLY_HEADER_BYTES, OptionReplyHeader};
     use proptest::prelude::*;
 
     struct One;
