@@ -61,6 +61,8 @@ pub(super) struct Kept {
 #[derive(Debug, Default)]
 struct State {
     ended: bool,
+    /// A dialer says that there is no use in trying again.
+    given_up: bool,
     connected: u8,
     trouble: Option<String>,
 }
@@ -102,6 +104,11 @@ impl Kept {
     pub(super) fn disconnected(&self) {
         let mut state = self.state();
         state.connected = state.connected.saturating_sub(1);
+    }
+
+    /// Notes that there is no use in trying again.
+    pub(super) fn give_up(&self) {
+        self.state().given_up = true;
     }
 
     /// Notes why there is no connection; whether that is news.
@@ -160,8 +167,8 @@ impl Attachments {
         written.map_err(|source| AttachError::NotWritten { path: self.path.clone(), source })
     }
 
-    /// Takes an attachment in the place of one of the same socket, which is given as well if it is another; `None` for the
-    /// first: it is so already.
+    /// Takes an attachment in the place of one of the same socket, which is given as well; `None` for the first: it is so
+    /// already. One that was given up is tried anew.
     pub(super) fn attach(&self, attachment: Attachment) -> Result<(Option<Arc<Kept>>, Option<Arc<Kept>>), AttachError> {
         if !attachment.socket.is_absolute() {
             return Err(AttachError::Words("the path of a socket is absolute"));
@@ -171,7 +178,8 @@ impl Attachments {
         }
         let mut kept = self.kept();
         let before = kept.get(&attachment.socket).cloned();
-        if before.as_ref().is_some_and(|before| before.attachment == attachment) {
+        let is_so = |before: &Arc<Kept>| before.attachment == attachment && !before.state().given_up;
+        if before.as_ref().is_some_and(is_so) {
             return Ok((None, None));
         }
         if before.is_none() && kept.len() >= ATTACHMENTS_MAX {
@@ -246,6 +254,9 @@ mod tests {
         let (first, before) = attachments.attach(attachment("/run/a", 1)).unwrap();
         assert!(first.is_some() && before.is_none());
         assert!(attachments.attach(attachment("/run/a", 1)).unwrap().0.is_none(), "it is so already");
+        first.unwrap().give_up();
+        let (first, before) = attachments.attach(attachment("/run/a", 1)).unwrap();
+        assert!(before.unwrap().ended() && !first.unwrap().ended(), "it is tried anew");
         let (second, before) = attachments.attach(attachment("/run/a", 2)).unwrap();
         assert!(before.unwrap().ended() && !second.unwrap().ended());
         attachments.attach(attachment("/run/b", 1)).unwrap();

@@ -83,6 +83,7 @@ fn keep_up(daemon: &Arc<Daemon>, kept: &Kept) {
                     say(format_args!("{} is not served with {volume}: {text}; {then}", socket.display()));
                 }
                 if for_good {
+                    kept.give_up();
                     return;
                 }
             }

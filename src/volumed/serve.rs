@@ -11,7 +11,7 @@ use crate::volume::{ErrorKind, StatusRun, VolumeError};
 use crate::wire::nbd::negotiate::Agreed;
 use crate::wire::nbd::reply::{self, EXTENTS_MAX, Extent};
 use crate::wire::nbd::request::{Limits, Part, REQUEST_BYTES, Request, RequestHeader};
-use crate::wire::nbd::{ErrorNumber, NbdError, PAYLOAD_BYTES_MAX};
+use crate::wire::nbd::{ErrorNumber, NbdError, PAYLOAD_BYTES_MAX, export_flag};
 
 /// Reads from this length on are told their holes.
 const HOLES_FROM_BYTES: u32 = 64 * 1024;
@@ -153,11 +153,12 @@ impl<'a> Transmission<'a> {
         Ok(())
     }
 
-    /// Who may not read may not flush: a stale client that is told "done" would believe its writes are there.
+    /// Who may not read may not flush: a stale client that is told "done" would believe its writes are there. Nor is one
+    /// told so of a volume that became damaged since: what it wrote before may not be there.
     fn flush(&self) -> Result<(), Failure> {
         self.bound.carry_out(false, |_| ())?;
         match self.bound.volume() {
-            Some(volume) if volume.damage().is_empty() => Ok(volume.flush()?),
+            Some(volume) if self.limits.flags & export_flag::READ_ONLY == 0 => Ok(volume.flush()?),
             // Nothing was written.
             Some(_) | None => Ok(()),
         }
