@@ -80,11 +80,12 @@ fn no_request_is_done_after_the_conversion_was_answered() {
     let mut leases = vec![first];
     // A writer for each lease, as fast as they can; each counts upwards.
     let is_over = Arc::new(AtomicBool::new(false));
-    let write_on = |export: String| {
-        let (socket, is_over) = (daemon.nbd_socket(), Arc::clone(&is_over));
+    let write_on = |export: &str| {
+        let mine = *export.as_bytes().last().expect("an epoch");
+        // Connected before the next conversion.
+        let mut client = Client::connect(&daemon.nbd_socket(), export).expect("a connection");
+        let is_over = Arc::clone(&is_over);
         std::thread::spawn(move || {
-            let mut client = Client::connect(&socket, &export).expect("a connection");
-            let mine = *export.as_bytes().last().expect("an epoch");
             while !is_over.load(Ordering::Relaxed) {
                 if let Err(ClientError::Broken(error)) = client.write(0, &[mine; 4096]) {
                     panic!("{error}");
@@ -92,11 +93,11 @@ fn no_request_is_done_after_the_conversion_was_answered() {
             }
         })
     };
-    let mut writers = vec![write_on(export)];
+    let mut writers = vec![write_on(&export)];
     for round in 0..8 {
         let (from, to) = (&leases[round], daemon.lease(&volume, LeaseMode::Standby));
         let export = export_of(&volume, &to);
-        writers.push(write_on(export.clone()));
+        writers.push(write_on(&export));
         daemon.convert(&volume, from, &to).expect("a conversion");
         let mut client = Client::connect(&daemon.nbd_socket(), &export).expect("a connection");
         let mine = *export.as_bytes().last().expect("an epoch");
