@@ -142,7 +142,9 @@ pub fn run() -> Result<(), VolumedError> {
     say(format_args!("confined to {} and {}: {confined}", start.store.display(), start.runtime.display()));
 
     let daemon = open(&start, recorder)?;
-    let (control, nbd) = (bind(&start.runtime, "control.sock")?, bind(&start.runtime, "nbd.sock")?);
+    // Who finds the control socket answered finds the other one as well.
+    let nbd = bind(&start.runtime, "nbd.sock")?;
+    let control = bind(&start.runtime, "control.sock")?;
     let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work);
         thread.map(drop).map_err(io("start a thread for", Path::new(name)))
