@@ -52,14 +52,12 @@ pub(super) fn accept_remote(daemon: &Arc<Daemon>, listener: &TcpListener) {
 
 /// After a failure to accept: whether to go on.
 pub(super) fn accept_failed(stop: &Stop, what: &str, error: &io::Error) -> bool {
-    match error.kind() {
-        // The client hung up already.
-        ErrorKind::ConnectionAborted | ErrorKind::Interrupted => true,
-        _ => {
-            say(format_args!("{what}: accept: {error}"));
-            !stop.is_near_within(REST)
-        }
+    // The client hung up already, say.
+    if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) {
+        return true;
     }
+    say(format_args!("{what}: accept: {error}"));
+    !stop.is_near_within(REST)
 }
 
 /// Gives a connection its thread.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Daemon;
-use super::attachments::AttachError;
+use super::attachments::{AttachError, Attached};
 use super::control::Teller;
 use super::dial;
 use super::leases::ChangeError;
@@ -68,6 +68,7 @@ pub(super) fn answer(daemon: &Arc<Daemon>, ask: Ask, teller: &mut Teller<'_>) ->
     about_volumes(daemon, ask, teller).unwrap_or_else(|refusal| Answer::Refused { refusal })
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the other questions are the next function's")]
 fn about_volumes(daemon: &Arc<Daemon>, ask: Ask, teller: &mut Teller<'_>) -> Answered {
     let store = &daemon.registry.store;
     match ask {
@@ -110,6 +111,7 @@ fn about_volumes(daemon: &Arc<Daemon>, ask: Ask, teller: &mut Teller<'_>) -> Ans
     }
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the other questions are the next function's")]
 fn about_leases(daemon: &Arc<Daemon>, ask: Ask) -> Answered {
     let registry = &daemon.registry;
     match ask {
@@ -148,6 +150,7 @@ fn about_leases(daemon: &Arc<Daemon>, ask: Ask) -> Answered {
     }
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "the other questions were the functions' before")]
 fn about_connections(daemon: &Arc<Daemon>, ask: Ask) -> Answered {
     match ask {
         Ask::Attach { attachment } => attach(daemon, attachment),
@@ -339,7 +342,7 @@ fn attach(daemon: &Arc<Daemon>, attachment: Attachment) -> Answered {
         return Err(no_volume(&attachment.volume));
     }
     let socket = attachment.socket.clone();
-    let (new, before) = daemon.attachments.attach(attachment)?;
+    let Attached { new, before } = daemon.attachments.attach(attachment)?;
     if before.is_some() {
         end_connections(daemon, &socket)?;
     }

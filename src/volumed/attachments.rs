@@ -131,6 +131,15 @@ impl Kept {
     }
 }
 
+/// What became of an attachment that was asked for.
+#[derive(Debug, Default)]
+pub(super) struct Attached {
+    /// The new one, to be dialed; `None`: it is so already.
+    pub(super) new: Option<Arc<Kept>>,
+    /// The one of the same socket that it takes the place of.
+    pub(super) before: Option<Arc<Kept>>,
+}
+
 /// All attachments.
 #[derive(Debug)]
 pub(super) struct Attachments {
@@ -167,9 +176,8 @@ impl Attachments {
         written.map_err(|source| AttachError::NotWritten { path: self.path.clone(), source })
     }
 
-    /// Takes an attachment in the place of one of the same socket, which is given as well; `None` for the first: it is so
-    /// already. One that was given up is tried anew.
-    pub(super) fn attach(&self, attachment: Attachment) -> Result<(Option<Arc<Kept>>, Option<Arc<Kept>>), AttachError> {
+    /// Takes an attachment, in the place of one of the same socket. One that was given up is tried anew.
+    pub(super) fn attach(&self, attachment: Attachment) -> Result<Attached, AttachError> {
         if !attachment.socket.is_absolute() {
             return Err(AttachError::Words("the path of a socket is absolute"));
         }
@@ -180,7 +188,7 @@ impl Attachments {
         let before = kept.get(&attachment.socket).cloned();
         let is_so = |before: &Arc<Kept>| before.attachment == attachment && !before.state().given_up;
         if before.as_ref().is_some_and(is_so) {
-            return Ok((None, None));
+            return Ok(Attached::default());
         }
         if before.is_none() && kept.len() >= ATTACHMENTS_MAX {
             return Err(AttachError::Full);
@@ -198,7 +206,7 @@ impl Attachments {
         if let Some(before) = &before {
             before.end();
         }
-        Ok((Some(new), before))
+        Ok(Attached { new: Some(new), before })
     }
 
     /// Keeps an attachment no longer; whether there was one.
@@ -251,13 +259,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (attachments, none) = Attachments::open(dir.path()).unwrap();
         assert!(none.is_empty() && attachments.is_empty());
-        let (first, before) = attachments.attach(attachment("/run/a", 1)).unwrap();
+        let Attached { new: first, before } = attachments.attach(attachment("/run/a", 1)).unwrap();
         assert!(first.is_some() && before.is_none());
-        assert!(attachments.attach(attachment("/run/a", 1)).unwrap().0.is_none(), "it is so already");
+        assert!(attachments.attach(attachment("/run/a", 1)).unwrap().new.is_none(), "it is so already");
         first.unwrap().give_up();
-        let (first, before) = attachments.attach(attachment("/run/a", 1)).unwrap();
+        let Attached { new: first, before } = attachments.attach(attachment("/run/a", 1)).unwrap();
         assert!(before.unwrap().ended() && !first.unwrap().ended(), "it is tried anew");
-        let (second, before) = attachments.attach(attachment("/run/a", 2)).unwrap();
+        let Attached { new: second, before } = attachments.attach(attachment("/run/a", 2)).unwrap();
         assert!(before.unwrap().ended() && !second.unwrap().ended());
         attachments.attach(attachment("/run/b", 1)).unwrap();
         let (again, to_dial) = Attachments::open(dir.path()).unwrap();

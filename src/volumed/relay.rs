@@ -215,7 +215,9 @@ fn copy(near: Line, far: Line) -> io::Result<()> {
         if far_has && !is_full {
             match may_come_later(tls.read_tls(&mut far))? {
                 Some(0) => return Ok(()),
-                Some(_) => drop(tls.process_new_packets().map_err(io::Error::other)?),
+                Some(_) => {
+                    tls.process_new_packets().map_err(io::Error::other)?;
+                }
                 None => {}
             }
         }
