@@ -21,7 +21,7 @@ pub const SOON: Duration = Duration::from_secs(20);
 pub struct Daemon {
     pub dir: tempfile::TempDir,
     child: Child,
-    quota_bytes: Option<u64>,
+    start: StartMessage,
 }
 
 impl Daemon {
@@ -30,9 +30,15 @@ impl Daemon {
     }
 
     pub fn with_quota(quota_bytes: Option<u64>) -> Self {
+        Self::with(|start| start.quota_bytes = quota_bytes)
+    }
+
+    pub fn with(change: impl FnOnce(&mut StartMessage)) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let child = spawn(dir.path(), quota_bytes);
-        let daemon = Self { dir, child, quota_bytes };
+        let mut start = start_message(dir.path());
+        change(&mut start);
+        let child = spawn(dir.path(), &start);
+        let daemon = Self { dir, child, start };
         daemon.wait_until_there();
         daemon
     }
@@ -67,7 +73,7 @@ impl Daemon {
 
     /// Starts another one in the same directories.
     pub fn start_again(&mut self) {
-        self.child = spawn(self.dir.path(), self.quota_bytes);
+        self.child = spawn(self.dir.path(), &self.start);
         self.wait_until_there();
     }
 
@@ -188,7 +194,7 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// The start message of a daemon below a directory.
-pub fn start_message(dir: &Path, quota_bytes: Option<u64>) -> StartMessage {
+pub fn start_message(dir: &Path) -> StartMessage {
     StartMessage { store: dir.join("store"), runtime: dir.join("run"), quota_bytes, reserve_bytes: 0, record: None }
 }
 
@@ -205,9 +211,9 @@ pub fn spawn_with(start: &StartMessage, log: Stdio) -> Child {
     child
 }
 
-fn spawn(dir: &Path, quota_bytes: Option<u64>) -> Child {
+fn spawn(dir: &Path, start: &StartMessage) -> Child {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("log")).expect("a log");
-    spawn_with(&start_message(dir, quota_bytes), log.into())
+    spawn_with(start, log.into())
 }
 
 /// An agent's connection.

@@ -261,7 +261,7 @@ fn the_end_is_in_order_and_two_do_not_share_a_directory() {
     let (_, _, export) = daemon.writable(MIB);
     let mut client = Client::connect(&daemon.nbd_socket(), &export).expect("a connection");
     client.write(0, &[1; 512]).expect("a write");
-    let start = crate::daemon::start_message(daemon.dir.path(), None);
+    let start = crate::daemon::start_message(daemon.dir.path());
     let mut second = crate::daemon::spawn_with(&start, std::process::Stdio::piped());
     let mut text = String::new();
     second.stderr.take().expect("its log").read_to_string(&mut text).expect("text");

@@ -124,3 +124,28 @@ fn whatever_was_acknowledged_is_there() {
         assert!(writer.next > 200, "only {} writes", writer.next);
     }
 }
+
+#[test]
+fn what_is_under_way_at_the_end_is_answered_and_what_was_written_is_recorded() {
+    let mut daemon = Daemon::with(|start| start.record = Some(start.store.with_file_name("record")));
+    let (_, _, export) = daemon.writable(4 << 20);
+    let writer = writer(&daemon.nbd_socket(), &export, 0);
+    let writes = Arc::new(AtomicU64::new(0));
+    let writing = std::thread::spawn({
+        let (mut writer, writes) = (writer, Arc::clone(&writes));
+        move || {
+            let ended = writer.write(&writes);
+            (writer, ended)
+        }
+    });
+    crate::daemon::eventually("it writes", || writes.load(Ordering::Relaxed) > 100);
+    assert!(daemon.terminate().success(), "{}", daemon.log());
+    let (writer, ended) = writing.join().expect("a writer");
+    assert!(matches!(ended, Err(ClientError::Broken(_))), "{ended:?}");
+    let record = std::fs::read(daemon.path("record")).expect("the record");
+    let has = |word: &[u8]| record.windows(word.len()).any(|found| found == word);
+    assert!(has(b"\"op\":\"write\"") && has(b"\"op\":\"sync_end\"") && has(&block(1, 509)));
+    daemon.start_again();
+    let mut client = Client::connect(&daemon.nbd_socket(), &export).expect("a connection");
+    writer.verify(&mut client).expect("what is there");
+}
