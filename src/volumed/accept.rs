@@ -65,7 +65,7 @@ fn begin(daemon: &Arc<Daemon>, socket: Socket, peer: String) {
     let Ok(handle) = socket.handle() else { return };
     // Who comes as one too many hears that it is hung up on.
     let Some(connected) = daemon.registry.connections.accepted(handle) else {
-        let text = format_args!("{peer}: a connection is one too many: {ACCEPTED_MAX} are there");
+        let text = format_args!("{peer}: a connection is one too many, of {ACCEPTED_MAX} in all");
         daemon.noise.say(daemon.registry.clock.monotonic(), text);
         return;
     };

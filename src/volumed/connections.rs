@@ -11,6 +11,10 @@ use crate::ids::{LeaseId, VolumeId};
 /// Most connections that are accepted, of all sockets together.
 pub(super) const ACCEPTED_MAX: usize = 512;
 
+/// Most connections of other hosts that have opened nothing yet: anybody can make those, and they are not to keep out
+/// whoever has a lease.
+const STRANGERS_MAX: usize = 64;
+
 /// How long a client has to take its answers when its connection ends.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -59,7 +63,9 @@ impl Connections {
     pub(super) fn accepted(&self, socket: Socket) -> Option<Connected> {
         let table = self.0.table();
         let accepted = table.entries.values().filter(|entry| entry.accepted).count();
-        if accepted >= ACCEPTED_MAX {
+        let is_stranger = |entry: &&Entry| matches!(entry.socket, Socket::Tcp(_)) && entry.volume.is_none();
+        let strangers = table.entries.values().filter(is_stranger).count();
+        if accepted >= ACCEPTED_MAX || (matches!(socket, Socket::Tcp(_)) && strangers >= STRANGERS_MAX) {
             return None;
         }
         self.enter(table, Entry { socket, accepted: true, attachment: None, volume: None, lease: None })
@@ -165,6 +171,14 @@ mod tests {
         let entered = |socket: &UnixStream| Socket::Unix(socket.try_clone().unwrap());
         let mut held: Vec<_> = (0..ACCEPTED_MAX).map(|_| connections.accepted(entered(&theirs)).unwrap()).collect();
         assert!(connections.accepted(entered(&theirs)).is_none());
+        held.clear();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stranger = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let entered_tcp = || connections.accepted(Socket::Tcp(stranger.try_clone().unwrap()));
+        held.extend((0..STRANGERS_MAX).map(|_| entered_tcp().unwrap()));
+        assert!(entered_tcp().is_none() && connections.accepted(entered(&theirs)).is_some());
+        held[0].bind(Some(&VolumeId::from_random([2; 10])), None);
+        assert!(entered_tcp().is_some(), "one of them opened something");
         held.clear();
         let (lease, volume) = (LeaseId::from_random([1; 10]), VolumeId::from_random([1; 10]));
         let dialed = connections.dialed(entered(&theirs), Path::new("/run/a")).unwrap();
