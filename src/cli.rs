@@ -119,6 +119,9 @@ pub enum Command {
     /// The process of one VM; the agent starts it
     #[command(hide = true)]
     Vmm(VmmArgs),
+    /// The process that has this host's volumes; the agent starts it, and hands it a start message on standard input
+    #[command(hide = true)]
+    Volumed,
     /// The agent's records: back them up, put a backup back
     #[command(subcommand)]
     Ledger(LedgerCommand),

@@ -255,8 +255,8 @@ pub struct Step {
     pub lease: Lease,
 }
 
-/// The leases of one volume.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// The leases of one volume. What is written of it is all but when leases were seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leases {
     /// The last epoch somebody was active in; 0 before the first.
     epoch: Epoch,
@@ -269,6 +269,7 @@ pub struct Leases {
     conversions: BTreeMap<Epoch, (LeaseId, Lease)>,
     history: VecDeque<LeaseEntry>,
     /// When a lease was validated last, by the caller's clock in milliseconds.
+    #[serde(skip)]
     seen_ms: BTreeMap<LeaseId, u64>,
 }
 
@@ -427,6 +428,11 @@ impl Leases {
         if self.find(id).is_some() {
             self.seen_ms.insert(id.clone(), now_ms);
         }
+    }
+
+    /// All that are in force count as validated now: of who read them from a disk, as nobody could validate any meanwhile.
+    pub fn saw_all(&mut self, now_ms: u64) {
+        self.seen_ms = self.all().map(|lease| (lease.id.clone(), now_ms)).collect();
     }
 
     /// Takes an event in. One that does not fit the state (a log of somebody else) changes as much of it as it can.

@@ -23,13 +23,16 @@ pub mod container;
 pub mod machine;
 #[cfg(not(fuzzing))]
 pub mod net;
+pub mod volume;
 pub mod wire;
 
-// Floor 3: the two processes. They meet in `wire` and nowhere else.
+// Floor 3: the processes. They meet in `wire` and nowhere else.
 #[cfg(not(fuzzing))]
 pub mod agent;
 #[cfg(not(fuzzing))]
 pub mod vmm;
+#[cfg(not(fuzzing))]
+pub mod volumed;
 
 // Floor 4: the doors.
 #[cfg(not(fuzzing))]

@@ -15,6 +15,7 @@ use hearth::{agent, api};
 use serde_json::json;
 
 use hearth::vmm::{self, VmmOptions};
+use hearth::volumed;
 
 /// Exit code of words that cannot be understood.
 const EXIT_USAGE: u8 = 2;
@@ -47,6 +48,10 @@ fn main() -> ExitCode {
                 }
             }
         }
+        Command::Volumed => match volumed::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        },
         Command::Ledger(LedgerCommand::Backup(args)) => ended(ctl::back_up_ledger(&cli.global, args.output.as_deref())),
         Command::Ledger(LedgerCommand::Restore(args)) => restore_ledger(args, &cli.global),
         Command::SupportBundle(args) => make_support_bundle(args, &cli.global),

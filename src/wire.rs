@@ -12,6 +12,7 @@ pub mod frame;
 pub mod intake;
 pub mod last_words;
 pub mod link;
+pub mod nbd;
 pub mod packed;
 pub mod refusal;
 pub mod stream;

@@ -58,6 +58,22 @@ const FLOORS: &[Floor] = &[
         outside: &["serde_json", "flate2", "sha2", "tar"],
     },
     Floor {
+        module: "volume",
+        ours: &[
+            "ids",
+            "units",
+            "clock",
+            "report",
+            "saved",
+            "sys::file",
+            "sys::sparse",
+            "sys::extent",
+            "sys::vectored",
+            "sys::host",
+        ],
+        outside: &["serde_json", "blake3"],
+    },
+    Floor {
         module: "wire",
         ours: &["ids", "units", "clock", "report", "saved", "lease"],
         outside: &["postcard", "serde_json", "serde_bytes", "blake3", "lz4_flex", "twox_hash"],
@@ -94,6 +110,11 @@ const FLOORS: &[Floor] = &[
         outside: &["vmm_sys_util", "libc", "nix", "serde_json", "kvm_ioctls", "seccompiler", "rustls", "ring"],
     },
     Floor {
+        module: "volumed",
+        ours: &["ids", "units", "clock", "report", "lease", "sys", "!sys::kvm", "!sys::ram", "wire", "volume"],
+        outside: &["serde_json", "blake3", "nix", "rustls", "rcgen", "ring"],
+    },
+    Floor {
         module: "agent",
         ours: &[
             "base64",
@@ -101,6 +122,7 @@ const FLOORS: &[Floor] = &[
             "units",
             "clock",
             "report",
+            "lease",
             "saved",
             "signing",
             "sys",
@@ -184,7 +206,9 @@ const FLOORS: &[Floor] = &[
     },
     Floor {
         module: "sim",
-        ours: &["ids", "units", "clock", "report", "saved", "signing", "wire", "bundle", "agent", "sys", "net"],
+        ours: &[
+            "ids", "lease", "units", "clock", "report", "saved", "signing", "wire", "bundle", "agent", "sys", "net",
+        ],
         outside: &["tokio", "tokio_util", "hearth_guest_wire", "serde_json", "bytes"],
     },
 ];

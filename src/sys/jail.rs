@@ -106,6 +106,22 @@ fn drop_privileges(uid: u32) -> Result<(), EnterJailError> {
     step("forbid new privileges", nix::sys::prctl::set_no_new_privs())
 }
 
+/// Keeps of root's powers only what the files and sockets of other users, and low ports, need; for a process that never
+/// runs another program. Call while the process has one thread.
+pub fn keep_access_to_files() -> Result<(), EnterJailError> {
+    use caps::{CapSet, Capability};
+    let kept = [Capability::CAP_DAC_OVERRIDE, Capability::CAP_DAC_READ_SEARCH, Capability::CAP_NET_BIND_SERVICE];
+    let failed = |step: &'static str| {
+        move |error: caps::errors::CapsError| EnterJailError { step, source: io::Error::other(error.to_string()) }
+    };
+    let had = caps::read(None, CapSet::Permitted).map_err(failed("read the capability sets"))?;
+    let kept = had.into_iter().filter(|capability| kept.contains(capability)).collect();
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, &kept).map_err(failed("give up capabilities"))?;
+    }
+    caps::clear(None, CapSet::Inheritable).map_err(failed("clear a capability set"))
+}
+
 /// Where the kernel has Landlock, a jail without it is not closed.
 fn give_up_names() -> Result<(), EnterJailError> {
     let failed = |source| EnterJailError { step: "give up everything that has a name", source };

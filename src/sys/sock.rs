@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, setsockopt, socket, sockopt,
@@ -35,6 +35,27 @@ pub fn listen_tcp(address: SocketAddr, interface: Option<&str>) -> io::Result<Tc
     }
     listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok(TcpListener::from(fd))
+}
+
+/// Seconds of silence after which the other end is asked whether it is there.
+const SILENCE_S: u32 = 10;
+
+/// Milliseconds after which an end that answers nothing counts as gone.
+const GONE_MS: u32 = 20_000;
+
+/// Has a connection end by itself when the other host is gone without a word, whether there is something to send or not.
+pub fn notice_silence(socket: &TcpStream) -> io::Result<()> {
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    setsockopt(socket, sockopt::TcpKeepIdle, &SILENCE_S)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &(SILENCE_S / 2))?;
+    setsockopt(socket, sockopt::TcpUserTimeout, &GONE_MS)?;
+    Ok(())
+}
+
+/// Has a listening socket accept nothing more: whoever waits in accept(2) is told EINVAL.
+pub fn stop_listening(socket: &TcpListener) -> io::Result<()> {
+    nix::sys::socket::shutdown(std::os::fd::AsRawFd::as_raw_fd(socket), nix::sys::socket::Shutdown::Both)?;
+    Ok(())
 }
 
 #[cfg(test)]

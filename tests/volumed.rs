@@ -1,0 +1,19 @@
+//! The volume daemon as a built binary, without an agent and without VMs: real sockets, our own small client, and the real
+//! clients `qemu-img`, `qemu-io`, `nbdinfo` and `nbdcopy` (Debian: qemu-utils, libnbd-bin), without which these tests fail.
+
+#![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
+
+#[path = "volumed/client.rs"]
+mod client;
+#[path = "volumed/daemon.rs"]
+mod daemon;
+#[path = "volumed/fenced.rs"]
+mod fenced;
+#[path = "volumed/hostile.rs"]
+mod hostile;
+#[path = "volumed/killed.rs"]
+mod killed;
+#[path = "volumed/real_clients.rs"]
+mod real_clients;
+#[path = "volumed/remote.rs"]
+mod remote;
