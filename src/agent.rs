@@ -94,6 +94,7 @@ mod vm_actor;
 mod vm_state;
 mod volume_change;
 mod volume_door;
+mod volume_watch;
 pub mod volumes;
 mod work;
 pub mod world;
@@ -253,6 +254,7 @@ impl<W: World> Agent<W> {
         tokio::spawn(agent.clone().look_after_those_away());
         tokio::spawn(agent.clone().keep_pools());
         tokio::spawn(Arc::clone(&agent.shared).go_on_filling());
+        tokio::spawn(agent.clone().look_after_volumes());
         Ok(agent)
     }
 

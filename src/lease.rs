@@ -102,6 +102,9 @@ pub struct Lease {
     pub holder: String,
     /// The VM it is for, if it is for one.
     pub vm: Option<VmId>,
+    /// The number of the host that VM is on.
+    #[serde(default)]
+    pub host: Option<u16>,
     /// Seconds after which it ends unless it is validated, or somebody is connected with it; `None` never.
     pub ttl_s: Option<u32>,
     /// What its holder knows.
@@ -238,6 +241,8 @@ pub struct Acquire {
     pub holder: String,
     /// For which VM.
     pub vm: Option<VmId>,
+    /// The number of the host that VM is on.
+    pub host: Option<u16>,
     /// Its time to live in seconds; of a standby lease without one, [`STANDBY_TTL_S`].
     pub ttl_s: Option<u32>,
     /// What the holder will know.
@@ -347,6 +352,7 @@ impl Leases {
             epoch,
             holder: wanted.holder.clone(),
             vm: wanted.vm.clone(),
+            host: wanted.host,
             ttl_s,
             secret: wanted.secret.clone(),
         };

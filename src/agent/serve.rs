@@ -463,6 +463,7 @@ impl<W: World> Door for Agent<W> {
     fn close(&self) -> BoxFuture<'_, ()> {
         async move {
             self.close_pools().await;
+            self.end_idle_volumes().await;
             if let Err(error) = self.shared.world.networks().end().await {
                 tracing::warn!(error = %crate::report::chain(&error), "something of the network is left");
             }

@@ -81,6 +81,8 @@ pub(crate) struct Shared<W: World> {
     pub(super) arrivals: Arrivals,
     /// Bundles on their way here, and VMs whose memory is.
     pub(super) fillings: Fillings,
+    /// Somebody made a volume, perhaps the first.
+    pub(super) volumes_used: Notify,
     /// Machines that are kept ready.
     pub(super) pools: Pools<W>,
     /// Names of bundles that are being committed.
@@ -157,6 +159,7 @@ impl<W: World> Shared<W> {
             streams: Streams::default(),
             arrivals: Arrivals::default(),
             fillings: Fillings::default(),
+            volumes_used: Notify::new(),
             pools: Pools::default(),
             bundle_names: BundleNames::default(),
             admission: tokio::sync::Mutex::default(),

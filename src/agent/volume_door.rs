@@ -293,6 +293,7 @@ impl<W: World> Shared<W> {
         let id = VolumeId::from_random(random_array(&self.world).map_err(VolumeError::Random)?);
         let (name, bytes, now_ms) = (request.name, request.bytes, self.now_ms());
         let volume = volume_of(self.ask_volumes(Ask::Create { id, name, bytes, origin, now_ms }).await?)?;
+        self.volumes_used.notify_one();
         self.volume_event("volume_created", &volume.id).await;
         Ok(volume)
     }
@@ -332,7 +333,18 @@ impl<W: World> Shared<W> {
         let id = LeaseId::from_random(random_array(&self.world).map_err(VolumeError::Random)?);
         let secret = LeaseSecret::from_random(random_array(&self.world).map_err(VolumeError::Random)?);
         lease_of(
-            self.ask_volumes(Ask::Acquire { volume, id, mode, holder, vm: None, ttl_s, secret, break_others }).await?,
+            self.ask_volumes(Ask::Acquire {
+                volume,
+                id,
+                mode,
+                holder,
+                vm: None,
+                host: None,
+                ttl_s,
+                secret,
+                break_others,
+            })
+            .await?,
         )
     }
 }

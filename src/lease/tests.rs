@@ -14,6 +14,7 @@ fn wanted(number: u8, mode: LeaseMode) -> Acquire {
         mode,
         holder: format!("holder-{number}"),
         vm: None,
+        host: None,
         ttl_s: None,
         secret: LeaseSecret::from_random([number; 16]),
         break_others: false,

@@ -109,9 +109,9 @@ impl Volumes {
     fn lease(&mut self, ask: Ask, now_ms: u64) -> Result<Answer, Refusal> {
         let refused = |lease| Refusal::Lease { lease };
         match ask {
-            Ask::Acquire { volume, id, mode, holder, vm, ttl_s, secret, break_others } => {
+            Ask::Acquire { volume, id, mode, holder, vm, host, ttl_s, secret, break_others } => {
                 let volume = self.volume(&volume)?;
-                let acquire = Acquire { id, mode, holder, vm, ttl_s, secret, break_others };
+                let acquire = Acquire { id, mode, holder, vm, host, ttl_s, secret, break_others };
                 let step = volume.leases.acquire(&acquire).map_err(refused)?;
                 volume.write(step.events, now_ms);
                 Ok(Answer::Lease { lease: step.lease })

@@ -115,8 +115,8 @@ fn about_volumes(daemon: &Arc<Daemon>, ask: Ask, teller: &mut Teller<'_>) -> Ans
 fn about_leases(daemon: &Arc<Daemon>, ask: Ask) -> Answered {
     let registry = &daemon.registry;
     match ask {
-        Ask::Acquire { volume, id, mode, holder, vm, ttl_s, secret, break_others } => {
-            let wanted = Acquire { id, mode, holder, vm, ttl_s, secret, break_others };
+        Ask::Acquire { volume, id, mode, holder, vm, host, ttl_s, secret, break_others } => {
+            let wanted = Acquire { id, mode, holder, vm, host, ttl_s, secret, break_others };
             let lease = registry.change(&volume, |leases| {
                 let Step { events, lease } = leases.acquire(&wanted)?;
                 Ok((events, lease))

@@ -207,6 +207,9 @@ pub enum Ask {
         holder: String,
         /// For which VM.
         vm: Option<VmId>,
+        /// The number of the host that VM is on.
+        #[serde(default)]
+        host: Option<u16>,
         /// Its time to live.
         ttl_s: Option<u32>,
         /// What its holder will know.

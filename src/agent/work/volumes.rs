@@ -47,6 +47,7 @@ impl<W: World> Work<W> {
                 mode: if is_arriving && used.mode() == LeaseMode::Active { LeaseMode::Standby } else { used.mode() },
                 holder: format!("VM {} on host {}", self.record.hostname(), self.shared.config.network_number()),
                 vm: Some(self.record.id.clone()),
+                host: Some(self.shared.config.network_number()),
                 ttl_s: None,
                 secret: used.secret.clone(),
                 break_others: false,

@@ -33,13 +33,13 @@ pub(in crate::api) fn volume_snapshot(report: SnapshotReport) -> VolumeSnapshot 
 
 /// What its holder knows is left out: it goes from agent to daemon only.
 pub(in crate::api) fn lease(lease: lease::Lease) -> Lease {
-    let lease::Lease { id, mode, epoch, holder, vm, ttl_s, secret: _ } = lease;
+    let lease::Lease { id, mode, epoch, holder, vm, host, ttl_s, secret: _ } = lease;
     let mode = match mode {
         lease::LeaseMode::Active => LeaseMode::Active,
         lease::LeaseMode::Standby => LeaseMode::Standby,
         lease::LeaseMode::Shared => LeaseMode::Shared,
     };
-    Lease { id, mode, epoch, holder, vm_id: vm, ttl_s }
+    Lease { id, mode, epoch, holder, vm_id: vm, host, ttl_s }
 }
 
 pub(in crate::api) fn lease_mode(mode: LeaseMode) -> lease::LeaseMode {

@@ -182,6 +182,8 @@ pub struct Lease {
     /// The VM it is for.
     #[schema(value_type = Option<String>)]
     pub vm_id: Option<VmId>,
+    /// The number of the host that VM is on.
+    pub host: Option<u16>,
     /// Seconds after which it ends, unless it is validated or somebody is connected with it.
     pub ttl_s: Option<u32>,
 }
