@@ -49,6 +49,7 @@ mod kvm {
     pub(crate) mod trust;
     pub(crate) mod unfit;
     pub(crate) mod versions;
+    pub(crate) mod volumes;
     pub(crate) mod witness;
 }
 
@@ -115,6 +116,7 @@ const TESTS: &[Test] = &[
         kvm::bundle_many::a_hundred_in_a_row_and_thirty_at_once_leave_nothing,
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
+    ("volumes_outlive_guests_daemons_and_agents", kvm::volumes::outlive_guests_daemons_and_agents),
     ("lazy_guests_run_while_their_memory_comes", kvm::lazy::guests_run_while_their_memory_comes),
     ("lazy_thirty_at_once_of_a_bundle_that_is_coming", kvm::lazy::thirty_at_once_of_a_bundle_that_is_coming),
     ("lazy_what_does_not_come_ends_who_waits_for_it", kvm::lazy::what_does_not_come_ends_who_waits_for_it),

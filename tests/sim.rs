@@ -27,3 +27,5 @@ mod rest;
 mod sessions;
 #[path = "sim/swap.rs"]
 mod swap;
+#[path = "sim/volumes.rs"]
+mod volumes;

@@ -19,7 +19,9 @@ use crate::agent::config::{Config, Overrides, load};
 use crate::agent::peers::{
     Callee, Channel, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerKey, PeerLink, PeerSetup, SEAL_HEADER,
 };
-use crate::agent::{Agent, Door, EventRecord, LaunchRequest, Launched, SessionCreated, SessionRequest, VmRecord};
+use crate::agent::{
+    Agent, Door, EventRecord, LaunchRequest, Launched, SessionCreated, SessionRequest, VmRecord, VolumeWish,
+};
 use crate::sim::{Faults, SimHost, SimWorld};
 
 /// A configuration with a fabric of these peers: name, address and number.
@@ -67,10 +69,16 @@ impl Host {
     }
 
     pub(super) async fn vm(&self, name: &str, session: Option<u32>) -> Arc<VmRecord> {
+        self.vm_with(name, session, Vec::new()).await
+    }
+
+    /// The same, with volumes.
+    pub(super) async fn vm_with(&self, name: &str, session: Option<u32>, volumes: Vec<VolumeWish>) -> Arc<VmRecord> {
         let request = LaunchRequest {
             name: Some(name.to_owned()),
             image: "demo".to_owned(),
             session: session.map(|number| number.to_string()),
+            volumes,
             ..LaunchRequest::default()
         };
         let Launched::Vm(vm) = self.door.launch(request).await.unwrap() else { panic!("there was no key") };

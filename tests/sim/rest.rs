@@ -56,6 +56,10 @@ pub(crate) async fn quiet_life(host: SimHost, door: Arc<dyn Door>) {
     assert!(door.vms().is_empty());
     nothing_unknown(&host, &door);
     assert_eq!((host.living(), host.directories(), host.jailed()), (vec![], vec![], vec![]));
+    assert_eq!(host.attachments(), [], "volumes are served that nobody has");
+    for volume in door.volumes().await.expect("volumes") {
+        assert_eq!((volume.active, volume.standby, volume.shared), (None, None, 0), "leases of {}", volume.id);
+    }
     remove_bundles(&host, &door).await;
     for session in door.sessions().await.expect("sessions") {
         let word = session.record.session_network_id.to_string();

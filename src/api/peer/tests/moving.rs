@@ -4,7 +4,10 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::agent::{ExecOutput, ExecSpec, FailureCause, MigrateError, MigrateOrder, Verb, VmError, VmRecord, VmState};
+use crate::agent::{
+    ExecOutput, ExecSpec, FailureCause, MigrateError, MigrateOrder, Verb, VmError, VmRecord, VmState, VolumeOrigin,
+    VolumeRequest, VolumeWish,
+};
 use crate::sim::SimHost;
 
 const NAME: &str = "mover";
@@ -150,6 +153,40 @@ async fn what_cannot_be_moved_is_refused_and_goes_on() {
     nothing_was_seen([&a, &b]);
 }
 
+/// A VM of the session with so many volumes, which are of its first host.
+async fn mover(host: &Host, volumes: usize) -> Arc<VmRecord> {
+    let wish = |number| VolumeWish { volume: format!("data-{number}"), read_only: false, mount: None };
+    let wishes: Vec<_> = (0..volumes).map(wish).collect();
+    for VolumeWish { volume, .. } in &wishes {
+        let origin = VolumeOrigin::Empty;
+        let request = VolumeRequest { name: Some(volume.clone()), bytes: Some(1 << 20), origin };
+        host.door.create_volume(request).await.expect("a volume");
+    }
+    host.vm_with(NAME, Some(517), wishes).await
+}
+
+/// Of each volume exactly one lease is active, that of the VM where it runs, and the daemon there serves it; nobody stands
+/// by.
+async fn leases_follow(a: &Host, b: &Host, when: &str) {
+    let (place, number) = if state(b) == Some(VmState::Running) { (b, 2) } else { (a, 1) };
+    let vm = vm(place).expect("it is there");
+    let uses: Vec<_> = vm.spec.volume_uses().map(|(_, used)| used.clone()).collect();
+    for used in &uses {
+        let leases = a.sim.volume_leases(&used.volume).expect("the volume");
+        let active = leases.active().unwrap_or_else(|| panic!("{when}: nobody has {}", used.volume));
+        assert_eq!((&active.id, active.epoch, active.host), (&used.lease, used.epoch, Some(number)), "{when}");
+        assert_eq!(leases.standby(), None, "{when}");
+    }
+    let served: Vec<_> = place.sim.attachments().into_iter().map(|attachment| attachment.lease).collect();
+    let mut wanted: Vec<_> = uses.iter().map(|used| used.lease.clone()).collect();
+    wanted.sort();
+    let mut served = served;
+    served.sort();
+    assert_eq!(served, wanted, "{when}: what is served");
+    let other = if number == 1 { b } else { a };
+    assert_eq!(other.sim.attachments(), [], "{when}: the other host serves nobody");
+}
+
 /// The VM runs on exactly one of the two hosts, and can go on from there.
 async fn is_in_one_place(wire: &Wire, a: &Host, b: &Host, when: &str) {
     let states = (state(a), state(b));
@@ -159,6 +196,7 @@ async fn is_in_one_place(wire: &Wire, a: &Host, b: &Host, when: &str) {
         (Some(VmState::HandedOver), Some(VmState::Running)) => assert_eq!(living, (0, 1), "{when}: {states:?}"),
         _ => panic!("{when}: {states:?}, {living:?}"),
     }
+    leases_follow(a, b, when).await;
     nothing_was_seen([a, b]);
     let (from, to) = if states.1.is_none() { (a, "b") } else { (b, "a") };
     answers(from).await;
@@ -171,10 +209,10 @@ async fn is_in_one_place(wire: &Wire, a: &Host, b: &Host, when: &str) {
 const REST: Duration = Duration::from_secs(40);
 
 /// One of the agents dies so many points after a migration began; the next one comes a while later. Whether it died.
-async fn with_a_death(of: &str, point: u64, back: bool) -> bool {
+async fn with_a_death(of: &str, point: u64, back: bool, volumes: usize) -> bool {
     let (wire, mut a, mut b) = two_with_a_road().await;
     a.session(517).await;
-    a.vm(NAME, Some(517)).await;
+    mover(&a, volumes).await;
     let (mut from, mut to) = (a.clone(), "b");
     if back {
         a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
@@ -197,20 +235,20 @@ async fn with_a_death(of: &str, point: u64, back: bool) -> bool {
         if of == "a" { a = next } else { b = next }
     }
     tokio::time::sleep(REST).await;
-    let when = format!("agent {of} died at point {point}, back: {back}");
+    let when = format!("agent {of} died at point {point}, back: {back}, with {volumes} volumes");
     is_in_one_place(&wire, &a, &b, &when).await;
     died
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_agent_that_dies_at_any_point_leaves_it_in_one_place() {
-    for back in [false, true] {
-        for of in ["a", "b"] {
+    for volumes in [0, 2] {
+        for (back, of) in [(false, "a"), (false, "b"), (true, "a"), (true, "b")] {
             let mut points = 0;
-            while with_a_death(of, points + 1, back).await {
+            while with_a_death(of, points + 1, back, volumes).await {
                 points += 1;
             }
-            println!("{points} points of agent {of}, back: {back}");
+            println!("{points} points of agent {of}, back: {back}, with {volumes} volumes");
             assert!(points > 15, "{points} points of agent {of}");
         }
     }
@@ -220,16 +258,17 @@ async fn an_agent_that_dies_at_any_point_leaves_it_in_one_place() {
 /// be made.
 #[tokio::test(start_paused = true)]
 async fn an_effect_that_fails_at_any_point_leaves_it_in_one_place() {
-    for fails_at_target in [false, true] {
+    for (fails_at_target, volumes) in [(false, 0), (true, 0), (false, 2), (true, 2)] {
         let (mut stayed, mut went) = (0, 0);
-        for point in 1..40 {
+        for point in 1..60 {
             let (wire, a, b) = two_with_a_road().await;
             a.session(517).await;
-            a.vm(NAME, Some(517)).await;
+            mover(&a, volumes).await;
             if fails_at_target { &b } else { &a }.sim.fail_in(point);
             let told = a.door.migrate(NAME, MigrateOrder::to("b")).await;
             tokio::time::sleep(REST).await;
-            let when = format!("point {point} failed, at the target: {fails_at_target}: {told:?}");
+            let when =
+                format!("point {point} failed, at the target: {fails_at_target}, with {volumes} volumes: {told:?}");
             if vm(&b).is_some() {
                 went += 1
             } else {
@@ -247,10 +286,10 @@ async fn an_effect_that_fails_at_any_point_leaves_it_in_one_place() {
 #[tokio::test(start_paused = true)]
 async fn a_link_that_is_cut_at_any_moment_leaves_it_in_one_place() {
     let mut moved = 0;
-    for moment in 0..60 {
+    for (moment, volumes) in (0..60).map(|moment| (moment, 0)).chain((0..80).map(|moment| (moment, 2))) {
         let (wire, a, b) = two_with_a_road().await;
         a.session(517).await;
-        a.vm(NAME, Some(517)).await;
+        mover(&a, volumes).await;
         let from = a.clone();
         let asked = tokio::spawn(async move { from.door.migrate(NAME, MigrateOrder::to("b")).await.map(drop) });
         tokio::time::sleep(Duration::from_micros(150 * moment)).await;
