@@ -22,7 +22,7 @@ use crate::guest::{Guest, MEMORY_BYTES};
 use crate::volume_server::{Content, Dialled, FLAGS, wait_for};
 use crate::{NONCE, Vmm, ask, command_line, demo};
 
-const BYTES: u64 = 16 << 20;
+const BYTES: u64 = 4 << 20;
 const CONNECTIONS: usize = 3;
 
 /// A volume's server: it keeps connections to a VMM's socket, and makes them again.
@@ -150,7 +150,7 @@ fn volumes(vmm: &mut Vmm) -> Vec<VolumeStatus> {
 }
 
 /// Writes the whole disk in pieces from a number, and tells what the sum of it is.
-const FILL: &str = "for i in $(seq 0 15); do head -c 1048576 /dev/urandom > /tmp/p; \
+const FILL: &str = "for i in $(seq 0 3); do head -c 1048576 /dev/urandom > /tmp/p; \
      dd if=/tmp/p of=/dev/vda bs=256k seek=$((i * 4)) conv=notrunc 2>/dev/null; sync; done; \
      echo 3 > /proc/sys/vm/drop_caches; md5sum < /dev/vda";
 
@@ -173,7 +173,7 @@ fn a_guest_uses_volumes_whatever_becomes_of_the_connections() {
         let writing = scope.spawn(move || sh(vmm, FILL));
         while !writing.is_finished() {
             first.hang_up();
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(50));
         }
         writing.join().unwrap()
     });
@@ -212,7 +212,7 @@ fn what_a_guest_waits_for_is_asked_again_where_it_is_restored() {
     // From here on nobody answers; the guest writes, and waits.
     let content = server.stop();
     sh(
-        &mut before,
+        &vmm,
         "(dd if=/tmp/p of=/dev/vda bs=1M conv=notrunc 2>/tmp/errors; sync; echo $? > /tmp/done) > /dev/null 2>&1 &",
     );
     wait_for("requests wait", || volumes(&mut vmm)[0].waiting > 0);
