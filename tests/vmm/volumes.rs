@@ -64,6 +64,12 @@ impl Server {
         self.sockets.lock().unwrap().values().for_each(|socket| drop(socket.shutdown(Shutdown::Both)));
     }
 
+    /// Ends one of them.
+    fn hang_up_one(&self, number: usize) {
+        let sockets = self.sockets.lock().unwrap();
+        sockets.get(&(number % CONNECTIONS)).into_iter().for_each(|socket| drop(socket.shutdown(Shutdown::Both)));
+    }
+
     fn stop(mut self) -> Content {
         self.ends.store(true, Ordering::SeqCst);
         while self.threads.iter().any(|thread| !thread.is_finished()) {
@@ -171,9 +177,13 @@ fn a_guest_uses_volumes_whatever_becomes_of_the_connections() {
     let sum = std::thread::scope(|scope| {
         let vmm = &vmm;
         let writing = scope.spawn(move || sh(vmm, FILL));
-        while !writing.is_finished() {
-            first.hang_up();
-            std::thread::sleep(Duration::from_millis(50));
+        // Not all at once, so that it gets on also where this takes long.
+        for number in 0.. {
+            if writing.is_finished() {
+                break;
+            }
+            first.hang_up_one(number);
+            std::thread::sleep(Duration::from_millis(100));
         }
         writing.join().unwrap()
     });
