@@ -41,6 +41,13 @@ const ATTACHED: Attachment = Attachment { bytes: BYTES, read_only: false, reconn
 const FLAGS_ALONE: u16 = FLAGS & !(1 << 8);
 
 impl Dialled {
+    /// Connects, and says nothing yet.
+    pub(crate) fn to(path: &std::path::Path) -> Self {
+        let socket = std::os::unix::net::UnixStream::connect(path).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Self(socket)
+    }
+
     /// Serves on a thread of its own until it is hung up on; gives what was asked, by command.
     pub(crate) fn serve(mut self, content: &Content) -> JoinHandle<Vec<u16>> {
         let content = Arc::clone(content);
@@ -765,4 +772,48 @@ fn impossible_requests_under_way_are_refused() {
     let _devices = run(&[&device]);
     let driver = Driver::new(&ram, device);
     assert_eq!(driver.read(0x070) & 64, 64, "it asks for a reset");
+}
+
+/// qemu's server, to which a go-between connects on one side and dials on the other.
+#[test]
+#[ignore = "needs qemu-nbd of the package qemu-utils"]
+fn a_server_of_others_serves() {
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, socket) = (directory.path().join("disk"), directory.path().join("qemu.sock"));
+    std::fs::File::options().create_new(true).write(true).open(&disk).unwrap().set_len(BYTES).unwrap();
+    let mut qemu = std::process::Command::new("qemu-nbd")
+        .args(["--format=raw", "--persistent", "--shared=8", "--discard=unmap", "--socket"])
+        .args([&socket, &disk])
+        .spawn()
+        .unwrap();
+    wait_for("qemu-nbd", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    let mut guest = Guest::with_volume();
+    for _ in 0..4 {
+        let near = std::os::unix::net::UnixStream::connect(guest.socket()).unwrap();
+        let far = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        for (mut from, mut to) in [
+            (near.try_clone().unwrap(), far.try_clone().unwrap()),
+            (far.try_clone().unwrap(), near.try_clone().unwrap()),
+        ] {
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    }
+    wait_for("connections", || guest.counts().connections > 0);
+    println!("{:?}", guest.counts());
+    for round in 1..20_u8 {
+        assert_eq!(guest.ask(OUT, u64::from(round) * 100, 1 << 16, round).0, OK);
+        assert_eq!(guest.ask(IN, u64::from(round) * 100, 1 << 16, 0), (OK, vec![round; 1 << 16]));
+    }
+    assert_eq!(guest.ask(SYNC, 0, 0, 0).0, OK);
+    assert_eq!(guest.range(11, 0, 8, 0), OK);
+    for unmap in [0, 1] {
+        assert_eq!(guest.range(13, 1000 + 8 * u64::from(unmap), 8, unmap), OK);
+    }
+    assert_eq!(guest.ask(IN, 1000, 8192, 1), (OK, vec![0; 8192]));
+    assert_eq!(guest.counts().errors, 0);
+    qemu.kill().unwrap();
+    qemu.wait().unwrap();
 }

@@ -35,16 +35,11 @@ pub(crate) struct Asked {
 pub(crate) struct Dialled(pub(crate) UnixStream);
 
 impl Dialled {
-    /// Connects, as soon as somebody listens.
-    pub(crate) fn to(path: &Path) -> Self {
-        let socket = UnixStream::connect(path).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        Self(socket)
-    }
-
     /// Connects and agrees upon an export; fails if it is hung up on.
     pub(crate) fn exporting(path: &Path, bytes: u64, flags: u16, blocks: Option<[u32; 3]>) -> io::Result<Self> {
-        let mut dialled = Self::to(path);
+        let socket = UnixStream::connect(path)?;
+        socket.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let mut dialled = Self(socket);
         dialled.shake(bytes, flags, blocks)?;
         Ok(dialled)
     }

@@ -22,7 +22,7 @@ use crate::guest::{Guest, MEMORY_BYTES};
 use crate::volume_server::{Content, Dialled, FLAGS, wait_for};
 use crate::{NONCE, Vmm, ask, command_line, demo};
 
-const BYTES: u64 = 16 << 20;
+const BYTES: u64 = 4 << 20;
 const CONNECTIONS: usize = 3;
 
 /// A volume's server: it keeps connections to a VMM's socket, and makes them again.
@@ -64,6 +64,12 @@ impl Server {
         self.sockets.lock().unwrap().values().for_each(|socket| drop(socket.shutdown(Shutdown::Both)));
     }
 
+    /// Ends one of them.
+    fn hang_up_one(&self, number: usize) {
+        let sockets = self.sockets.lock().unwrap();
+        sockets.get(&(number % CONNECTIONS)).into_iter().for_each(|socket| drop(socket.shutdown(Shutdown::Both)));
+    }
+
     fn stop(mut self) -> Content {
         self.ends.store(true, Ordering::SeqCst);
         while self.threads.iter().any(|thread| !thread.is_finished()) {
@@ -96,7 +102,7 @@ impl Sockets {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let console = file::create(&vmm.directory.path().join("console")).unwrap();
         let names = ["console.sock", "vsock.sock", "volume-0.sock", "volume-1.sock"];
-        Self { kvm, console, listeners: names.map(|name| fd::bind_in_dir(&vmm.dir, name).unwrap().into()) }
+        Self { kvm, console, listeners: names.map(|name| fd::bind_in_dir(&vmm.dir, name).unwrap()) }
     }
 }
 
@@ -150,7 +156,7 @@ fn volumes(vmm: &mut Vmm) -> Vec<VolumeStatus> {
 }
 
 /// Writes the whole disk in pieces from a number, and tells what the sum of it is.
-const FILL: &str = "for i in $(seq 0 15); do head -c 1048576 /dev/urandom > /tmp/p; \
+const FILL: &str = "for i in $(seq 0 3); do dd if=/dev/urandom of=/tmp/p bs=64k count=16 2>/dev/null; \
      dd if=/tmp/p of=/dev/vda bs=256k seek=$((i * 4)) conv=notrunc 2>/dev/null; sync; done; \
      echo 3 > /proc/sys/vm/drop_caches; md5sum < /dev/vda";
 
@@ -171,9 +177,13 @@ fn a_guest_uses_volumes_whatever_becomes_of_the_connections() {
     let sum = std::thread::scope(|scope| {
         let vmm = &vmm;
         let writing = scope.spawn(move || sh(vmm, FILL));
-        while !writing.is_finished() {
-            first.hang_up();
-            std::thread::sleep(Duration::from_millis(20));
+        // Not all at once, so that it gets on also where this takes long.
+        for number in 0.. {
+            if writing.is_finished() {
+                break;
+            }
+            first.hang_up_one(number);
+            std::thread::sleep(Duration::from_millis(100));
         }
         writing.join().unwrap()
     });
@@ -208,11 +218,11 @@ fn what_a_guest_waits_for_is_asked_again_where_it_is_restored() {
     let mut vmm = launch();
     let server = Server::start(path(&vmm, 0), &content(BYTES, 0));
     assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
-    sh(&vmm, "head -c 1048576 /dev/urandom > /tmp/p; md5sum < /tmp/p > /tmp/sum");
+    sh(&vmm, "dd if=/dev/urandom of=/tmp/p bs=64k count=16 2>/dev/null; md5sum < /tmp/p > /tmp/sum");
     // From here on nobody answers; the guest writes, and waits.
     let content = server.stop();
     sh(
-        &mut before,
+        &vmm,
         "(dd if=/tmp/p of=/dev/vda bs=1M conv=notrunc 2>/tmp/errors; sync; echo $? > /tmp/done) > /dev/null 2>&1 &",
     );
     wait_for("requests wait", || volumes(&mut vmm)[0].waiting > 0);
@@ -248,7 +258,7 @@ fn what_a_guest_waits_for_is_asked_again_where_it_is_restored() {
     assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
     let server = Server::start(path(&vmm, 0), &content);
     let script = "while [ ! -e /tmp/done ]; do sleep 0.05; done; cat /tmp/done /tmp/errors >&2; \
-         head -c 1048576 /dev/vda | md5sum | cmp - /tmp/sum && cat /tmp/sum";
+         dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum | cmp - /tmp/sum && cat /tmp/sum";
     let sum = sh(&vmm, script);
     let written = Arc::new(Mutex::new(content.lock().unwrap()[..1 << 20].to_vec()));
     assert_eq!(sum.split_whitespace().next(), Some(md5(&written).as_str()), "{}", vmm.log());

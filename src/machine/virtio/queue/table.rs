@@ -52,18 +52,21 @@ impl Table {
 /// The chain that begins at `head` of a queue's table.
 pub(super) fn chain(ram: &GuestRam, queue: Table, head: u16) -> Result<Chain, RingError> {
     let (mut table, mut index, mut is_indirect) = (queue, head, false);
-    let (mut segments, mut readable) = (Vec::with_capacity(4), 0);
+    let (mut segments, mut readable, mut total) = (Vec::with_capacity(4), 0, 0_u32);
     // One more for the descriptor that is no buffer; a chain that loops ends here too.
     for _ in 0..=CHAIN_SEGMENTS_MAX {
         let Descriptor { address, bytes, flags, next } = table.descriptor(ram, index)?;
         if flags & INDIRECT != 0 {
-            // 2.7.5.3.1: one level, and nothing behind it.
-            if is_indirect || flags & NEXT != 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
+            // 2.7.5.3.1: one level. What would follow it is not looked at.
+            let entries = bytes / DESCRIPTOR_BYTES;
+            if is_indirect || !bytes.is_multiple_of(DESCRIPTOR_BYTES) || entries > u16::MAX.into() {
                 return Err(RingError::Chain);
             }
-            (table, index, is_indirect) = (Table { at: address.0, entries: bytes / DESCRIPTOR_BYTES }, 0, true);
+            (table, index, is_indirect) = (Table { at: address.0, entries }, 0, true);
             continue;
         }
+        // 2.7.5.2: no chain is longer than 2^32 bytes.
+        total = total.checked_add(bytes).ok_or(RingError::Chain)?;
         if !ram.check_range(address, bytes as usize, Permissions::ReadWrite) {
             return Err(RingError::Buffer);
         }
