@@ -92,6 +92,7 @@ mod trust;
 mod usage;
 mod vm_actor;
 mod vm_state;
+mod volume_change;
 mod volume_door;
 pub mod volumes;
 mod work;
@@ -129,7 +130,7 @@ pub use health::{LedgerView, Pressure, Warning};
 pub use host_world::{HostWorld, OpenHostError};
 pub use images::{ContainerOrigin, ContainerProgram, Image, ImageError, NAME_BYTES_MAX};
 pub use isolation::{GroupLimit, HostIsolation, ThreadFilter, VmJail};
-pub use launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched};
+pub use launch::{KEY_LIFETIME_NS, Key, LaunchRequest, Launched, VolumeWish};
 pub use launch_error::LaunchError;
 pub use ledger::{
     Backup, BackupError, CalculationChange, Claim, ClusterRefusal, EVENTS_PAGE, Grant, KeyRow, LedgerError, Loaded,
@@ -147,7 +148,7 @@ pub use pool::{POOL_SIZE_MAX, PoolDoor, PoolError, PoolView};
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,
     QuarantineRecord, Remains, StepRecord, StepState, Subject, SwapPolicy, SwapRecord, Timings, VmRecord, VmSpec,
-    WakeCause,
+    VolumeSlot, WakeCause,
 };
 pub use registrar::{Admission, RegistrationRefusal, RegistrationWords, admit as admit_registration};
 pub use room::NoRoom;
@@ -165,10 +166,12 @@ pub use trust::{Trust, TrustConfig};
 pub use usage::{Usages, VmUsage};
 pub use vm_actor::{Arrival, SwapOrder, Verb, VerbError};
 pub use vm_state::{Denied, FailureCause, Goal, SwapMode, VmState};
+pub use volume_change::{VolumeChange, VolumeChangeError};
 pub use volume_door::{
-    ChangesView, DigestView, LeaseRequest, LeasesView, VolumeDoor, VolumeError, VolumeOrigin, VolumeRequest,
+    ChangesView, DigestView, LeaseRequest, LeasesView, VmVolumesView, VolumeDoor, VolumeError, VolumeOrigin,
+    VolumeRequest,
 };
-pub use volumes::AskVolumesError;
+pub use volumes::{AskVolumesError, UsePhase, VolumeUse};
 
 pub use crate::bundle::archive::ArchiveError;
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};
@@ -178,7 +181,9 @@ pub use crate::bundle::{
     SignError, SourceSpec, StageError, Verified, VerifyError,
 };
 pub use crate::container::{ContainerError, Source as ContainerSource};
-pub use crate::wire::control::{BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus};
+pub use crate::wire::control::{
+    BalloonStatus, FlowStatus, GuestMemoryStatus, InterfaceStatus, VolumeFlow, VolumeStatus,
+};
 pub use crate::wire::volumed::{Refusal as VolumeRefusal, Run as VolumeRun, SnapshotReport, VolumeReport};
 pub use world::{Drops, HostFacts, ImageContent, ImageImport, ProcessUsage};
 

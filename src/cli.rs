@@ -43,7 +43,7 @@ pub use session::{SessionCommand, SessionCreateArgs, SessionRemoveArgs};
 pub(crate) use swap::whole_seconds;
 pub use swap::{SwapChoiceWord, SwapModeWord, SwapOutArgs, SwapPolicyArgs, SwapPolicyWords};
 pub use top::{SortWord, TopArgs};
-pub use value::{DiskWord, EgressWord, LayoutWord, PortWord, RateWord, ReferenceWord};
+pub use value::{DiskWord, EgressWord, LayoutWord, PortWord, RateWord, ReferenceWord, VolumeWord};
 pub use vm::{AddressingWord, ConsoleArgs, ExecArgs, LaunchArgs, RemoveArgs, StopArgs, VmCommand, WaitWord};
 pub use volume::{
     LeaseArgs, LeaseConvertArgs, LeaseModeWord, VolumeAttachArgs, VolumeCommand, VolumeCreateArgs, VolumeDetachArgs,

@@ -405,9 +405,11 @@ impl Leases {
         Ok(Step { events: vec![event], lease: activated(standby.clone()) })
     }
 
-    /// The lease ends. One that ended already, or of which nothing is known, has nothing to end.
-    pub fn release(&self, id: &LeaseId) -> Vec<LeaseEvent> {
-        self.find(id).map(|lease| ended_event(lease, LeaseEnd::Released)).into_iter().collect()
+    /// The lease ends, if it allows `only` this. One that ended already, or of which nothing is known, has nothing to end.
+    pub fn release(&self, id: &LeaseId, only: Option<LeaseMode>) -> Result<Vec<LeaseEvent>, LeaseRefusal> {
+        let Some(lease) = self.find(id) else { return Ok(Vec::new()) };
+        let lease = only.map_or(Ok(lease), |only| same_mode(lease, only))?;
+        Ok(vec![ended_event(lease, LeaseEnd::Released)])
     }
 
     /// Leases that nobody validated for their time to live, and that nobody is connected with.

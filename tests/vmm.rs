@@ -15,6 +15,10 @@ mod moved;
 mod restored;
 #[path = "vmm/throughput.rs"]
 mod throughput;
+#[path = "virtio/volume_server.rs"]
+mod volume_server;
+#[path = "vmm/volumes.rs"]
+mod volumes;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -3,15 +3,15 @@
 use super::config::Limits;
 use super::egress::Protocol;
 use super::images::{Image, is_name};
-use super::launch::LaunchRequest;
+use super::launch::{LaunchRequest, VolumeWish};
 use super::launch_error::LaunchError;
-use super::record::{BuildSpec, DiskSpec, VmRecord, VmSpec};
+use super::record::{BuildSpec, DiskSpec, VmRecord, VmSpec, VolumeSlot};
 use super::self_door::ROLE_BYTES_MAX;
 use super::session_record::PublishedPort;
 use super::work::command_line;
 use super::world::HostFacts;
 use crate::bundle::Manifest;
-use crate::bundle::manifest::DeviceKind;
+use crate::bundle::manifest::{DeviceKind, DeviceSlot};
 use crate::ids::BundleId;
 use crate::units::MIB;
 use crate::wire::control::COMMAND_LINE_BYTES_MAX;
@@ -69,6 +69,7 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         return Err(LaunchError::CommandLine { image: image.name.clone(), found: whole, max });
     }
     disks(&request.disks, vms)?;
+    let volumes = volume_slots(request, bundle.map(|(id, manifest)| (id, manifest)))?;
     if let Some(role) = &request.role
         && (role.is_empty() || role.len() > ROLE_BYTES_MAX || role.contains(char::is_control))
     {
@@ -100,6 +101,7 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         cluster: None,
         swap: request.swap.clone(),
         balloon: shape.balloon,
+        volumes,
     })
 }
 
@@ -220,6 +222,48 @@ fn memory(asked_mib: u64, facts: &Facts<'_>) -> Result<u32, LaunchError> {
         }
     }
 }
+
+/// The slots for volumes that a VM gets, those it begins with first: of a bundle, the ones that it was frozen with.
+fn volume_slots(
+    request: &LaunchRequest,
+    bundle: Option<(&BundleId, &Manifest)>,
+) -> Result<Vec<VolumeSlot>, LaunchError> {
+    for (index, wish) in request.volumes.iter().enumerate() {
+        if request.volumes[..index].iter().any(|other| other.volume == wish.volume) {
+            return Err(LaunchError::VolumeTwice { volume: wish.volume.clone() });
+        }
+        if let Some(mount) = wish.mount.as_ref().filter(|mount| !is_mount(mount)) {
+            return Err(LaunchError::Mount { mount: mount.clone() });
+        }
+    }
+    if request.build.is_some() && !request.volumes.is_empty() {
+        return Err(LaunchError::VolumesInBuild);
+    }
+    let told = |wish: &VolumeWish| VolumeSlot { told_read_only: wish.read_only, used: None };
+    let spare = std::iter::repeat_n(VolumeSlot::default(), request.spare_disks.into());
+    let Some((bundle, manifest)) = bundle else {
+        let slots: Vec<_> = request.volumes.iter().map(told).chain(spare).collect();
+        let found = request.disks.len().saturating_add(slots.len());
+        return if found > DISKS_MAX { Err(LaunchError::TooManyDisks { found }) } else { Ok(slots) };
+    };
+    let devices = manifest.machine.devices.iter().filter(|device| device.kind == DeviceKind::Volume);
+    let frozen = |device: &DeviceSlot| VolumeSlot { told_read_only: device.read_only == Some(true), used: None };
+    let slots: Vec<_> = devices.map(frozen).collect();
+    let asked = request.volumes.len().saturating_add(request.spare_disks.into());
+    if asked > slots.len() {
+        let (found, frozen) = (asked as u64, slots.len() as u64);
+        return Err(LaunchError::BundleShape { bundle: bundle.clone(), what: "volumes", found, frozen });
+    }
+    Ok(slots)
+}
+
+/// Whether a guest can be asked to mount something there.
+pub(super) fn is_mount(mount: &str) -> bool {
+    mount.len() > 1 && mount.len() <= MOUNT_BYTES_MAX && mount.starts_with('/') && !mount.contains(char::is_control)
+}
+
+/// Longest path that something is mounted at, in bytes.
+const MOUNT_BYTES_MAX: usize = 255;
 
 fn disks(asked: &[DiskSpec], vms: &[std::sync::Arc<VmRecord>]) -> Result<(), LaunchError> {
     if asked.len() > DISKS_MAX {

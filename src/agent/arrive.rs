@@ -293,7 +293,8 @@ impl<W: World> Agent<W> {
         self.check_return(handle, &way, &order)?;
         let was = handle.record.borrow().spec.clone();
         // Without it all of its memory comes over the wire, and it shares nothing with an image any more.
-        let spec = VmSpec { bundle: base, swap: order.spec.swap.clone(), ..was };
+        let volumes = order.spec.volumes.clone();
+        let spec = VmSpec { bundle: base, swap: order.spec.swap.clone(), volumes, ..was };
         let arrival = Arrival { way, spec, guest_protocol: order.guest_protocol };
         let (agent, handle) = (self.clone(), handle.clone());
         // Its end is told by the decision.

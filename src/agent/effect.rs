@@ -70,6 +70,26 @@ pub enum Effect {
     ArrangeArrival,
     /// Have the machine stand ready at the other host, paused here. Inverse: [`Effect::RunMachine`].
     SendMachine,
+    /// Have the leases of the volumes that the VM is to have. Inverse: [`Effect::ReleaseLeases`].
+    AcquireLeases,
+    /// Have the volume daemon serve the VM's slots as they are to be. Inverse: [`Effect::DisconnectVolumes`].
+    ConnectVolumes,
+    /// Have the machine's slots hold the volumes that they are to hold, and no others. Nothing to undo: it ends with the VMM.
+    PlugVolumes,
+    /// Have the volume daemon serve none of the VM's slots but those that are to have a volume.
+    DisconnectVolumes,
+    /// Have the volume daemon serve the VM's slots by new connections: nothing that came by earlier ones is carried out
+    /// any more. Nothing undoes it.
+    ReconnectVolumes,
+    /// Have no lease but those of the volumes that the VM is to have. Nothing undoes it.
+    ReleaseLeases,
+    /// Have the standby lease of the first volume be the active one: from here on the VM is the other host's. Nothing
+    /// undoes it.
+    ConvertLease,
+    /// Have the standby leases of the other volumes be active as well. Tried until they are.
+    ConvertOthers,
+    /// Know whether the lease of the first volume was converted; if it was not, it cannot be any more.
+    SettleLease,
     /// Have the other host wait no longer.
     CancelArrival,
     /// Have the other host know that the machine is its, and let it run. Tried until it answers. Nothing undoes it.
@@ -133,6 +153,15 @@ impl Effect {
             Self::EndOthers => "end_others",
             Self::ArrangeArrival => "arrange_arrival",
             Self::SendMachine => "send_machine",
+            Self::AcquireLeases => "acquire_leases",
+            Self::ConnectVolumes => "connect_volumes",
+            Self::PlugVolumes => "plug_volumes",
+            Self::DisconnectVolumes => "disconnect_volumes",
+            Self::ReconnectVolumes => "reconnect_volumes",
+            Self::ReleaseLeases => "release_leases",
+            Self::ConvertLease => "convert_lease",
+            Self::ConvertOthers => "convert_others",
+            Self::SettleLease => "settle_lease",
             Self::CancelArrival => "cancel_arrival",
             Self::ConfirmArrival => "confirm_arrival",
             Self::LeadElsewhere => "lead_elsewhere",
@@ -168,11 +197,20 @@ impl Effect {
             Self::ReceiveMachine => Some(Self::EndVmm),
             Self::HoldTaps => Some(Self::ReleaseTaps),
             Self::SealMachine => Some(Self::DiscardSealed),
+            Self::AcquireLeases => Some(Self::ReleaseLeases),
+            Self::ConnectVolumes => Some(Self::DisconnectVolumes),
             Self::QuiesceGuest => Some(Self::ThawGuest),
             Self::CopyMemory | Self::SaveMachine => Some(Self::DiscardSaved),
             Self::RunMachine => Some(Self::HoldMachine),
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest
+            | Self::PlugVolumes
+            | Self::DisconnectVolumes
+            | Self::ReconnectVolumes
+            | Self::ReleaseLeases
+            | Self::ConvertLease
+            | Self::ConvertOthers
+            | Self::SettleLease
             | Self::ReleaseTaps
             | Self::CancelArrival
             | Self::ConfirmArrival
@@ -200,11 +238,29 @@ impl Effect {
         }
     }
 
+    /// Whether it has to do with volumes: left out of what is done for a VM that has no slots for any.
+    pub const fn is_for_volumes(self) -> bool {
+        matches!(
+            self,
+            Self::AcquireLeases
+                | Self::ConnectVolumes
+                | Self::PlugVolumes
+                | Self::DisconnectVolumes
+                | Self::ReconnectVolumes
+                | Self::ReleaseLeases
+                | Self::ConvertLease
+                | Self::ConvertOthers
+                | Self::SettleLease
+        )
+    }
+
     /// Whether it takes away what a VM held.
     pub const fn is_cleaning(self) -> bool {
         matches!(
             self,
             Self::EndVmm
+                | Self::DisconnectVolumes
+                | Self::ReleaseLeases
                 | Self::EndOthers
                 | Self::KeepRemains
                 | Self::RemoveNetwork
@@ -219,6 +275,8 @@ impl Effect {
         matches!(
             self,
             Self::SetGuestClock
+                | Self::DisconnectVolumes
+                | Self::ReleaseLeases
                 | Self::CancelArrival
                 | Self::ForwardPackets
                 | Self::ThawGuest

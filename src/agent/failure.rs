@@ -55,6 +55,11 @@ pub enum FailureCause {
         /// From where, and why not.
         detail: String,
     },
+    /// One of its volumes cannot be had.
+    Volume {
+        /// Which, and why not.
+        detail: String,
+    },
     /// The program that warms a guest up failed, or did not get ready in time.
     WarmUp {
         /// What it said.
@@ -94,6 +99,7 @@ impl FailureCause {
             Self::Host { .. } => "host",
             Self::Bundle { .. } => "bundle",
             Self::BundleUnavailable { .. } => "bundle_unavailable",
+            Self::Volume { .. } => "volume",
             Self::WarmUp { .. } => "warm_up",
             Self::LostOnTheWay { .. } => "lost_on_the_way",
             Self::SwapStateCorrupt { .. } => "swap_state_corrupt",
@@ -117,6 +123,7 @@ impl FailureCause {
             | Self::Host { detail }
             | Self::Bundle { detail }
             | Self::BundleUnavailable { detail }
+            | Self::Volume { detail }
             | Self::WarmUp { detail }
             | Self::LostOnTheWay { detail }
             | Self::SwapStateCorrupt { detail }

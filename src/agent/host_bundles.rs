@@ -185,6 +185,10 @@ impl HostBundles {
         let disks = (FIRST_BLOCK_SLOT..).zip(&vm.spec.disks);
         let disks =
             disks.map(|(slot, disk)| DeviceSlot { read_only: Some(disk.read_only), ..plain(slot, DeviceKind::Block) });
+        let slots = vm.spec.volumes.iter().enumerate().map(|(index, slot)| DeviceSlot {
+            read_only: Some(slot.told_read_only),
+            ..plain(FIRST_BLOCK_SLOT + vm.spec.volume_index(index), DeviceKind::Volume)
+        });
         let nets = (FIRST_NET_SLOT..).zip(0..vm.spec.interfaces).map(|(slot, index)| DeviceSlot {
             mac: Some(mac_text(interface_mac(&vm.id, index))),
             mtu: Some(self.mtu),
@@ -192,7 +196,7 @@ impl HostBundles {
         });
         let always = [plain(VSOCK_SLOT, DeviceKind::Vsock), plain(RNG_SLOT, DeviceKind::Rng)];
         let balloon = vm.spec.balloon.then(|| plain(BALLOON_SLOT, DeviceKind::Balloon));
-        always.into_iter().chain(balloon).chain(disks).chain(nets).collect()
+        always.into_iter().chain(balloon).chain(disks).chain(slots).chain(nets).collect()
     }
 
     /// What runs in it: as its bundle says, or as its image is now.

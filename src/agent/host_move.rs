@@ -9,7 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-use super::host_vmm::{HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
+use super::host_vmm::{Held, HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
+use super::host_volumes::volume_socket;
 use super::migration_record::WhenUnconverged;
 use super::record::VmRecord;
 use super::world::{AskError, ReceiveOrder, SendOrder, SentMachine};
@@ -92,6 +93,10 @@ impl HostVmm {
                 tracing::warn!(vm = %vm.id, error = %crate::report::chain(&error), "packets that had just come may be lost");
             }
         }
+        for slot in 0..vm.spec.volumes.len() {
+            let name = volume_socket(vm.spec.volume_index(slot));
+            self.dirs.rename(&vm.id, &names::next(&name), &name)?;
+        }
         // The name by which it is told that all is done goes last.
         for name in names::OWN.iter().rev() {
             self.dirs.rename(&vm.id, &names::next(name), name)?;
@@ -144,7 +149,7 @@ impl HostVmm {
         };
         let mut files = vec![open_kvm()?, file];
         let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
-        let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits);
+        let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits, Held::Volumes);
         let devices = self.open_devices(vm, &dir, Part::Successor, devices, &mut files)?;
         files.push(connection);
         let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);
@@ -208,7 +213,7 @@ impl HostVmm {
             None => ReceivedMemory::New,
         };
         let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
-        let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits);
+        let devices = (vm.spec.disks.as_slice(), vm.spec.network_limits, Held::Volumes);
         let devices = self.open_devices(vm, &dir, Part::Only, devices, &mut files)?;
         files.extend(streams.into_iter().map(OwnedFd::from));
         let memory_bytes = u64::from(vm.spec.memory_mib).saturating_mul(MIB);

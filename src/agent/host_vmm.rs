@@ -20,6 +20,7 @@ use super::host_move::{accept_from, connect_to};
 use super::host_process::{HostProcess, Started, joined, search, search_all};
 use super::host_save::{COPY_S_MAX, copy_spec};
 use super::host_touched::prefault_spec;
+use super::host_volumes::volume_socket;
 use super::images::ImageStore;
 use super::record::{DiskSpec, ProcessRecord, VmRecord};
 use super::vm_state::VmState;
@@ -89,6 +90,8 @@ pub struct HostVmm {
     pub(super) mtu: u16,
     /// Where this host listens for machines of others.
     pub(super) listens_at: Option<IpAddr>,
+    /// Seconds that a guest waits for a volume without a connection.
+    pub(super) reconnect_s: u32,
     /// Taps of VMs whose memory is out.
     pub(super) held: HeldTaps,
     /// The VMs' control groups.
@@ -301,6 +304,15 @@ fn file_bytes_max(vm: &VmRecord) -> io::Result<u64> {
         most = most.max(std::fs::metadata(&disk.path)?.len());
     }
     Ok(most.saturating_add(FILE_BYTES_SPARE))
+}
+
+/// What the volume slots of a machine hold when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Held {
+    /// Nothing: volumes are attached before it runs.
+    Nothing,
+    /// Those of its record: it had them when it was saved.
+    Volumes,
 }
 
 /// Which of a VM's processes one is.
@@ -534,7 +546,7 @@ impl HostVmm {
         let initrd = image.initrd.is_some();
         let mut files: Vec<OwnedFd> = vec![open_kvm()?, image.kernel.into()];
         files.extend(image.initrd.map(OwnedFd::from));
-        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
+        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits, Held::Nothing), &mut files)?;
         let (vcpus, memory_bytes, command_line) = (*vcpus, *memory_bytes, command_line.clone());
         Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
     }
@@ -577,7 +589,7 @@ impl HostVmm {
     ) -> Result<(RestoreSpec, Vec<OwnedFd>), AskError> {
         let RestorePlan { memory_bytes, disks, network_limits, .. } = plan;
         let mut files: Vec<OwnedFd> = vec![open_kvm()?, bundle.state.into(), bundle.memory.into()];
-        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
+        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits, Held::Nothing), &mut files)?;
         Ok((RestoreSpec { memory_bytes: *memory_bytes, devices }, files))
     }
 
@@ -594,7 +606,7 @@ impl HostVmm {
         if let Some(bundle) = bundle {
             files.push(self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?.memory.into());
         }
-        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits), &mut files)?;
+        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits, Held::Volumes), &mut files)?;
         Ok((UnsealSpec { memory_bytes: *memory_bytes, devices, key: *key, image: bundle.is_some() }, files))
     }
 
@@ -604,7 +616,7 @@ impl HostVmm {
         vm: &VmRecord,
         dir: &File,
         part: Part,
-        (disks, limits): (&[DiskSpec], NetLimits),
+        (disks, limits, held): (&[DiskSpec], NetLimits, Held),
         files: &mut Vec<OwnedFd>,
     ) -> Result<Vec<DeviceSpec>, AskError> {
         // Who takes a guest over goes on with its console.
@@ -624,6 +636,15 @@ impl HostVmm {
             let file = File::options().read(true).write(!disk.read_only).open(&disk.path);
             files.push(file.map_err(unopened(&disk.path))?.into());
             devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
+        }
+        for (slot, of) in vm.spec.volumes.iter().enumerate() {
+            let index = vm.spec.volume_index(slot);
+            let name = part.name(&volume_socket(index));
+            files.push(bind_in_dir(dir, &name).map_err(unopened(&name))?.into());
+            let used = of.used.as_ref().filter(|_| held == Held::Volumes);
+            let (bytes, read_only) = used.map_or((0, false), |used| (used.bytes, used.read_only));
+            let reconnect_ms = self.reconnect_s.saturating_mul(1000);
+            devices.push(DeviceSpec::Volume { index, bytes, read_only: read_only || of.told_read_only, reconnect_ms });
         }
         for index in 0..vm.spec.interfaces {
             let tap = self.open_tap(vm, index).map_err(unopened(&desired::tap(index)))?;

@@ -211,6 +211,7 @@ impl HostWorld {
             host_number: config.network_number(),
             mtu: config.mtu(),
             listens_at: config.fabric.as_ref().and_then(|fabric| fabric.listen).map(|at| at.ip()),
+            reconnect_s: config.volumes.reconnect_s,
             held: HeldTaps::default(),
             cgroups: cgroups.clone(),
         };

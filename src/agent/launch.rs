@@ -55,6 +55,10 @@ pub struct LaunchRequest {
     pub build: Option<(BuildSpec, BundleOrder)>,
     /// Disks to attach.
     pub disks: Vec<DiskSpec>,
+    /// Volumes that it gets.
+    pub volumes: Vec<VolumeWish>,
+    /// Slots for more of them, to be attached later.
+    pub spare_disks: u8,
     /// What may pass its network interface.
     pub network_limits: NetLimits,
     /// Session to join: its id, name or network id.
@@ -78,6 +82,17 @@ pub struct LaunchRequest {
     pub replaces: Option<(VmId, u8)>,
     /// What makes a repetition of this request known.
     pub key: Option<Key>,
+}
+
+/// A volume for a VM, in a user's words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeWish {
+    /// Which: its id, the start of it, or its name.
+    pub volume: String,
+    /// Refuse the guest's writes; other VMs may read it as well.
+    pub read_only: bool,
+    /// Where the guest is to mount it.
+    pub mount: Option<String>,
 }
 
 /// An idempotency key as a client sent it.
@@ -144,7 +159,10 @@ impl<W: World> Agent<W> {
         let limits = &self.shared.config.limits;
         let bundle = bundle.as_ref().map(|(id, manifest)| (id, &**manifest));
         let facts = Facts { limits, host: &host, image: &image, bundle, additions: &additions, vms: &vms };
-        let spec = admit(&request, &facts)?;
+        let mut spec = admit(&request, &facts)?;
+        for (slot, wish) in spec.volumes.iter_mut().zip(&request.volumes) {
+            slot.used = Some(self.shared.volume_for(wish).await.map_err(LaunchError::Volume)?);
+        }
         if let Some((_, order)) = &request.build {
             let free = self.shared.bundle_name_is_free(order.name.as_deref()).await;
             free.map_err(LaunchError::BundleToBuild)?;

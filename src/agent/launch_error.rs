@@ -8,6 +8,7 @@ use super::ledger::LedgerError;
 use super::room::NoRoom;
 use super::self_door::{MEMBERS_AT_ONCE_MAX, ROLE_BYTES_MAX};
 use super::session_error::SessionError;
+use super::volume_door::VolumeError;
 use crate::ids::BundleId;
 use crate::report::Retry;
 use crate::units::NetLimitError;
@@ -91,6 +92,24 @@ pub enum LaunchError {
         found: usize,
         /// How long it may be.
         max: usize,
+    },
+    /// A volume cannot be had.
+    #[error(transparent)]
+    Volume(VolumeError),
+    /// A volume is named twice.
+    #[error("volume {volume:?} is named twice")]
+    VolumeTwice {
+        /// The word.
+        volume: String,
+    },
+    /// A guest that becomes a bundle takes no volume along: its clones could not all have it.
+    #[error("a bundle has no volumes: build it with spare disks, and give volumes to what is launched from it")]
+    VolumesInBuild,
+    /// Where a volume is to be mounted.
+    #[error("{mount:?} is not an absolute path of a directory")]
+    Mount {
+        /// The word.
+        mount: String,
     },
     /// More disks than slots.
     #[error("{found} disks: at most 6 are possible")]
@@ -252,6 +271,10 @@ impl LaunchError {
             | Self::Build { .. }
             | Self::ExecutorId { .. }
             | Self::ExecutorTaken { .. }
+            | Self::VolumeTwice { .. }
+            | Self::VolumesInBuild
+            | Self::Mount { .. }
+            | Self::Volume(_)
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),
             Self::Bundle(error) | Self::BundleToBuild(error) => error.retry(),

@@ -17,6 +17,7 @@ mod members;
 mod moving;
 mod parts;
 mod proof;
+mod volumes;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -33,6 +34,7 @@ pub use link::{Callee, Channel, LinkError, PeerAnswer, PeerCall, PeerLink, TlsEr
 pub use moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, ArrivingSession, DecisionBody, PresenceBody};
 pub use parts::{PIECE_BYTES_MAX, PartBody, PartName, PartOrder, PieceError};
 pub use proof::{CertificateError, HostCertificate, ProofError, ProvenHost};
+pub use volumes::{VolumeBody, VolumeOrder};
 
 use auth::Nonces;
 use book::Book;
@@ -61,6 +63,9 @@ pub const SESSIONS_PATH: &str = "/peer/v1/sessions/";
 
 /// The path of [`PartOrder`].
 pub const BUNDLE_PART_PATH: &str = "/peer/v1/bundles/part";
+
+/// The path of [`VolumeOrder`].
+pub const VOLUMES_PATH: &str = "/peer/v1/volumes";
 
 /// The header with a request's [`RequestHead`].
 pub const HEAD_HEADER: &str = "hearth-peer";

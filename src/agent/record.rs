@@ -11,6 +11,7 @@ use super::effect::Effect;
 use super::migration_record::{MigrationRecord, MoveRecord};
 use super::session_record::NetworkRecord;
 use super::vm_state::{Goal, SwapMode, VmState};
+use super::volumes::VolumeUse;
 use crate::bundle::admit::GuestNeeds;
 use crate::clock::UnixNanos;
 use crate::ids::{BundleId, ClusterId, MigrationId, OperationId, ParseIdError, SessionId, VmId};
@@ -100,6 +101,7 @@ impl VmRecord {
             | VmState::Paused
             | VmState::Saving { .. }
             | VmState::HandingOver { .. }
+            | VmState::ChangingVolumes { .. }
             | VmState::Sending
             | VmState::HandedOver
             | VmState::Arriving { .. }
@@ -239,6 +241,33 @@ pub struct VmSpec {
     /// Whether it has a memory balloon: those of earlier agents, and of bundles made without one, have none.
     #[serde(default)]
     pub balloon: bool,
+    /// Its slots for volumes, behind its disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeSlot>,
+}
+
+impl VmSpec {
+    /// The number of a volume slot among its block devices.
+    pub fn volume_index(&self, slot: usize) -> u8 {
+        u8::try_from(self.disks.len().saturating_add(slot)).unwrap_or(u8::MAX)
+    }
+
+    /// The volumes it has, or is getting, or giving up, each with its number among the block devices.
+    pub fn volume_uses(&self) -> impl Iterator<Item = (u8, &VolumeUse)> {
+        let slots = self.volumes.iter().enumerate();
+        slots.filter_map(|(slot, of)| Some((self.volume_index(slot), of.used.as_ref()?)))
+    }
+}
+
+/// A slot for a volume, which the guest has as a disk for as long as it lives.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VolumeSlot {
+    /// Whether the guest was told that it cannot be written when it found it.
+    #[serde(default)]
+    pub told_read_only: bool,
+    /// The volume in it; `None`: it is free, and the guest's disk is empty.
+    #[serde(default)]
+    pub used: Option<VolumeUse>,
 }
 
 /// How a guest is made ready to become a bundle.

@@ -100,6 +100,7 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
             | VmState::Paused
             | VmState::Saving { .. }
             | VmState::HandingOver { .. }
+            | VmState::ChangingVolumes { .. }
             | VmState::Registering,
             operation,
         ) if !lives => Plan::Ended(operation),

@@ -110,6 +110,9 @@ impl<W: World> Agent<W> {
             memory_mib: shape.then(|| spec.memory_mib.into()),
             build: None,
             disks: spec.disks.clone(),
+            // What the one before had is given back when that has ended.
+            volumes: Vec::new(),
+            spare_disks: u8::try_from(spec.volumes.len()).unwrap_or(u8::MAX),
             lazy: spec.lazy,
             network_limits: spec.network_limits,
             session: network.map(|network| network.session.to_string()),

@@ -251,6 +251,7 @@ impl<W: World> Door for Agent<W> {
                     | VmState::Paused
                     | VmState::Saving { .. }
                     | VmState::HandingOver { .. }
+                    | VmState::ChangingVolumes { .. }
                     | VmState::Sending
             );
             if runs { Ok(now) } else { Err(NotRunning { vm: now }) }

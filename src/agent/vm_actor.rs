@@ -19,6 +19,7 @@ use super::migration_record::MoveRecord;
 use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
+use super::volumes::{settled, taken_back};
 use super::work::{Outcome, Report, Work, ended};
 use super::world::{ProcessEnd, VmDisk, VmmHost, World, random_array};
 use crate::clock::{Clock, Monotonic, UnixNanos};
@@ -207,6 +208,7 @@ impl<W: World> VmActor<W> {
                 | Verb::Resume
                 | Verb::Snapshot(_)
                 | Verb::HandOver
+                | Verb::ChangeVolumes(_)
                 | Verb::Migrate(_)
                 | Verb::CancelMigration(_)
                 | Verb::Arrive(_)
@@ -270,7 +272,7 @@ impl<W: World> VmActor<W> {
             let _ = reply.send(Err(VerbError::Quarantined { verb: verb.name(), vm, report }));
             return Ok(());
         }
-        if let Some(missing) = self.missing_memory(&verb) {
+        if let Some(missing) = self.missing_memory(&verb).or_else(|| self.volumes_in_the_way(&verb)) {
             // Whoever asked may have gone.
             let _ = reply.send(Err(missing));
             return Ok(());
@@ -280,6 +282,7 @@ impl<W: World> VmActor<W> {
             Verb::Migrate(_) => (Event::MigrateAsked, Goal::Migrate, Duration::ZERO, false),
             Verb::Arrive(_) => (Event::ArriveAsked, Goal::Arrive, Duration::ZERO, false),
             Verb::ForgetAway(_) => (Event::ForgetLeft, Goal::Remove, Duration::ZERO, true),
+            Verb::ChangeVolumes(_) => (Event::VolumesAsked, Goal::ChangeVolumes, Duration::ZERO, false),
             Verb::HandOver => (Event::HandOverAsked, Goal::HandOver, Duration::ZERO, false),
             Verb::SwapOut(order) => (Event::SwapOutAsked(order.mode), Goal::SwapOut, Duration::ZERO, false),
             // Handled above; the state stays.
@@ -308,6 +311,13 @@ impl<W: World> VmActor<W> {
             let _ = reply.send(Ok(Arc::new(self.record.clone())));
             return Ok(());
         }
+        if let Verb::ChangeVolumes(change) = &verb
+            && let Err(refused) = change.apply(&mut self.record.spec)
+        {
+            // Whoever asked may have gone.
+            let _ = reply.send(Err(VerbError::Volume { vm: self.record.id.to_string(), refused }));
+            return Ok(());
+        }
         let mut operation = self.new_operation(goal, then_remove, &next);
         let mut writes = Vec::new();
         match &verb {
@@ -326,6 +336,7 @@ impl<W: World> VmActor<W> {
                 self.record.guest_protocol = arrival.guest_protocol;
             }
             Verb::HandOver
+            | Verb::ChangeVolumes(_)
             | Verb::CancelMigration(_)
             | Verb::ForgetAway(_)
             | Verb::Pause
@@ -338,6 +349,13 @@ impl<W: World> VmActor<W> {
         self.turn(next, writes, Some(&operation)).await?;
         self.perform(operation, grace, None);
         Ok(())
+    }
+
+    /// A bundle has no volumes: its clones could not all have them.
+    fn volumes_in_the_way(&self, verb: &Verb) -> Option<VerbError> {
+        let volumes = self.record.spec.volume_uses().count();
+        let is_in_the_way = matches!(verb, Verb::Snapshot(_)) && volumes > 0;
+        is_in_the_way.then(|| VerbError::HasVolumes { vm: self.record.id.to_string(), volumes })
     }
 
     /// What reads all of a machine's memory waits until all of it is here.
@@ -436,7 +454,22 @@ impl<W: World> VmActor<W> {
         self.work = None;
         self.record = record;
         self.process = process;
+        if matches!(self.record.state, VmState::ChangingVolumes { .. }) {
+            match &outcome {
+                Outcome::Done => settled(&mut self.record.spec.volumes),
+                Outcome::Failed(_) if operation.goal == Goal::ChangeVolumes => {
+                    taken_back(&mut self.record.spec.volumes);
+                }
+                Outcome::Failed(_)
+                | Outcome::Hurried
+                | Outcome::VmmEnded(_)
+                | Outcome::Broken(_)
+                | Outcome::Decided => {}
+            }
+        }
         let (state, error, event) = match outcome {
+            // The undoing of a send found that it had been decided: the VM is the other host's.
+            Outcome::Decided => (OperationState::Succeeded, None, Some(Event::Done(Goal::Migrate))),
             Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
             Outcome::Hurried if matches!(operation.goal, Goal::Migrate | Goal::Snapshot) => {
                 let what = if operation.goal == Goal::Migrate { "migration" } else { "snapshot" };
@@ -647,6 +680,7 @@ pub(crate) fn operation_for(
     next: &Step,
     now: UnixNanos,
 ) -> OperationRecord {
+    let may_have_volumes = !vm.spec.volumes.is_empty();
     let pending = |&effect| StepRecord { effect, state: StepState::Pending, took_us: None, note: None };
     OperationRecord {
         id,
@@ -654,7 +688,7 @@ pub(crate) fn operation_for(
         goal,
         then_remove,
         state: OperationState::Running,
-        steps: next.effects.iter().map(pending).collect(),
+        steps: next.effects.iter().filter(|effect| may_have_volumes || !effect.is_for_volumes()).map(pending).collect(),
         makes: None,
         moved: None,
         migration: vm.migration.clone().filter(|_| {
@@ -673,9 +707,11 @@ pub(crate) fn operation_for(
 const fn goal_of(state: &VmState) -> Goal {
     match state {
         VmState::Registering => Goal::Register,
-        VmState::Saving { .. } | VmState::HandingOver { .. } | VmState::SwappingOut { .. } | VmState::Sending => {
-            Goal::Undo
-        }
+        VmState::Saving { .. }
+        | VmState::HandingOver { .. }
+        | VmState::ChangingVolumes { .. }
+        | VmState::SwappingOut { .. }
+        | VmState::Sending => Goal::Undo,
         VmState::HandedOver => Goal::Leave,
         VmState::Arriving { .. } => Goal::Arrive,
         VmState::Gone => Goal::Remove,
@@ -726,6 +762,7 @@ fn error_of(cause: &FailureCause) -> OperationError {
         | FailureCause::Host { .. }
         | FailureCause::Bundle { .. }
         | FailureCause::BundleUnavailable { .. }
+        | FailureCause::Volume { .. }
         | FailureCause::NotRegistered { .. }
         | FailureCause::Interrupted => Retry::Later,
         FailureCause::SwapStateCorrupt { .. } | FailureCause::LostOnTheWay { .. } => Retry::Never,

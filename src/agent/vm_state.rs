@@ -12,6 +12,8 @@
 //!
 //! running, paused ─hand over─▶ handing_over ─▶ as before, in another process
 //!
+//! running, paused ─attach, detach─▶ changing_volumes ─▶ as before
+//!
 //! running ─migrate─▶ sending ─▶ handed_over        at the other host:  arriving ─▶ running
 //! ```
 //! What is asked of a VM that is `saving`, `handing_over`, `swapping_out` or `waking` waits until that is over.
@@ -58,6 +60,11 @@ pub enum VmState {
     /// Another process takes the machine over from its process.
     HandingOver {
         /// Whether it ran before, and is to run again.
+        then_running: bool,
+    },
+    /// Volumes are being attached to it or taken from it.
+    ChangingVolumes {
+        /// Whether it runs.
         then_running: bool,
     },
     /// It stands still, and its memory is being moved out.
@@ -129,6 +136,7 @@ impl VmState {
             Self::Paused => "paused",
             Self::Saving { .. } => "saving",
             Self::HandingOver { .. } => "handing_over",
+            Self::ChangingVolumes { .. } => "changing_volumes",
             Self::SwappingOut { .. } => "swapping_out",
             Self::SwappedOut { .. } => "swapped_out",
             Self::Waking { .. } => "waking",
@@ -165,6 +173,8 @@ pub(super) enum Event {
     },
     /// Somebody wants it in another process.
     HandOverAsked,
+    /// Somebody wants it to have other volumes: those that its record says.
+    VolumesAsked,
     /// Somebody wants it on another host.
     MigrateAsked,
     /// Another host wants to hand it over.
@@ -250,6 +260,8 @@ pub enum Goal {
     Register,
     /// It goes on as before, in another process.
     HandOver,
+    /// It has the volumes that its record says.
+    ChangeVolumes,
     /// It stands ready on another host, and still here.
     Migrate,
     /// It goes on on the other host, and nothing but its record and a way to there is left.
@@ -279,21 +291,27 @@ fn step_to(state: VmState, effects: &[Effect]) -> Result<Step, Denied> {
     Ok(Step { state, effects: effects.to_vec() })
 }
 
-const LAUNCH: [Effect; 7] = [
+const LAUNCH: [Effect; 10] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
+    Effect::AcquireLeases,
     Effect::StartVmm,
     Effect::BuildMachine,
+    Effect::ConnectVolumes,
+    Effect::PlugVolumes,
     Effect::RunMachine,
     Effect::GreetGuest,
     Effect::OpenNetwork,
 ];
 /// What comes before `RunMachine` was done before, of a machine that was kept ready.
-const LAUNCH_FROM_BUNDLE: [Effect; 7] = [
+const LAUNCH_FROM_BUNDLE: [Effect; 10] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
     Effect::StartVmm,
     Effect::RestoreMachine,
+    Effect::AcquireLeases,
+    Effect::ConnectVolumes,
+    Effect::PlugVolumes,
     Effect::RunMachine,
     Effect::GreetGuest,
     Effect::OpenNetwork,
@@ -335,59 +353,73 @@ const SNAPSHOT_LIVE: [Effect; 7] = [
 const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
 const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
 /// The taps are held for the process that takes over: a tap has one opener, whose descriptors can be copied.
-const HAND_OVER: [Effect; 8] = [
+const HAND_OVER: [Effect; 9] = [
     Effect::HoldTaps,
     Effect::StartSuccessor,
     Effect::MoveMachine,
     Effect::TakeOver,
+    Effect::ReconnectVolumes,
     Effect::RunMachine,
     Effect::ReleaseTaps,
     Effect::EndOthers,
     Effect::SetGuestClock,
 ];
-const HAND_OVER_PAUSED: [Effect; 6] = [
+const HAND_OVER_PAUSED: [Effect; 7] = [
     Effect::HoldTaps,
     Effect::StartSuccessor,
     Effect::MoveMachine,
     Effect::TakeOver,
+    Effect::ReconnectVolumes,
     Effect::ReleaseTaps,
     Effect::EndOthers,
 ];
-const SEND: [Effect; 2] = [Effect::ArrangeArrival, Effect::SendMachine];
-const UNDO_SEND: [Effect; 3] = [Effect::CancelArrival, Effect::RunMachine, Effect::SetGuestClock];
+/// Of a VM with volumes, the conversion of the first one's lease decides who goes on.
+const SEND: [Effect; 3] = [Effect::ArrangeArrival, Effect::SendMachine, Effect::ConvertLease];
+const UNDO_SEND: [Effect; 4] = [Effect::SettleLease, Effect::CancelArrival, Effect::RunMachine, Effect::SetGuestClock];
 /// Packets are led there before the last that waited here follow: none comes here any more then.
-const LEAVE: [Effect; 6] = [
+const LEAVE: [Effect; 9] = [
+    Effect::ConvertOthers,
     Effect::ConfirmArrival,
     Effect::LeadElsewhere,
     Effect::ForwardPackets,
     Effect::EndVmm,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
     Effect::LeaveNetwork,
     Effect::RemoveDirectory,
 ];
-const CLEAN_SENDING: [Effect; 6] = [
+const CLEAN_SENDING: [Effect; 8] = [
     Effect::CancelArrival,
     Effect::EndVmm,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
     Effect::KeepRemains,
     Effect::RemoveNetwork,
     Effect::RemoveDirectory,
     Effect::ReleaseUid,
 ];
-const ARRIVE: [Effect; 7] = [
+/// Its volumes' leases stand by before the other host is told that there is a place.
+const ARRIVE: [Effect; 9] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
+    Effect::AcquireLeases,
     Effect::StartVmm,
+    Effect::ConnectVolumes,
     Effect::ReceiveMachine,
     Effect::AwaitDecision,
     Effect::OpenNetwork,
     Effect::RunMachine,
 ];
-const LEAVE_AGAIN: [Effect; 3] = [Effect::EndVmm, Effect::LeaveNetwork, Effect::RemoveDirectory];
+const LEAVE_AGAIN: [Effect; 5] =
+    [Effect::EndVmm, Effect::DisconnectVolumes, Effect::ReleaseLeases, Effect::LeaveNetwork, Effect::RemoveDirectory];
 /// The other process goes first: from then on none but the recorded one can run the machine.
 const UNDO_HAND_OVER: [Effect; 4] = [Effect::EndOthers, Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
 const UNDO_HAND_OVER_PAUSED: [Effect; 3] = [Effect::EndOthers, Effect::HoldMachine, Effect::ReleaseTaps];
-const CLEAN_BOTH: [Effect; 6] = [
+const CLEAN_BOTH: [Effect; 8] = [
     Effect::EndVmm,
     Effect::EndOthers,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
     Effect::KeepRemains,
     Effect::RemoveNetwork,
     Effect::RemoveDirectory,
@@ -411,32 +443,58 @@ const WAKE_HIBERNATED: [Effect; 6] = [
     Effect::SetGuestClock,
 ];
 /// A hibernated guest is woken to be shut down: its file systems are as they were in the middle of things.
-const SHUT_DOWN_HIBERNATED: [Effect; 10] = [
+const SHUT_DOWN_HIBERNATED: [Effect; 12] = [
     Effect::StartVmm,
     Effect::UnsealMachine,
     Effect::DiscardSealed,
     Effect::RunMachine,
     Effect::ShutDownGuest,
     Effect::EndVmm,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
     Effect::KeepRemains,
     Effect::RemoveNetwork,
     Effect::RemoveDirectory,
     Effect::ReleaseUid,
 ];
 const RESUME: [Effect; 2] = [Effect::RunMachine, Effect::SetGuestClock];
-const CLEAN: [Effect; 5] =
-    [Effect::EndVmm, Effect::KeepRemains, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid];
-const SHUT_DOWN: [Effect; 7] = [
-    Effect::RunMachine,
-    Effect::ShutDownGuest,
+const CLEAN: [Effect; 7] = [
     Effect::EndVmm,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
     Effect::KeepRemains,
     Effect::RemoveNetwork,
     Effect::RemoveDirectory,
     Effect::ReleaseUid,
 ];
-const FORGET: [Effect; 5] =
-    [Effect::EndVmm, Effect::RemoveNetwork, Effect::RemoveDirectory, Effect::ReleaseUid, Effect::Forget];
+const SHUT_DOWN: [Effect; 9] = [
+    Effect::RunMachine,
+    Effect::ShutDownGuest,
+    Effect::EndVmm,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
+    Effect::KeepRemains,
+    Effect::RemoveNetwork,
+    Effect::RemoveDirectory,
+    Effect::ReleaseUid,
+];
+const FORGET: [Effect; 7] = [
+    Effect::EndVmm,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
+    Effect::RemoveNetwork,
+    Effect::RemoveDirectory,
+    Effect::ReleaseUid,
+    Effect::Forget,
+];
+/// One list for both ways: each step compares what is with what is to be.
+const CHANGE_VOLUMES: [Effect; 5] = [
+    Effect::AcquireLeases,
+    Effect::ConnectVolumes,
+    Effect::PlugVolumes,
+    Effect::DisconnectVolumes,
+    Effect::ReleaseLeases,
+];
 
 fn swap_out(mode: SwapMode) -> Result<Step, Denied> {
     let effects: &[Effect] = match mode {
@@ -483,6 +541,11 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
         Event::HandOverAsked => match state {
             S::Running => step_to(S::HandingOver { then_running: true }, &HAND_OVER),
             S::Paused => step_to(S::HandingOver { then_running: false }, &HAND_OVER_PAUSED),
+            _ => denied(),
+        },
+        Event::VolumesAsked => match state {
+            S::Running => step_to(S::ChangingVolumes { then_running: true }, &CHANGE_VOLUMES),
+            S::Paused => step_to(S::ChangingVolumes { then_running: false }, &CHANGE_VOLUMES),
             _ => denied(),
         },
         Event::MigrateAsked => match state {
@@ -536,6 +599,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::Running
             | S::Paused
             | S::Saving { .. }
+            | S::ChangingVolumes { .. }
             | S::SwappingOut { .. }
             | S::SwappedOut { .. }
             | S::Waking { .. }
@@ -557,7 +621,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             (S::Launching, Goal::Enlist) => step_to(S::Registering, &[Effect::Register]),
             (S::Registering, Goal::Register) => step_to(S::Running, &[]),
             (S::Saving { then_running }, Goal::Snapshot | Goal::Undo)
-            | (S::HandingOver { then_running }, Goal::HandOver | Goal::Undo) => {
+            | (S::HandingOver { then_running }, Goal::HandOver | Goal::Undo)
+            | (S::ChangingVolumes { then_running }, Goal::ChangeVolumes | Goal::Undo) => {
                 step_to(if *then_running { S::Running } else { S::Paused }, &[])
             }
             (S::Sending, Goal::Migrate) => step_to(S::HandedOver, &LEAVE),
@@ -575,6 +640,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             S::Launching | S::Registering => step_to(S::Failed { cause: cause.clone() }, &CLEAN),
             S::Saving { then_running: true } => step_to(state.clone(), &UNDO_SNAPSHOT),
             S::Saving { then_running: false } => step_to(state.clone(), &UNDO_SNAPSHOT[..1]),
+            S::ChangingVolumes { .. } => step_to(state.clone(), &CHANGE_VOLUMES),
             S::Sending => step_to(S::Sending, &UNDO_SEND),
             // Before it was decided there is nothing of it here that is needed; afterwards it was lost before it ever ran
             // here, and the host it came from tells of that.
@@ -595,7 +661,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             _ => denied(),
         },
         Event::UndoFailed { cause } => match state {
-            S::Saving { .. } | S::SwappingOut { .. } | S::Waking { .. } => {
+            S::Saving { .. } | S::SwappingOut { .. } | S::Waking { .. } | S::ChangingVolumes { .. } => {
                 step_to(S::Failed { cause: cause.clone() }, &CLEAN)
             }
             S::HandingOver { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN_BOTH),
@@ -609,6 +675,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::Running
             | S::Paused
             | S::Saving { .. }
+            | S::ChangingVolumes { .. }
             | S::SwappingOut { .. }
             | S::SwappedOut { .. }
             | S::Waking { .. } => step_to(S::Stopped, &CLEAN),
@@ -625,6 +692,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | S::Running
             | S::Paused
             | S::Saving { .. }
+            | S::ChangingVolumes { .. }
             | S::SwappingOut { .. }
             | S::SwappedOut { .. }
             | S::Waking { .. } => step_to(S::Failed { cause: cause.clone() }, &CLEAN),

@@ -1,17 +1,26 @@
 //! What may be asked of the agent about volumes, their snapshots and their leases.
 
+use std::sync::Arc;
+
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
 use super::Agent;
+use super::admit::is_mount;
+use super::door::VmError;
 use super::images::is_name;
-use super::shared::Shared;
-use super::volumes::{AskVolumesError, VolumeHost};
-use super::world::{World, random_array};
+use super::launch::VolumeWish;
+use super::record::VmRecord;
+use super::shared::{Shared, VmHandle};
+use super::vm_actor::Verb;
+use super::volume_change::VolumeChange;
+use super::volumes::{AskVolumesError, UsePhase, VolumeHost, VolumeUse};
+use super::world::{self as vmm, AskError, VmmHost, World, random_array};
 use crate::clock::Clock;
 use crate::ids::{LeaseId, VolumeId, VolumeSnapshotId};
-use crate::lease::{Epoch, Lease, LeaseEntry, LeaseMode, LeaseSecret};
-use crate::wire::volumed::{Answer, Ask, Origin, Run, SnapshotReport, VolumeReport};
+use crate::lease::{Epoch, Lease, LeaseEntry, LeaseMode, LeaseRefusal, LeaseSecret};
+use crate::wire::control::{self, VolumeStatus};
+use crate::wire::volumed::{Answer, Ask, Origin, Refusal, Run, SnapshotReport, VolumeReport};
 
 /// What a new volume is to begin with, in a user's words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +96,15 @@ pub struct DigestView {
     pub bytes: u64,
 }
 
+/// The volumes of a VM.
+#[derive(Debug, Clone)]
+pub struct VmVolumesView {
+    /// The VM.
+    pub vm: Arc<VmRecord>,
+    /// What its machine says of each slot; none if it has no machine.
+    pub slots: Vec<VolumeStatus>,
+}
+
 /// Why something asked of a volume was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
@@ -107,11 +125,23 @@ pub enum VolumeError {
         count: usize,
     },
     /// The name cannot be one.
-    #[error("{name:?} is not a name: letters, digits, '.', '_' and '-', the first a letter or digit, at most 64")]
+    #[error("{name:?} is not a name: 1 to 63 of a-z, 0-9 and -, starting with a letter")]
     Name {
         /// What was given.
         name: String,
     },
+    /// Where a volume is to be mounted.
+    #[error("{mount:?} is not an absolute path of a directory")]
+    Mount {
+        /// The word.
+        mount: String,
+    },
+    /// The VM does not do it.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// Its VMM does not answer.
+    #[error("ask the VMM")]
+    Vmm(#[source] AskError),
     /// Randomness for an id.
     #[error("read random bytes for an id")]
     Random(#[source] std::io::Error),
@@ -167,6 +197,17 @@ pub trait VolumeDoor: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Lease, VolumeError>>;
     /// Ends a lease.
     fn release_lease<'a>(&'a self, word: &'a str, id: &'a LeaseId) -> BoxFuture<'a, Result<(), VolumeError>>;
+    /// Gives a volume to a VM.
+    fn attach_volume<'a>(&'a self, vm: &'a str, wish: VolumeWish) -> BoxFuture<'a, Result<Arc<VmRecord>, VolumeError>>;
+    /// Takes a volume from a VM.
+    fn detach_volume<'a>(
+        &'a self,
+        vm: &'a str,
+        volume: &'a str,
+        force: bool,
+    ) -> BoxFuture<'a, Result<Arc<VmRecord>, VolumeError>>;
+    /// The volume slots of a VM, and what passed them.
+    fn vm_volumes<'a>(&'a self, vm: &'a str) -> BoxFuture<'a, Result<VmVolumesView, VolumeError>>;
 }
 
 /// One of those that have an id and perhaps a name.
@@ -256,6 +297,31 @@ impl<W: World> Shared<W> {
         Ok(volume)
     }
 
+    /// A volume of this host for a VM, with a lease that is only named yet.
+    pub(super) async fn volume_for(&self, wish: &VolumeWish) -> Result<VolumeUse, VolumeError> {
+        let VolumeReport { id, bytes, damage, active, .. } = self.find_volume(&wish.volume).await?;
+        if let Some(damage) = damage.filter(|_| !wish.read_only) {
+            return Err(AskVolumesError::Refused(Refusal::Damaged { text: format!("volume {id}: {damage}") }).into());
+        }
+        if let Some(Lease { id, holder, epoch, .. }) = active {
+            let lease = LeaseRefusal::Held { id, holder, epoch };
+            return Err(AskVolumesError::Refused(Refusal::Lease { lease }).into());
+        }
+        let random = |error| VolumeError::Random(error);
+        Ok(VolumeUse {
+            volume: id,
+            home: self.config.fabric.as_ref().map(|fabric| fabric.host.into()),
+            bytes,
+            read_only: wish.read_only,
+            lease: LeaseId::from_random(random_array(&self.world).map_err(random)?),
+            epoch: 0,
+            secret: LeaseSecret::from_random(random_array(&self.world).map_err(random)?),
+            mount: wish.mount.clone(),
+            standby: None,
+            phase: UsePhase::Attached,
+        })
+    }
+
     async fn volume_event(&self, kind: &'static str, volume: &VolumeId) {
         self.bundle_event(kind, serde_json::json!({ "volume_id": volume })).await;
     }
@@ -302,7 +368,9 @@ impl<W: World> VolumeDoor for Agent<W> {
     fn resize_volume<'a>(&'a self, word: &'a str, bytes: u64) -> BoxFuture<'a, Result<VolumeReport, VolumeError>> {
         async move {
             let id = self.shared.find_volume(word).await?.id;
-            volume_of(self.shared.ask_volumes(Ask::Resize { id, bytes }).await?)
+            let volume = volume_of(self.shared.ask_volumes(Ask::Resize { id, bytes }).await?)?;
+            self.tell_larger(&volume).await;
+            Ok(volume)
         }
         .boxed()
     }
@@ -417,10 +485,75 @@ impl<W: World> VolumeDoor for Agent<W> {
     fn release_lease<'a>(&'a self, word: &'a str, id: &'a LeaseId) -> BoxFuture<'a, Result<(), VolumeError>> {
         async move {
             let (volume, id) = (self.shared.find_volume(word).await?.id, id.clone());
-            self.shared.ask_volumes(Ask::Release { volume, id }).await?;
+            self.shared.ask_volumes(Ask::Release { volume, id, only: None }).await?;
             Ok(())
         }
         .boxed()
+    }
+
+    fn attach_volume<'a>(&'a self, vm: &'a str, wish: VolumeWish) -> BoxFuture<'a, Result<Arc<VmRecord>, VolumeError>> {
+        self.attach(vm, wish).boxed()
+    }
+
+    fn detach_volume<'a>(
+        &'a self,
+        vm: &'a str,
+        volume: &'a str,
+        force: bool,
+    ) -> BoxFuture<'a, Result<Arc<VmRecord>, VolumeError>> {
+        self.detach(vm, volume, force).boxed()
+    }
+
+    fn vm_volumes<'a>(&'a self, vm: &'a str) -> BoxFuture<'a, Result<VmVolumesView, VolumeError>> {
+        self.slots(vm).boxed()
+    }
+}
+
+impl<W: World> Agent<W> {
+    async fn attach(&self, vm: &str, wish: VolumeWish) -> Result<Arc<VmRecord>, VolumeError> {
+        if let Some(mount) = wish.mount.as_ref().filter(|mount| !is_mount(mount)) {
+            return Err(VolumeError::Mount { mount: mount.clone() });
+        }
+        let handle = self.find(vm).map_err(VmError::from)?;
+        let change = VolumeChange::Attach(self.shared.volume_for(&wish).await?);
+        Ok(self.ask_actor(&handle, Verb::ChangeVolumes(Box::new(change))).await.map_err(VmError::from)?)
+    }
+
+    async fn detach(&self, vm: &str, word: &str, force: bool) -> Result<Arc<VmRecord>, VolumeError> {
+        let handle = self.find(vm).map_err(VmError::from)?;
+        let uses: Vec<_> = handle.record.borrow().spec.volume_uses().map(|(_, used)| used.volume.clone()).collect();
+        // A volume of another host is known here by its id alone.
+        let of_vm = pick("volume", word, uses, (VolumeId::PREFIX, |id: &VolumeId| (id.to_string(), None)));
+        let volume = match of_vm {
+            Ok(volume) => volume,
+            Err(_) => self.shared.find_volume(word).await?.id,
+        };
+        let change = Verb::ChangeVolumes(Box::new(VolumeChange::Detach { volume, force }));
+        Ok(self.ask_actor(&handle, change).await.map_err(VmError::from)?)
+    }
+
+    async fn slots(&self, vm: &str) -> Result<VmVolumesView, VolumeError> {
+        let vm = self.find(vm).map_err(VmError::from)?.record.borrow().clone();
+        if vm.spec.volumes.is_empty() || vm.process.is_none() {
+            return Ok(VmVolumesView { vm, slots: Vec::new() });
+        }
+        match self.shared.world.vmm().ask(&vm, self.shared.epoch, vmm::Ask::Volumes).await {
+            Ok(control::Answer::Volumes(slots)) => Ok(VmVolumesView { vm, slots }),
+            Ok(_) => Err(VolumeError::Vmm(AskError::Unexpected)),
+            Err(error) => Err(VolumeError::Vmm(error)),
+        }
+    }
+
+    /// Tells the VM that has a volume, if one here does, that it is larger.
+    async fn tell_larger(&self, volume: &VolumeReport) {
+        let vms: Vec<_> = self.shared.vms().values().cloned().collect();
+        let has = |vm: &&VmHandle| vm.record.borrow().spec.volume_uses().any(|(_, used)| used.volume == volume.id);
+        for vm in vms.iter().filter(has) {
+            let change = VolumeChange::Resized { volume: volume.id.clone(), bytes: volume.bytes };
+            if let Err(error) = self.ask_actor(vm, Verb::ChangeVolumes(Box::new(change))).await {
+                tracing::warn!(vm = %vm.id, volume = %volume.id, error = %crate::report::chain(&error), "it does not know that its volume is larger");
+            }
+        }
     }
 }
 

@@ -8,8 +8,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::record::VolumeSlot;
 use crate::ids::{LeaseId, VmId, VolumeId};
-use crate::lease::{Epoch, LeaseSecret};
+use crate::lease::{Epoch, LeaseMode, LeaseSecret};
 use crate::wire::volumed::{Answer, Ask, FrameError, Listening, Refusal};
 
 /// Connections that are kept to a VMM for each of its volumes: enough for both processors of a small host, and for a flush
@@ -37,6 +38,60 @@ pub struct VolumeUse {
     /// Where the guest has it mounted, if it was asked to.
     #[serde(default)]
     pub mount: Option<String>,
+    /// The lease that another host's VM takes it over with, and what its holder knows, while its VM is on its way there.
+    #[serde(default)]
+    pub standby: Option<(LeaseId, LeaseSecret)>,
+    /// Whether it is there, coming or going.
+    #[serde(default)]
+    pub phase: UsePhase,
+}
+
+/// How far a VM is with a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "phase", rename_all = "snake_case")]
+pub enum UsePhase {
+    /// It has it.
+    #[default]
+    Attached,
+    /// It is getting it.
+    Attaching,
+    /// It is giving it up.
+    Detaching {
+        /// Also while requests are under way.
+        force: bool,
+    },
+}
+
+impl VolumeUse {
+    /// Whether its VM is to have it.
+    pub const fn is_wanted(&self) -> bool {
+        !matches!(self.phase, UsePhase::Detaching { .. })
+    }
+
+    /// The kind of lease it is used with.
+    pub const fn mode(&self) -> LeaseMode {
+        if self.read_only { LeaseMode::Shared } else { LeaseMode::Active }
+    }
+}
+
+/// The volumes of a VM when a change of them came about: who came is there, who went is not.
+pub(super) fn settled(slots: &mut [VolumeSlot]) {
+    for slot in slots {
+        slot.used = slot.used.take().filter(VolumeUse::is_wanted);
+        if let Some(used) = &mut slot.used {
+            used.phase = UsePhase::Attached;
+        }
+    }
+}
+
+/// What they are to be again when it did not: who came goes, who was to go stays.
+pub(super) fn taken_back(slots: &mut [VolumeSlot]) {
+    for used in slots.iter_mut().filter_map(|slot| slot.used.as_mut()) {
+        used.phase = match used.phase {
+            UsePhase::Attached | UsePhase::Detaching { .. } => UsePhase::Attached,
+            UsePhase::Attaching => UsePhase::Detaching { force: true },
+        };
+    }
 }
 
 /// How far something is that takes long: bytes done, of all.
@@ -65,6 +120,14 @@ pub enum AskVolumesError {
     TimedOut {
         /// How long was waited.
         limit: Duration,
+    },
+    /// The volume is another host's, and that one does not answer for it.
+    #[error("ask host number {home}, which has the volume: {text}")]
+    Home {
+        /// The host's number.
+        home: u16,
+        /// What failed.
+        text: String,
     },
     /// It answered something that is not an answer to this.
     #[error("the volume daemon answered something else than was asked")]

@@ -33,12 +33,14 @@ use crate::wire::refusal::Refusal;
 mod arriving;
 mod greeting;
 mod handing_over;
+mod leases;
 mod prefaulting;
 mod registering;
 mod retrying;
 mod saving;
 mod sending;
 mod swapping;
+mod volumes;
 
 /// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -88,6 +90,8 @@ pub(super) enum Outcome {
     VmmEnded(ProcessEnd),
     /// An effect failed for good.
     Failed(FailureCause),
+    /// On the way back, it turned out that there is none: the VM is another host's.
+    Decided,
     /// The ledger failed: nothing can be recorded any more.
     Broken(LedgerError),
 }
@@ -230,6 +234,15 @@ impl<W: World> Work<W> {
             Effect::SaveMachine => self.save_machine().await,
             Effect::DiscardSaved => self.discard_saved().await,
             Effect::CommitBundle => self.commit_bundle().await,
+            Effect::AcquireLeases => self.acquire_leases().await,
+            Effect::ConnectVolumes => self.connect_volumes().await,
+            Effect::PlugVolumes => self.plug_volumes().await,
+            Effect::DisconnectVolumes => self.disconnect_volumes().await,
+            Effect::ReconnectVolumes => self.reconnect_volumes().await,
+            Effect::ReleaseLeases => self.release_leases().await,
+            Effect::ConvertLease => self.convert_lease().await,
+            Effect::ConvertOthers => self.convert_others().await,
+            Effect::SettleLease => self.settle_lease().await,
             Effect::HoldTaps => self.hold_taps().await,
             Effect::ReleaseTaps => {
                 self.release_taps();
@@ -524,6 +537,7 @@ fn note_of(outcome: &Outcome) -> Option<String> {
     match outcome {
         Outcome::Done => None,
         Outcome::Hurried => Some("cut short by a later request".to_owned()),
+        Outcome::Decided => Some("the VM is the other host's: its lease was converted".to_owned()),
         Outcome::VmmEnded(end) => Some(format!("the VMM ended: {end}")),
         Outcome::Failed(cause) => Some(cause.detail().unwrap_or_else(|| cause.name().to_owned())),
         Outcome::Broken(error) => Some(chain(error)),

@@ -41,7 +41,7 @@ pub(super) use pool::pool;
 pub(super) use session::{addressing, egress, fabric, published_port, session};
 pub(super) use swap::{swap_decision, swap_mode, swap_policy};
 pub(super) use usage::usage;
-pub(super) use volume::{changes, digest, lease, lease_mode, leases, volume, volume_snapshot};
+pub(super) use volume::{changes, digest, lease, lease_mode, leases, slots, vm_volumes, volume, volume_snapshot, wish};
 
 /// Nanoseconds as a time of day; what jiff cannot show (after the year 9999) becomes its last moment.
 pub(super) fn timestamp(at: UnixNanos) -> Timestamp {
@@ -105,6 +105,7 @@ pub(super) fn vm(vm: &agent::VmRecord, host: &str) -> Vm {
         vcpus: vm.spec.vcpus.into(),
         memory_mib: vm.spec.memory_mib.into(),
         disks: vm.spec.disks.iter().map(disk).collect(),
+        volumes: slots(vm),
         network_limits: shown_limits(vm.spec.network_limits),
         published: vm.network.iter().flat_map(|network| network.published.iter().map(session::shown_port)).collect(),
         created_at: timestamp(vm.created_at),
@@ -157,6 +158,7 @@ fn state(state: &agent::VmState) -> VmState {
         agent::VmState::Paused => VmState::Paused,
         agent::VmState::Saving { .. } => VmState::Saving,
         agent::VmState::HandingOver { .. } => VmState::HandingOver,
+        agent::VmState::ChangingVolumes { .. } => VmState::ChangingVolumes,
         agent::VmState::SwappingOut { .. } => VmState::SwappingOut,
         agent::VmState::SwappedOut { .. } => VmState::SwappedOut,
         agent::VmState::Waking { .. } => VmState::Waking,
@@ -186,6 +188,7 @@ pub(super) fn operation(operation: &agent::OperationRecord) -> Operation {
         agent::Goal::SwapOut => "vm_swap_out",
         agent::Goal::Wake => "vm_wake",
         agent::Goal::HandOver => "vm_hand_over",
+        agent::Goal::ChangeVolumes => "vm_volumes",
         agent::Goal::Migrate => "vm_migrate",
         agent::Goal::Leave => "vm_leave",
         agent::Goal::Arrive => "vm_arrive",
@@ -364,6 +367,7 @@ pub(super) fn host(
             | VmState::Registering
             | VmState::Saving
             | VmState::HandingOver
+            | VmState::ChangingVolumes
             | VmState::SwappingOut
             | VmState::Waking
             | VmState::Sending

@@ -135,6 +135,9 @@ impl From<VerbError> for ApiError {
             VerbError::Denied { source, .. } => denied(&source, message),
             VerbError::Filling { .. } => Self::new(StatusCode::LOCKED, "memory_on_its_way", message, retry)
                 .with_detail("`hearth vm memory` shows how far it is; ask again when all of it is here"),
+            VerbError::HasVolumes { .. } => Self::new(StatusCode::CONFLICT, "vm_has_volumes", message, retry)
+                .with_detail("detach them first: `hearth volume detach`"),
+            VerbError::Volume { refused, .. } => volume::unchanged(&refused, message, retry),
             VerbError::Busy { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "busy", message, retry),
             VerbError::Quarantined { .. } => Self::new(StatusCode::CONFLICT, "vm_quarantined", message, retry)
                 .with_detail("find out which of the two is right; `hearth vm rm` ends the VM, and restarting the agent looks again"),
@@ -306,6 +309,17 @@ impl From<LaunchError> for ApiError {
                 (StatusCode::CONFLICT, "insufficient_memory")
             }
             LaunchError::MemoryTooLarge { .. } => (StatusCode::SERVICE_UNAVAILABLE, "insufficient_memory"),
+            LaunchError::Volume(error) => {
+                // As with images: the path is right, what it asks for is not.
+                let inner = Self::from(error);
+                let unknown = inner.status == StatusCode::NOT_FOUND;
+                let status = if unknown { StatusCode::UNPROCESSABLE_ENTITY } else { inner.status };
+                return Self { status, detail: inner.detail };
+            }
+            LaunchError::VolumeTwice { .. } | LaunchError::VolumesInBuild => {
+                (StatusCode::BAD_REQUEST, "invalid_volume")
+            }
+            LaunchError::Mount { .. } => (StatusCode::BAD_REQUEST, "invalid_mount"),
             LaunchError::CommandLine { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "command_line_too_long"),
             LaunchError::TooManyDisks { .. } => (StatusCode::BAD_REQUEST, "too_many_disks"),
             LaunchError::DiskPath { .. } => (StatusCode::BAD_REQUEST, "invalid_disk"),
@@ -488,6 +502,7 @@ impl From<NotRunning> for ApiError {
                     FailureCause::Bundle { .. } | FailureCause::WarmUp { .. } => {
                         (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
                     }
+                    FailureCause::Volume { .. } => (StatusCode::SERVICE_UNAVAILABLE, Retry::Later),
                     FailureCause::BundleUnavailable { .. } => (StatusCode::BAD_GATEWAY, Retry::Later),
                     FailureCause::NotRegistered { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
                     FailureCause::GuestUnreachable { .. } => (StatusCode::GATEWAY_TIMEOUT, Retry::Later),
@@ -515,6 +530,7 @@ impl From<NotRunning> for ApiError {
             | VmState::Paused
             | VmState::Saving { .. }
             | VmState::HandingOver { .. }
+            | VmState::ChangingVolumes { .. }
             | VmState::SwappingOut { .. }
             | VmState::SwappedOut { .. }
             | VmState::Waking { .. }

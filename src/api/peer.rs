@@ -33,9 +33,9 @@ use super::peer_tls::PeerTls;
 use crate::agent::peers::{
     ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, BUNDLE_PART_PATH, Channel, HEAD_HEADER, HELLO_PATH, Hello,
     LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PartOrder, PeerLaunch, REQUEST_BYTES_MAX,
-    RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed, TlsError, Unadmitted,
+    RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed, TlsError, Unadmitted, VOLUMES_PATH, VolumeOrder,
 };
-use crate::agent::{Decision, Door};
+use crate::agent::{Decision, Door, VolumeError};
 use crate::ids::{MigrationId, VmId};
 use crate::report::Retry;
 
@@ -260,6 +260,10 @@ impl Asked<'_> {
         if method == Method::POST && path == BUNDLE_PART_PATH {
             let order: PartOrder = parse(body)?;
             return Ok((StatusCode::OK, to_json(&self.door.bundle_piece(order).await?)));
+        }
+        if method == Method::POST && path == VOLUMES_PATH {
+            let order: VolumeOrder = parse(body)?;
+            return Ok((StatusCode::OK, to_json(&self.door.volumes_for_peer(order).await.map_err(VolumeError::Ask)?)));
         }
         let arrival = path.strip_prefix(ARRIVALS_PATH).and_then(|rest| rest.strip_prefix('/')?.split_once('/'));
         if let Some((id, word)) = arrival.filter(|_| method == Method::POST)

@@ -97,6 +97,8 @@ fn table() -> OpenApiRouter<Served> {
         .routes(routes!(fetches::fetch_bundle))
         .routes(routes!(fetches::pin_bundle, fetches::unpin_bundle))
         .routes(routes!(fetches::vm_memory))
+        .routes(routes!(volumes::attach_volume, volumes::vm_volumes))
+        .routes(routes!(volumes::detach_volume))
         .routes(routes!(volumes::create_volume, volumes::list_volumes))
         .routes(routes!(volumes::show_volume, volumes::remove_volume))
         .routes(routes!(volumes::resize_volume))

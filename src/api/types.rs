@@ -65,9 +65,10 @@ pub use vm::{
     Timings, Vm, VmLaunchRequest, VmList, VmState, VmmStats, Wait,
 };
 pub use volume::{
-    Lease, LeaseConvertRequest, LeaseHistoryEntry, LeaseList, LeaseMode, LeaseRequest, LeaseValidateRequest, Volume,
-    VolumeChanges, VolumeChangesQuery, VolumeCreateRequest, VolumeDigest, VolumeList, VolumeResizeRequest, VolumeRun,
-    VolumeSnapshot, VolumeSnapshotList, VolumeSnapshotRequest,
+    Lease, LeaseConvertRequest, LeaseHistoryEntry, LeaseList, LeaseMode, LeaseRequest, LeaseValidateRequest, VmVolumes,
+    Volume, VolumeChanges, VolumeChangesQuery, VolumeCreateRequest, VolumeDetachQuery, VolumeDigest, VolumeFlow,
+    VolumeList, VolumePhase, VolumeResizeRequest, VolumeRun, VolumeSlot, VolumeSnapshot, VolumeSnapshotList,
+    VolumeSnapshotRequest, VolumeStats, VolumeWish,
 };
 
 /// The protocol name in `Upgrade:` for exec and console.

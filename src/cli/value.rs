@@ -104,6 +104,32 @@ impl FromStr for DiskWord {
     }
 }
 
+/// A volume for a VM: `VOLUME`, with `:ro` behind it to refuse the guest's writes, and `:/DIR` to have it mounted there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeWord {
+    /// Which.
+    pub volume: ReferenceWord,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Where the guest is to mount it.
+    pub mount: Option<String>,
+}
+
+impl FromStr for VolumeWord {
+    type Err = WordError;
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        let (text, mount) = match text.split_once(":/") {
+            Some((text, directory)) => (text, Some(format!("/{directory}"))),
+            None => (text, None),
+        };
+        let (volume, read_only) = match text.strip_suffix(":ro") {
+            Some(volume) => (volume, true),
+            None => (text, false),
+        };
+        Ok(Self { volume: volume.parse()?, read_only, mount })
+    }
+}
+
 /// A limit: `RATE` per second, or `RATE/BURST` with how much passes at once after a rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RateWord {

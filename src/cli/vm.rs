@@ -6,7 +6,7 @@ use super::balloon::{BALLOON_HELP, BalloonArgs};
 use super::bundle::SnapshotArgs;
 use super::migration::MigrateArgs;
 use super::swap::{SWAP_OUT_HELP, SWAP_POLICY_HELP, SwapChoiceWord, SwapOutArgs, SwapPolicyArgs};
-use super::value::{DiskWord, PortWord, RateWord, ReferenceWord, duration_ms, key, name, variable};
+use super::value::{DiskWord, PortWord, RateWord, ReferenceWord, VolumeWord, duration_ms, key, name, variable};
 use crate::api::types::{Addressing, DISKS_MAX, Wait};
 
 const LAUNCH_HELP: &str = "\
@@ -146,6 +146,12 @@ pub struct LaunchArgs {
     /// see the same file there, so that the VM can be moved to them. May be given up to 6 times
     #[arg(long = "disk", value_name = "FILE[:ro][:shared]")]
     pub disks: Vec<DiskWord>,
+    /// Volume that it gets; `:ro` refuses the guest's writes, a directory has the guest mount it there. May be repeated
+    #[arg(long = "volume", value_name = "VOLUME[:ro][:/DIR]")]
+    pub volumes: Vec<VolumeWord>,
+    /// Disks that are empty until `hearth volume attach` gives the VM a volume, 0 to 6
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=6))]
+    pub spare_disks: Option<u8>,
     /// Most bytes per second to the guest, with how many at once: 10M, 10M/1M. What is over it waits
     #[arg(long, value_name = "RATE[/BURST]", help_heading = "Network limits")]
     pub rx_limit: Option<RateWord>,

@@ -8,9 +8,9 @@ use super::progress;
 use super::table::{milliseconds, plain};
 use crate::api::types::{
     Disk, ErrorDetail, FlowLimits, LaunchMode, NetworkLimits, Operation, OperationState, RetryHint, SwapPolicy, Vm,
-    VmLaunchRequest, VmState, Wait,
+    VmLaunchRequest, VmState, VolumeWish, Wait,
 };
-use crate::cli::{LaunchArgs, PortWord, RateWord, WaitWord};
+use crate::cli::{LaunchArgs, PortWord, RateWord, VolumeWord, WaitWord};
 use crate::ids::VmId;
 
 /// Why a VM does not run.
@@ -88,6 +88,11 @@ pub(super) async fn run(agent: &Agent, out: Output, args: LaunchArgs) -> Result<
     Ok(())
 }
 
+fn wish(word: VolumeWord) -> VolumeWish {
+    let VolumeWord { volume, read_only, mount } = word;
+    VolumeWish { volume: volume.as_str().to_owned(), read_only, mount }
+}
+
 fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
     let disks = args
         .disks
@@ -108,6 +113,8 @@ fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {
         vcpus: args.vcpus,
         memory_mib: args.memory,
         disks: disks.collect::<Result<_, LaunchError>>()?,
+        volumes: args.volumes.iter().map(|word| wish(word.clone())).collect(),
+        spare_disks: args.spare_disks,
         network_limits: (limits != NetworkLimits::default()).then_some(limits),
         session: args.session.map(|session| session.as_str().to_owned()),
         addressing: args.addressing.map(Into::into),

@@ -13,7 +13,7 @@ use super::table::{age, bytes, columns, milliseconds, or_dash, pairs, plain, wor
 use super::{Error, OutputError};
 use crate::api::types::{
     Disk, FlowLimits, InterfaceStats, Operation, PortProtocol, PublishedPort, Stats, StopRequest, SwapChoice, Swapped,
-    Timings, Vm, VmList,
+    Timings, Vm, VmList, VolumeSlot,
 };
 use crate::cli::{ReferenceWord, RemoveArgs, StopArgs};
 
@@ -85,6 +85,7 @@ pub(super) async fn show(agent: &Agent, out: Output, vm: &ReferenceWord) -> Resu
             ("vcpus", Some(vm.vcpus.to_string())),
             ("memory", Some(format!("{} MiB", vm.memory_mib))),
             ("disks", (!vm.disks.is_empty()).then(|| disks(&vm.disks))),
+            ("volumes", (!vm.volumes.is_empty()).then(|| volumes(&vm.volumes))),
             ("limit to guest", limits(vm.network_limits.rx)),
             ("limit from guest", limits(vm.network_limits.tx)),
             ("swap policy", (vm.swap_policy.mode != SwapChoice::Never).then(|| word(&vm.swap_policy.mode))),
@@ -114,6 +115,18 @@ fn swapped(swapped: &Swapped) -> String {
     let mode = swapped.mode.map_or_else(|| "-".to_owned(), |mode| word(&mode));
     let until = swapped.wake_at.map(|at| format!("; wakes at {at:.0}")).unwrap_or_default();
     format!("{mode}, for {}: {}{until}", age(swapped.since), plain(&swapped.because))
+}
+
+fn volumes(slots: &[VolumeSlot]) -> String {
+    let words = slots.iter().map(|slot| match &slot.volume_id {
+        None => "(free)".to_owned(),
+        Some(volume) => {
+            let read_only = if slot.read_only { " (read only)" } else { "" };
+            let mount = slot.mount.as_deref().map(|mount| format!(" at {}", plain(mount))).unwrap_or_default();
+            format!("{volume}{read_only}{mount}")
+        }
+    });
+    words.collect::<Vec<_>>().join(", ")
 }
 
 fn disks(disks: &[Disk]) -> String {

@@ -10,11 +10,14 @@ use super::output::Output;
 use super::progress::shown;
 use super::table::{bytes, columns, or_dash, pairs};
 use crate::api::types::{
-    Lease, LeaseConvertRequest, LeaseHistoryEntry, LeaseList, LeaseMode, LeaseRequest, Volume, VolumeChanges,
+    Lease, LeaseConvertRequest, LeaseHistoryEntry, LeaseList, LeaseMode, LeaseRequest, Vm, Volume, VolumeChanges,
     VolumeCreateRequest, VolumeDigest, VolumeList, VolumeResizeRequest, VolumeSnapshot, VolumeSnapshotList,
-    VolumeSnapshotRequest,
+    VolumeSnapshotRequest, VolumeWish,
 };
-use crate::cli::{LeaseArgs, LeaseConvertArgs, LeaseModeWord, VolumeCommand, VolumeCreateArgs, VolumeSnapshotArgs};
+use crate::cli::{
+    LeaseArgs, LeaseConvertArgs, LeaseModeWord, VolumeAttachArgs, VolumeCommand, VolumeCreateArgs, VolumeDetachArgs,
+    VolumeSnapshotArgs,
+};
 use crate::ids::VolumeSnapshotId;
 
 /// How long reading or copying all of a volume may take.
@@ -39,7 +42,16 @@ pub(super) async fn run(agent: &Agent, out: Output, command: VolumeCommand) -> R
             let volume: Volume = agent.get(&path(volume.as_str(), "")).await?;
             out.value(&volume, shown_volume)?;
         }
-        VolumeCommand::Attach(_) | VolumeCommand::Detach(_) => {}
+        VolumeCommand::Attach(VolumeAttachArgs { volume, vm, read_only, mount }) => {
+            let wish = VolumeWish { volume: volume.as_str().to_owned(), read_only, mount };
+            let vm: Vm = agent.post(&format!("/v1/vms/{}/volumes", vm.as_str()), &wish, PROMPT).await?;
+            out.value(&vm, |vm| format!("{} has {}", vm_called(vm), volume.as_str()))?;
+        }
+        VolumeCommand::Detach(VolumeDetachArgs { volume, vm, force }) => {
+            let path = format!("/v1/vms/{}/volumes/{}?force={force}", vm.as_str(), volume.as_str());
+            let vm: Vm = agent.delete_for(&path, PROMPT).await?;
+            out.value(&vm, |vm| format!("{} does not have {} any more", vm_called(vm), volume.as_str()))?;
+        }
         VolumeCommand::Snapshot(VolumeSnapshotArgs { volume, name }) => {
             let request = VolumeSnapshotRequest { name };
             let made: VolumeSnapshot = agent.post(&path(volume.as_str(), "/snapshots"), &request, WHOLE_LIMIT).await?;
@@ -129,6 +141,10 @@ async fn lease(agent: &Agent, out: Output, args: LeaseArgs) -> Result<(), Error>
     let lease: Lease = agent.post(&path(shown.id.as_str(), "/leases"), &request, PROMPT).await?;
     out.value(&lease, |lease| format!("{}:{}:{}", shown.id, lease.id, lease.epoch))?;
     Ok(())
+}
+
+fn vm_called(vm: &Vm) -> &str {
+    vm.name.as_deref().unwrap_or(vm.id.as_str())
 }
 
 fn called(volume: &Volume) -> &str {

@@ -62,7 +62,7 @@ fn a_conversion_changes_both_at_once_and_answers_the_same_when_asked_again() {
     assert!(!log.leases.may_write(&id(1), 1) && log.leases.may_write(&id(2), 2));
     let before = log.entries.len();
     assert_eq!(log.convert(1, 2, 1), Ok(converted.clone()));
-    log.write(log.leases.release(&id(2)), 0);
+    log.write(log.leases.release(&id(2), None).expect("release"), 0);
     assert_eq!(log.convert(1, 2, 1), Ok(converted), "what was decided stays decided");
     assert_eq!(log.entries.len(), before + 1, "an answer that is known is not written again");
     assert_eq!(log.leases.find(&id(2)), None);
@@ -77,7 +77,7 @@ fn a_conversion_wants_the_very_leases_and_the_epoch() {
     assert_eq!(log.convert(1, 2, 2), Err(LeaseRefusal::OtherEpoch { id: id(1), epoch: 1, asked: 2 }));
     let refused = LeaseRefusal::OtherMode { id: id(2), mode: LeaseMode::Standby, wanted: LeaseMode::Active };
     assert_eq!(log.convert(2, 1, 1), Err(refused));
-    log.write(log.leases.release(&id(2)), 0);
+    log.write(log.leases.release(&id(2), None).expect("release"), 0);
     assert_eq!(log.convert(1, 2, 1), Err(LeaseRefusal::Unknown { id: id(2) }));
     assert!(log.leases.may_write(&id(1), 1), "the source goes on");
 }
@@ -110,6 +110,17 @@ fn a_standby_expires_whoever_is_connected_and_an_active_lease_only_with_nobody()
     assert_eq!(log.leases.expired(60_000, |_| true), [standby.clone()]);
     let active = LeaseEvent::Ended { id: id(1), why: LeaseEnd::Expired };
     assert_eq!(log.leases.expired(60_000, |_| false), [active, standby]);
+}
+
+#[test]
+fn a_lease_that_became_active_is_not_given_back_as_a_standby() {
+    let mut log = Log::default();
+    log.acquire(&wanted(1, LeaseMode::Active)).expect("active");
+    log.acquire(&wanted(2, LeaseMode::Standby)).expect("standby");
+    log.convert(1, 2, 1).expect("convert");
+    let refused = LeaseRefusal::OtherMode { id: id(2), mode: LeaseMode::Active, wanted: LeaseMode::Standby };
+    assert_eq!(log.leases.release(&id(2), Some(LeaseMode::Standby)), Err(refused));
+    assert_eq!(log.leases.release(&id(1), Some(LeaseMode::Standby)), Ok(Vec::new()), "it ended");
 }
 
 #[test]
@@ -159,7 +170,7 @@ proptest! {
                     log.leases.acquire(&Acquire { break_others, ..wanted(id, mode) }).map(|step| step.events)
                 }
                 Ask::Convert { from, to, epoch } => log.leases.convert(&id(from), &id(to), epoch).map(|step| step.events),
-                Ask::Release { id: number } => Ok(log.leases.release(&id(number))),
+                Ask::Release { id: number } => log.leases.release(&id(number), None),
                 Ask::Expire { after_ms } => {
                     now_ms += after_ms;
                     Ok(log.leases.expired(now_ms, |_| false))

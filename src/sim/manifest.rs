@@ -116,6 +116,10 @@ fn machine(vm: &crate::agent::VmRecord) -> MachineShape {
         disks.map(|(slot, disk)| DeviceSlot { read_only: Some(disk.read_only), ..plain(slot, DeviceKind::Block) });
     let nets = (FIRST_NET_SLOT..).zip(0..vm.spec.interfaces);
     let nets = nets.map(|(slot, index)| DeviceSlot { mac: Some(mac(index)), ..plain(slot, DeviceKind::Net) });
+    let slots = vm.spec.volumes.iter().enumerate().map(|(index, slot)| DeviceSlot {
+        read_only: Some(slot.told_read_only),
+        ..plain(FIRST_BLOCK_SLOT + vm.spec.volume_index(index), DeviceKind::Volume)
+    });
     let always = [plain(0, DeviceKind::Vsock), plain(1, DeviceKind::Rng)];
     let balloon = vm.spec.balloon.then(|| plain(2, DeviceKind::Balloon));
     MachineShape {
@@ -124,7 +128,7 @@ fn machine(vm: &crate::agent::VmRecord) -> MachineShape {
         memory_bytes: u64::from(vm.spec.memory_mib).saturating_mul(MIB),
         page_bytes: u32::try_from(PAGE_BYTES).unwrap_or(u32::MAX),
         backing: Backing::PrivateFile,
-        devices: always.into_iter().chain(balloon).chain(disks).chain(nets).collect(),
+        devices: always.into_iter().chain(balloon).chain(disks).chain(slots).chain(nets).collect(),
     }
 }
 

@@ -67,7 +67,11 @@ impl Registrar {
             let Some(member) = &vm.spec.cluster else { continue };
             let runs = matches!(
                 vm.state,
-                VmState::Running | VmState::Paused | VmState::Saving { .. } | VmState::HandingOver { .. }
+                VmState::Running
+                    | VmState::Paused
+                    | VmState::Saving { .. }
+                    | VmState::HandingOver { .. }
+                    | VmState::ChangingVolumes { .. }
             );
             if runs && (vm.registration.is_none() || !self.heard.contains(&vm.id)) {
                 wrong.push(format!("{} is {} and does not know that it is registered", vm.id, vm.state.name()));

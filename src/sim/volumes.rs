@@ -126,10 +126,10 @@ impl Volumes {
                 volume.write(step.events, now_ms);
                 Ok(Answer::Lease { lease: step.lease })
             }
-            Ask::Release { volume, id } => {
+            Ask::Release { volume, id, only } => {
                 // Of a volume that is gone nobody has a lease.
                 let Ok(volume) = self.volume(&volume) else { return Ok(Answer::Done) };
-                let events = volume.leases.release(&id);
+                let events = volume.leases.release(&id, only).map_err(refused)?;
                 volume.write(events, now_ms);
                 Ok(Answer::Done)
             }

@@ -131,8 +131,8 @@ fn about_leases(daemon: &Arc<Daemon>, ask: Ask) -> Answered {
             })?;
             Ok(Answer::Lease { lease })
         }
-        Ask::Release { volume, id } => {
-            registry.change(&volume, |leases| Ok((leases.release(&id), ())))?;
+        Ask::Release { volume, id, only } => {
+            registry.change(&volume, |leases| Ok((leases.release(&id, only)?, ())))?;
             Ok(Answer::Done)
         }
         Ask::Leases { volume } => {

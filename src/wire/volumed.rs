@@ -241,6 +241,9 @@ pub enum Ask {
         volume: VolumeId,
         /// Which.
         id: LeaseId,
+        /// Only if this is what it allows; refused otherwise.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        only: Option<LeaseMode>,
     },
     /// The leases of a volume and what happened to them; answered by [`Answer::Leases`].
     Leases {
@@ -523,7 +526,8 @@ mod tests {
 
     #[test]
     fn a_frame_is_its_length_and_json() {
-        let ask = Ask::Release { volume: VolumeId::from_random([1; 10]), id: LeaseId::from_random([2; 10]) };
+        let ask =
+            Ask::Release { volume: VolumeId::from_random([1; 10]), id: LeaseId::from_random([2; 10]), only: None };
         let frame = encode(&ask).expect("encode");
         let (head, body) = frame.split_first_chunk().expect("a head");
         assert_eq!(body_bytes(*head).expect("length"), body.len());

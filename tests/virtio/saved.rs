@@ -229,7 +229,7 @@ fn sections_are_as_in_the_golden_file() {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a file of the source tree, kept by its version control")]
-fn bless(path: &std::path::Path, text: &str) {
+pub(crate) fn bless(path: &std::path::Path, text: &str) {
     std::fs::write(path, text).unwrap();
 }
 

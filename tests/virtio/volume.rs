@@ -1,9 +1,12 @@
 //! The block device on a volume, whose server is this test: what it does well, and what it can do wrong.
 
+#![expect(clippy::disallowed_methods, reason = "waits are measured by the host's own clock")]
+
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hearth::machine::layout::Slot;
@@ -17,7 +20,7 @@ use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::driver::{Driver, EVENT_IDX, INDIRECT, VERSION_1, ram, run};
-use crate::volume_server::{Content, Dialled, FLAGS, FLAGS_ALONE, FLUSH, READ, TRIM, WRITE, ZEROES, wait_for};
+use crate::volume_server::{Content, Dialled, FLAGS, FLUSH, READ, TRIM, WRITE, ZEROES, wait_for};
 
 const READ_ONLY: u64 = 1 << 5;
 const ALL: u64 = VERSION_1 | EVENT_IDX | INDIRECT | 1 << 13 | 1 << 14 | 1 << 9 | 1 << 2 | 1 << 6 | READ_ONLY;
@@ -33,6 +36,34 @@ const BYTES: u64 = 4 * MIB;
 const RECONNECT: Duration = Duration::from_secs(10);
 
 const ATTACHED: Attachment = Attachment { bytes: BYTES, read_only: false, reconnect: RECONNECT };
+
+/// A flush on one connection says nothing of others.
+const FLAGS_ALONE: u16 = FLAGS & !(1 << 8);
+
+impl Dialled {
+    /// Serves on a thread of its own until it is hung up on; gives what was asked, by command.
+    pub(crate) fn serve(mut self, content: &Content) -> JoinHandle<Vec<u16>> {
+        let content = Arc::clone(content);
+        std::thread::spawn(move || {
+            let mut commands = Vec::new();
+            while let Some(asked) = self.asked() {
+                commands.push(asked.command);
+                if self.carry_out(&asked, &content).is_err() {
+                    break;
+                }
+            }
+            commands
+        })
+    }
+
+    /// Whether the client hung up, at once or soon.
+    pub(crate) fn is_hung_up_on(&mut self) -> bool {
+        match std::io::Read::read(&mut self.0, &mut [0]) {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}
 
 fn quiet(_: std::fmt::Arguments<'_>) {}
 
@@ -376,13 +407,7 @@ fn without_a_server_for_too_long_requests_fail_until_there_is_one() {
     assert_eq!(guest.status(posted.1), NOT_YET);
     let server = guest.dial().serve(&content);
     assert_eq!(guest.finish(posted), OK, "back within the bound");
-    drop(server);
-    let mut server = guest.dial();
-    guest.wait_connections(2);
-    let reads: Vec<_> = (0..4).map(|_| guest.post(IN, 0, 4096, 0)).collect();
-    server.asked().unwrap();
-    drop(server);
-    reads.into_iter().for_each(|posted| assert_eq!(guest.finish(posted), OK, "the other one has it"));
+    drop((server, guest));
     let mut guest = Guest::up(Some(attached), false);
     let server = guest.dial();
     guest.wait_connections(1);
@@ -566,7 +591,7 @@ fn volumes_come_grow_and_go() {
     assert_eq!(guest.ask(IN, 9, 512, 0), (OK, vec![9; 512]));
 
     assert_eq!(device.resize_volume(BYTES - 4096), Err(VolumeError::Shrinks { has: BYTES, wanted: BYTES - 4096 }));
-    content.lock().unwrap().resize(2 * BYTES as usize, 0x91);
+    content.lock().unwrap().resize(usize::try_from(2 * BYTES).unwrap(), 0x91);
     device.resize_volume(2 * BYTES).unwrap();
     assert_eq!(server.join().unwrap(), [READ], "its size was agreed upon before");
     assert_eq!(guest.sectors(), 2 * BYTES / 512);
@@ -665,4 +690,79 @@ fn a_reset_leaves_nothing_under_way() {
     assert_eq!((guest.status(posted), guest.counts().waiting), (NOT_YET, 0));
     let _server = guest.dial().serve(&content);
     assert_eq!(guest.ask(IN, 5, 512, 0), (OK, vec![5; 512]));
+}
+
+/// As the device on a file has it in `saved.rs`: what was shipped is read, and written as it was.
+#[test]
+fn a_saved_volume_is_as_in_the_golden_file() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/virtio_block_v2.txt");
+    let mut guest = Guest::with_volume();
+    guest.post(OUT, 3, 512, 0x77);
+    guest.post(SYNC, 0, 0, 0);
+    wait_for("both", || guest.counts().waiting == 2);
+    let devices = guest.devices.take().unwrap();
+    devices.pause();
+    let text: String = devices
+        .save()
+        .unwrap()
+        .iter()
+        .map(|section| {
+            let bytes: String = section.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("{} version {}: {bytes}\n", section.name, section.version)
+        })
+        .collect();
+    if std::env::var_os("HEARTH_BLESS").is_some() {
+        crate::saved::bless(&path, &text);
+    }
+    let golden = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(golden, text, "not as in {}; if it should be: HEARTH_BLESS=1", path.display());
+}
+
+/// A disk that was saved on a file goes on on a volume, and one that was saved on a volume on a file.
+#[test]
+fn a_disk_moves_between_file_and_volume() {
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(BYTES).unwrap();
+    let ram = ram(16);
+    let on_file = || Backend::Block { file: disk.try_clone().unwrap(), read_only: false };
+    let saved = |slot: VirtioSlot| DeviceLoop::start(vec![Arc::new(slot)]).unwrap().save().unwrap();
+    let of_file = saved(VirtioSlot::new(slot(), on_file(), &ram).unwrap());
+    assert_eq!(of_file[1].version, 1);
+    let directory = tempfile::tempdir().unwrap();
+    let of_volume = saved(restore(&directory, &ram, Some(ATTACHED), false, of_file).unwrap());
+    assert_eq!(of_volume[1].version, 2);
+    let mut all = Sections::new();
+    of_volume.into_iter().for_each(|section| all.push(section).unwrap());
+    let again = saved(VirtioSlot::from_saved(slot(), on_file(), &ram, &mut all).unwrap());
+    assert_eq!(again[1].version, 1);
+}
+
+/// What is said to be under way is looked at before it is believed.
+#[test]
+fn impossible_requests_under_way_are_refused() {
+    #[derive(serde::Serialize, serde::Deserialize)]
+    struct BlockV2(u64, bool, bool, bool, Vec<u16>);
+    impl hearth::saved::Saved for BlockV2 {
+        const KIND: hearth::saved::SectionKind = hearth::saved::SectionKind::Block;
+        const VERSION: u16 = 2;
+    }
+    let mut guest = Guest::with_volume();
+    let devices = guest.devices.take().unwrap();
+    devices.pause();
+    let sections = devices.save().unwrap();
+    let ram = guest.driver.ram.clone();
+    let with = |under_way: Vec<u16>| {
+        let block = BlockV2(BYTES / 512, false, false, false, under_way);
+        let sections = vec![sections[0].clone(), Section::new(3, &block).unwrap()];
+        restore(&guest.directory, &ram, Some(ATTACHED), false, sections)
+    };
+    for impossible in [vec![1, 1], (0..65).collect()] {
+        let error = with(impossible).err().unwrap();
+        assert!(chain(&error).contains("its requests under way are impossible"), "{}", chain(&error));
+    }
+    // A head that is no descriptor breaks the ring, which the guest is told of.
+    let device = Arc::new(with(vec![7_000]).unwrap());
+    let _devices = run(&[&device]);
+    let driver = Driver::new(&ram, device);
+    assert_eq!(driver.read(0x070) & 64, 64, "it asks for a reset");
 }

@@ -1,11 +1,12 @@
 //! An NBD server as a volume's is: it dials, and speaks first. Written from the protocol, not from the device; each part
 //! can be done wrong by whoever drives it.
 
+#![expect(clippy::disallowed_methods, reason = "waits are measured by the host's own clock")]
+
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub(crate) const READ: u16 = 0;
@@ -16,7 +17,6 @@ pub(crate) const ZEROES: u16 = 6;
 
 /// Flags, flush, trim, write-zeroes, multi-conn.
 pub(crate) const FLAGS: u16 = 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8;
-pub(crate) const FLAGS_ALONE: u16 = FLAGS & !(1 << 8);
 
 /// What is on the volume.
 pub(crate) type Content = Arc<Mutex<Vec<u8>>>;
@@ -103,7 +103,9 @@ impl Dialled {
 
     /// Does what is asked, and says so.
     pub(crate) fn carry_out(&mut self, asked: &Asked, content: &Content) -> io::Result<()> {
-        let (from, to) = (usize::try_from(asked.offset).unwrap(), asked.offset as usize + asked.bytes as usize);
+        assert_eq!(asked.flags & !2, 0, "only zeroes that keep their space have a flag");
+        let from = usize::try_from(asked.offset).unwrap();
+        let to = from + asked.bytes as usize;
         let data = {
             let mut content = content.lock().unwrap();
             match asked.command {
@@ -121,29 +123,6 @@ impl Dialled {
             }
         };
         self.reply(asked.handle, 0, &data)
-    }
-
-    /// Serves on a thread of its own until it is hung up on; gives what was asked, by command.
-    pub(crate) fn serve(mut self, content: &Content) -> JoinHandle<Vec<u16>> {
-        let content = Arc::clone(content);
-        std::thread::spawn(move || {
-            let mut commands = Vec::new();
-            while let Some(asked) = self.asked() {
-                commands.push(asked.command);
-                if self.carry_out(&asked, &content).is_err() {
-                    break;
-                }
-            }
-            commands
-        })
-    }
-
-    /// Whether the client hung up, at once or soon.
-    pub(crate) fn is_hung_up_on(&mut self) -> bool {
-        match self.0.read(&mut [0]) {
-            Ok(count) => count == 0,
-            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
-        }
     }
 }
 

@@ -13,6 +13,7 @@ use super::hello::{greet, let_fade};
 use super::link::{Channel, TlsError};
 use super::moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, DecisionBody, PresenceBody};
 use super::parts::{PartBody, PartOrder, PieceError};
+use super::volumes::{VolumeBody, VolumeOrder};
 use super::{HELLO_PATH, Identity, PeerSetup, Started, now_ms};
 use crate::agent::Agent;
 use crate::agent::arrivals::Decision;
@@ -23,6 +24,7 @@ use crate::agent::record::VmRecord;
 use crate::agent::session::{SessionCreated, SessionRequest};
 use crate::agent::session_error::SessionError;
 use crate::agent::session_record::SessionRecord;
+use crate::agent::volumes::AskVolumesError;
 use crate::agent::world::{Records, World, random_array};
 use crate::clock::Clock;
 use crate::ids::{MigrationId, VmId};
@@ -168,6 +170,9 @@ pub trait PeerDoor: Send + Sync + 'static {
 
     /// A piece of a part of a bundle that is here, all of it or in part.
     fn bundle_piece(&self, order: PartOrder) -> BoxFuture<'_, Result<PartBody, PieceError>>;
+
+    /// What the volume daemon of this host says about leases.
+    fn volumes_for_peer(&self, order: VolumeOrder) -> BoxFuture<'_, Result<VolumeBody, AskVolumesError>>;
 
     /// This host's members of a session; none when there is no such session.
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>>;
@@ -369,6 +374,10 @@ impl<W: World> PeerDoor for Agent<W> {
 
     fn bundle_piece(&self, order: PartOrder) -> BoxFuture<'_, Result<PartBody, PieceError>> {
         self.read_piece(order)
+    }
+
+    fn volumes_for_peer(&self, order: VolumeOrder) -> BoxFuture<'_, Result<VolumeBody, AskVolumesError>> {
+        self.answer_for_volumes(order)
     }
 
     fn members_here(&self, session_network_id: u32) -> Vec<Arc<VmRecord>> {

@@ -10,9 +10,10 @@ use crate::agent::arrivals::Decision;
 use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::egress::Egress;
 use crate::agent::migration_record::MigrationRecord;
-use crate::agent::record::{VmRecord, VmSpec};
+use crate::agent::record::{VmRecord, VmSpec, VolumeSlot};
 use crate::agent::session_record::{NetworkRecord, SessionRecord};
 use crate::agent::shared::Shared;
+use crate::agent::volumes::VolumeUse;
 use crate::agent::world::{DiskIdentity, World};
 use crate::bundle::admit::GuestNeeds;
 use crate::clock::{Steady, UnixNanos};
@@ -172,7 +173,7 @@ impl ArrivalOrder {
             host,
             vm: vm.id.clone(),
             name: vm.name.clone(),
-            spec: vm.spec.clone(),
+            spec: VmSpec { volumes: standing_by(vm, host), ..vm.spec.clone() },
             generation: vm.generation.clone(),
             guest_protocol: vm.guest_protocol,
             created_at: vm.created_at,
@@ -191,6 +192,16 @@ impl ArrivalOrder {
     pub(in crate::agent) fn keys(&self) -> Option<(Vec<u8>, [u8; 32])> {
         Some((bytes(&self.certificate)?, bytes(&self.token)?.try_into().ok()?))
     }
+}
+
+/// The volumes as the other host is to have them: with leases of its own, which stand by.
+fn standing_by(vm: &VmRecord, own: u16) -> Vec<VolumeSlot> {
+    let theirs = |used: &VolumeUse| {
+        let (lease, secret) = used.standby.clone().unwrap_or_else(|| (used.lease.clone(), used.secret.clone()));
+        VolumeUse { lease, secret, home: used.home.or(Some(own)), standby: None, ..used.clone() }
+    };
+    let slots = vm.spec.volumes.iter();
+    slots.map(|slot| VolumeSlot { used: slot.used.as_ref().map(theirs), ..slot.clone() }).collect()
 }
 
 impl ArrivalReady {

@@ -6,6 +6,7 @@ use super::INBOX_MAX;
 use crate::agent::migration_record::MigrationRecord;
 use crate::agent::record::{BundleOrder, SwapPolicy, VmSpec, WakeCause};
 use crate::agent::vm_state::{Denied, SwapMode};
+use crate::agent::volume_change::{VolumeChange, VolumeChangeError};
 use crate::ids::MigrationId;
 use crate::report::Retry;
 
@@ -38,6 +39,8 @@ pub enum Verb {
     Snapshot(Box<BundleOrder>),
     /// Have another VMM process, of this agent's version, take it over.
     HandOver,
+    /// Have other volumes.
+    ChangeVolumes(Box<VolumeChange>),
     /// Move it to another host.
     Migrate(MigrationRecord),
     /// Have it stay, if it is on its way to another host by this migration.
@@ -110,6 +113,22 @@ pub enum VerbError {
         /// What was found.
         report: String,
     },
+    /// A bundle has no volumes.
+    #[error("snapshot {vm}: it has {volumes} volumes, and a bundle has none")]
+    HasVolumes {
+        /// The VM.
+        vm: String,
+        /// How many it has.
+        volumes: usize,
+    },
+    /// Its volumes cannot be so.
+    #[error("change the volumes of {vm}: {refused}")]
+    Volume {
+        /// Of which VM.
+        vm: String,
+        /// Why not.
+        refused: VolumeChangeError,
+    },
     /// It was forgotten, or the agent is ending.
     #[error("{vm} is gone")]
     Gone {
@@ -134,7 +153,9 @@ impl VerbError {
     /// Whether the same request may succeed later.
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::Denied { .. } | Self::Quarantined { .. } => Retry::WithChange,
+            Self::Denied { .. } | Self::Quarantined { .. } | Self::Volume { .. } | Self::HasVolumes { .. } => {
+                Retry::WithChange
+            }
             Self::Busy { .. } | Self::Filling { .. } | Self::Failed { .. } => Retry::Later,
             Self::Gone { .. } => Retry::Never,
         }
@@ -147,6 +168,7 @@ impl Verb {
         match self {
             Self::Snapshot(_) => "snapshot",
             Self::HandOver => "hand-over",
+            Self::ChangeVolumes(_) => "change the volumes of",
             Self::Migrate(_) => "migrate",
             Self::CancelMigration(_) => "cancel the migration of",
             Self::Arrive(_) => "take back",

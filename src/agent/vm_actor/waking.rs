@@ -45,6 +45,7 @@ pub(super) fn has_no_way_back(operation: &OperationRecord, cause: &FailureCause)
         | Goal::Remove
         | Goal::Build
         | Goal::Snapshot
+        | Goal::ChangeVolumes
         | Goal::Migrate
         | Goal::Arrive
         | Goal::Enlist

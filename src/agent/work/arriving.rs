@@ -80,6 +80,10 @@ impl<W: World> Work<W> {
                     None
                 }
             };
+            let decided = match decided {
+                Some(decided) => Some(decided),
+                None => self.decision_by_lease().await,
+            };
             match decided {
                 Some(Decision::HandedOver) => return Ok(()),
                 Some(Decision::Kept) => {

@@ -38,6 +38,7 @@ impl<W: World> Work<W> {
     }
 
     pub(super) async fn arrange_arrival(&mut self) -> Result<(), Outcome> {
+        self.name_standbys()?;
         let world = &self.shared.world;
         let own = world.vmm().certificate().map_err(|error| host(format!("make a certificate: {error}")))?;
         let token = random_array(world).map_err(|error| host(format!("read randomness: {error}")))?;

@@ -2,7 +2,8 @@
 
 use crate::agent::{self, ChangesView, DigestView, LeasesView, SnapshotReport, VolumeReport};
 use crate::api::types::{
-    Lease, LeaseHistoryEntry, LeaseList, LeaseMode, Volume, VolumeChanges, VolumeDigest, VolumeRun, VolumeSnapshot,
+    Lease, LeaseHistoryEntry, LeaseList, LeaseMode, VmVolumes, Volume, VolumeChanges, VolumeDigest, VolumeFlow,
+    VolumePhase, VolumeRun, VolumeSlot, VolumeSnapshot, VolumeStats, VolumeWish,
 };
 use crate::lease;
 
@@ -94,4 +95,54 @@ pub(in crate::api) fn changes(view: ChangesView) -> VolumeChanges {
     let ChangesView { volume, generation, complete, runs } = view;
     let runs = runs.into_iter().map(|agent::VolumeRun { offset, bytes }| VolumeRun { offset, bytes }).collect();
     VolumeChanges { volume_id: volume, generation, complete, runs }
+}
+
+pub(in crate::api) fn wish(wish: VolumeWish) -> agent::VolumeWish {
+    let VolumeWish { volume, read_only, mount } = wish;
+    agent::VolumeWish { volume, read_only, mount }
+}
+
+/// The slots of a VM.
+pub(in crate::api) fn slots(vm: &agent::VmRecord) -> Vec<VolumeSlot> {
+    let slot = |(index, slot): (usize, &agent::VolumeSlot)| {
+        let used = slot.used.as_ref();
+        VolumeSlot {
+            index: vm.spec.volume_index(index),
+            told_read_only: slot.told_read_only,
+            volume_id: used.map(|used| used.volume.clone()),
+            read_only: slot.told_read_only || used.is_some_and(|used| used.read_only),
+            bytes: used.map_or(0, |used| used.bytes),
+            phase: used.map(|used| match used.phase {
+                agent::UsePhase::Attached => VolumePhase::Attached,
+                agent::UsePhase::Attaching => VolumePhase::Attaching,
+                agent::UsePhase::Detaching { .. } => VolumePhase::Detaching,
+            }),
+            mount: used.and_then(|used| used.mount.clone()),
+            lease_id: used.map(|used| used.lease.clone()),
+            epoch: used.map(|used| used.epoch),
+        }
+    };
+    vm.spec.volumes.iter().enumerate().map(slot).collect()
+}
+
+pub(in crate::api) fn vm_volumes(view: agent::VmVolumesView) -> VmVolumes {
+    let flow = |flow: agent::VolumeFlow| VolumeFlow {
+        requests: flow.requests,
+        bytes: flow.bytes,
+        latency_us: flow.latency_us.to_vec(),
+    };
+    let stats = |status: agent::VolumeStatus| VolumeStats {
+        index: status.index,
+        connections: status.connections,
+        waiting: status.waiting,
+        reconnects: status.reconnects,
+        errors: status.errors,
+        fenced: status.fenced,
+        read: flow(status.read),
+        write: flow(status.write),
+        flush: flow(status.flush),
+        trouble: status.trouble,
+    };
+    let slots = slots(&view.vm);
+    VmVolumes { vm_id: view.vm.id.clone(), slots, stats: view.slots.into_iter().map(stats).collect() }
 }

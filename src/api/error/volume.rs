@@ -3,7 +3,7 @@
 use axum::http::StatusCode;
 
 use super::ApiError;
-use crate::agent::{AskVolumesError, VolumeError, VolumeRefusal as Refusal};
+use crate::agent::{AskVolumesError, VolumeChangeError, VolumeError, VolumeRefusal as Refusal};
 use crate::lease::LeaseRefusal;
 use crate::report::{Retry, chain};
 
@@ -12,6 +12,10 @@ type Answer = (StatusCode, &'static str, Option<&'static str>);
 
 impl From<VolumeError> for ApiError {
     fn from(error: VolumeError) -> Self {
+        let error = match error {
+            VolumeError::Vm(error) => return error.into(),
+            error => error,
+        };
         let message = chain(&error);
         let (status, code, todo) = match &error {
             VolumeError::Unknown { .. } => {
@@ -19,6 +23,8 @@ impl From<VolumeError> for ApiError {
             }
             VolumeError::Ambiguous { .. } => (StatusCode::CONFLICT, "ambiguous_id", None),
             VolumeError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name", None),
+            VolumeError::Mount { .. } => (StatusCode::BAD_REQUEST, "invalid_mount", None),
+            VolumeError::Vm(_) | VolumeError::Vmm(_) => (StatusCode::SERVICE_UNAVAILABLE, "vmm_unavailable", None),
             VolumeError::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure", None),
             VolumeError::Ask(error) => ask(error),
         };
@@ -28,6 +34,18 @@ impl From<VolumeError> for ApiError {
             Some(todo) => answer.with_detail(todo),
             None => answer,
         }
+    }
+}
+
+/// Why a VM's volumes stay as they are.
+pub(super) fn unchanged(error: &VolumeChangeError, message: String, retry: Retry) -> ApiError {
+    match error {
+        VolumeChangeError::Attached { .. } => ApiError::new(StatusCode::CONFLICT, "volume_attached", message, retry),
+        VolumeChangeError::NotAttached { .. } => {
+            ApiError::new(StatusCode::NOT_FOUND, "volume_not_attached", message, retry)
+        }
+        VolumeChangeError::NoSlot { .. } => ApiError::new(StatusCode::CONFLICT, "no_volume_slot", message, retry)
+            .with_detail("launch VMs that are to get volumes later with `--spare-disks`"),
     }
 }
 
@@ -42,6 +60,7 @@ pub(super) const fn ask(error: &AskVolumesError) -> Answer {
         ),
         AskVolumesError::OtherVersion { .. } => (StatusCode::SERVICE_UNAVAILABLE, "volumes_other_version", None),
         AskVolumesError::TimedOut { .. }
+        | AskVolumesError::Home { .. }
         | AskVolumesError::Socket(_)
         | AskVolumesError::Frame(_)
         | AskVolumesError::Unexpected => (StatusCode::SERVICE_UNAVAILABLE, "volumes_unavailable", None),

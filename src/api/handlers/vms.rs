@@ -60,6 +60,8 @@ pub(in crate::api) async fn launch_vm(
         vcpus,
         memory_mib,
         disks,
+        volumes: value.volumes.into_iter().map(convert::wish).collect(),
+        spare_disks: value.spare_disks.unwrap_or(0),
         network_limits,
         session,
         addressing,

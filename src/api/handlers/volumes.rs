@@ -10,9 +10,9 @@ use crate::api::convert;
 use crate::api::error::ApiError;
 use crate::api::routes::Served;
 use crate::api::types::{
-    ErrorBody, Lease, LeaseConvertRequest, LeaseList, LeaseRequest, LeaseValidateRequest, Volume, VolumeChanges,
-    VolumeChangesQuery, VolumeCreateRequest, VolumeDigest, VolumeList, VolumeResizeRequest, VolumeSnapshot,
-    VolumeSnapshotList, VolumeSnapshotRequest,
+    ErrorBody, Lease, LeaseConvertRequest, LeaseList, LeaseRequest, LeaseValidateRequest, Vm, VmVolumes, Volume,
+    VolumeChanges, VolumeChangesQuery, VolumeCreateRequest, VolumeDetachQuery, VolumeDigest, VolumeList,
+    VolumeResizeRequest, VolumeSnapshot, VolumeSnapshotList, VolumeSnapshotRequest, VolumeWish,
 };
 use crate::ids::LeaseId;
 use crate::units::MIB;
@@ -275,6 +275,53 @@ pub(in crate::api) async fn release_lease(
 ) -> Result<StatusCode, ApiError> {
     served.door.release_lease(&id, &lease_id(&lease)?).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Give a volume to a VM that has a slot for it.
+#[utoipa::path(
+    post, path = "/v1/vms/{id}/volumes", tag = "volumes", request_body = VolumeWish,
+    params(("id" = String, Path, description = "Id, unique start of an id, or name of the VM")),
+    responses((status = 200, body = Vm), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody))
+)]
+pub(in crate::api) async fn attach_volume(
+    State(served): State<Served>,
+    Path(id): Path<String>,
+    body: JsonBody<VolumeWish>,
+) -> Result<Json<Vm>, ApiError> {
+    let vm = served.door.attach_volume(&id, convert::wish(body.value)).await?;
+    Ok(Json(convert::vm(&vm, &served.host)))
+}
+
+/// Take a volume from a VM.
+#[utoipa::path(
+    delete, path = "/v1/vms/{id}/volumes/{volume}", tag = "volumes",
+    params(
+        ("id" = String, Path, description = "Id, unique start of an id, or name of the VM"),
+        ("volume" = String, Path, description = "Id, unique start of an id, or name of the volume"),
+        VolumeDetachQuery,
+    ),
+    responses((status = 200, body = Vm), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody))
+)]
+pub(in crate::api) async fn detach_volume(
+    State(served): State<Served>,
+    Path((id, volume)): Path<(String, String)>,
+    Params(VolumeDetachQuery { force }): Params<VolumeDetachQuery>,
+) -> Result<Json<Vm>, ApiError> {
+    let vm = served.door.detach_volume(&id, &volume, force).await?;
+    Ok(Json(convert::vm(&vm, &served.host)))
+}
+
+/// Show the volumes of a VM, and what passed them.
+#[utoipa::path(
+    get, path = "/v1/vms/{id}/volumes", tag = "volumes",
+    params(("id" = String, Path, description = "Id, unique start of an id, or name of the VM")),
+    responses((status = 200, body = VmVolumes), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody))
+)]
+pub(in crate::api) async fn vm_volumes(
+    State(served): State<Served>,
+    Path(id): Path<String>,
+) -> Result<Json<VmVolumes>, ApiError> {
+    Ok(Json(convert::vm_volumes(served.door.vm_volumes(&id).await?)))
 }
 
 fn lease_id(text: &str) -> Result<LeaseId, ApiError> {

@@ -4,7 +4,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use super::{Addressing, BalloonStats, InterfaceStats, LaunchMode, NetworkLimits, SwapPolicy, Swapped};
+use super::{
+    Addressing, BalloonStats, InterfaceStats, LaunchMode, NetworkLimits, SwapPolicy, Swapped, VolumeSlot, VolumeWish,
+};
 use crate::ids::{ClusterId, MigrationId, OperationId, SessionId, VmId};
 
 /// `POST /v1/vms`: answered 202 with the [`Vm`] when `wait` is `none`, else 201 with it once it is that far.
@@ -33,6 +35,13 @@ pub struct VmLaunchRequest {
     /// Raw files of this host to attach as block devices, in order: at most 6.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// Volumes that it gets. Disks, volumes and spare disks are at most 6 together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeWish>,
+    /// Disks that are empty until a volume is attached: none when left out. Of a bundle, those it was made with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 6)]
+    pub spare_disks: Option<u8>,
     /// What may pass its network interface; without it everything may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_limits: Option<NetworkLimits>,
@@ -167,6 +176,9 @@ pub struct Vm {
     /// Its disks.
     #[serde(default)]
     pub disks: Vec<Disk>,
+    /// Its slots for volumes.
+    #[serde(default)]
+    pub volumes: Vec<VolumeSlot>,
     /// What may pass its network interface.
     #[serde(default)]
     pub network_limits: NetworkLimits,
@@ -242,6 +254,8 @@ pub enum VmState {
     Saving,
     /// Another VMM process takes it over.
     HandingOver,
+    /// Volumes are being attached to it or taken from it.
+    ChangingVolumes,
     /// Stands still; its memory is being moved out.
     SwappingOut,
     /// Stands still; its memory is out, see `swapped`.

@@ -258,3 +258,115 @@ pub struct LeaseList {
     /// What happened of late, the oldest first.
     pub history: Vec<LeaseHistoryEntry>,
 }
+
+/// A volume for a VM: in `POST /v1/vms`, and `POST /v1/vms/{id}/volumes`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeWish {
+    /// Id of the volume, a unique start of it, or its name.
+    #[schema(example = "data")]
+    pub volume: String,
+    /// Refuse the guest's writes. Then other VMs may read it as well, and none may write it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Where the guest is to mount it; it must hold a file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(example = "/srv")]
+    pub mount: Option<String>,
+}
+
+/// How far a VM is with a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumePhase {
+    /// It has it.
+    Attached,
+    /// It is getting it.
+    Attaching,
+    /// It is giving it up.
+    Detaching,
+}
+
+/// A slot of a VM for a volume: a disk of its guest, for as long as it lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VolumeSlot {
+    /// Its number among the VM's block devices.
+    pub index: u8,
+    /// Whether the guest was told that the disk cannot be written when it found it.
+    pub told_read_only: bool,
+    /// The volume in it; null: it is free, and the disk is empty.
+    #[schema(value_type = Option<String>)]
+    pub volume_id: Option<VolumeId>,
+    /// Whether the guest's writes are refused.
+    pub read_only: bool,
+    /// The volume's size in bytes; 0 without one.
+    pub bytes: u64,
+    /// How far the VM is with it.
+    pub phase: Option<VolumePhase>,
+    /// Where the guest was asked to mount it.
+    pub mount: Option<String>,
+    /// The lease it is used with.
+    #[schema(value_type = Option<String>)]
+    pub lease_id: Option<LeaseId>,
+    /// The lease's epoch.
+    pub epoch: Option<u64>,
+}
+
+/// Requests of one kind that succeeded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VolumeFlow {
+    /// How many.
+    pub requests: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How many took how long, waiting included: the first counts those below 1 µs, number n those from 2^(n-1) µs to below
+    /// 2^n µs, the last one all that took longer.
+    pub latency_us: Vec<u64>,
+}
+
+/// What passed a volume slot since its volume was attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VolumeStats {
+    /// Its number among the VM's block devices.
+    pub index: u8,
+    /// Connections to the volume's server.
+    pub connections: u8,
+    /// Requests of the guest that are not finished.
+    pub waiting: u32,
+    /// Connections that broke and were made again.
+    pub reconnects: u64,
+    /// Requests that failed.
+    pub errors: u64,
+    /// Whether the server refuses this VM, as its lease is not the active one any more.
+    pub fenced: bool,
+    /// Reads.
+    pub read: VolumeFlow,
+    /// Writes.
+    pub write: VolumeFlow,
+    /// Flushes.
+    pub flush: VolumeFlow,
+    /// Why there is no connection, if there is none.
+    pub trouble: Option<String>,
+}
+
+/// `GET /v1/vms/{id}/volumes`: the volumes of a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmVolumes {
+    /// The VM.
+    #[schema(value_type = String)]
+    pub vm_id: VmId,
+    /// Its slots.
+    pub slots: Vec<VolumeSlot>,
+    /// What passed them; empty without a machine.
+    pub stats: Vec<VolumeStats>,
+}
+
+/// The query of `DELETE /v1/vms/{id}/volumes/{volume}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct VolumeDetachQuery {
+    /// Also while requests of the guest are under way, which fail.
+    #[serde(default)]
+    pub force: bool,
+}

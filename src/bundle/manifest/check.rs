@@ -161,7 +161,8 @@ fn device(device: &DeviceSlot) -> Result<(), InvalidManifest> {
     const FIELD: &str = "machine.devices";
     let DeviceSlot { slot, kind, read_only, mac, mtu } = device;
     at_most(FIELD, (*slot).into(), (SLOTS_MAX - 1).into())?;
-    let (is_net, is_block) = (*kind == DeviceKind::Net, *kind == DeviceKind::Block);
+    let is_net = *kind == DeviceKind::Net;
+    let is_block = matches!(kind, DeviceKind::Block | DeviceKind::Volume);
     if read_only.is_some() && !is_block {
         return invalid(FIELD, format!("slot {slot} is read-only or not, and is no disk"));
     }

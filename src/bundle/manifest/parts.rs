@@ -113,6 +113,8 @@ pub enum DeviceKind {
     Block,
     /// virtio-net.
     Net,
+    /// virtio-blk, to hold a volume: empty in a bundle, whose clones each get their own, or none.
+    Volume,
 }
 
 /// Who a guest took itself for when it was frozen. A clone gets another identity before its network opens.

@@ -233,3 +233,118 @@ impl Tasks {
         Some(&self.slots.get(task)?.as_ref()?.job.chain)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EXPORT: Export = Export { bytes: 1 << 40, flags: 0xffff, block_bytes_min: 1, block_bytes_max: 64 << 10 };
+
+    fn job(head: u16, request: Request) -> Job {
+        Job { chain: Chain::new(head, Vec::new(), 0), request }
+    }
+
+    fn any_request() -> impl Strategy<Value = Request> {
+        let range = (0_u64..1 << 20, 0_u64..600).prop_map(|(at, count)| Range { offset: at * 512, bytes: count * 512 });
+        prop_oneof![
+            range.clone().prop_map(Request::Read),
+            range.clone().prop_map(Request::Write),
+            Just(Request::Flush),
+            proptest::collection::vec(range.clone(), 1..4).prop_map(Request::Discard),
+            (range, any::<bool>()).prop_map(|(range, unmap)| Request::Zero { range, unmap }),
+        ]
+    }
+
+    /// What happens to one of the parts that are sent.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Event {
+        Fails,
+        Breaks,
+        Done,
+    }
+
+    proptest! {
+        /// Whatever order the answers come in, whatever breaks on the way: each request is finished once, when all of it
+        /// was asked for and answered.
+        #[test]
+        fn every_request_is_finished_once(
+            requests in proptest::collection::vec(any_request(), 1..12),
+            events in proptest::collection::vec(
+                (prop_oneof![Just(Event::Fails), Just(Event::Breaks), Just(Event::Done)], 0_usize..1000),
+                0..400,
+            ),
+        ) {
+            let (mut tasks, mut sent, mut finished) = (Tasks::default(), Vec::new(), Vec::new());
+            let (mut asked, mut failed) = (vec![0_u64; requests.len()], vec![false; requests.len()]);
+            let mut owners = std::collections::BTreeMap::new();
+            let mut todo: VecDeque<_> = (0_u16..).zip(requests.clone()).collect();
+            let total = |request: &Request| match request {
+                Request::Read(range) | Request::Write(range) | Request::Zero { range, .. } => range.bytes,
+                Request::Discard(ranges) => ranges.iter().map(|range| range.bytes).sum(),
+                Request::Flush | Request::Id => 0,
+            };
+            let tail = std::iter::repeat_n((Event::Done, 0), 100_000);
+            for (event, at) in events.into_iter().chain(tail) {
+                if sent.is_empty() && todo.is_empty() && !tasks.has_unsent() {
+                    break;
+                }
+                if let Some((head, request)) = todo.pop_front() {
+                    let one = tasks.begin(job(head, request), Monotonic(0));
+                    if one.is_none() {
+                        let place = tasks.slots.iter().position(|slot| {
+                            slot.as_ref().is_some_and(|task| task.job.chain.head() == head)
+                        });
+                        owners.insert(place.unwrap(), usize::from(head));
+                    }
+                    finished.extend(one);
+                }
+                while let Some(part) = tasks.next_part(&EXPORT) {
+                    prop_assert!(part.bytes <= RANGE_BYTES_MAX);
+                    sent.push(part);
+                }
+                if sent.is_empty() {
+                    continue;
+                }
+                let part = sent.swap_remove(at % sent.len());
+                let owner = owners[&part.task];
+                match event {
+                    Event::Fails => {
+                        failed[owner] = true;
+                        finished.extend(tasks.answered(part, true));
+                    }
+                    Event::Breaks => finished.extend(tasks.put_back(vec![part])),
+                    Event::Done => {
+                        asked[owner] += part.bytes;
+                        finished.extend(tasks.answered(part, false));
+                    }
+                }
+            }
+            prop_assert_eq!(tasks.count(), 0);
+            let mut heads: Vec<_> = finished.iter().map(|one| one.done.chain.head()).collect();
+            heads.sort_unstable();
+            prop_assert_eq!(heads, (0_u16..).take(requests.len()).collect::<Vec<_>>());
+            for one in &finished {
+                let number = usize::from(one.done.chain.head());
+                prop_assert_eq!(one.is_ok(), !failed[number]);
+                if one.is_ok() {
+                    prop_assert_eq!(asked[number], total(&requests[number]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_are_what_the_server_takes() {
+        let mut tasks = Tasks::default();
+        let range = Range { offset: 512, bytes: 100 << 10 };
+        assert!(tasks.begin(job(1, Request::Write(range)), Monotonic(0)).is_none());
+        let parts: Vec<_> = std::iter::from_fn(|| tasks.next_part(&EXPORT)).collect();
+        let shown: Vec<_> = parts.iter().map(|part| (part.offset, part.at, part.bytes)).collect();
+        assert_eq!(shown, [(512, 0, 64 << 10), (512 + (64 << 10), 64 << 10, 36 << 10)]);
+        assert!(tasks.answered(parts[1], false).is_none());
+        assert!(tasks.put_back(vec![parts[0]]).is_empty());
+        assert_eq!(tasks.next_part(&EXPORT), Some(parts[0]));
+        assert!(tasks.answered(parts[0], false).unwrap().is_ok());
+    }
+}

@@ -1,0 +1,141 @@
+//! Who goes on, of a VM with volumes: the conversion of its first volume's lease decides, and whoever does not know asks
+//! the lease service.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::volumes::no_volume;
+use super::{Outcome, Work, host};
+use crate::agent::arrivals::Decision;
+use crate::agent::volumes::{AskVolumesError, VolumeUse};
+use crate::agent::world::{World, random_array};
+use crate::ids::LeaseId;
+use crate::lease::{Lease, LeaseMode, LeaseSecret};
+use crate::report::chain;
+use crate::wire::volumed::{Answer, Ask};
+
+/// First and longest time between two tries to hear from the lease service.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+impl<W: World> Work<W> {
+    /// The volumes that it writes: the first one's lease is who decides.
+    fn written(&self) -> impl Iterator<Item = &VolumeUse> {
+        self.record.spec.volume_uses().map(|(_, used)| used).filter(|used| !used.read_only)
+    }
+
+    /// Names the leases that the other host is to take: known here before they are there.
+    pub(super) fn name_standbys(&mut self) -> Result<(), Outcome> {
+        let world = &self.shared.world;
+        for used in self.record.spec.volumes.iter_mut().filter_map(|slot| slot.used.as_mut()) {
+            let failed = |error| host(format!("read randomness: {error}"));
+            let id = LeaseId::from_random(random_array(world).map_err(failed)?);
+            let secret = LeaseSecret::from_random(random_array(world).map_err(failed)?);
+            used.standby = Some((id, secret));
+        }
+        Ok(())
+    }
+
+    pub(super) async fn convert_lease(&mut self) -> Result<(), Outcome> {
+        for used in self.written().skip(1) {
+            let (id, _) = standby(used)?;
+            let ask = Ask::Validate { volume: used.volume.clone(), id, epoch: used.epoch.saturating_add(1) };
+            self.shared.ask_home(used.home, ask).await.map_err(|error| no_volume(used, &error))?;
+        }
+        match self.written().next() {
+            Some(first) => self.convert(first).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn convert(&self, used: &VolumeUse) -> Result<(), Outcome> {
+        let (to, _) = standby(used)?;
+        let ask = Ask::Convert { volume: used.volume.clone(), from: used.lease.clone(), to, epoch: used.epoch };
+        // An answer that did not come says nothing of what was done: the way back asks for that first.
+        self.shared.ask_home(used.home, ask).await.map(drop).map_err(|error| no_volume(used, &error))
+    }
+
+    /// Tries until all are: who goes on is decided, and needs them.
+    pub(super) async fn convert_others(&mut self) -> Result<(), Outcome> {
+        for used in self.written().skip(1) {
+            let (mut wait, longest) = ASK_AGAIN;
+            let (to, _) = standby(used)?;
+            let ask = Ask::Convert { volume: used.volume.clone(), from: used.lease.clone(), to, epoch: used.epoch };
+            loop {
+                match self.shared.ask_home(used.home, ask.clone()).await {
+                    Ok(_) => break,
+                    Err(error) if error.is_refusal() => return Err(no_volume(used, &error)),
+                    Err(error) => {
+                        let error = chain(&error);
+                        tracing::warn!(vm = %self.record.id, volume = %used.volume, error, "its lease is not converted yet");
+                    }
+                }
+                sleep(wait).await;
+                wait = longest.min(wait.saturating_mul(2));
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the standby lease of the first volume gone, unless it was converted. As long as the lease service does not
+    /// answer, nobody knows whose the VM is, and it stands still.
+    pub(super) async fn settle_lease(&mut self) -> Result<(), Outcome> {
+        let Some(first) = self.written().next().cloned() else { return Ok(()) };
+        // The send had not begun.
+        let Some((id, _)) = first.standby.clone() else { return Ok(()) };
+        let (mut wait, longest) = ASK_AGAIN;
+        let mut hurry = self.hurry.clone();
+        loop {
+            let volume = first.volume.clone();
+            // A conversion that was asked for, and is still on its way, finds nothing to convert behind this.
+            let release = Ask::Release { volume, id: id.clone(), only: Some(LeaseMode::Standby) };
+            let released = self.shared.ask_home(first.home, release).await;
+            let active = match released {
+                Ok(_) | Err(AskVolumesError::Refused(_)) => self.shared.active_lease(&first).await,
+                Err(error) => Err(error),
+            };
+            match active {
+                Ok(Some(active)) if active.id == id => return Err(Outcome::Decided),
+                Ok(_) => return Ok(()),
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::warn!(vm = %self.record.id, error, "whose this VM is cannot be told: it stands still");
+                }
+            }
+            tokio::select! {
+                biased;
+                () = super::sending::wanted(&mut hurry) => return Err(Outcome::Hurried),
+                () = sleep(wait) => {}
+            }
+            wait = longest.min(wait.saturating_mul(2));
+        }
+    }
+
+    /// What the lease service says of a machine that stands ready here, when its source does not answer.
+    pub(super) async fn decision_by_lease(&self) -> Option<Decision> {
+        let first = self.written().next()?;
+        match self.shared.active_lease(first).await {
+            Ok(Some(active)) if active.id == first.lease => Some(Decision::HandedOver),
+            Ok(_) => None,
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(vm = %self.record.id, error, "the lease service does not say whose this VM is either");
+                None
+            }
+        }
+    }
+}
+
+fn standby(used: &VolumeUse) -> Result<(LeaseId, LeaseSecret), Outcome> {
+    used.standby.clone().ok_or_else(|| host(format!("nobody stands by for volume {}", used.volume)))
+}
+
+impl<W: World> crate::agent::shared::Shared<W> {
+    /// The lease that may write a volume now.
+    async fn active_lease(&self, used: &VolumeUse) -> Result<Option<Lease>, AskVolumesError> {
+        match self.ask_home(used.home, Ask::Leases { volume: used.volume.clone() }).await? {
+            Answer::Leases { leases, .. } => Ok(leases.into_iter().find(|lease| lease.mode == LeaseMode::Active)),
+            _ => Err(AskVolumesError::Unexpected),
+        }
+    }
+}
