@@ -148,7 +148,7 @@ fn leases_expire_and_are_broken_and_their_history_is_read() {
         panic!("no leases")
     };
     assert_eq!((leases, epoch, history.len()), (vec![third.clone()], third.epoch, 7));
-    assert_eq!(daemon.ask(Ask::Release { volume: volume.clone(), id: third.id }), Answer::Done);
+    assert_eq!(daemon.ask(Ask::Release { volume: volume.clone(), id: third.id, only: None }), Answer::Done);
     assert_eq!(daemon.ask(Ask::Remove { id: volume.clone() }), Answer::Done);
     assert_eq!(daemon.ask(Ask::Remove { id: volume }), Answer::Done, "it is so already");
 }
@@ -230,7 +230,7 @@ fn a_damaged_log_of_leases_serves_nobody() {
         assert!(matches!(refused, Err(ClientError::Refused(_, text)) if text.contains("damaged in line 1")));
     }
     assert!(daemon.show(&volume).damage.expect("damage").contains("damaged in line 1"));
-    let refused = daemon.ask(Ask::Release { volume, id: lease.id });
+    let refused = daemon.ask(Ask::Release { volume, id: lease.id, only: None });
     assert!(matches!(refused, Answer::Refused { refusal: Refusal::Damaged { .. } }), "{refused:?}");
 }
 
