@@ -168,6 +168,12 @@ fn a_vmm_is_served_whoever_is_new() {
     clients[0].write(0, &[7; 8192]).expect("a write");
     assert_eq!(clients[1].read(4096, 4096).expect("a read"), [7; 4096]);
     eventually("both are counted", || attachments(&daemon)[0].connected == 2);
+    // One ends, so the other does before any is made anew: what is asked again is not overtaken.
+    drop(clients.pop());
+    assert!(matches!(clients[0].read(0, 512), Err(ClientError::Broken(_))));
+    let mut clients: Vec<_> = (0..2).map(|_| accept(&listener)).collect();
+    assert_eq!(clients[0].read(0, 512).expect("a read"), [7; 512]);
+    eventually("both are there again", || attachments(&daemon)[0].connected == 2);
     // The daemon is new.
     daemon.kill();
     daemon.start_again();
