@@ -343,8 +343,12 @@ fn attach(daemon: &Arc<Daemon>, attachment: Attachment) -> Answered {
     }
     let socket = attachment.socket.clone();
     let Attached { new, before } = daemon.attachments.attach(attachment)?;
-    if before.is_some() {
-        end_connections(daemon, &socket)?;
+    if before.is_some()
+        && let Err(refusal) = end_connections(daemon, &socket)
+    {
+        // Asked again, it is tried anew.
+        new.iter().for_each(|new| new.give_up());
+        return Err(refusal);
     }
     if let Some(new) = new {
         dial::start(daemon, &new);

@@ -63,6 +63,12 @@ struct State {
     ended: bool,
     /// A dialer says that there is no use in trying again.
     given_up: bool,
+    /// The number of the present set of connections; later ones have larger numbers. 0 before the first.
+    set: u64,
+    /// Connections that belong to it.
+    members: u32,
+    /// One of them ended, so the others do: none joins until none is left, and the next set begins.
+    breaking: bool,
     connected: u8,
     trouble: Option<String>,
 }
@@ -91,6 +97,40 @@ impl Kept {
         let waited = self.changed.wait_timeout_while(self.state(), time, |state| !state.ended);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         !state.ended
+    }
+
+    /// The set that a connection belongs to that is made now; waits until the connections of the one before have ended.
+    /// `None`: the attachment is kept no longer. `now_ms` is the wall clock's, so that numbers grow from one daemon to the
+    /// next as well.
+    pub(super) fn set(&self, now_ms: u64) -> Option<u64> {
+        let waited = self.changed.wait_while(self.state(), |state| state.breaking && !state.ended);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        if state.set == 0 {
+            state.set = now_ms.max(1);
+        }
+        (!state.ended).then_some(state.set)
+    }
+
+    /// Lets a connection belong to its set, if that has not ended meanwhile. Whoever breaks the set must find its socket.
+    pub(super) fn join(&self, set: u64) -> bool {
+        let mut state = self.state();
+        let joins = !state.ended && !state.breaking && state.set == set;
+        state.members += u32::from(joins);
+        joins
+    }
+
+    /// Nothing of a connection that joined is being carried out any more. If requests came by it, its set ends: whether
+    /// there are others to be ended.
+    pub(super) fn leave(&self, had_requests: bool) -> bool {
+        let mut state = self.state();
+        state.members = state.members.saturating_sub(1);
+        state.breaking |= had_requests;
+        if state.breaking && state.members == 0 {
+            state.breaking = false;
+            state.set += 1;
+            self.changed.notify_all();
+        }
+        state.breaking
     }
 
     /// Notes that a connection is there.
@@ -276,6 +316,26 @@ mod tests {
         for wrong in [attachment("run/a", 1), Attachment { lines: 0, ..attachment("/run/c", 1) }] {
             assert!(matches!(again.attach(wrong), Err(AttachError::Words(_))));
         }
+    }
+
+    #[test]
+    fn the_connections_of_a_set_end_together() {
+        let kept = Arc::new(Kept::new(attachment("/run/a", 1)));
+        let set = kept.set(1000).unwrap();
+        assert!(set == 1000 && kept.join(set) && kept.join(set) && kept.join(set));
+        assert!(!kept.leave(false), "one that never had a request ends alone");
+        assert!(kept.join(set));
+        assert!(kept.leave(true), "there are others to be ended");
+        assert!(!kept.join(set), "nobody joins a set that ends");
+        let next = std::thread::spawn({
+            let kept = Arc::clone(&kept);
+            move || kept.set(0)
+        });
+        assert!(kept.leave(true) && !kept.leave(false), "the last one");
+        assert_eq!(next.join().unwrap(), Some(set + 1));
+        assert!(!kept.join(set) && kept.join(set + 1), "a connection that was begun before is of no use");
+        kept.end();
+        assert!(!kept.join(set + 1) && kept.set(0).is_none());
     }
 
     #[test]

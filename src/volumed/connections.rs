@@ -106,6 +106,13 @@ impl Connections {
         self.0.table().entries.values().filter(|entry| is_it(entry)).count()
     }
 
+    /// Ends the connections of an attachment, without waiting for them.
+    pub(super) fn hang_up(&self, attachment: &Path) {
+        let table = self.0.table();
+        let of_it = table.entries.values().filter(|entry| entry.attachment.as_deref() == Some(attachment));
+        of_it.for_each(|entry| entry.socket.end());
+    }
+
     /// Ends the connections of an attachment and waits until none is left, for `limit` at most; whether none is.
     pub(super) fn end_attachment(&self, attachment: &Path, limit: Duration) -> bool {
         self.end(limit, |entry| entry.attachment.as_deref() == Some(attachment))

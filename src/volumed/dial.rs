@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::Daemon;
 use super::attachments::Kept;
+use super::connections::Connected;
 use super::exports::{Asker, Names};
 use super::handshake;
 use super::line::{Line, Socket};
@@ -101,25 +102,53 @@ fn serve(daemon: &Arc<Daemon>, kept: &Kept) -> Result<(), DialError> {
     let mut names = Names { registry: &daemon.registry, asker: Asker::Vmm(attachment) };
     // Looked at before anybody is bothered: a lease that ended does not come back.
     drop(names.open("").map_err(|_| gone(daemon, attachment))?);
-    let socket = connect(attachment)?;
+    in_a_set(
+        daemon,
+        kept,
+        |_| Ok(()),
+        |socket, connected, (), had_requests| {
+            let mut line = Line::new(socket, daemon.registry.clock).map_err(ServeError::Socket)?;
+            let Some(agreed) = handshake::shake(&mut line, None, &mut names)? else { return Ok(()) };
+            connected.bind(Some(&attachment.volume), Some(&attachment.lease));
+            *had_requests = true;
+            kept.connected();
+            let payload = Payload::new(&daemon.stock);
+            let peer = attachment.socket.display().to_string();
+            let ended = Transmission::new(&mut line, payload, agreed, &peer).run();
+            kept.disconnected();
+            Ok(ended?)
+        },
+    )
+}
+
+/// Makes a connection that belongs to the present set of its attachment: `prepare` what is needed, connect to the VMM, and
+/// `serve`, which says whether requests came. When one that had requests ends, the others of its set are ended, and none is
+/// made anew before nothing of them is being carried out: what the VMM asks again there cannot be overtaken.
+pub(super) fn in_a_set<P>(
+    daemon: &Daemon,
+    kept: &Kept,
+    prepare: impl FnOnce(u64) -> Result<P, DialError>,
+    serve: impl FnOnce(Socket, &Connected, P, &mut bool) -> Result<(), DialError>,
+) -> Result<(), DialError> {
+    let Some(set) = kept.set(daemon.registry.wall_ms()) else { return Ok(()) };
+    let prepared = prepare(set)?;
+    let socket = connect(&kept.attachment)?;
     let connection = socket.handle().map_err(ServeError::Socket)?;
-    let Some(connected) = daemon.registry.connections.dialed(connection, &attachment.socket) else { return Ok(()) };
-    if kept.ended() {
+    let path = &kept.attachment.socket;
+    let Some(connected) = daemon.registry.connections.dialed(connection, path) else { return Ok(()) };
+    if !kept.join(set) {
         return Ok(());
     }
-    let mut line = Line::new(socket, daemon.registry.clock).map_err(ServeError::Socket)?;
-    let Some(agreed) = handshake::shake(&mut line, None, &mut names)? else { return Ok(()) };
-    connected.bind(Some(&attachment.volume), Some(&attachment.lease));
-    kept.connected();
-    let payload = Payload::new(&daemon.stock);
-    let peer = attachment.socket.display().to_string();
-    let ended = Transmission::new(&mut line, payload, agreed, &peer).run();
-    kept.disconnected();
-    Ok(ended?)
+    let mut had_requests = false;
+    let ended = serve(socket, &connected, prepared, &mut had_requests);
+    if kept.leave(had_requests) {
+        daemon.registry.connections.hang_up(path);
+    }
+    ended
 }
 
 /// Connects to the VMM's slot.
-pub(super) fn connect(attachment: &Attachment) -> Result<Socket, DialError> {
+fn connect(attachment: &Attachment) -> Result<Socket, DialError> {
     let to = || attachment.socket.display().to_string();
     let socket = UnixStream::connect(&attachment.socket);
     socket.map(Socket::Unix).map_err(|source| DialError::Connect { to: to(), source })

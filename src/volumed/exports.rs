@@ -3,7 +3,8 @@
 //! ```text
 //! vol-…                            the volume, to look at                 nbd.sock
 //! vol-…:<lease>:<epoch>            the volume, as its lease allows        nbd.sock
-//! vol-…:<lease>:<epoch>:<secret>   the same                               between hosts, where nothing else opens anything
+//! vol-…:<lease>:<epoch>:<secret>   the same                               between hosts, where nothing else opens anything;
+//!    … :<set>                         and takes the place of earlier sets of connections with this lease
 //! vs-…                             a snapshot, to look at                 nbd.sock
 //! (none)                           what the attachment says               a VMM that was dialed
 //! ```
@@ -43,7 +44,7 @@ pub(super) struct Names<'a> {
 #[derive(Debug, PartialEq, Eq)]
 enum Name<'a> {
     Volume(VolumeId),
-    Leased { volume: VolumeId, lease: LeaseId, epoch: Epoch, secret: Option<&'a str> },
+    Leased { volume: VolumeId, lease: LeaseId, epoch: Epoch, secret: Option<&'a str>, set: Option<u64> },
     Snapshot(VolumeSnapshotId),
 }
 
@@ -63,7 +64,12 @@ impl<'a> Name<'a> {
         let is_plain = epoch.bytes().all(|digit| digit.is_ascii_digit());
         let epoch = epoch.parse().ok().filter(|_| is_plain)?;
         let (volume, lease) = (first.parse().ok()?, lease.parse().ok()?);
-        Some(Self::Leased { volume, lease, epoch, secret: parts.next() })
+        let (secret, set) = match parts.next().map(|secret| secret.split_once(':').ok_or(secret)) {
+            None => (None, None),
+            Some(Err(secret)) => (Some(secret), None),
+            Some(Ok((secret, set))) => (Some(secret), Some(set.parse().ok()?)),
+        };
+        Some(Self::Leased { volume, lease, epoch, secret, set })
     }
 }
 
@@ -80,11 +86,18 @@ impl Exports for Names<'_> {
         }
         let local = matches!(self.asker, Asker::Local);
         match Name::parse(name) {
-            Some(Name::Leased { volume, lease, epoch, secret }) => {
+            Some(Name::Leased { volume, lease, epoch, secret, set }) => {
                 if !local && secret.is_none() {
                     return Err(nothing());
                 }
-                self.leased(&volume, &lease, epoch, secret, false)
+                let (export, mut bound) = self.leased(&volume, &lease, epoch, secret, false)?;
+                if let (Bound::Leased { gate, set: of_it, .. }, Some(set)) = (&mut bound, set) {
+                    if !Registry::begin_set(gate, &lease, set) {
+                        return Err(Refused::Shutdown);
+                    }
+                    *of_it = Some(set);
+                }
+                Ok((export, bound))
             }
             Some(Name::Volume(id)) if local => self.looked(&id),
             Some(Name::Snapshot(id)) if local => self.snapshot(&id),
@@ -130,7 +143,7 @@ impl Names<'_> {
         })?;
         let read_only = read_only || mode == LeaseMode::Shared;
         let export = export(&volume, read_only);
-        Ok((export, Bound::Leased { volume, gate, lease: lease.clone(), epoch, read_only }))
+        Ok((export, Bound::Leased { volume, gate, lease: lease.clone(), epoch, read_only, set: None }))
     }
 
     fn looked(&self, id: &VolumeId) -> Result<(Export, Bound), Refused> {
@@ -186,11 +199,13 @@ mod tests {
     fn names_are_read() {
         let (volume, lease) = (VolumeId::from_random([1; 10]), LeaseId::from_random([2; 10]));
         let snapshot = VolumeSnapshotId::from_random([3; 10]);
-        let leased = |secret| Name::Leased { volume: volume.clone(), lease: lease.clone(), epoch: 7, secret };
+        let leased = |secret, set| Name::Leased { volume: volume.clone(), lease: lease.clone(), epoch: 7, secret, set };
         assert_eq!(Name::parse(volume.as_str()), Some(Name::Volume(volume.clone())));
         assert_eq!(Name::parse(snapshot.as_str()), Some(Name::Snapshot(snapshot.clone())));
-        assert_eq!(Name::parse(&format!("{volume}:{lease}:7")), Some(leased(None)));
-        assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:b")), Some(leased(Some("a:b"))));
+        assert_eq!(Name::parse(&format!("{volume}:{lease}:7")), Some(leased(None, None)));
+        assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a")), Some(leased(Some("a"), None)));
+        assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:12")), Some(leased(Some("a"), Some(12))));
+        assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:b")), None);
         for wrong in
             ["", "vol-", &format!("{volume}:{lease}"), &format!("{volume}:{lease}:+7"), &format!("{lease}:{volume}:7")]
         {

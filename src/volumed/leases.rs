@@ -7,12 +7,14 @@
 //! being written when the process or the host ended, so nobody was told of it: it is cut off. Anything else that is not a
 //! record is damage, and then nobody knows who may write: the volume is served to nobody until a person looked at it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::ids::LeaseId;
 use crate::lease::{LeaseEntry, LeaseEvent, LeaseRefusal, Leases};
 use crate::sys::file;
 
@@ -85,6 +87,8 @@ pub(super) struct LeaseBook {
     /// Why they are not known, in words.
     damage: Option<String>,
     leases: Leases,
+    /// The latest set of connections from another host, of leases that are used so.
+    sets: BTreeMap<LeaseId, u64>,
     /// Open since the first change.
     file: Option<File>,
     bytes: u64,
@@ -93,7 +97,14 @@ pub(super) struct LeaseBook {
 impl LeaseBook {
     /// Reads a volume's leases. All that are in force count as seen at `now_ms`. Damage is kept, not an error here.
     pub(super) fn open(path: &Path, now_ms: u64) -> Self {
-        let mut book = Self { path: path.to_owned(), damage: None, leases: Leases::default(), file: None, bytes: 0 };
+        let mut book = Self {
+            path: path.to_owned(),
+            damage: None,
+            leases: Leases::default(),
+            sets: BTreeMap::new(),
+            file: None,
+            bytes: 0,
+        };
         if let Err(error) = book.read(now_ms) {
             book.damage = Some(crate::report::chain(&error));
         }
@@ -109,8 +120,20 @@ impl LeaseBook {
     }
 
     /// Notes that somebody uses a lease.
-    pub(super) fn saw(&mut self, id: &crate::ids::LeaseId, now_ms: u64) {
+    pub(super) fn saw(&mut self, id: &LeaseId, now_ms: u64) {
         self.leases.saw(id, now_ms);
+    }
+
+    /// The latest set of connections with this lease from another host; 0 if there was none.
+    pub(super) fn set_of(&self, id: &LeaseId) -> u64 {
+        self.sets.get(id).copied().unwrap_or(0)
+    }
+
+    /// From now on an earlier set's requests are refused. To be called alone.
+    pub(super) fn begin_set(&mut self, id: &LeaseId, set: u64) {
+        let Self { leases, sets, .. } = self;
+        sets.retain(|id, _| leases.find(id).is_some());
+        sets.insert(id.clone(), set);
     }
 
     fn io(&self, what: &'static str) -> impl FnOnce(io::Error) -> LeaseLogError {
@@ -238,7 +261,6 @@ fn read_record(line: &[u8]) -> Result<Record, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::LeaseId;
     use crate::lease::{Acquire, LeaseEnd, LeaseMode, LeaseSecret, Step};
 
     fn acquire(book: &mut LeaseBook, number: u8, mode: LeaseMode) -> LeaseId {

@@ -50,6 +50,8 @@ pub(super) enum Bound {
         epoch: Epoch,
         /// Writes are refused, whatever the lease allows.
         read_only: bool,
+        /// The set of connections from another host that it belongs to.
+        set: Option<u64>,
     },
     /// A volume, to look at.
     Looked {
@@ -78,6 +80,9 @@ pub(super) enum Stale {
     /// Who may write is not known.
     #[error("{0}")]
     Unknown(String),
+    /// The other host made its connections anew, and asks there for what was not answered here.
+    #[error("a later set of connections took the place of this one")]
+    Replaced,
     /// The connection is for reading.
     #[error("this connection only reads")]
     ReadOnly,
@@ -195,6 +200,25 @@ impl Registry {
         })
     }
 
+    /// Lets a set of connections take the place of earlier ones: when this returns, nothing of those is being carried out.
+    /// `false`: a later one is there, or requests did not end.
+    pub(super) fn begin_set(gate: &LeaseGate, lease: &LeaseId, set: u64) -> bool {
+        match gate.look(|book| book.set_of(lease)) {
+            latest if latest == set => true,
+            latest if latest > set => false,
+            _ => gate.alone(ALONE_PATIENCE).is_ok_and(|mut alone| {
+                alone.with(|book| {
+                    // Another one may have come first.
+                    let begins = book.set_of(lease) <= set;
+                    if begins {
+                        book.begin_set(lease, set);
+                    }
+                    begins
+                })
+            }),
+        }
+    }
+
     /// Removes a volume that nobody has a lease of. `false`: somebody has.
     pub(super) fn remove(&self, id: &VolumeId) -> Result<Result<(), VolumeError>, LeaseError> {
         let gate = self.gate_of(id)?;
@@ -289,6 +313,7 @@ impl Bound {
             Self::Leased { read_only: true, .. } | Self::Looked { .. } | Self::Snapshot(_) if writes => {
                 Err(Stale::ReadOnly)
             }
+            Self::Leased { lease, set: Some(set), .. } if book.set_of(lease) != *set => Err(Stale::Replaced),
             Self::Leased { lease, epoch, .. } => {
                 let may = if writes { leases.may_write(lease, *epoch) } else { leases.may_read(lease, *epoch) };
                 if may { Ok(()) } else { Err(stale(leases, lease, *epoch)) }

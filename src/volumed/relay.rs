@@ -13,7 +13,7 @@ use rustls::client::ClientConnection;
 
 use super::Daemon;
 use super::attachments::Kept;
-use super::dial::{DialError, connect};
+use super::dial::{DialError, in_a_set};
 use super::handshake::HANDSHAKE_PATIENCE;
 use super::line::{Line, Socket};
 use super::serve::ServeError;
@@ -27,7 +27,7 @@ use crate::wire::nbd::{
     CLIENT_FLAGS_BYTES, GREETING_BYTES, NbdError, OPTIONS_MAX, client_flags, export_flag, greeting, read_client_flags,
     read_greeting,
 };
-use crate::wire::volumed::Upstream;
+use crate::wire::volumed::{Attachment, Upstream};
 
 /// How long the other host may take to accept.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -37,28 +37,25 @@ const HELD_BYTES: usize = 256 * 1024;
 
 /// Connects to both, and copies until either end hangs up.
 pub(super) fn relay(daemon: &Arc<Daemon>, kept: &Kept, upstream: &Upstream) -> Result<(), DialError> {
-    let attachment = &kept.attachment;
-    let mut far = reach(daemon, upstream)?;
-    let secret = upstream.secret.reveal();
-    let name = format!("{}:{}:{}:{secret}", attachment.volume, attachment.lease, attachment.epoch);
-    // Asked before the VMM is bothered: a lease that ended does not come back.
-    ask_for(&mut far, &name, upstream)?;
-    let socket = connect(attachment)?;
-    let connection = socket.handle().map_err(ServeError::Socket)?;
-    let Some(connected) = daemon.registry.connections.dialed(connection, &attachment.socket) else { return Ok(()) };
-    if kept.ended() {
-        return Ok(());
-    }
-    let mut near = Line::new(socket, daemon.registry.clock).map_err(ServeError::Socket)?;
-    if !hand_over(&mut near, &mut far, &name, attachment.read_only)? {
-        return Ok(());
-    }
-    // The lease is the other host's to count.
-    connected.bind(None, None);
-    kept.connected();
-    let ended = copy(near, far);
-    kept.disconnected();
-    Ok(ended.map_err(ServeError::Socket)?)
+    let Attachment { volume, lease, epoch, read_only, .. } = &kept.attachment;
+    let prepare = |set| {
+        let mut far = reach(daemon, upstream)?;
+        let name = format!("{volume}:{lease}:{epoch}:{}:{set}", upstream.secret.reveal());
+        // Asked before the VMM is bothered: a lease that ended does not come back.
+        ask_for(&mut far, &name, upstream)?;
+        Ok((far, name))
+    };
+    in_a_set(daemon, kept, prepare, |socket, _, (mut far, name), had_requests| {
+        let mut near = Line::new(socket, daemon.registry.clock).map_err(ServeError::Socket)?;
+        if !hand_over(&mut near, &mut far, &name, *read_only)? {
+            return Ok(());
+        }
+        *had_requests = true;
+        kept.connected();
+        let ended = copy(near, far);
+        kept.disconnected();
+        Ok(ended.map_err(ServeError::Socket)?)
+    })
 }
 
 /// A connection in TLS to the other host's daemon.

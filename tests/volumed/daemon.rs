@@ -195,7 +195,13 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 
 /// The start message of a daemon below a directory.
 pub fn start_message(dir: &Path) -> StartMessage {
-    StartMessage { store: dir.join("store"), runtime: dir.join("run"), quota_bytes, reserve_bytes: 0, record: None }
+    StartMessage {
+        store: dir.join("store"),
+        runtime: dir.join("run"),
+        quota_bytes: None,
+        reserve_bytes: 0,
+        record: None,
+    }
 }
 
 pub fn spawn_with(start: &StartMessage, log: Stdio) -> Child {

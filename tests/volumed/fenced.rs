@@ -148,7 +148,7 @@ fn leases_expire_and_are_broken_and_their_history_is_read() {
         panic!("no leases")
     };
     assert_eq!((leases, epoch, history.len()), (vec![third.clone()], third.epoch, 7));
-    assert_eq!(daemon.ask(Ask::Release { volume: volume.clone(), id: third.id }), Answer::Done);
+    assert_eq!(daemon.ask(Ask::Release { volume: volume.clone(), id: third.id, only: None }), Answer::Done);
     assert_eq!(daemon.ask(Ask::Remove { id: volume.clone() }), Answer::Done);
     assert_eq!(daemon.ask(Ask::Remove { id: volume }), Answer::Done, "it is so already");
 }
@@ -168,6 +168,12 @@ fn a_vmm_is_served_whoever_is_new() {
     clients[0].write(0, &[7; 8192]).expect("a write");
     assert_eq!(clients[1].read(4096, 4096).expect("a read"), [7; 4096]);
     eventually("both are counted", || attachments(&daemon)[0].connected == 2);
+    // One ends, so the other does before any is made anew: what is asked again is not overtaken.
+    drop(clients.pop());
+    assert!(matches!(clients[0].read(0, 512), Err(ClientError::Broken(_))));
+    let mut clients: Vec<_> = (0..2).map(|_| accept(&listener)).collect();
+    assert_eq!(clients[0].read(0, 512).expect("a read"), [7; 512]);
+    eventually("both are there again", || attachments(&daemon)[0].connected == 2);
     // The daemon is new.
     daemon.kill();
     daemon.start_again();
@@ -230,7 +236,7 @@ fn a_damaged_log_of_leases_serves_nobody() {
         assert!(matches!(refused, Err(ClientError::Refused(_, text)) if text.contains("damaged in line 1")));
     }
     assert!(daemon.show(&volume).damage.expect("damage").contains("damaged in line 1"));
-    let refused = daemon.ask(Ask::Release { volume, id: lease.id });
+    let refused = daemon.ask(Ask::Release { volume, id: lease.id, only: None });
     assert!(matches!(refused, Answer::Refused { refusal: Refusal::Damaged { .. } }), "{refused:?}");
 }
 
