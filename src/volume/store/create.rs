@@ -254,7 +254,8 @@ impl Store {
         };
         check_grows(id.as_str(), frozen.size_bytes, spec.size_bytes)?;
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
-        let about = VolumeAbout { parent: Some(origin.clone()), ..spec.about(id) };
+        let mut about = spec.about(id);
+        about.parent = Some(origin.clone());
         self.finish_volume(about, frozen, Arc::clone(&top.layer), Vec::new())
     }
 
