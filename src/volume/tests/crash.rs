@@ -210,7 +210,7 @@ impl Work {
     fn clone_one(&mut self, of: u8) {
         let number = self.next_id;
         self.next_id += 1;
-        let snapshot = self.snapshots.iter().next_back().filter(|_| of % 2 == 0);
+        let snapshot = self.snapshots.iter().next_back().filter(|_| of.is_multiple_of(2));
         let (origin, values) = match snapshot {
             Some((number, told)) => (Origin::Snapshot(snapshot_id(*number)), told.values.clone()),
             None => (Origin::Volume(volume_id(of)), self.values(of)),
@@ -422,6 +422,9 @@ fn a_flush_covers_what_other_threads_were_told() {
     }
 }
 
+/// Whether a step is left out.
+type LeftOut<'a> = &'a dyn Fn(&Kept) -> bool;
+
 /// The judge is judged: of a store that leaves out some kind of step, it finds that.
 #[test]
 fn what_is_left_out_is_found() {
@@ -436,7 +439,7 @@ fn what_is_left_out_is_found() {
             layers.insert(*file);
         }
     }
-    let leave_out: [(&str, &dyn Fn(&Kept) -> bool); 3] = [
+    let leave_out: [(&str, LeftOut<'_>); 3] = [
         (
             "syncs of layers",
             &|kept| matches!(kept, Kept::SyncBegin(file) | Kept::SyncEnd(file) if layers.contains(file)),
