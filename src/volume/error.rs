@@ -108,7 +108,18 @@ pub enum VolumeError {
         /// The id, or the root of a store that another process has open.
         subject: String,
     },
-    /// It would go beyond the store's quota or into the disk's reserve, or the disk is full.
+    /// The disk is full, or what of it this user may have.
+    #[error("{what} {subject}")]
+    DiskFull {
+        /// The id, or the root of the store.
+        subject: String,
+        /// What was tried, as a verb.
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// It would go beyond the store's quota or into the disk's reserve. Nothing was written.
     #[error("no space for {wanted_bytes} bytes of {subject}: {available_bytes} may be taken")]
     NoSpace {
         /// The id.
@@ -186,7 +197,7 @@ impl VolumeError {
             Self::Cancelled => ErrorKind::Cancelled,
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::InUse { .. } => ErrorKind::InUse,
-            Self::NoSpace { .. } => ErrorKind::NoSpace,
+            Self::NoSpace { .. } | Self::DiskFull { .. } => ErrorKind::NoSpace,
             Self::ReadOnly { .. } => ErrorKind::ReadOnly,
             Self::Damaged { .. } => ErrorKind::Damaged,
             Self::Io { .. } => ErrorKind::Io,
@@ -205,11 +216,9 @@ impl VolumeError {
     /// What the system's answer means: a disk that is full is no failure of the disk.
     pub(super) fn io(subject: &str, what: &'static str, path: PathBuf, source: io::Error) -> Self {
         let subject = subject.to_owned();
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Self::NoSpace { subject, wanted_bytes: 0, available_bytes: 0 }
-            }
-            _ => Self::Io { subject, what, path, source },
+        if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            return Self::DiskFull { subject, what, source };
         }
+        Self::Io { subject, what, path, source }
     }
 }

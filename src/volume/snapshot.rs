@@ -3,7 +3,7 @@
 use super::about::SnapshotAbout;
 use super::chunk::range_in;
 use super::error::{Damage, VolumeError};
-use super::live::Frozen;
+use super::live::{Changed, Frozen};
 use super::view::{StatusRun, View};
 use crate::ids::{VolumeId, VolumeSnapshotId};
 
@@ -65,6 +65,15 @@ impl Snapshot {
     pub fn digest(&self, on_progress: super::OnProgress<'_>) -> Result<[u8; 32], VolumeError> {
         let status = |offset, length| self.status(offset, length, 1);
         super::digest::digest(self.size_bytes(), status, |buffer, offset| self.read_at(buffer, offset), on_progress)
+    }
+
+    /// What was written after a generation of the volume, up to this snapshot.
+    pub fn changed_since(&self, generation: u32) -> Changed {
+        Changed {
+            chunks: self.view.map.touched_after(generation),
+            complete: generation >= self.incomplete_to && self.damage.is_empty(),
+            generation: self.generation,
+        }
     }
 
     /// What can be said of it.

@@ -197,8 +197,8 @@ impl Store {
 
     /// All volumes, in the order of their ids.
     pub fn list(&self) -> Result<Vec<Info>, VolumeError> {
-        let volumes: Vec<_> = self.catalog().volumes.values().cloned().collect();
-        volumes.iter().map(|volume| volume.info()).collect()
+        // Not of clones of the list: they would be in use meanwhile.
+        self.catalog().volumes.values().map(|volume| volume.info()).collect()
     }
 
     /// All snapshots, in the order of their ids.

@@ -38,6 +38,13 @@ pub(in crate::volume) struct Frozen {
     pub(in crate::volume) runs: Vec<Run>,
 }
 
+impl Frozen {
+    /// What a volume begins with that is made of no other.
+    pub(in crate::volume) const fn nothing(size_bytes: u64) -> Self {
+        Self { size_bytes, generation: 0, incomplete_to: 0, slots: Vec::new(), runs: Vec::new() }
+    }
+}
+
 /// What the next map is to say.
 struct Next {
     size_bytes: u64,
@@ -190,6 +197,23 @@ impl Volume {
         }
         let (slots, runs, _) = compacted(&slots, &runs, 0);
         Ok(Frozen { size_bytes, generation, incomplete_to, slots, runs })
+    }
+
+    /// Has later writes in the next generation, durably; gives the one that ended.
+    pub fn bump(&self) -> Result<u32, VolumeError> {
+        let mut state = self.state_alone();
+        let ended = state.generation;
+        let live = self.live(&state)?;
+        let next = Record::Generation(ended.saturating_add(1));
+        live.log.append(&[next]).map_err(|error| match error {
+            AppendError::Nothing(error) | AppendError::Broken(error) => {
+                VolumeError::io(&self.subject, "write the map of", self.directory.join(MAP), error)
+            }
+        })?;
+        state.generation = ended.saturating_add(1);
+        drop(state);
+        self.flush()?;
+        Ok(ended)
     }
 
     /// Makes it larger; what is new is zero.

@@ -32,6 +32,12 @@ pub struct CreateSpec {
     pub created_ms: u64,
 }
 
+impl CreateSpec {
+    fn about(&self, id: &VolumeId) -> VolumeAbout {
+        VolumeAbout::new(id.clone(), self.name.clone(), self.size_bytes, self.created_ms)
+    }
+}
+
 /// Bytes of a volume that an image fits: its length, rounded up to whole blocks.
 pub fn image_bytes(image: &File) -> io::Result<u64> {
     let mut image = image;
@@ -142,14 +148,13 @@ impl Store {
     fn new_layer(&self, subject: &str, bytes: u64) -> Result<Fresh<'_>, VolumeError> {
         self.check_space(subject, CHUNK_BYTES)?;
         let made = self.parts.layers.create(bytes);
-        made.map(|layer| Fresh { store: self, layer }).map_err(|source| match source.kind() {
-            // The file system has no files of this length.
-            io::ErrorKind::FileTooLarge => VolumeError::Size {
-                size_bytes: bytes,
-                step: SIZE_STEP_BYTES,
-                max: bytes.saturating_sub(SIZE_STEP_BYTES),
-            },
-            _ => VolumeError::io(subject, "make a layer of", PathBuf::new(), source),
+        made.map(|layer| Fresh { store: self, layer }).map_err(|source| {
+            if source.kind() == io::ErrorKind::FileTooLarge {
+                // The file system has no files of this length.
+                let max = bytes.saturating_sub(SIZE_STEP_BYTES);
+                return VolumeError::Size { size_bytes: bytes, step: SIZE_STEP_BYTES, max };
+            }
+            VolumeError::io(subject, "make a layer of", PathBuf::new(), source)
         })
     }
 
@@ -166,15 +171,8 @@ impl Store {
     pub fn create(&self, spec: &CreateSpec, id: &VolumeId) -> Result<Info, VolumeError> {
         check_size(spec.size_bytes, self.parts.size_bytes_max)?;
         let _reserved = self.reserve(VOLUME, &spec.name, id.as_str())?;
-        let frozen = Frozen {
-            size_bytes: spec.size_bytes,
-            generation: 0,
-            incomplete_to: 0,
-            slots: Vec::new(),
-            runs: Vec::new(),
-        };
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
-        self.finish_volume(spec, id, frozen, Arc::clone(&top.layer), Vec::new(), None)
+        self.finish_volume(spec.about(id), Frozen::nothing(spec.size_bytes), Arc::clone(&top.layer), Vec::new())
     }
 
     /// Makes a volume of an image: a file, whose holes are left out, or a block device.
@@ -195,14 +193,7 @@ impl Store {
         let _reserved = self.reserve(VOLUME, &spec.name, id.as_str())?;
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
         let own = self.copy_image(id.as_str(), image, image_bytes, &top.layer, on_progress)?;
-        let frozen = Frozen {
-            size_bytes: spec.size_bytes,
-            generation: 0,
-            incomplete_to: 0,
-            slots: Vec::new(),
-            runs: Vec::new(),
-        };
-        self.finish_volume(spec, id, frozen, Arc::clone(&top.layer), own, None)
+        self.finish_volume(spec.about(id), Frozen::nothing(spec.size_bytes), Arc::clone(&top.layer), own)
     }
 
     /// Copies the chunks of an image that are not zero; gives their runs.
@@ -263,27 +254,28 @@ impl Store {
         };
         check_grows(id.as_str(), frozen.size_bytes, spec.size_bytes)?;
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
-        self.finish_volume(spec, id, frozen, Arc::clone(&top.layer), Vec::new(), Some(origin.clone()))
+        let mut about = spec.about(id);
+        about.parent = Some(origin.clone());
+        self.finish_volume(about, frozen, Arc::clone(&top.layer), Vec::new())
     }
 
     /// Writes what says that there is a volume, and opens it. `own` are runs in its top.
     fn finish_volume(
         &self,
-        spec: &CreateSpec,
-        id: &VolumeId,
+        about: VolumeAbout,
         frozen: Frozen,
         top: Arc<Layer>,
         own: Vec<Run>,
-        parent: Option<Origin>,
     ) -> Result<Info, VolumeError> {
+        let (id, size_bytes) = (about.id.clone(), about.size_bytes);
         let Frozen { generation, incomplete_to, mut slots, mut runs, .. } = frozen;
-        let line = LayerLine { number: top.number, bytes: spec.size_bytes };
+        let line = LayerLine { number: top.number, bytes: size_bytes };
         slots.push(Slot { line, layer: Some(Arc::clone(&top)) });
         runs.extend(own);
         let number = u16::try_from(slots.len()).unwrap_or(u16::MAX);
         let generation = generation.saturating_add(1);
         let header = Header {
-            size_bytes: spec.size_bytes,
+            size_bytes,
             generation,
             incomplete_to,
             boot: self.parts.boot,
@@ -291,19 +283,17 @@ impl Store {
             layers: slots.iter().map(|slot| slot.line).collect(),
         };
         let stage = self.stage(id.as_str())?;
-        let mut about = VolumeAbout::new(id.clone(), spec.name.clone(), spec.size_bytes, spec.created_ms);
-        about.parent = parent;
         about::write(&self.parts.disk, &stage.directory.join(VOLUME), &about).map_err(|error| stage.failed(error))?;
         let (salt, start) = stage.map(&header, &runs)?;
         stage.publish()?;
         let map_path = Path::new(id.as_str()).join(MAP);
         let file = self.parts.disk.open_to_write(&map_path).map_err(|error| stage.failed(error))?;
         let live = Live { number, top, log: Arc::new(Log::empty(file, salt, start)) };
-        let view = View::of_runs(id.as_str(), map_path, spec.size_bytes, slots, &runs);
+        let view = View::of_runs(id.as_str(), map_path, size_bytes, slots, &runs);
         let state = State { view, generation, incomplete_to, live: Some(live) };
         let volume = Arc::new(Volume::new(&self.parts, about, state, Vec::new()));
         let info = volume.info();
-        self.catalog().volumes.insert(id.clone(), volume);
+        self.catalog().volumes.insert(id, volume);
         info
     }
 

@@ -210,7 +210,7 @@ impl Work {
     fn clone_one(&mut self, of: u8) {
         let number = self.next_id;
         self.next_id += 1;
-        let snapshot = self.snapshots.iter().next_back().filter(|_| of % 2 == 0);
+        let snapshot = self.snapshots.iter().next_back().filter(|_| of.is_multiple_of(2));
         let (origin, values) = match snapshot {
             Some((number, told)) => (Origin::Snapshot(snapshot_id(*number)), told.values.clone()),
             None => (Origin::Volume(volume_id(of)), self.values(of)),
@@ -361,6 +361,70 @@ fn cuts(seed: u64, length: usize, count: usize) -> BTreeSet<usize> {
     cuts
 }
 
+/// Threads that write next to each other, in chunks that are copied up, while others flush and the map is exchanged.
+#[test]
+fn a_flush_covers_what_other_threads_were_told() {
+    const THREADS: u64 = 4;
+    let dir = directory();
+    let mut work = Work::new(dir.path(), 3);
+    for _ in 0..12 {
+        work.write(1);
+    }
+    work.take_snapshot(1);
+    let size = work.volumes[&1].size();
+    let volume = work.store.volume(&volume_id(1)).unwrap();
+    let tape = Arc::clone(&work.tape);
+    let told: Vec<_> = std::thread::scope(|scope| {
+        let threads = (0..THREADS).map(|thread| {
+            let (volume, tape) = (&volume, &tape);
+            scope.spawn(move || {
+                let mut numbers = Numbers(thread);
+                let (mut events, mut flushes) = (Vec::new(), Vec::new());
+                for number in 0..150 {
+                    let block = numbers.below(size / BLOCK / THREADS) * THREADS + thread;
+                    let value = (1 << 40) | number << 16 | thread << 8 | 1;
+                    let begun = tape.length();
+                    volume.write_at(&filled(value), block * BLOCK).unwrap();
+                    events.push((block, Event { when: When { begun, ended: tape.length() }, value }));
+                    if numbers.below(8) == 0 {
+                        let begun = tape.length();
+                        volume.flush().unwrap();
+                        flushes.push(When { begun, ended: tape.length() });
+                    }
+                }
+                (events, flushes)
+            })
+        });
+        let threads: Vec<_> = threads.collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    drop(volume);
+    let told_of = work.volumes.get_mut(&1).unwrap();
+    let mut flushes = Vec::new();
+    for (events, more) in told {
+        flushes.extend(more);
+        for (block, event) in events {
+            told_of.blocks.entry(block).or_default().push(event);
+        }
+    }
+    // The judge asks for the last one that had ended.
+    flushes.sort_by_key(|when| when.ended);
+    told_of.flushes.extend(flushes);
+    let tape = tape.kept();
+    let cuts = cuts(9, tape.len(), 60);
+    let mut replayed = Replayed::new();
+    for (length, kept) in (1..).zip(&tape) {
+        replayed.step(kept);
+        if cuts.contains(&length) {
+            lose_power(&work, &replayed, length, 9);
+            kill(&work, &replayed, length);
+        }
+    }
+}
+
+/// Whether a step is left out.
+type LeftOut<'a> = &'a dyn Fn(&Kept) -> bool;
+
 /// The judge is judged: of a store that leaves out some kind of step, it finds that.
 #[test]
 fn what_is_left_out_is_found() {
@@ -375,7 +439,7 @@ fn what_is_left_out_is_found() {
             layers.insert(*file);
         }
     }
-    let leave_out: [(&str, &dyn Fn(&Kept) -> bool); 3] = [
+    let leave_out: [(&str, LeftOut<'_>); 3] = [
         (
             "syncs of layers",
             &|kept| matches!(kept, Kept::SyncBegin(file) | Kept::SyncEnd(file) if layers.contains(file)),

@@ -4,13 +4,15 @@ use std::os::unix::fs::FileExt;
 
 use super::*;
 
-/// A volume with some entries and some records; its first chunk lies in a layer below.
+/// A volume with an entry and some records; its first chunk lies in a layer below, that of a snapshot. The same on all file
+/// systems.
 fn sample(dir: &Path) -> Vec<u8> {
     let store = open(dir);
-    let volume = made(&store, 1, 8 * CHUNK_BYTES);
-    volume.write_at(&[1; 5000], 0).unwrap();
-    drop(volume);
-    store.take_snapshot(&volume_id(1), "s", 1, &snapshot_id(1)).unwrap();
+    made(&store, 9, 8 * CHUNK_BYTES).write_at(&[1; 5000], 0).unwrap();
+    store.take_snapshot(&volume_id(9), "s", 1, &snapshot_id(1)).unwrap();
+    store.remove(&volume_id(9)).unwrap();
+    let spec = spec("v1", 8 * CHUNK_BYTES);
+    store.clone_of(&Origin::Snapshot(snapshot_id(1)), &spec, &volume_id(1)).unwrap();
     let volume = store.volume(&volume_id(1)).unwrap();
     for chunk in 2..5 {
         volume.write_at(&[2; 5000], chunk * CHUNK_BYTES).unwrap();

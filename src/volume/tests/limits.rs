@@ -45,12 +45,23 @@ fn a_large_volume_costs_what_it_holds() {
     volume.write_at(b"end", (4 << 40) - 3).unwrap();
     volume.write_at(b"start", 1 << 40).unwrap();
     volume.flush().unwrap();
+    let ended = volume.bump().unwrap();
+    volume.write_at(b"more", 1 << 30).unwrap();
+    volume.write_at(b"again", 1 << 40).unwrap();
+    let changed = volume.changed_since(ended);
+    assert_eq!(
+        (changed.chunks.as_slice(), changed.complete),
+        ([1 << 14..(1 << 14) + 1, 1 << 24..(1 << 24) + 1].as_slice(), true)
+    );
+    volume.discard(1 << 30, CHUNK_BYTES).unwrap();
+    volume.flush().unwrap();
     assert!(volume.info().unwrap().allocated_bytes < 1 << 20);
     let runs = volume.status(0, 4 << 40, 8).unwrap();
     assert_eq!(runs.len(), 4);
-    assert_eq!(volume.changed_since(0).chunks.len(), 2);
+    assert_eq!(volume.changed_since(0).chunks.len(), 3);
     drop((volume, store));
     let store = open_in_boot(dir.path(), "boot-2");
+    assert!(!store.volume(&volume_id(1)).unwrap().changed_since(ended).complete);
     let mut word = [0; 3];
     store.volume(&volume_id(1)).unwrap().read_at(&mut word, (4 << 40) - 3).unwrap();
     assert_eq!(&word, b"end");
