@@ -22,6 +22,7 @@ pub mod container;
 pub mod machine;
 #[cfg(not(fuzzing))]
 pub mod net;
+pub mod volume;
 pub mod wire;
 
 // Floor 3: the two processes. They meet in `wire` and nowhere else.

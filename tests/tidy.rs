@@ -57,6 +57,22 @@ const FLOORS: &[Floor] = &[
         outside: &["serde_json", "flate2", "sha2", "tar"],
     },
     Floor {
+        module: "volume",
+        ours: &[
+            "ids",
+            "units",
+            "clock",
+            "report",
+            "saved",
+            "sys::file",
+            "sys::sparse",
+            "sys::extent",
+            "sys::vectored",
+            "sys::host",
+        ],
+        outside: &["serde_json", "blake3"],
+    },
+    Floor {
         module: "wire",
         ours: &["ids", "units", "clock", "report", "saved"],
         outside: &["postcard", "serde_json", "serde_bytes", "blake3", "lz4_flex", "twox_hash"],

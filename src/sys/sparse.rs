@@ -74,6 +74,18 @@ pub fn copy_sparse(from: &File, to: &File, length: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes `to` share all blocks of `from`, on the file systems that can (`FICLONE`, ioctl_ficlone(2)). What is in the page
+/// cache of `from` is written to the disk first. `false`: this file system cannot, and `to` is as it was.
+pub fn share_blocks(from: &File, to: &File) -> io::Result<bool> {
+    match ioctl_ficlone(to, from) {
+        Ok(()) => Ok(true),
+        Err(CopyErrno::OPNOTSUPP | CopyErrno::XDEV | CopyErrno::INVAL | CopyErrno::NOTTY | CopyErrno::NOSYS) => {
+            Ok(false)
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Copies a range to the same place in another file. The kernel does it where it can.
 pub fn copy_range(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
     let mut at = range.start;
@@ -144,6 +156,14 @@ mod tests {
         assert_eq!(next_data(&file, 0x8800, 0x8900).unwrap(), Some(0x8800..0x8900));
         assert_eq!(next_data(&file, 0x9000, 1 << 20).unwrap(), None);
         assert_eq!(next_data(&file, 0, 0x8000).unwrap(), None);
+    }
+
+    #[test]
+    fn blocks_are_shared_or_nothing_is() {
+        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        from.write_all_at(&[3; 4096], 0).unwrap();
+        let is_shared = share_blocks(&from, &to).unwrap();
+        assert_eq!(to.metadata().unwrap().len(), if is_shared { BLOCK } else { 0 });
     }
 
     #[test]
