@@ -172,7 +172,7 @@ pub use volume_door::{
     ChangesView, DigestView, LeaseRequest, LeasesView, VmVolumesView, VolumeDoor, VolumeError, VolumeOrigin,
     VolumeRequest,
 };
-pub use volumes::{AskVolumesError, UsePhase, VolumeUse};
+pub use volumes::{AskVolumesError, UsePhase, VolumeLimits, VolumeUse};
 
 pub use crate::bundle::archive::ArchiveError;
 pub use crate::bundle::manifest::{DeviceKind, Manifest, Recipe};

@@ -76,6 +76,10 @@ pub enum Effect {
     ConnectVolumes,
     /// Have the machine's slots hold the volumes that they are to hold, and no others. Nothing to undo: it ends with the VMM.
     PlugVolumes,
+    /// Have the guest mount those of its volumes that it is to mount. Inverse: [`Effect::UnmountVolumes`].
+    MountVolumes,
+    /// Have the guest unmount what it is to give up.
+    UnmountVolumes,
     /// Have the volume daemon serve none of the VM's slots but those that are to have a volume.
     DisconnectVolumes,
     /// Have the volume daemon serve the VM's slots by new connections: nothing that came by earlier ones is carried out
@@ -156,6 +160,8 @@ impl Effect {
             Self::AcquireLeases => "acquire_leases",
             Self::ConnectVolumes => "connect_volumes",
             Self::PlugVolumes => "plug_volumes",
+            Self::MountVolumes => "mount_volumes",
+            Self::UnmountVolumes => "unmount_volumes",
             Self::DisconnectVolumes => "disconnect_volumes",
             Self::ReconnectVolumes => "reconnect_volumes",
             Self::ReleaseLeases => "release_leases",
@@ -199,12 +205,14 @@ impl Effect {
             Self::SealMachine => Some(Self::DiscardSealed),
             Self::AcquireLeases => Some(Self::ReleaseLeases),
             Self::ConnectVolumes => Some(Self::DisconnectVolumes),
+            Self::MountVolumes => Some(Self::UnmountVolumes),
             Self::QuiesceGuest => Some(Self::ThawGuest),
             Self::CopyMemory | Self::SaveMachine => Some(Self::DiscardSaved),
             Self::RunMachine => Some(Self::HoldMachine),
             Self::HoldMachine => Some(Self::RunMachine),
             Self::GreetGuest
             | Self::PlugVolumes
+            | Self::UnmountVolumes
             | Self::DisconnectVolumes
             | Self::ReconnectVolumes
             | Self::ReleaseLeases
@@ -245,6 +253,8 @@ impl Effect {
             Self::AcquireLeases
                 | Self::ConnectVolumes
                 | Self::PlugVolumes
+                | Self::MountVolumes
+                | Self::UnmountVolumes
                 | Self::DisconnectVolumes
                 | Self::ReconnectVolumes
                 | Self::ReleaseLeases

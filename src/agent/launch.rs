@@ -23,6 +23,7 @@ use super::session_record::{Addressing, JAILS_MAX, NetworkRecord, PublishedPort,
 use super::shared::{cluster_event, operation_event, vm_event};
 use super::vm_actor::{Begin, operation_for, start};
 use super::vm_state::{Event, Goal, Origin, Step, VmState, step};
+use super::volumes::VolumeLimits;
 use super::world::{Records, VmBundles, VmDisk, VmNetworks, VmmHost, World, random_array, random_nonce};
 use super::{Agent, Store};
 use crate::bundle::Manifest;
@@ -93,6 +94,8 @@ pub struct VolumeWish {
     pub read_only: bool,
     /// Where the guest is to mount it.
     pub mount: Option<String>,
+    /// What the guest may do with it.
+    pub limits: VolumeLimits,
 }
 
 /// An idempotency key as a client sent it.

@@ -291,29 +291,31 @@ fn step_to(state: VmState, effects: &[Effect]) -> Result<Step, Denied> {
     Ok(Step { state, effects: effects.to_vec() })
 }
 
-const LAUNCH: [Effect; 10] = [
+const LAUNCH: [Effect; 11] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
     Effect::AcquireLeases,
     Effect::StartVmm,
     Effect::BuildMachine,
-    Effect::ConnectVolumes,
     Effect::PlugVolumes,
+    Effect::ConnectVolumes,
     Effect::RunMachine,
     Effect::GreetGuest,
+    Effect::MountVolumes,
     Effect::OpenNetwork,
 ];
 /// What comes before `RunMachine` was done before, of a machine that was kept ready.
-const LAUNCH_FROM_BUNDLE: [Effect; 10] = [
+const LAUNCH_FROM_BUNDLE: [Effect; 11] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
     Effect::StartVmm,
     Effect::RestoreMachine,
     Effect::AcquireLeases,
-    Effect::ConnectVolumes,
     Effect::PlugVolumes,
+    Effect::ConnectVolumes,
     Effect::RunMachine,
     Effect::GreetGuest,
+    Effect::MountVolumes,
     Effect::OpenNetwork,
 ];
 /// The jail stays closed: nothing reaches a guest that has not got its identity for good.
@@ -353,22 +355,24 @@ const SNAPSHOT_LIVE: [Effect; 7] = [
 const SNAPSHOT_PAUSED: [Effect; 2] = [Effect::SaveMachine, Effect::CommitBundle];
 const UNDO_SNAPSHOT: [Effect; 3] = [Effect::DiscardSaved, Effect::RunMachine, Effect::ThawGuest];
 /// The taps are held for the process that takes over: a tap has one opener, whose descriptors can be copied.
-const HAND_OVER: [Effect; 9] = [
+const HAND_OVER: [Effect; 10] = [
     Effect::HoldTaps,
     Effect::StartSuccessor,
     Effect::MoveMachine,
     Effect::TakeOver,
+    Effect::PlugVolumes,
     Effect::ReconnectVolumes,
     Effect::RunMachine,
     Effect::ReleaseTaps,
     Effect::EndOthers,
     Effect::SetGuestClock,
 ];
-const HAND_OVER_PAUSED: [Effect; 7] = [
+const HAND_OVER_PAUSED: [Effect; 8] = [
     Effect::HoldTaps,
     Effect::StartSuccessor,
     Effect::MoveMachine,
     Effect::TakeOver,
+    Effect::PlugVolumes,
     Effect::ReconnectVolumes,
     Effect::ReleaseTaps,
     Effect::EndOthers,
@@ -399,7 +403,7 @@ const CLEAN_SENDING: [Effect; 8] = [
     Effect::ReleaseUid,
 ];
 /// Its volumes' leases stand by before the other host is told that there is a place.
-const ARRIVE: [Effect; 9] = [
+const ARRIVE: [Effect; 10] = [
     Effect::MakeDirectory,
     Effect::MakeNetwork,
     Effect::AcquireLeases,
@@ -407,6 +411,7 @@ const ARRIVE: [Effect; 9] = [
     Effect::ConnectVolumes,
     Effect::ReceiveMachine,
     Effect::AwaitDecision,
+    Effect::PlugVolumes,
     Effect::OpenNetwork,
     Effect::RunMachine,
 ];
@@ -434,19 +439,21 @@ const UNDO_HIBERNATE: [Effect; 4] =
     [Effect::DiscardSealed, Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
 const WAKE_PAGED: [Effect; 3] = [Effect::RunMachine, Effect::ReleaseTaps, Effect::SetGuestClock];
 /// The file goes before the guest runs: what is in memory is the truth from then on.
-const WAKE_HIBERNATED: [Effect; 6] = [
+const WAKE_HIBERNATED: [Effect; 7] = [
     Effect::StartVmm,
     Effect::UnsealMachine,
     Effect::DiscardSealed,
+    Effect::PlugVolumes,
     Effect::RunMachine,
     Effect::ReleaseTaps,
     Effect::SetGuestClock,
 ];
 /// A hibernated guest is woken to be shut down: its file systems are as they were in the middle of things.
-const SHUT_DOWN_HIBERNATED: [Effect; 12] = [
+const SHUT_DOWN_HIBERNATED: [Effect; 13] = [
     Effect::StartVmm,
     Effect::UnsealMachine,
     Effect::DiscardSealed,
+    Effect::PlugVolumes,
     Effect::RunMachine,
     Effect::ShutDownGuest,
     Effect::EndVmm,
@@ -488,10 +495,12 @@ const FORGET: [Effect; 7] = [
     Effect::Forget,
 ];
 /// One list for both ways: each step compares what is with what is to be.
-const CHANGE_VOLUMES: [Effect; 5] = [
+const CHANGE_VOLUMES: [Effect; 7] = [
+    Effect::UnmountVolumes,
     Effect::AcquireLeases,
-    Effect::ConnectVolumes,
     Effect::PlugVolumes,
+    Effect::ConnectVolumes,
+    Effect::MountVolumes,
     Effect::DisconnectVolumes,
     Effect::ReleaseLeases,
 ];

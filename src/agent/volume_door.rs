@@ -318,6 +318,7 @@ impl<W: World> Shared<W> {
             epoch: 0,
             secret: LeaseSecret::from_random(random_array(&self.world).map_err(random)?),
             mount: wish.mount.clone(),
+            limits: wish.limits,
             standby: None,
             phase: UsePhase::Attached,
         })

@@ -38,12 +38,24 @@ pub struct VolumeUse {
     /// Where the guest has it mounted, if it was asked to.
     #[serde(default)]
     pub mount: Option<String>,
+    /// What the guest may do with it.
+    #[serde(default)]
+    pub limits: VolumeLimits,
     /// The lease that another host's VM takes it over with, and what its holder knows, while its VM is on its way there.
     #[serde(default)]
     pub standby: Option<(LeaseId, LeaseSecret)>,
     /// Whether it is there, coming or going.
     #[serde(default)]
     pub phase: UsePhase,
+}
+
+/// What a guest may do with a volume: more waits, and nothing fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct VolumeLimits {
+    /// Requests per second; `None` is without a bound.
+    pub iops: Option<u32>,
+    /// Bytes read and written per second; `None` is without a bound.
+    pub bytes_per_s: Option<u64>,
 }
 
 /// How far a VM is with a volume.

@@ -237,6 +237,8 @@ impl<W: World> Work<W> {
             Effect::AcquireLeases => self.acquire_leases().await,
             Effect::ConnectVolumes => self.connect_volumes().await,
             Effect::PlugVolumes => self.plug_volumes().await,
+            Effect::MountVolumes => self.mount_volumes().await,
+            Effect::UnmountVolumes => self.unmount_volumes().await,
             Effect::DisconnectVolumes => self.disconnect_volumes().await,
             Effect::ReconnectVolumes => self.reconnect_volumes().await,
             Effect::ReleaseLeases => self.release_leases().await,

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::value::ReferenceWord;
+use super::value::{RateWord, ReferenceWord};
 use crate::ids::LeaseId;
 
 const CREATE_HELP: &str = "\
@@ -140,6 +140,12 @@ pub struct VolumeAttachArgs {
     /// Have the guest mount it here
     #[arg(long, value_name = "DIR")]
     pub mount: Option<String>,
+    /// Most requests per second: more wait
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub iops: Option<u32>,
+    /// Most bytes read and written per second: 10M, 500k
+    #[arg(long, value_name = "BYTES")]
+    pub rate: Option<RateWord>,
 }
 
 /// `hearth volume detach`.

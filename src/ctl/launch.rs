@@ -90,7 +90,7 @@ pub(super) async fn run(agent: &Agent, out: Output, args: LaunchArgs) -> Result<
 
 fn wish(word: VolumeWord) -> VolumeWish {
     let VolumeWord { volume, read_only, mount } = word;
-    VolumeWish { volume: volume.as_str().to_owned(), read_only, mount }
+    VolumeWish { volume: volume.as_str().to_owned(), read_only, mount, iops: None, bytes_per_s: None }
 }
 
 fn request(args: LaunchArgs) -> Result<VmLaunchRequest, LaunchError> {

@@ -42,8 +42,14 @@ pub(super) async fn run(agent: &Agent, out: Output, command: VolumeCommand) -> R
             let volume: Volume = agent.get(&path(volume.as_str(), "")).await?;
             out.value(&volume, shown_volume)?;
         }
-        VolumeCommand::Attach(VolumeAttachArgs { volume, vm, read_only, mount }) => {
-            let wish = VolumeWish { volume: volume.as_str().to_owned(), read_only, mount };
+        VolumeCommand::Attach(VolumeAttachArgs { volume, vm, read_only, mount, iops, rate }) => {
+            let wish = VolumeWish {
+                volume: volume.as_str().to_owned(),
+                read_only,
+                mount,
+                iops,
+                bytes_per_s: rate.map(|rate| rate.per_s),
+            };
             let vm: Vm = agent.post(&format!("/v1/vms/{}/volumes", vm.as_str()), &wish, PROMPT).await?;
             out.value(&vm, |vm| format!("{} has {}", vm_called(vm), volume.as_str()))?;
         }

@@ -15,7 +15,7 @@ use crate::agent::world::{
     Ask, AskError, FillingPort, OpenStreamError, ProcessEnd, ProcessUsage, ReceiveOrder, SendOrder, SentMachine,
     StartVmmError, StreamIdentity, VmmHost, VmmProcess,
 };
-use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState};
+use crate::agent::{ProcessRecord, VmJail, VmRecord, VmState, VolumeUse};
 use crate::bundle::working_set::WorkingSet;
 use crate::ids::VmId;
 use crate::wire::control::{
@@ -77,6 +77,15 @@ pub(super) struct Vmm {
     names: Names,
     /// The agent's life it was started in: only that one can learn how it ended.
     pub(super) life: u64,
+}
+
+/// The volumes that a machine holds that had them when it was saved.
+fn held(record: &VmRecord) -> BTreeMap<u8, VolumeStatus> {
+    let status = |(index, used): (u8, &VolumeUse)| {
+        let (bytes, read_only) = (used.bytes, used.read_only);
+        (index, VolumeStatus { index, bytes, read_only, ..VolumeStatus::default() })
+    };
+    record.spec.volume_uses().map(status).collect()
 }
 
 impl Vmm {
@@ -266,6 +275,7 @@ impl State {
         vmm.epoch = epoch;
         vmm.machine = MachineState::Paused;
         vmm.restored = true;
+        vmm.volumes = held(record);
         (vmm.fate, vmm.memory) = (guest.fate, guest.memory);
         vmm.answers_at_ns = guest.answers.then_some(now);
         Ok(())
@@ -343,7 +353,12 @@ impl State {
                 let (target_bytes, actual_bytes) = (vmm.balloon, vmm.balloon);
                 Ok(Answer::Balloon(BalloonStatus { target_bytes, actual_bytes, ..BalloonStatus::default() }))
             }
-            (Ask::Volumes, _) => Ok(Answer::Volumes(vmm.volumes.values().cloned().collect())),
+            (Ask::Volumes, _) => {
+                let slots = (0..record.spec.volumes.len()).map(|slot| record.spec.volume_index(slot));
+                let empty = |index| VolumeStatus { index, ..VolumeStatus::default() };
+                let slot = |index| vmm.volumes.get(&index).cloned().unwrap_or_else(|| empty(index));
+                Ok(Answer::Volumes(slots.map(slot).collect()))
+            }
             (
                 Ask::AttachVolume(_) | Ask::DetachVolume { .. } | Ask::ResizeVolume { .. } | Ask::LimitVolume { .. },
                 MachineState::Paused | MachineState::Running,
@@ -377,6 +392,7 @@ impl State {
                 Ok(Answer::Launched(LaunchPhases::default()))
             }
             (Ask::Unseal(_), MachineState::Empty) => {
+                vmm.volumes = held(record);
                 vmm.machine = MachineState::Paused;
                 vmm.restored = true;
                 if let Some((memory, fate)) = unsealed {

@@ -22,7 +22,7 @@ async fn create(door: &Arc<dyn Door>, name: &str) {
 }
 
 fn wish(volume: &str) -> VolumeWish {
-    VolumeWish { volume: volume.to_owned(), read_only: false, mount: None }
+    VolumeWish { volume: volume.to_owned(), read_only: false, mount: None, limits: Default::default() }
 }
 
 fn with_volume() -> LaunchRequest {

@@ -17,6 +17,7 @@ extern crate alloc;
 
 mod console;
 mod directory;
+mod disk;
 mod ending;
 mod hooks;
 mod identity;
@@ -41,6 +42,11 @@ use sys::{Console, Started};
 /// Every step of this program's life. PID 1 never comes back from the last.
 fn run(started: &Started) -> ! {
     let started_ns = sys::monotonic_ns();
+    if !sys::is_first_process()
+        && let Some(code) = disk::run(&started.arguments)
+    {
+        sys::exit(code);
+    }
     let (role, address) = match role::choose(&started.arguments) {
         Ok(chosen) => chosen,
         Err(why) => {

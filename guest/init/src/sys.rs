@@ -16,7 +16,7 @@ mod system;
 pub(crate) use event::{Epoll, Event, Happened, Interest, Signals, Timer};
 pub(crate) use file::{
     Console, Fd, console_input, console_output, hold_standard_streams, make_directory, make_link, may_execute, mount,
-    open_read, open_terminal, pipe, replace_file, resize_terminal, write_file, write_setting,
+    mount_disk, open_read, open_terminal, pipe, replace_file, resize_terminal, unmount_now, write_file, write_setting,
 };
 pub(crate) use interface::{InterfaceFacts, Interfaces, loopback_up};
 pub(crate) use process::{

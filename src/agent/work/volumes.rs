@@ -3,14 +3,36 @@
 //! Each step compares what is with what the record says is to be, so it can be done again after a crash, and one list
 //! serves for attaching and taking away.
 
+use std::time::Duration;
+
+use hearth_guest_wire::{Exec, Exit, FromGuest, ToGuest};
+use tokio::time::{sleep, timeout};
+
 use super::{Outcome, Work, ask_failed, host};
+use crate::agent::guest::{self, GuestError};
 use crate::agent::vm_state::{FailureCause, Goal, VmState};
-use crate::agent::volumes::{AskVolumesError, LINES, UsePhase, VolumeHost, VolumeUse};
+use crate::agent::volumes::{AskVolumesError, LINES, UsePhase, VolumeHost, VolumeLimits, VolumeUse};
 use crate::agent::world::{Ask, AskError, World};
 use crate::lease::LeaseMode;
 use crate::report::chain;
 use crate::wire::control::{Answer, AttachVolumeSpec, VolumeStatus};
 use crate::wire::volumed::{self, Attachment, Refusal};
+
+/// The guest's agent, wherever it lies: it also mounts, as a program of its own.
+const GUEST_AGENT: &str = "/proc/1/exe";
+
+/// Its exit code for a disk that is empty as yet.
+const NOT_YET: i32 = 75;
+
+/// How often, and how long apart, a guest is asked to mount a disk whose size it has not noticed.
+const MOUNT_TRIES: u32 = 40;
+const MOUNT_AGAIN: Duration = Duration::from_millis(250);
+
+/// How long a mount may take: a journal is replayed first.
+const MOUNT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Bytes that are kept of what a guest says about a mount.
+const SAID_BYTES_MAX: usize = 512;
 
 impl<W: World> Work<W> {
     /// The volumes it is to have, each with its number among the block devices: none on the way to an end, and none that
@@ -115,7 +137,92 @@ impl<W: World> Work<W> {
         } else if slot.bytes < bytes {
             self.ask(Ask::ResizeVolume { index, bytes }).await?;
         }
+        let VolumeLimits { iops, bytes_per_s } = used.limits;
+        // They are the machine's, which may be another one now.
+        if used.limits != VolumeLimits::default() {
+            self.ask(Ask::LimitVolume { index, iops, bytes_per_s }).await?;
+        }
         Ok(())
+    }
+
+    pub(super) async fn mount_volumes(&mut self) -> Result<(), Outcome> {
+        for (index, used) in self.coming_volumes() {
+            let Some(mount) = used.mount.clone() else { continue };
+            if self.record.state == (VmState::ChangingVolumes { then_running: false }) {
+                let detail = format!("volume {}: a guest that is paused mounts nothing", used.volume);
+                return Err(Outcome::Failed(FailureCause::Volume { detail }));
+            }
+            let disk = format!("/dev/vd{}", char::from(b'a'.saturating_add(index)));
+            let mut words = vec![GUEST_AGENT, "mount", disk.as_str(), mount.as_str()];
+            words.extend(used.read_only.then_some("ro"));
+            let failed = |what: String| {
+                let detail = format!("volume {}: mount it at {mount}: {what}", used.volume);
+                Outcome::Failed(FailureCause::Volume { detail })
+            };
+            for tries_left in (0..MOUNT_TRIES).rev() {
+                match self.run_in_guest(&words).await.map_err(failed)? {
+                    (0, _) => break,
+                    // It has not taken note of the disk's size yet.
+                    (NOT_YET, _) if tries_left > 0 => sleep(MOUNT_AGAIN).await,
+                    (_, said) => return Err(failed(said)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn unmount_volumes(&mut self) -> Result<(), Outcome> {
+        for (_, used) in self.unwanted_volumes() {
+            let Some(mount) = used.mount.clone() else { continue };
+            let force = used.phase == UsePhase::Detaching { force: true };
+            let said = match self.run_in_guest(&[GUEST_AGENT, "unmount", &mount]).await {
+                Ok((0, _)) => continue,
+                Ok((_, said)) => said,
+                Err(error) => error,
+            };
+            if !force {
+                let detail = format!("volume {}: unmount {mount}: {said}", used.volume);
+                return Err(Outcome::Failed(FailureCause::Volume { detail }));
+            }
+            tracing::warn!(vm = %self.record.id, volume = %used.volume, said, "it is taken while it is mounted");
+        }
+        Ok(())
+    }
+
+    /// Runs a program in the guest; its exit code, and the last it said.
+    async fn run_in_guest(&self, argv: &[&str]) -> Result<(i32, String), String> {
+        let running = async {
+            let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
+            let argv = argv.iter().map(|word| (*word).to_owned()).collect();
+            link.writer.send(&ToGuest::Exec(Exec { argv, ..Exec::default() })).await?;
+            let mut said = Vec::new();
+            loop {
+                match link.reader.next().await?.ok_or(GuestError::HungUp)? {
+                    FromGuest::Stdout(bytes) | FromGuest::Stderr(bytes) => {
+                        said.extend(bytes);
+                        said.truncate(SAID_BYTES_MAX);
+                    }
+                    FromGuest::Exited(Exit::Code(code)) => return Ok((code, said)),
+                    FromGuest::Exited(Exit::Signal(signal)) => return Ok((128 + i32::from(signal), said)),
+                    FromGuest::Failed { errno, what } => {
+                        return Err(GuestError::Failed { errno, what: guest::printable(&what) });
+                    }
+                    FromGuest::Started { .. } => {}
+                    FromGuest::Hello { .. }
+                    | FromGuest::Done
+                    | FromGuest::Quiesced { .. }
+                    | FromGuest::Stats(_)
+                    | FromGuest::HooksRan(_)
+                    | FromGuest::Register(_)
+                    | FromGuest::Joined { .. } => return Err(GuestError::Unexpected),
+                }
+            }
+        };
+        match timeout(MOUNT_LIMIT, running).await {
+            Ok(Ok((code, said))) => Ok((code, guest::printable(String::from_utf8_lossy(&said).trim()))),
+            Ok(Err(error)) => Err(chain(&error)),
+            Err(_) => Err(format!("the guest did not do it within {} s", MOUNT_LIMIT.as_secs())),
+        }
     }
 
     pub(super) async fn disconnect_volumes(&self) -> Result<(), Outcome> {

@@ -1,6 +1,7 @@
 //! Volumes, their snapshots and their leases.
 
 use crate::agent::{self, ChangesView, DigestView, LeasesView, SnapshotReport, VolumeReport};
+use crate::api::error::ApiError;
 use crate::api::types::{
     Lease, LeaseHistoryEntry, LeaseList, LeaseMode, VmVolumes, Volume, VolumeChanges, VolumeDigest, VolumeFlow,
     VolumePhase, VolumeRun, VolumeSlot, VolumeSnapshot, VolumeStats, VolumeWish,
@@ -97,9 +98,12 @@ pub(in crate::api) fn changes(view: ChangesView) -> VolumeChanges {
     VolumeChanges { volume_id: volume, generation, complete, runs }
 }
 
-pub(in crate::api) fn wish(wish: VolumeWish) -> agent::VolumeWish {
-    let VolumeWish { volume, read_only, mount } = wish;
-    agent::VolumeWish { volume, read_only, mount }
+pub(in crate::api) fn wish(wish: VolumeWish) -> Result<agent::VolumeWish, ApiError> {
+    let VolumeWish { volume, read_only, mount, iops, bytes_per_s } = wish;
+    if iops == Some(0) || bytes_per_s == Some(0) {
+        return Err(ApiError::bad_request("invalid_volume", "iops and bytes_per_s: a limit is at least 1"));
+    }
+    Ok(agent::VolumeWish { volume, read_only, mount, limits: agent::VolumeLimits { iops, bytes_per_s } })
 }
 
 /// The slots of a VM.
@@ -118,6 +122,8 @@ pub(in crate::api) fn slots(vm: &agent::VmRecord) -> Vec<VolumeSlot> {
                 agent::UsePhase::Detaching { .. } => VolumePhase::Detaching,
             }),
             mount: used.and_then(|used| used.mount.clone()),
+            iops: used.and_then(|used| used.limits.iops),
+            bytes_per_s: used.and_then(|used| used.limits.bytes_per_s),
             lease_id: used.map(|used| used.lease.clone()),
             epoch: used.map(|used| used.epoch),
         }

@@ -60,7 +60,7 @@ pub(in crate::api) async fn launch_vm(
         vcpus,
         memory_mib,
         disks,
-        volumes: value.volumes.into_iter().map(convert::wish).collect(),
+        volumes: value.volumes.into_iter().map(convert::wish).collect::<Result<_, _>>()?,
         spare_disks: value.spare_disks.unwrap_or(0),
         network_limits,
         session,

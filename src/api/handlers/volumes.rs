@@ -288,7 +288,7 @@ pub(in crate::api) async fn attach_volume(
     Path(id): Path<String>,
     body: JsonBody<VolumeWish>,
 ) -> Result<Json<Vm>, ApiError> {
-    let vm = served.door.attach_volume(&id, convert::wish(body.value)).await?;
+    let vm = served.door.attach_volume(&id, convert::wish(body.value)?).await?;
     Ok(Json(convert::vm(&vm, &served.host)))
 }
 

@@ -275,6 +275,14 @@ pub struct VolumeWish {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "/srv")]
     pub mount: Option<String>,
+    /// Most requests per second; what is over it waits. Without a bound when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub iops: Option<u32>,
+    /// Most bytes read and written per second; what is over it waits. Without a bound when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1)]
+    pub bytes_per_s: Option<u64>,
 }
 
 /// How far a VM is with a volume.
@@ -307,6 +315,10 @@ pub struct VolumeSlot {
     pub phase: Option<VolumePhase>,
     /// Where the guest was asked to mount it.
     pub mount: Option<String>,
+    /// Most requests per second.
+    pub iops: Option<u32>,
+    /// Most bytes read and written per second.
+    pub bytes_per_s: Option<u64>,
     /// The lease it is used with.
     #[schema(value_type = Option<String>)]
     pub lease_id: Option<LeaseId>,

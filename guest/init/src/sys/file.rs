@@ -223,6 +223,18 @@ pub(crate) fn mount(kind: &CStr, target: &CStr, flags: u32, options: &CStr) -> R
     unsafe { syscall!(MOUNT, kind.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, options.as_ptr()) }.map(drop)
 }
 
+/// Mounts a disk's file system of `kind` on `target`.
+pub(crate) fn mount_disk(disk: &CStr, target: &CStr, kind: &CStr, flags: u32) -> Result<(), Errno> {
+    // SAFETY: all four are C strings.
+    unsafe { syscall!(MOUNT, disk.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, c"".as_ptr()) }.map(drop)
+}
+
+/// Unmounts what is on `target`, or not, if it is busy.
+pub(crate) fn unmount_now(target: &CStr) -> Result<(), Errno> {
+    // SAFETY: `target` is a C string.
+    unsafe { syscall!(UMOUNT2, target.as_ptr(), 0_u32) }.map(drop)
+}
+
 /// Unmounts what is on `target`; when it is busy, makes it read-only, which leaves the disk as clean.
 pub(crate) fn unmount(target: &CStr) -> Result<(), Errno> {
     const MS_REMOUNT_READ_ONLY: u32 = 32 | 1;

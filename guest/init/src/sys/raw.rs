@@ -35,6 +35,7 @@ impl Errno {
     pub(crate) const ADDRNOTAVAIL: Self = Self(99);
     pub(crate) const TIMEDOUT: Self = Self(110);
     pub(crate) const INPROGRESS: Self = Self(115);
+    pub(crate) const NOMEDIUM: Self = Self(123);
 
     /// The number itself, for messages and the wire.
     pub(crate) const fn number(self) -> i32 {

@@ -155,7 +155,12 @@ async fn what_cannot_be_moved_is_refused_and_goes_on() {
 
 /// A VM of the session with so many volumes, which are of its first host.
 async fn mover(host: &Host, volumes: usize) -> Arc<VmRecord> {
-    let wish = |number| VolumeWish { volume: format!("data-{number}"), read_only: false, mount: None };
+    let wish = |number| VolumeWish {
+        volume: format!("data-{number}"),
+        read_only: false,
+        mount: None,
+        limits: Default::default(),
+    };
     let wishes: Vec<_> = (0..volumes).map(wish).collect();
     for VolumeWish { volume, .. } in &wishes {
         let origin = VolumeOrigin::Empty;
