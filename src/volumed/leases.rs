@@ -270,6 +270,7 @@ mod tests {
             mode,
             holder: "test".to_owned(),
             vm: None,
+            host: None,
             ttl_s: None,
             secret: LeaseSecret::from_random([number; 16]),
             break_others: false,
@@ -339,13 +340,14 @@ mod tests {
                 mode: LeaseMode::Standby,
                 holder: "another".to_owned(),
                 vm: None,
+                host: None,
                 ttl_s: None,
                 secret: LeaseSecret::from_random([9; 16]),
                 break_others: false,
             };
             let step = book.known().unwrap().acquire(&standby).unwrap();
             book.happened(step.events, 1, 1).unwrap();
-            let events = book.known().unwrap().release(&id);
+            let events = book.known().unwrap().release(&id, None).unwrap();
             book.happened(events, 1, 1).unwrap();
             most = most.max(std::fs::metadata(&path).unwrap().len());
         }

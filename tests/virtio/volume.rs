@@ -774,9 +774,8 @@ fn impossible_requests_under_way_are_refused() {
     assert_eq!(driver.read(0x070) & 64, 64, "it asks for a reset");
 }
 
-/// qemu's server, to which a go-between connects on one side and dials on the other.
+/// The server of qemu-utils, to which a go-between connects on one side and dials on the other.
 #[test]
-#[ignore = "needs qemu-nbd of the package qemu-utils"]
 fn a_server_of_others_serves() {
     let directory = tempfile::tempdir().unwrap();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("qemu.sock"));

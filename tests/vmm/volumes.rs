@@ -155,9 +155,12 @@ fn volumes(vmm: &mut Vmm) -> Vec<VolumeStatus> {
     volumes
 }
 
-/// Writes the whole disk in pieces from a number, and tells what the sum of it is.
-const FILL: &str = "for i in $(seq 0 3); do dd if=/dev/urandom of=/tmp/p bs=64k count=16 2>/dev/null; \
-     dd if=/tmp/p of=/dev/vda bs=256k seek=$((i * 4)) conv=notrunc 2>/dev/null; sync; done; \
+/// A file of 1 MiB that is another for each number. (The generator of random bytes takes its time in a guest of a guest.)
+const MAKE: &str = "make() { seq ${1}000000 ${1}149999 > /tmp/q; dd if=/tmp/q of=/tmp/p bs=64k count=16 2>/dev/null; }";
+
+/// Writes the whole disk in pieces, each made durable, and tells the sum of what is read back.
+const FILL: &str = "for i in 1 2 3 4; do make $i; \
+     dd if=/tmp/p of=/dev/vda bs=256k seek=$((i * 4 - 4)) conv=notrunc,fsync 2>/dev/null || exit 1; done; \
      echo 3 > /proc/sys/vm/drop_caches; md5sum < /dev/vda";
 
 fn md5(content: &Content) -> String {
@@ -176,7 +179,7 @@ fn a_guest_uses_volumes_whatever_becomes_of_the_connections() {
     // Connections end while it writes.
     let sum = std::thread::scope(|scope| {
         let vmm = &vmm;
-        let writing = scope.spawn(move || sh(vmm, FILL));
+        let writing = scope.spawn(move || sh(vmm, &format!("{MAKE}; {FILL}")));
         // Not all at once, so that it gets on also where this takes long.
         for number in 0.. {
             if writing.is_finished() {
@@ -218,7 +221,7 @@ fn what_a_guest_waits_for_is_asked_again_where_it_is_restored() {
     let mut vmm = launch();
     let server = Server::start(path(&vmm, 0), &content(BYTES, 0));
     assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
-    sh(&vmm, "dd if=/dev/urandom of=/tmp/p bs=64k count=16 2>/dev/null; md5sum < /tmp/p > /tmp/sum");
+    sh(&vmm, &format!("{MAKE}; make 1; md5sum < /tmp/p > /tmp/sum"));
     // From here on nobody answers; the guest writes, and waits.
     let content = server.stop();
     sh(

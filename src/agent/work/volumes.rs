@@ -202,8 +202,8 @@ impl<W: World> Work<W> {
                         said.extend(bytes);
                         said.truncate(SAID_BYTES_MAX);
                     }
-                    FromGuest::Exited(Exit::Code(code)) => return Ok((code, said)),
-                    FromGuest::Exited(Exit::Signal(signal)) => return Ok((128 + i32::from(signal), said)),
+                    FromGuest::Exited(Exit::Code(code)) => return Ok((i32::from(code), said)),
+                    FromGuest::Exited(Exit::Signal(signal)) => return Ok((i32::from(signal) + 128, said)),
                     FromGuest::Failed { errno, what } => {
                         return Err(GuestError::Failed { errno, what: guest::printable(&what) });
                     }
