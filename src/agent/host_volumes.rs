@@ -179,14 +179,12 @@ impl VolumeHost for HostVolumes {
         loop {
             let answer =
                 timeout(limit, receive(&mut line)).await.map_err(|_| AskVolumesError::TimedOut { limit })??;
-            match answer {
-                Answer::Progress { done, total } => {
-                    if let Some(progress) = &progress {
-                        progress.send_replace((done, total));
-                    }
-                }
-                Answer::Refused { refusal } => return Err(AskVolumesError::Refused(refusal)),
-                answer => return Ok(answer),
+            if let Answer::Refused { refusal } = answer {
+                return Err(AskVolumesError::Refused(refusal));
+            }
+            let Answer::Progress { done, total } = answer else { return Ok(answer) };
+            if let Some(progress) = &progress {
+                progress.send_replace((done, total));
             }
         }
     }
@@ -211,9 +209,10 @@ impl VolumeHost for HostVolumes {
 
     async fn listen(&self) -> Result<Option<Listening>, AskVolumesError> {
         let Some((address, port)) = self.listens_at else { return Ok(None) };
-        match self.ask(Ask::Listen { address, port }, None).await? {
-            Answer::Listening { listening } => Ok(Some(listening)),
-            _ => Err(AskVolumesError::Unexpected),
+        if let Answer::Listening { listening } = self.ask(Ask::Listen { address, port }, None).await? {
+            Ok(Some(listening))
+        } else {
+            Err(AskVolumesError::Unexpected)
         }
     }
 }

@@ -250,9 +250,10 @@ impl<W: World> Shared<W> {
         if !self.world.volumes().is_used() {
             return Ok(Vec::new());
         }
-        match self.ask_volumes(Ask::List).await? {
-            Answer::Volumes { volumes } => Ok(volumes),
-            _ => Err(unexpected()),
+        if let Answer::Volumes { volumes } = self.ask_volumes(Ask::List).await? {
+            Ok(volumes)
+        } else {
+            Err(unexpected())
         }
     }
 
@@ -266,9 +267,10 @@ impl<W: World> Shared<W> {
         if !self.world.volumes().is_used() {
             return Ok(Vec::new());
         }
-        match self.ask_volumes(Ask::Snapshots).await? {
-            Answer::Snapshots { snapshots } => Ok(snapshots),
-            _ => Err(unexpected()),
+        if let Answer::Snapshots { snapshots } = self.ask_volumes(Ask::Snapshots).await? {
+            Ok(snapshots)
+        } else {
+            Err(unexpected())
         }
     }
 
@@ -358,7 +360,7 @@ fn named(name: Option<&str>) -> Result<(), VolumeError> {
 }
 
 fn volume_of(answer: Answer) -> Result<VolumeReport, VolumeError> {
-    if let Answer::Volume { volume } = answer { Ok(volume) } else { Err(unexpected()) }
+    if let Answer::Volume { volume } = answer { Ok(*volume) } else { Err(unexpected()) }
 }
 
 fn lease_of(answer: Answer) -> Result<Lease, VolumeError> {
@@ -408,9 +410,12 @@ impl<W: World> VolumeDoor for Agent<W> {
             let volume = self.shared.find_volume(word).await?.id;
             let random = random_array(&self.shared.world).map_err(VolumeError::Random)?;
             let (id, now_ms) = (VolumeSnapshotId::from_random(random), self.shared.now_ms());
-            match self.shared.ask_volumes(Ask::Snapshot { volume, id, name, now_ms }).await? {
-                Answer::Snapshot { snapshot } => Ok(snapshot),
-                _ => Err(unexpected()),
+            if let Answer::Snapshot { snapshot } =
+                self.shared.ask_volumes(Ask::Snapshot { volume, id, name, now_ms }).await?
+            {
+                Ok(snapshot)
+            } else {
+                Err(unexpected())
             }
         }
         .boxed()
@@ -432,9 +437,12 @@ impl<W: World> VolumeDoor for Agent<W> {
     fn digest_volume<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<DigestView, VolumeError>> {
         async move {
             let volume = self.shared.find_volume(word).await?.id;
-            match self.shared.ask_volumes(Ask::Digest { id: volume.clone() }).await? {
-                Answer::Digest { blake3, bytes } => Ok(DigestView { volume, blake3, bytes }),
-                _ => Err(unexpected()),
+            if let Answer::Digest { blake3, bytes } =
+                self.shared.ask_volumes(Ask::Digest { id: volume.clone() }).await?
+            {
+                Ok(DigestView { volume, blake3, bytes })
+            } else {
+                Err(unexpected())
             }
         }
         .boxed()
@@ -443,12 +451,9 @@ impl<W: World> VolumeDoor for Agent<W> {
     fn volume_changes<'a>(&'a self, word: &'a str, since: u32) -> BoxFuture<'a, Result<ChangesView, VolumeError>> {
         async move {
             let volume = self.shared.find_volume(word).await?.id;
-            match self.shared.ask_volumes(Ask::Changes { id: volume.clone(), since }).await? {
-                Answer::Changes { generation, complete, runs } => {
-                    Ok(ChangesView { volume, generation, complete, runs })
-                }
-                _ => Err(unexpected()),
-            }
+            let answer = self.shared.ask_volumes(Ask::Changes { id: volume.clone(), since }).await?;
+            let Answer::Changes { generation, complete, runs } = answer else { return Err(unexpected()) };
+            Ok(ChangesView { volume, generation, complete, runs })
         }
         .boxed()
     }
@@ -456,9 +461,12 @@ impl<W: World> VolumeDoor for Agent<W> {
     fn volume_leases<'a>(&'a self, word: &'a str) -> BoxFuture<'a, Result<LeasesView, VolumeError>> {
         async move {
             let volume = self.shared.find_volume(word).await?.id;
-            match self.shared.ask_volumes(Ask::Leases { volume: volume.clone() }).await? {
-                Answer::Leases { leases, epoch, history } => Ok(LeasesView { volume, leases, epoch, history }),
-                _ => Err(unexpected()),
+            if let Answer::Leases { leases, epoch, history } =
+                self.shared.ask_volumes(Ask::Leases { volume: volume.clone() }).await?
+            {
+                Ok(LeasesView { volume, leases, epoch, history })
+            } else {
+                Err(unexpected())
             }
         }
         .boxed()
@@ -529,7 +537,7 @@ impl<W: World> Agent<W> {
         }
         let handle = self.find(vm).map_err(VmError::from)?;
         let change = VolumeChange::Attach(self.shared.volume_for(&wish).await?);
-        Ok(self.ask_actor(&handle, Verb::ChangeVolumes(Box::new(change))).await.map_err(VmError::from)?)
+        Ok(self.ask_actor(&handle, Verb::ChangeVolumes(Box::new(change))).await?)
     }
 
     async fn detach(&self, vm: &str, word: &str, force: bool) -> Result<Arc<VmRecord>, VolumeError> {
@@ -542,7 +550,7 @@ impl<W: World> Agent<W> {
             Err(_) => self.shared.find_volume(word).await?.id,
         };
         let change = Verb::ChangeVolumes(Box::new(VolumeChange::Detach { volume, force }));
-        Ok(self.ask_actor(&handle, change).await.map_err(VmError::from)?)
+        Ok(self.ask_actor(&handle, change).await?)
     }
 
     async fn slots(&self, vm: &str) -> Result<VmVolumesView, VolumeError> {

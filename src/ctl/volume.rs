@@ -121,7 +121,7 @@ fn path(word: &str, rest: &str) -> String {
 async fn create(agent: &Agent, out: Output, args: VolumeCreateArgs) -> Result<(), Error> {
     let VolumeCreateArgs { name, size, from_file, from_volume, from_snapshot } = args;
     let from_file = from_file.map(std::path::absolute).transpose();
-    let from_file = from_file.map_err(|source| Error::Directory(source))?;
+    let from_file = from_file.map_err(Error::Directory)?;
     let request = VolumeCreateRequest {
         name,
         size_mib: size,

@@ -68,7 +68,7 @@ impl Volumes {
     fn create(&mut self, ask: Ask) -> Result<Answer, Refusal> {
         let Ask::Create { id, name, bytes, origin, now_ms } = ask else { return Err(Refusal::Unknown) };
         if self.volumes.contains_key(&id) {
-            return Ok(Answer::Volume { volume: self.report(&id)? });
+            return Ok(Answer::Volume { volume: Box::new(self.report(&id)?) });
         }
         let taken = |other: &SimVolume| name.is_some() && other.report.name == name;
         if let (Some(name), true) = (&name, self.volumes.values().any(taken)) {
@@ -104,9 +104,10 @@ impl Volumes {
             connections: 0,
         };
         self.volumes.insert(id.clone(), SimVolume { report, leases: Leases::default() });
-        Ok(Answer::Volume { volume: self.report(&id)? })
+        Ok(Answer::Volume { volume: Box::new(self.report(&id)?) })
     }
 
+    #[expect(clippy::wildcard_enum_match_arm, reason = "the other questions are the next function's")]
     fn lease(&mut self, ask: Ask, now_ms: u64) -> Result<Answer, Refusal> {
         let refused = |lease| Refusal::Lease { lease };
         match ask {
@@ -151,14 +152,14 @@ impl Volumes {
                 let volumes = ids.iter().map(|id| self.report(id)).collect::<Result<_, _>>()?;
                 Ok(Answer::Volumes { volumes })
             }
-            Ask::Show { id } => Ok(Answer::Volume { volume: self.report(&id)? }),
+            Ask::Show { id } => Ok(Answer::Volume { volume: Box::new(self.report(&id)?) }),
             Ask::Resize { id, bytes } => {
                 let report = &mut self.volume(&id)?.report;
                 if bytes < report.bytes {
                     return Err(Refusal::Invalid { text: "a volume does not shrink".to_owned() });
                 }
                 report.bytes = bytes;
-                Ok(Answer::Volume { volume: self.report(&id)? })
+                Ok(Answer::Volume { volume: Box::new(self.report(&id)?) })
             }
             Ask::Remove { id } => {
                 if self.volumes.get(&id).is_some_and(|volume| volume.leases.all().next().is_some()) {

@@ -251,7 +251,7 @@ fn tell(teller: &mut Teller<'_>, progress: Progress) -> ControlFlow<()> {
 
 fn volume_answer(daemon: &Daemon, id: &VolumeId) -> Answered {
     let volume = daemon.registry.store.volume(id).ok_or_else(|| no_volume(id))?;
-    Ok(Answer::Volume { volume: volume_report(daemon, volume.info()?) })
+    Ok(Answer::Volume { volume: Box::new(volume_report(daemon, volume.info()?)) })
 }
 
 fn volume_report(daemon: &Daemon, info: Info) -> VolumeReport {

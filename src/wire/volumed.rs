@@ -415,7 +415,7 @@ pub enum Answer {
     /// A volume.
     Volume {
         /// It.
-        volume: VolumeReport,
+        volume: Box<VolumeReport>,
     },
     /// All volumes, by id.
     Volumes {

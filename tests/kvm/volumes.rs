@@ -94,7 +94,7 @@ fn stop_log(agent: &Agent, vm: &str) -> u64 {
 fn refusals(agent: &Agent) {
     refused(agent, &["volume", "create", "--name", "huge", "--size", "1000000000"], "");
     refused(agent, &["volume", "create", "--name", "data", "--size", "1"], "data");
-    refused(agent, &["volume", "resize", "data", "--size", "1"], "smaller");
+    refused(agent, &["volume", "resize", "data", "--size", "1"], "cannot shrink");
     refused(agent, &["volume", "rm", "data"], "lease");
     refused(agent, &["volume", "attach", "data", "one"], "lease");
     refused(agent, &["vm", "launch", "--volume", "nothing"], "there is no volume");

@@ -107,7 +107,7 @@ impl Daemon {
 
     pub fn show(&self, id: &VolumeId) -> VolumeReport {
         match self.ask(Ask::Show { id: id.clone() }) {
-            Answer::Volume { volume } => volume,
+            Answer::Volume { volume } => *volume,
             other => panic!("{other:?}"),
         }
     }
@@ -159,6 +159,7 @@ pub fn acquire(volume: &VolumeId, mode: LeaseMode) -> Ask {
         mode,
         holder: "test".to_owned(),
         vm: None,
+        host: None,
         ttl_s: None,
         secret: LeaseSecret::from_random(random()),
         break_others: false,

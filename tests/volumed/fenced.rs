@@ -117,7 +117,7 @@ fn leases_expire_and_are_broken_and_their_history_is_read() {
     let volume = daemon.volume(MIB);
     let short = |mode| match acquire(&volume, mode) {
         Ask::Acquire { volume, id, mode, holder, vm, secret, break_others, .. } => {
-            Ask::Acquire { volume, id, mode, holder, vm, ttl_s: Some(1), secret, break_others }
+            Ask::Acquire { volume, id, mode, holder, vm, host: None, ttl_s: Some(1), secret, break_others }
         }
         other => other,
     };
@@ -136,7 +136,8 @@ fn leases_expire_and_are_broken_and_their_history_is_read() {
     let Ask::Acquire { volume, id, mode, holder, vm, ttl_s, secret, .. } = acquire(&volume, LeaseMode::Active) else {
         panic!("no question")
     };
-    let breaking = Ask::Acquire { volume: volume.clone(), id, mode, holder, vm, ttl_s, secret, break_others: true };
+    let breaking =
+        Ask::Acquire { volume: volume.clone(), id, mode, holder, vm, host: None, ttl_s, secret, break_others: true };
     let Answer::Lease { lease: third } = daemon.ask(breaking) else { panic!("no lease") };
     assert_eq!(third.epoch, second.epoch + 1);
     let validate = |id, epoch| daemon.ask(Ask::Validate { volume: volume.clone(), id, epoch });

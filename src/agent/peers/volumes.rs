@@ -92,10 +92,8 @@ impl<W: World> Shared<W> {
         let body = serde_json::to_vec(&VolumeOrder { ask }).map_err(|error| away(error.to_string()))?;
         let call = PeerCall { method: "POST", path: VOLUMES_PATH.to_owned(), body, head: None };
         let asked = self.ask_peer_signed::<VolumeBody>(fabric, peer, call, LIMIT).await;
-        match asked.map_err(|error| away(crate::report::chain(&error)))?.answer {
-            Answer::Refused { refusal } => Err(AskVolumesError::Refused(refusal)),
-            answer => Ok(answer),
-        }
+        let VolumeBody { answer } = asked.map_err(|error| away(crate::report::chain(&error)))?;
+        if let Answer::Refused { refusal } = answer { Err(AskVolumesError::Refused(refusal)) } else { Ok(answer) }
     }
 
     /// Where this host's daemon reaches a volume of another host; `None`: it is here.

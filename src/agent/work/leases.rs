@@ -133,9 +133,12 @@ fn standby(used: &VolumeUse) -> Result<(LeaseId, LeaseSecret), Outcome> {
 impl<W: World> crate::agent::shared::Shared<W> {
     /// The lease that may write a volume now.
     async fn active_lease(&self, used: &VolumeUse) -> Result<Option<Lease>, AskVolumesError> {
-        match self.ask_home(used.home, Ask::Leases { volume: used.volume.clone() }).await? {
-            Answer::Leases { leases, .. } => Ok(leases.into_iter().find(|lease| lease.mode == LeaseMode::Active)),
-            _ => Err(AskVolumesError::Unexpected),
+        if let Answer::Leases { leases, .. } =
+            self.ask_home(used.home, Ask::Leases { volume: used.volume.clone() }).await?
+        {
+            Ok(leases.into_iter().find(|lease| lease.mode == LeaseMode::Active))
+        } else {
+            Err(AskVolumesError::Unexpected)
         }
     }
 }

@@ -204,6 +204,8 @@ impl<W: World> Work<W> {
                     }
                     FromGuest::Exited(Exit::Code(code)) => return Ok((i32::from(code), said)),
                     FromGuest::Exited(Exit::Signal(signal)) => return Ok((i32::from(signal) + 128, said)),
+                    // It was given no time-out.
+                    FromGuest::Exited(Exit::TimedOut) => return Err(GuestError::Unexpected),
                     FromGuest::Failed { errno, what } => {
                         return Err(GuestError::Failed { errno, what: guest::printable(&what) });
                     }

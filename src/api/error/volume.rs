@@ -12,10 +12,9 @@ type Answer = (StatusCode, &'static str, Option<&'static str>);
 
 impl From<VolumeError> for ApiError {
     fn from(error: VolumeError) -> Self {
-        let error = match error {
-            VolumeError::Vm(error) => return error.into(),
-            error => error,
-        };
+        if let VolumeError::Vm(error) = error {
+            return error.into();
+        }
         let message = chain(&error);
         let (status, code, todo) = match &error {
             VolumeError::Unknown { .. } => {
