@@ -11,11 +11,10 @@
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
@@ -23,9 +22,9 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::clock::SystemClock;
 use crate::report;
 use crate::sys::landlock::{ConfineError, write_below_only};
-use crate::sys::{file, host, jail, sock};
+use crate::sys::{file, host, jail};
 use crate::volume::{Options, Store, VolumeError};
-use crate::wire::volumed::{Listening, StartMessage};
+use crate::wire::volumed::StartMessage;
 
 mod accept;
 mod answer;
@@ -38,17 +37,20 @@ mod gate;
 mod handshake;
 mod leases;
 mod line;
+mod listen;
 mod log;
 mod payload;
 mod record;
 mod registry;
 mod relay;
 mod serve;
+mod sets;
 mod stop;
 mod tls;
 
 use accept::accept_failed;
 use attachments::Attachments;
+use listen::Listener;
 use log::{Seldom, say};
 use payload::Stock;
 use registry::Registry;
@@ -114,8 +116,7 @@ struct Daemon {
     /// What clients have the log say.
     noise: Seldom,
     identity: Identity,
-    /// Where other hosts are served.
-    listener: Mutex<Option<(Arc<TcpListener>, SocketAddr)>>,
+    listener: Listener,
 }
 
 /// Runs the daemon until it is told to end.
@@ -142,6 +143,7 @@ pub fn run() -> Result<(), VolumedError> {
     say(format_args!("confined to {} and {}: {confined}", start.store.display(), start.runtime.display()));
 
     let daemon = open(&start, recorder)?;
+    daemon.0.listen_again();
     // Who finds the control socket answered finds the other one as well.
     let nbd = bind(&start.runtime, "nbd.sock")?;
     let control = bind(&start.runtime, "control.sock")?;
@@ -202,7 +204,8 @@ fn open(
     let registry = Registry::new(Store::open(&start.store, &options)?, SystemClock::new())?;
     let attachments = Attachments::open(&start.runtime);
     let (attachments, to_dial) = attachments.map_err(io("read the attachments in", &start.runtime))?;
-    let identity = Identity::new().map_err(|error| VolumedError::Tls(io::Error::other(report::chain(&error))))?;
+    let identity = Identity::kept_in(&start.runtime);
+    let identity = identity.map_err(|error| VolumedError::Tls(io::Error::other(report::chain(&error))))?;
     let daemon = Daemon {
         registry,
         attachments,
@@ -210,7 +213,7 @@ fn open(
         stop: Stop::default(),
         noise: Seldom::default(),
         identity,
-        listener: Mutex::new(None),
+        listener: Listener::open(&start.runtime),
     };
     Ok((Arc::new(daemon), to_dial))
 }
@@ -271,38 +274,4 @@ fn end(daemon: &Daemon) -> Result<(), VolumedError> {
     }
     say(format_args!("ends"));
     failed.map_or(Ok(()), |error| Err(error.into()))
-}
-
-impl Daemon {
-    /// Where other hosts are served.
-    fn listening(&self) -> Option<Listening> {
-        let listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        listener.as_ref().map(|(_, address)| self.told(*address))
-    }
-
-    fn told(&self, address: SocketAddr) -> Listening {
-        Listening { address, certificate_sha256: self.identity.sha256.clone() }
-    }
-
-    /// Serves other hosts at an address, and at no other.
-    fn listen(self: &Arc<Self>, address: SocketAddr) -> io::Result<Listening> {
-        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, at)) = listener.as_ref()
-            && at.ip() == address.ip()
-            && (address.port() == 0 || at.port() == address.port())
-        {
-            return Ok(self.told(*at));
-        }
-        let new = Arc::new(sock::listen_tcp(address, None)?);
-        new.set_nonblocking(false)?;
-        let at = new.local_addr()?;
-        let (shared, socket) = (Arc::clone(self), Arc::clone(&new));
-        std::thread::Builder::new().name("tcp".to_owned()).spawn(move || accept::accept_remote(&shared, &socket))?;
-        if let Some((before, at)) = listener.replace((new, at)) {
-            say(format_args!("other hosts are no longer served at {at}"));
-            sock::stop_listening(&before)?;
-        }
-        say(format_args!("other hosts are served at {at}"));
-        Ok(self.told(at))
-    }
 }

@@ -111,7 +111,19 @@ const FLOORS: &[Floor] = &[
     },
     Floor {
         module: "volumed",
-        ours: &["ids", "units", "clock", "report", "lease", "sys", "!sys::kvm", "!sys::ram", "wire", "volume"],
+        ours: &[
+            "base64",
+            "ids",
+            "units",
+            "clock",
+            "report",
+            "lease",
+            "sys",
+            "!sys::kvm",
+            "!sys::ram",
+            "wire",
+            "volume",
+        ],
         outside: &["serde_json", "blake3", "nix", "rustls", "rcgen", "ring"],
     },
     Floor {

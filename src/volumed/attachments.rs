@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::sets::SetNumbers;
 use crate::sys::file;
 use crate::wire::volumed::{Attachment, AttachmentReport, LINES_MAX};
 
@@ -54,6 +55,7 @@ pub(super) enum AttachError {
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) attachment: Attachment,
+    numbers: Arc<SetNumbers>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -63,7 +65,7 @@ struct State {
     ended: bool,
     /// A dialer says that there is no use in trying again.
     given_up: bool,
-    /// The number of the present set of connections; later ones have larger numbers. 0 before the first.
+    /// The number of the present set of connections; 0: it has none yet.
     set: u64,
     /// Connections that belong to it.
     members: u32,
@@ -74,8 +76,8 @@ struct State {
 }
 
 impl Kept {
-    fn new(attachment: Attachment) -> Self {
-        Self { attachment, state: Mutex::default(), changed: Condvar::new() }
+    fn new(attachment: Attachment, numbers: &Arc<SetNumbers>) -> Self {
+        Self { attachment, numbers: Arc::clone(numbers), state: Mutex::default(), changed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -100,13 +102,12 @@ impl Kept {
     }
 
     /// The set that a connection belongs to that is made now; waits until the connections of the one before have ended.
-    /// `None`: the attachment is kept no longer. `now_ms` is the wall clock's, so that numbers grow from one daemon to the
-    /// next as well.
+    /// `None`: the attachment is kept no longer. `now_ms` is the wall clock's.
     pub(super) fn set(&self, now_ms: u64) -> Option<u64> {
         let waited = self.changed.wait_while(self.state(), |state| state.breaking && !state.ended);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         if state.set == 0 {
-            state.set = now_ms.max(1);
+            state.set = self.numbers.next(now_ms, self.attachment.upstream.is_some());
         }
         (!state.ended).then_some(state.set)
     }
@@ -127,7 +128,7 @@ impl Kept {
         state.breaking |= had_requests;
         if state.breaking && state.members == 0 {
             state.breaking = false;
-            state.set += 1;
+            state.set = 0;
             self.changed.notify_all();
         }
         state.breaking
@@ -184,6 +185,7 @@ pub(super) struct Attached {
 #[derive(Debug)]
 pub(super) struct Attachments {
     path: PathBuf,
+    numbers: Arc<SetNumbers>,
     kept: Mutex<BTreeMap<PathBuf, Arc<Kept>>>,
 }
 
@@ -191,6 +193,7 @@ impl Attachments {
     /// Reads what was written down; gives it, to be dialed.
     pub(super) fn open(directory: &Path) -> io::Result<(Self, Vec<Arc<Kept>>)> {
         let path = directory.join(FILE);
+        let numbers = Arc::new(SetNumbers::open(directory));
         let written = match std::fs::read(&path) {
             Ok(bytes) => serde_json::from_slice::<Written>(&bytes)?,
             Err(error) if error.kind() == ErrorKind::NotFound => Written::default(),
@@ -199,10 +202,10 @@ impl Attachments {
         let kept: BTreeMap<_, _> = written
             .attachments
             .into_iter()
-            .map(|attachment| (attachment.socket.clone(), Arc::new(Kept::new(attachment))))
+            .map(|attachment| (attachment.socket.clone(), Arc::new(Kept::new(attachment, &numbers))))
             .collect();
         let to_dial = kept.values().cloned().collect();
-        Ok((Self { path, kept: Mutex::new(kept) }, to_dial))
+        Ok((Self { path, numbers, kept: Mutex::new(kept) }, to_dial))
     }
 
     fn kept(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Arc<Kept>>> {
@@ -234,7 +237,7 @@ impl Attachments {
             return Err(AttachError::Full);
         }
         let socket = attachment.socket.clone();
-        let new = Arc::new(Kept::new(attachment));
+        let new = Arc::new(Kept::new(attachment, &self.numbers));
         kept.insert(socket.clone(), Arc::clone(&new));
         if let Err(error) = self.write_down(&kept) {
             match before {
@@ -320,7 +323,9 @@ mod tests {
 
     #[test]
     fn the_connections_of_a_set_end_together() {
-        let kept = Arc::new(Kept::new(attachment("/run/a", 1)));
+        let dir = tempfile::tempdir().unwrap();
+        let numbers = Arc::new(SetNumbers::open(dir.path()));
+        let kept = Arc::new(Kept::new(attachment("/run/a", 1), &numbers));
         let set = kept.set(1000).unwrap();
         assert!(set == 1000 && kept.join(set) && kept.join(set) && kept.join(set));
         assert!(!kept.leave(false), "one that never had a request ends alone");
@@ -340,7 +345,8 @@ mod tests {
 
     #[test]
     fn a_trouble_is_news_once() {
-        let kept = Kept::new(attachment("/run/a", 1));
+        let dir = tempfile::tempdir().unwrap();
+        let kept = Kept::new(attachment("/run/a", 1), &Arc::new(SetNumbers::open(dir.path())));
         assert!(kept.trouble("no") && !kept.trouble("no") && kept.trouble("still no"));
         kept.connected();
         assert!(!kept.trouble("of another connection"));

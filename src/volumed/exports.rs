@@ -4,7 +4,8 @@
 //! vol-…                            the volume, to look at                 nbd.sock
 //! vol-…:<lease>:<epoch>            the volume, as its lease allows        nbd.sock
 //! vol-…:<lease>:<epoch>:<secret>   the same                               between hosts, where nothing else opens anything;
-//!    … :<set>                         and takes the place of earlier sets of connections with this lease
+//!    … :<set>                         and takes the place of earlier sets of connections with this lease;
+//!    … :<set>:ro                      and is read, whatever the lease allows
 //! vs-…                             a snapshot, to look at                 nbd.sock
 //! (none)                           what the attachment says               a VMM that was dialed
 //! ```
@@ -17,7 +18,7 @@ use crate::lease::{Epoch, LeaseMode};
 use crate::volume::{CHUNK_BYTES, Volume};
 use crate::wire::nbd::export_flag;
 use crate::wire::nbd::negotiate::{Export, Exports, Refused};
-use crate::wire::volumed::Attachment;
+use crate::wire::volumed::{Attachment, Upstream};
 
 /// Requests are multiples of a sector, as guests' are.
 const BLOCK_BYTES: u32 = 512;
@@ -44,8 +45,25 @@ pub(super) struct Names<'a> {
 #[derive(Debug, PartialEq, Eq)]
 enum Name<'a> {
     Volume(VolumeId),
-    Leased { volume: VolumeId, lease: LeaseId, epoch: Epoch, secret: Option<&'a str>, set: Option<u64> },
+    Leased {
+        volume: VolumeId,
+        lease: LeaseId,
+        epoch: Epoch,
+        secret: Option<&'a str>,
+        set: Option<u64>,
+        read_only: bool,
+    },
     Snapshot(VolumeSnapshotId),
+}
+
+/// The end of a name by which nothing is written.
+const READ_ONLY: &str = ":ro";
+
+/// The name by which another host's daemon is asked for a volume.
+pub(super) fn name_between_hosts(attachment: &Attachment, upstream: &Upstream, set: u64) -> String {
+    let Attachment { volume, lease, epoch, .. } = attachment;
+    let end = if attachment.read_only { READ_ONLY } else { "" };
+    format!("{volume}:{lease}:{epoch}:{}:{set}{end}", upstream.secret.reveal())
 }
 
 /// Said of whatever does not exist or is not for the asker, between hosts: who guesses learns nothing.
@@ -67,9 +85,11 @@ impl<'a> Name<'a> {
         let (secret, set) = match parts.next().map(|secret| secret.split_once(':').ok_or(secret)) {
             None => (None, None),
             Some(Err(secret)) => (Some(secret), None),
-            Some(Ok((secret, set))) => (Some(secret), Some(set.parse().ok()?)),
+            Some(Ok((secret, set))) => (Some(secret), Some(set)),
         };
-        Some(Self::Leased { volume, lease, epoch, secret, set })
+        let read_only = set.is_some_and(|set| set.ends_with(READ_ONLY));
+        let set = set.map(|set| set.strip_suffix(READ_ONLY).unwrap_or(set).parse()).transpose().ok()?;
+        Some(Self::Leased { volume, lease, epoch, secret, set, read_only })
     }
 }
 
@@ -86,11 +106,11 @@ impl Exports for Names<'_> {
         }
         let local = matches!(self.asker, Asker::Local);
         match Name::parse(name) {
-            Some(Name::Leased { volume, lease, epoch, secret, set }) => {
+            Some(Name::Leased { volume, lease, epoch, secret, set, read_only }) => {
                 if !local && secret.is_none() {
                     return Err(nothing());
                 }
-                let (export, mut bound) = self.leased(&volume, &lease, epoch, secret, false)?;
+                let (export, mut bound) = self.leased(&volume, &lease, epoch, secret, read_only)?;
                 if let (Bound::Leased { gate, set: of_it, .. }, Some(set)) = (&mut bound, set) {
                     if !Registry::begin_set(gate, &lease, set) {
                         return Err(Refused::Shutdown);
@@ -199,13 +219,20 @@ mod tests {
     fn names_are_read() {
         let (volume, lease) = (VolumeId::from_random([1; 10]), LeaseId::from_random([2; 10]));
         let snapshot = VolumeSnapshotId::from_random([3; 10]);
-        let leased = |secret, set| Name::Leased { volume: volume.clone(), lease: lease.clone(), epoch: 7, secret, set };
+        let named = |secret, set, read_only| {
+            let (volume, lease) = (volume.clone(), lease.clone());
+            Name::Leased { volume, lease, epoch: 7, secret, set, read_only }
+        };
+        let leased = |secret, set| named(secret, set, false);
         assert_eq!(Name::parse(volume.as_str()), Some(Name::Volume(volume.clone())));
         assert_eq!(Name::parse(snapshot.as_str()), Some(Name::Snapshot(snapshot.clone())));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7")), Some(leased(None, None)));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a")), Some(leased(Some("a"), None)));
         assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:12")), Some(leased(Some("a"), Some(12))));
-        assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:b")), None);
+        assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:12:ro")), Some(named(Some("a"), Some(12), true)));
+        for wrong in ["b", ":ro", "12:rw", "12:ro:ro", "1:2"] {
+            assert_eq!(Name::parse(&format!("{volume}:{lease}:7:a:{wrong}")), None, "{wrong}");
+        }
         for wrong in
             ["", "vol-", &format!("{volume}:{lease}"), &format!("{volume}:{lease}:+7"), &format!("{lease}:{volume}:7")]
         {

@@ -14,20 +14,20 @@ use rustls::client::ClientConnection;
 use super::Daemon;
 use super::attachments::Kept;
 use super::dial::{DialError, in_a_set};
+use super::exports::name_between_hosts;
 use super::handshake::HANDSHAKE_PATIENCE;
 use super::line::{Line, Socket};
 use super::serve::ServeError;
 use super::tls;
 use crate::sys::sock;
 use crate::wire::nbd::option::{
-    Info, InfoRequest, MetaContextRequest, OPTION_HEADER_BYTES, OPTION_REPLY_HEADER_BYTES, OptionHeader,
-    OptionReplyHeader, error_text, number, option, put_error, put_reply, reply_kind,
+    InfoRequest, MetaContextRequest, OPTION_HEADER_BYTES, OPTION_REPLY_HEADER_BYTES, OptionHeader, OptionReplyHeader,
+    error_text, number, option, put_error, put_reply, reply_kind,
 };
 use crate::wire::nbd::{
-    CLIENT_FLAGS_BYTES, GREETING_BYTES, NbdError, OPTIONS_MAX, client_flags, export_flag, greeting, read_client_flags,
-    read_greeting,
+    CLIENT_FLAGS_BYTES, GREETING_BYTES, NbdError, OPTIONS_MAX, client_flags, greeting, read_client_flags, read_greeting,
 };
-use crate::wire::volumed::{Attachment, Upstream};
+use crate::wire::volumed::Upstream;
 
 /// How long the other host may take to accept.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
@@ -37,17 +37,16 @@ const HELD_BYTES: usize = 256 * 1024;
 
 /// Connects to both, and copies until either end hangs up.
 pub(super) fn relay(daemon: &Arc<Daemon>, kept: &Kept, upstream: &Upstream) -> Result<(), DialError> {
-    let Attachment { volume, lease, epoch, read_only, .. } = &kept.attachment;
     let prepare = |set| {
         let mut far = reach(daemon, upstream)?;
-        let name = format!("{volume}:{lease}:{epoch}:{}:{set}", upstream.secret.reveal());
+        let name = name_between_hosts(&kept.attachment, upstream, set);
         // Asked before the VMM is bothered: a lease that ended does not come back.
         ask_for(&mut far, &name, upstream)?;
         Ok((far, name))
     };
     in_a_set(daemon, kept, prepare, |socket, _, (mut far, name), had_requests| {
         let mut near = Line::new(socket, daemon.registry.clock).map_err(ServeError::Socket)?;
-        if !hand_over(&mut near, &mut far, &name, *read_only)? {
+        if !hand_over(&mut near, &mut far, &name)? {
             return Ok(());
         }
         *had_requests = true;
@@ -109,7 +108,7 @@ fn read_reply(far: &mut Line) -> Result<(OptionReplyHeader, Vec<u8>), ServeError
 }
 
 /// The handshake with the VMM, its options answered by the other host. `false`: it ended without an export.
-fn hand_over(near: &mut Line, far: &mut Line, name: &str, read_only: bool) -> Result<bool, ServeError> {
+fn hand_over(near: &mut Line, far: &mut Line, name: &str) -> Result<bool, ServeError> {
     near.write(&greeting())?;
     let mut flags = [0; CLIENT_FLAGS_BYTES];
     if !near.read_message(&mut flags, None)? {
@@ -135,7 +134,7 @@ fn hand_over(near: &mut Line, far: &mut Line, name: &str, read_only: bool) -> Re
             continue;
         };
         far.write(&option(asked, &data))?;
-        let done = pass_replies(near, far, read_only)?;
+        let done = pass_replies(near, far)?;
         if asked == number::GO && done {
             return Ok(true);
         }
@@ -160,15 +159,9 @@ fn under_its_name(asked: u32, data: &[u8], name: &str) -> Option<Vec<u8>> {
 }
 
 /// Passes the replies to one option on; whether it was done.
-fn pass_replies(near: &mut Line, far: &mut Line, read_only: bool) -> Result<bool, ServeError> {
+fn pass_replies(near: &mut Line, far: &mut Line) -> Result<bool, ServeError> {
     for _ in 0..OPTIONS_MAX {
-        let (reply, mut data) = read_reply(far)?;
-        if read_only
-            && reply.kind == reply_kind::INFO
-            && let Ok(Info::Export { size, flags }) = Info::read(&data)
-        {
-            data = Info::Export { size, flags: flags | export_flag::READ_ONLY }.to_bytes();
-        }
+        let (reply, data) = read_reply(far)?;
         let mut out = Vec::new();
         put_reply(&mut out, reply.option, reply.kind, &data);
         near.write(&out)?;

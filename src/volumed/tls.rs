@@ -1,7 +1,10 @@
-//! TLS between volume daemons: 1.3 only. The server has a certificate of its own, made when it starts; a client was told
-//! by its agent which one that is, and takes no other. Who the client is, its lease's secret says.
+//! TLS between volume daemons: 1.3 only. The server has a certificate of its own, made at its first start and kept, so that
+//! who was told of it finds it again; a client was told by its agent which one that is, and takes no other. Who the client
+//! is, its lease's secret says.
 
 use std::fmt::{self, Write};
+use std::io::{self, ErrorKind};
+use std::path::Path;
 use std::sync::Arc;
 
 use rcgen::{CertificateParams, KeyPair};
@@ -12,6 +15,27 @@ use rustls::crypto::{CryptoProvider, ring as provider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::server::ServerConfig;
 use rustls::{CertificateError, DigitallySignedStruct, Error, SignatureScheme};
+use serde::{Deserialize, Serialize};
+
+use super::log::say;
+use crate::sys::file;
+use crate::{base64, report};
+
+/// The file of key and certificate, in the daemon's own directory.
+const FILE: &str = "identity.json";
+
+/// Its content. It is not printed: the key is a secret.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    format: u32,
+    /// DER, in Base64.
+    certificate: String,
+    /// PKCS #8, in Base64.
+    key: String,
+}
+
+/// The only version.
+const FORMAT: u32 = 1;
 
 /// Why there is no TLS.
 #[derive(Debug, thiserror::Error)]
@@ -22,9 +46,15 @@ pub(super) enum TlsError {
     /// The library refuses.
     #[error("prepare TLS")]
     Tls(#[from] Error),
+    /// A file could not be read or written.
+    #[error("use the file")]
+    Io(#[from] io::Error),
+    /// What was kept is not what was written.
+    #[error("it is not a certificate and its key")]
+    Damaged,
 }
 
-/// This process's certificate.
+/// The daemon's certificate.
 #[derive(Debug, Clone)]
 pub(super) struct Identity {
     /// For connections that are accepted.
@@ -34,13 +64,51 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    /// A new one.
-    pub(super) fn new() -> Result<Self, TlsError> {
+    /// The one that is kept in this directory; a new one if there is none, or none that can be used.
+    pub(super) fn kept_in(directory: &Path) -> Result<Self, TlsError> {
+        let path = directory.join(FILE);
+        match Self::read(&path) {
+            Ok(Some(kept)) => return Ok(kept),
+            Ok(None) => {}
+            Err(error) => say(format_args!(
+                "{}: {}; other hosts find another certificate from now on",
+                path.display(),
+                report::chain(&error)
+            )),
+        }
         let key = KeyPair::generate()?;
         let certificate = CertificateParams::new(Vec::new())?.self_signed(&key)?;
-        let certificate = certificate.der().clone();
+        let (certificate, key) = (certificate.der().to_vec(), key.serialize_der());
+        if let Err(error) = Self::write(&path, &certificate, &key) {
+            // It is served with all the same: until the next start it is as good.
+            say(format_args!("{}: {}; it is used, but not kept", path.display(), report::chain(&error)));
+        }
+        Self::new(certificate, key)
+    }
+
+    fn read(path: &Path) -> Result<Option<Self>, TlsError> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let written = serde_json::from_slice::<Written>(&bytes).ok().filter(|written| written.format == FORMAT);
+        let parts = written.and_then(|written| base64::decode(&written.certificate).zip(base64::decode(&written.key)));
+        let (certificate, key) = parts.ok_or(TlsError::Damaged)?;
+        // The library looks whether they belong together.
+        Self::new(certificate, key).map(Some)
+    }
+
+    fn write(path: &Path, certificate: &[u8], key: &[u8]) -> Result<(), TlsError> {
+        let (certificate, key) = (base64::encode(certificate), base64::encode(key));
+        let written = serde_json::to_vec(&Written { format: FORMAT, certificate, key }).map_err(io::Error::other)?;
+        Ok(file::replace(path, &written)?)
+    }
+
+    fn new(certificate: Vec<u8>, key: Vec<u8>) -> Result<Self, TlsError> {
         let sha256 = sha256(&certificate);
-        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let certificate = CertificateDer::from(certificate);
+        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key));
         let config = ServerConfig::builder_with_provider(Arc::new(provider::default_provider()));
         let config = config.with_protocol_versions(&[&rustls::version::TLS13])?.with_no_client_auth();
         let mut config = config.with_single_cert(vec![certificate], key)?;
@@ -118,5 +186,38 @@ impl ServerCertVerifier for Pinned {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_kept_and_one_that_is_damaged_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = || Identity::kept_in(dir.path()).unwrap().sha256;
+        let path = dir.path().join(FILE);
+        let first = of();
+        assert_eq!((first.len(), of()), (64, first.clone()));
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let written = std::fs::read(&path).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        Identity::kept_in(other.path()).unwrap();
+        let mut mixed: Written = serde_json::from_slice(&written).unwrap();
+        mixed.key = serde_json::from_slice::<Written>(&std::fs::read(other.path().join(FILE)).unwrap()).unwrap().key;
+        let unknown = String::from_utf8(written.clone()).unwrap().replace("\"format\":1", "\"format\":2");
+        let damaged = [&written[..written.len() / 2], b"", &serde_json::to_vec(&mixed).unwrap(), unknown.as_bytes()];
+        for damaged in damaged {
+            file::replace(&path, damaged).unwrap();
+            let next = of();
+            assert!(next != first && of() == next, "another one, and kept as well");
+        }
+        file::replace(&path, &written).unwrap();
+        assert_eq!(of(), first);
+        // Where nothing can be written, there is one for now.
+        assert!(Identity::kept_in(&dir.path().join("absent")).is_ok());
     }
 }

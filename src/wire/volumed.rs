@@ -29,7 +29,8 @@ pub const LINES_MAX: u8 = 8;
 pub struct StartMessage {
     /// The directory of the store, absolute.
     pub store: std::path::PathBuf,
-    /// The directory of its sockets (`control.sock`, `nbd.sock`) and of its own state (`attachments.json`), absolute.
+    /// The directory of its sockets (`control.sock`, `nbd.sock`) and of its own state (whom it serves, where it listens,
+    /// its certificate), absolute.
     pub runtime: std::path::PathBuf,
     /// Most bytes that all volumes may take on the disk; `None` for no bound.
     pub quota_bytes: Option<u64>,
@@ -267,8 +268,8 @@ pub enum Ask {
     },
     /// All attachments; answered by [`Answer::Attachments`].
     Attachments,
-    /// Serve other hosts at this address; port 0 is one that is free. Answered by [`Answer::Listening`]. Asked again
-    /// for the same address, it is so already.
+    /// Serve other hosts at this address, from now on and whenever the daemon starts; port 0 is one that is free, the same
+    /// as before if it can be. Answered by [`Answer::Listening`]. Asked again for the same address, it is so already.
     Listen {
         /// The address.
         address: IpAddr,

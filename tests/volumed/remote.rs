@@ -1,14 +1,15 @@
 //! A VM on one host, its volume on another: two daemons, TLS between them.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 
 use hearth::lease::{LeaseMode, LeaseSecret};
 use hearth::wire::nbd::option::{
     InfoRequest, OPTION_REPLY_HEADER_BYTES, OptionReplyHeader, number, option, reply_kind,
 };
-use hearth::wire::nbd::{ErrorNumber, client_flags};
+use hearth::wire::nbd::request::Command;
+use hearth::wire::nbd::{ErrorNumber, client_flags, export_flag};
 use hearth::wire::volumed::{Answer, Ask, Attachment, Listening, Upstream};
 
 use crate::client::{Client, ClientError};
@@ -67,7 +68,7 @@ fn a_volume_of_another_host_is_used_through_the_own_daemon() {
     assert_eq!(extents.iter().map(|extent| extent.length).sum::<u32>(), 65536);
     // Many at once, and answers that are not read meanwhile.
     for at in 0..64_u64 {
-        client.send(hearth::wire::nbd::request::Command::Write, 0, at * 512, 512, &[9; 512]).expect("a request");
+        client.send(Command::Write, 0, at * 512, 512, &[9; 512]).expect("a request");
     }
     drop(client);
 
@@ -87,4 +88,78 @@ fn a_volume_of_another_host_is_used_through_the_own_daemon() {
     drop(near);
     let refused = Client::connect(&far.nbd_socket(), &export);
     assert!(matches!(refused, Err(ClientError::Refused(..))));
+}
+
+/// A volume of `far`, used by way of `near`; where the daemon is expected as by a VMM.
+fn relayed(far: &Daemon, near: &Daemon, read_only: bool) -> (Listening, UnixListener) {
+    let listening = listen(far);
+    let (volume, lease, _) = far.writable(4 * MIB);
+    let socket = near.path("volume-0.sock");
+    let listener = UnixListener::bind(&socket).expect("a listener");
+    let upstream = Upstream {
+        address: listening.address,
+        certificate_sha256: listening.certificate_sha256.clone(),
+        secret: lease.secret.clone(),
+    };
+    let attachment = Attachment { upstream: Some(upstream), read_only, ..attachment(&socket, &volume, &lease) };
+    assert_eq!(near.ask(Ask::Attach { attachment }), Answer::Done);
+    (listening, listener)
+}
+
+/// The next connection that shakes hands. One whose other end went is none.
+fn next_client(listener: &UnixListener) -> Client {
+    for socket in listener.incoming() {
+        if let Ok(client) = Client::greet(socket.expect("a connection"), "") {
+            return client;
+        }
+    }
+    panic!("no connection")
+}
+
+#[test]
+fn a_daemon_that_was_killed_serves_other_hosts_again_without_being_asked() {
+    let (mut far, mut near) = (Daemon::new(), Daemon::new());
+    let (listening, listener) = relayed(&far, &near, false);
+    let mut client = next_client(&listener);
+    for round in 1..=3_u8 {
+        client.write(0, &[round; 4096]).expect("a write");
+        // Where the VM is, the daemon is another one as well: numbers of sets go on.
+        if round == 2 {
+            near.kill();
+            near.start_again();
+        }
+        far.kill();
+        far.start_again();
+        client.read(0, 512).expect_err("its connection ended");
+        client = next_client(&listener);
+        assert_eq!(client.read(0, 4096).expect("a read"), [round; 4096]);
+    }
+    assert_eq!(listen(&far), listening, "the same address and certificate");
+
+    // Somebody else is there now.
+    far.kill();
+    let other = TcpListener::bind(listening.address).expect("the port");
+    far.start_again();
+    assert!(far.log().contains(&format!("not served at {}", listening.address)), "{}", far.log());
+    drop(other);
+    assert_eq!(listen(&far), listening, "asked for any port, it takes the one that is known");
+    drop(client);
+    next_client(&listener).write(0, &[9; 512]).expect("a write");
+
+    far.kill();
+    std::fs::write(far.path("run/identity.json"), "{}").expect("damage");
+    far.start_again();
+    assert!(far.log().contains("it is not a certificate and its key"), "{}", far.log());
+    let now = listen(&far);
+    assert!(now.address == listening.address && now.certificate_sha256 != listening.certificate_sha256);
+}
+
+#[test]
+fn what_is_attached_to_be_read_is_not_written_from_another_host() {
+    let (far, near) = (Daemon::new(), Daemon::new());
+    let (_, listener) = relayed(&far, &near, true);
+    let mut client = next_client(&listener);
+    assert!(client.flags & export_flag::READ_ONLY != 0);
+    assert_eq!(client.write(0, &[1; 512]).expect_err("it only reads").number(), ErrorNumber::Permission);
+    assert_eq!(client.read(0, 512).expect("a read"), [0; 512]);
 }
