@@ -2,6 +2,7 @@
 //! clients `qemu-img`, `qemu-io`, `nbdinfo` and `nbdcopy` (Debian: qemu-utils, libnbd-bin), without which these tests fail.
 
 #![expect(clippy::disallowed_methods, reason = "it looks from outside, by the host's own clock and files")]
+#![expect(clippy::wildcard_enum_match_arm, reason = "a test names what it waits for")]
 
 #[path = "volumed/client.rs"]
 mod client;

@@ -88,7 +88,7 @@ impl HostVolumes {
             std::fs::rename(&log, log.with_extension("log.1"))?;
         }
         let mut command = Command::new("/proc/self/exe");
-        command.arg("volumed").current_dir("/").process_group(0).kill_on_drop(false);
+        command.arg0("hearth").arg("volumed").current_dir("/").process_group(0).kill_on_drop(false);
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(file::append(&log)?);
         let mut child = command.spawn()?;
         if let Some(mut stdin) = child.stdin.take() {

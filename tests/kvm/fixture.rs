@@ -440,14 +440,15 @@ fn of_command(program: &str, words: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// Processes that are a VMM, by their command line.
+/// Processes that are a VMM or a volume daemon, by their command line.
 pub(crate) fn vmms() -> BTreeSet<u32> {
     let processes = std::fs::read_dir("/proc").expect("/proc").filter_map(Result::ok);
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let is_vmm = |pid: &u32| {
         let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
-        words.first().is_some_and(|word| word.ends_with(b"hearth")) && words.get(1) == Some(&b"vmm".as_slice())
+        let ours = [Some(&b"vmm".as_slice()), Some(&b"volumed".as_slice())];
+        words.first().is_some_and(|word| word.ends_with(b"hearth")) && ours.contains(&words.get(1))
     };
     pids.filter(is_vmm).collect()
 }

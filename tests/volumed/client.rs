@@ -14,7 +14,7 @@ use hearth::wire::nbd::{BASE_ALLOCATION, ErrorNumber, GREETING_BYTES, client_fla
 
 /// Why a request was not done.
 #[derive(Debug)]
-pub enum ClientError {
+pub(crate) enum ClientError {
     /// The server said so.
     Refused(ErrorNumber, String),
     /// The connection broke.
@@ -29,7 +29,7 @@ impl From<io::Error> for ClientError {
 
 impl ClientError {
     /// The number the server said.
-    pub fn number(&self) -> ErrorNumber {
+    pub(crate) fn number(&self) -> ErrorNumber {
         match self {
             Self::Refused(number, _) => *number,
             Self::Broken(error) => panic!("the connection broke: {error}"),
@@ -39,22 +39,22 @@ impl ClientError {
 
 /// A connection in the transmission phase.
 #[derive(Debug)]
-pub struct Client {
-    pub socket: UnixStream,
-    pub size: u64,
-    pub flags: u16,
+pub(crate) struct Client {
+    pub(crate) socket: UnixStream,
+    pub(crate) size: u64,
+    pub(crate) flags: u16,
     cookie: u64,
 }
 
 type Done<T> = Result<T, ClientError>;
 
 impl Client {
-    pub fn connect(socket: &Path, export: &str) -> Done<Self> {
+    pub(crate) fn connect(socket: &Path, export: &str) -> Done<Self> {
         Self::greet(UnixStream::connect(socket)?, export)
     }
 
     /// Shakes hands on a connection that is there: with structured replies and base:allocation.
-    pub fn greet(socket: UnixStream, export: &str) -> Done<Self> {
+    pub(crate) fn greet(socket: UnixStream, export: &str) -> Done<Self> {
         let mut client = Self { socket, size: 0, flags: 0, cookie: 0 };
         let mut greeting = [0; GREETING_BYTES];
         client.socket.read_exact(&mut greeting)?;
@@ -90,7 +90,7 @@ impl Client {
     }
 
     /// Sends a request; gives its number.
-    pub fn send(&mut self, command: Command, flags: u16, offset: u64, length: u32, payload: &[u8]) -> Done<u64> {
+    pub(crate) fn send(&mut self, command: Command, flags: u16, offset: u64, length: u32, payload: &[u8]) -> Done<u64> {
         self.cookie += 1;
         let header = RequestHeader { flags, command: command as u16, cookie: self.cookie, offset, length };
         self.socket.write_all(&[&header.to_bytes()[..], payload].concat())?;
@@ -98,7 +98,7 @@ impl Client {
     }
 
     /// Waits for the answer to the request that was sent last; bytes of a read go to `into`, from `offset` on.
-    pub fn wait(&mut self, offset: u64, into: &mut [u8]) -> Done<Vec<Extent>> {
+    pub(crate) fn wait(&mut self, offset: u64, into: &mut [u8]) -> Done<Vec<Extent>> {
         let mut extents = Vec::new();
         loop {
             let mut head = [0; REPLY_BYTES];
@@ -134,39 +134,39 @@ impl Client {
         }
     }
 
-    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Done<()> {
+    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Done<()> {
         self.write_with(0, offset, bytes)
     }
 
-    pub fn write_with(&mut self, flags: u16, offset: u64, bytes: &[u8]) -> Done<()> {
+    pub(crate) fn write_with(&mut self, flags: u16, offset: u64, bytes: &[u8]) -> Done<()> {
         let length = u32::try_from(bytes.len()).expect("a length");
         self.send(Command::Write, flags, offset, length, bytes)?;
         self.wait(0, &mut []).map(drop)
     }
 
-    pub fn read(&mut self, offset: u64, length: u32) -> Done<Vec<u8>> {
+    pub(crate) fn read(&mut self, offset: u64, length: u32) -> Done<Vec<u8>> {
         let mut bytes = vec![0xee; length as usize];
         self.send(Command::Read, 0, offset, length, &[])?;
         self.wait(offset, &mut bytes)?;
         Ok(bytes)
     }
 
-    pub fn flush(&mut self) -> Done<()> {
+    pub(crate) fn flush(&mut self) -> Done<()> {
         self.send(Command::Flush, 0, 0, 0, &[])?;
         self.wait(0, &mut []).map(drop)
     }
 
-    pub fn zero(&mut self, flags: u16, offset: u64, length: u32) -> Done<()> {
+    pub(crate) fn zero(&mut self, flags: u16, offset: u64, length: u32) -> Done<()> {
         self.send(Command::WriteZeroes, flags, offset, length, &[])?;
         self.wait(0, &mut []).map(drop)
     }
 
-    pub fn trim(&mut self, offset: u64, length: u32) -> Done<()> {
+    pub(crate) fn trim(&mut self, offset: u64, length: u32) -> Done<()> {
         self.send(Command::Trim, command_flag::FUA, offset, length, &[])?;
         self.wait(0, &mut []).map(drop)
     }
 
-    pub fn status(&mut self, offset: u64, length: u32) -> Done<Vec<Extent>> {
+    pub(crate) fn status(&mut self, offset: u64, length: u32) -> Done<Vec<Extent>> {
         self.send(Command::BlockStatus, 0, offset, length, &[])?;
         self.wait(0, &mut [])
     }

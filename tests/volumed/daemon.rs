@@ -15,25 +15,25 @@ use hearth::wire::volumed::{
 };
 
 /// How long anything may take that should be there at once.
-pub const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// A volume daemon. It ends with the test.
-pub struct Daemon {
-    pub dir: tempfile::TempDir,
+pub(crate) struct Daemon {
+    pub(crate) dir: tempfile::TempDir,
     child: Child,
     start: StartMessage,
 }
 
 impl Daemon {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with_quota(None)
     }
 
-    pub fn with_quota(quota_bytes: Option<u64>) -> Self {
+    pub(crate) fn with_quota(quota_bytes: Option<u64>) -> Self {
         Self::with(|start| start.quota_bytes = quota_bytes)
     }
 
-    pub fn with(change: impl FnOnce(&mut StartMessage)) -> Self {
+    pub(crate) fn with(change: impl FnOnce(&mut StartMessage)) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let mut start = start_message(dir.path());
         change(&mut start);
@@ -47,65 +47,65 @@ impl Daemon {
         eventually("the daemon answers", || UnixStream::connect(self.path("run/control.sock")).is_ok());
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    pub fn nbd_socket(&self) -> PathBuf {
+    pub(crate) fn nbd_socket(&self) -> PathBuf {
         self.path("run/nbd.sock")
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path("log")).unwrap_or_default()
     }
 
     /// The URI of an export, as real clients take it.
-    pub fn uri(&self, export: &str) -> String {
+    pub(crate) fn uri(&self, export: &str) -> String {
         format!("nbd+unix:///{export}?socket={}", self.nbd_socket().display())
     }
 
     /// Kills it as the kernel does when memory is short.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().expect("kill");
         let status = self.child.wait().expect("wait");
         assert_eq!(status.signal(), Some(9), "{}", self.log());
     }
 
     /// Starts another one in the same directories.
-    pub fn start_again(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         self.child = spawn(self.dir.path(), &self.start);
         self.wait_until_there();
     }
 
     /// Asks it to end and waits for it.
-    pub fn terminate(&mut self) -> ExitStatus {
+    pub(crate) fn terminate(&mut self) -> ExitStatus {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).expect("a pid"));
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("SIGTERM");
         self.child.wait().expect("wait")
     }
 
     /// Lets whatever waits for a lock or a full queue come to it.
-    pub fn is_running(&mut self) -> bool {
+    pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("look").is_none()
     }
 
-    pub fn control(&self) -> Control {
+    pub(crate) fn control(&self) -> Control {
         Control::connect(&self.path("run/control.sock"))
     }
 
-    pub fn ask(&self, ask: Ask) -> Answer {
+    pub(crate) fn ask(&self, ask: Ask) -> Answer {
         self.control().ask(ask).expect("an answer")
     }
 
     /// A new empty volume.
-    pub fn volume(&self, bytes: u64) -> VolumeId {
+    pub(crate) fn volume(&self, bytes: u64) -> VolumeId {
         let id = VolumeId::from_random(random());
         let ask = Ask::Create { id: id.clone(), name: None, bytes: Some(bytes), origin: Origin::Empty, now_ms: 1 };
         assert!(matches!(self.ask(ask), Answer::Volume { .. }));
         id
     }
 
-    pub fn show(&self, id: &VolumeId) -> VolumeReport {
+    pub(crate) fn show(&self, id: &VolumeId) -> VolumeReport {
         match self.ask(Ask::Show { id: id.clone() }) {
             Answer::Volume { volume } => *volume,
             other => panic!("{other:?}"),
@@ -113,14 +113,14 @@ impl Daemon {
     }
 
     /// A new lease.
-    pub fn lease(&self, volume: &VolumeId, mode: LeaseMode) -> Lease {
+    pub(crate) fn lease(&self, volume: &VolumeId, mode: LeaseMode) -> Lease {
         match self.ask(acquire(volume, mode)) {
             Answer::Lease { lease } => lease,
             other => panic!("{other:?}"),
         }
     }
 
-    pub fn convert(&self, volume: &VolumeId, from: &Lease, to: &Lease) -> Result<Lease, Refusal> {
+    pub(crate) fn convert(&self, volume: &VolumeId, from: &Lease, to: &Lease) -> Result<Lease, Refusal> {
         let ask = Ask::Convert { volume: volume.clone(), from: from.id.clone(), to: to.id.clone(), epoch: from.epoch };
         match self.control().ask(ask).expect("an answer") {
             Answer::Lease { lease } => Ok(lease),
@@ -130,7 +130,7 @@ impl Daemon {
     }
 
     /// A volume with an active lease, and the export that writes it.
-    pub fn writable(&self, bytes: u64) -> (VolumeId, Lease, String) {
+    pub(crate) fn writable(&self, bytes: u64) -> (VolumeId, Lease, String) {
         let volume = self.volume(bytes);
         let lease = self.lease(&volume, LeaseMode::Active);
         let export = export_of(&volume, &lease);
@@ -148,11 +148,11 @@ impl Drop for Daemon {
     }
 }
 
-pub fn export_of(volume: &VolumeId, lease: &Lease) -> String {
+pub(crate) fn export_of(volume: &VolumeId, lease: &Lease) -> String {
     format!("{volume}:{}:{}", lease.id, lease.epoch)
 }
 
-pub fn acquire(volume: &VolumeId, mode: LeaseMode) -> Ask {
+pub(crate) fn acquire(volume: &VolumeId, mode: LeaseMode) -> Ask {
     Ask::Acquire {
         volume: volume.clone(),
         id: LeaseId::from_random(random()),
@@ -166,7 +166,7 @@ pub fn acquire(volume: &VolumeId, mode: LeaseMode) -> Ask {
     }
 }
 
-pub fn attachment(socket: &Path, volume: &VolumeId, lease: &Lease) -> Attachment {
+pub(crate) fn attachment(socket: &Path, volume: &VolumeId, lease: &Lease) -> Attachment {
     Attachment {
         socket: socket.to_owned(),
         volume: volume.clone(),
@@ -179,14 +179,14 @@ pub fn attachment(socket: &Path, volume: &VolumeId, lease: &Lease) -> Attachment
 }
 
 /// Random bytes.
-pub fn random<const N: usize>() -> [u8; N] {
+pub(crate) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     hearth::sys::entropy::fill(&mut bytes).expect("random bytes");
     bytes
 }
 
 /// Waits until something is so.
-pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_so() {
         assert!(began.elapsed() < SOON, "{what}: not after {} s", SOON.as_secs());
@@ -195,7 +195,7 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 }
 
 /// The start message of a daemon below a directory.
-pub fn start_message(dir: &Path) -> StartMessage {
+pub(crate) fn start_message(dir: &Path) -> StartMessage {
     StartMessage {
         store: dir.join("store"),
         runtime: dir.join("run"),
@@ -205,7 +205,7 @@ pub fn start_message(dir: &Path) -> StartMessage {
     }
 }
 
-pub fn spawn_with(start: &StartMessage, log: Stdio) -> Child {
+pub(crate) fn spawn_with(start: &StartMessage, log: Stdio) -> Child {
     let mut child = Command::new(env!("CARGO_BIN_EXE_hearth"))
         .arg("volumed")
         .stdin(Stdio::piped())
@@ -224,7 +224,7 @@ fn spawn(dir: &Path, start: &StartMessage) -> Child {
 }
 
 /// An agent's connection.
-pub struct Control {
+pub(crate) struct Control {
     socket: UnixStream,
 }
 
@@ -237,11 +237,11 @@ impl Control {
         control
     }
 
-    pub fn send<M: serde::Serialize>(&mut self, message: &M) {
+    pub(crate) fn send<M: serde::Serialize>(&mut self, message: &M) {
         self.socket.write_all(&encode(message).expect("a frame")).expect("send");
     }
 
-    pub fn receive<M: for<'de> serde::Deserialize<'de>>(&mut self) -> std::io::Result<M> {
+    pub(crate) fn receive<M: for<'de> serde::Deserialize<'de>>(&mut self) -> std::io::Result<M> {
         let mut head = [0; 4];
         self.socket.read_exact(&mut head)?;
         let mut body = vec![0; body_bytes(head).expect("a length")];
@@ -250,7 +250,7 @@ impl Control {
     }
 
     /// Asks, and waits for the answer behind all progress.
-    pub fn ask(&mut self, ask: Ask) -> std::io::Result<Answer> {
+    pub(crate) fn ask(&mut self, ask: Ask) -> std::io::Result<Answer> {
         self.send(&ask);
         loop {
             match self.receive()? {
