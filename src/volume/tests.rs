@@ -13,6 +13,7 @@ mod damage;
 mod limits;
 mod model;
 mod replayed;
+mod tape;
 mod threads;
 
 fn volume_id(number: u8) -> VolumeId {

@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::assert_covers;
-use super::replayed::{Kept, Replayed, Tape};
+use super::replayed::{Kept, Replayed};
+use super::tape::Tape;
 use super::*;
 
 const BLOCK: u64 = 4096;
@@ -298,7 +299,7 @@ fn lose_power(work: &Work, replayed: &Replayed, cut: usize, seed: u64) {
     let mut numbers = Numbers(seed ^ cut as u64);
     let dir = directory();
     let of_ten = [0, 1, 5, 9, 10][usize::try_from(numbers.below(5)).unwrap()];
-    replayed.write_to(dir.path(), &mut numbers, of_ten);
+    replayed.write_to(dir.path(), &mut || numbers.below(10) < of_ten);
     let store = open_in_boot(dir.path(), "boot-2");
     work.judge(&store, cut, false);
     go_on_with(&store, &mut numbers);
@@ -312,7 +313,7 @@ fn lose_power(work: &Work, replayed: &Replayed, cut: usize, seed: u64) {
 fn kill(work: &Work, replayed: &Replayed, cut: usize) {
     let mut numbers = Numbers(cut as u64);
     let dir = directory();
-    replayed.write_to(dir.path(), &mut numbers, 10);
+    replayed.write_to(dir.path(), &mut || true);
     let store = open_in_boot(dir.path(), "boot-1");
     work.judge(&store, cut, true);
     go_on_with(&store, &mut numbers);

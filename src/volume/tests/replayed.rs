@@ -4,10 +4,6 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-
-use super::Numbers;
-use crate::volume::{Operation, Recorder};
 
 const BLOCK: usize = 4096;
 
@@ -26,41 +22,6 @@ pub(super) enum Kept {
     Rename(PathBuf, PathBuf),
     Remove(PathBuf),
     SyncDirectory(PathBuf),
-}
-
-/// Keeps all changes.
-#[derive(Debug, Default)]
-pub(super) struct Tape(Mutex<Vec<Kept>>);
-
-impl Tape {
-    /// How many there are.
-    pub(super) fn length(&self) -> usize {
-        self.0.lock().unwrap().len()
-    }
-
-    pub(super) fn kept(&self) -> Vec<Kept> {
-        self.0.lock().unwrap().clone()
-    }
-}
-
-impl Recorder for Tape {
-    fn record(&self, operation: &Operation<'_>) {
-        let kept = match *operation {
-            Operation::Create { file, path } => Kept::Create(file, path.to_owned()),
-            Operation::Open { file, path } => Kept::Open(file, path.to_owned()),
-            Operation::Write { file, offset, bytes } => Kept::Write(file, offset, bytes.to_vec()),
-            Operation::Punch { file, offset, length } => Kept::Punch(file, offset, length),
-            Operation::Truncate { file, length } => Kept::Truncate(file, length),
-            Operation::Share { from, to } => Kept::Share(from, to),
-            Operation::SyncBegin { file } => Kept::SyncBegin(file),
-            Operation::SyncEnd { file } => Kept::SyncEnd(file),
-            Operation::MakeDirectory { path } => Kept::MakeDirectory(path.to_owned()),
-            Operation::Rename { from, to } => Kept::Rename(from.to_owned(), to.to_owned()),
-            Operation::Remove { path } => Kept::Remove(path.to_owned()),
-            Operation::SyncDirectory { path } => Kept::SyncDirectory(path.to_owned()),
-        };
-        self.0.lock().unwrap().push(kept);
-    }
 }
 
 /// Bytes of a file. Blocks that are not there are zero.
@@ -267,29 +228,29 @@ impl Replayed {
         }
     }
 
-    /// Makes a directory of what is durable and a part of the rest: `of_ten` tenths, all with 10.
-    pub(super) fn write_to(&self, directory: &Path, numbers: &mut Numbers, of_ten: u64) {
+    /// Makes a directory of what is durable and a part of the rest: of each change, `is_there` tells.
+    pub(super) fn write_to(&self, directory: &Path, is_there: &mut dyn FnMut() -> bool) {
         let mut names = self.durable.clone();
         for naming in &self.pending {
-            if numbers.below(10) < of_ten {
+            if is_there() {
                 apply_naming(&mut names, naming);
             }
         }
-        self.write_node(0, &names, directory, numbers, of_ten);
+        self.write_node(0, &names, directory, is_there);
     }
 
-    fn write_node(&self, node: usize, names: &Names, path: &Path, numbers: &mut Numbers, of_ten: u64) {
+    fn write_node(&self, node: usize, names: &Names, path: &Path, is_there: &mut dyn FnMut() -> bool) {
         if self.directories.contains(&node) {
             crate::sys::file::make_directories(path).unwrap();
             for (name, child) in names.get(&node).into_iter().flatten() {
-                self.write_node(*child, names, &path.join(name), numbers, of_ten);
+                self.write_node(*child, names, &path.join(name), is_there);
             }
             return;
         }
         let inode = &self.inodes[&node];
         let mut bytes = inode.durable.clone();
         for change in &inode.pending {
-            if numbers.below(10) < of_ten {
+            if is_there() {
                 bytes.apply(change);
             }
         }
