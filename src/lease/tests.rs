@@ -108,7 +108,7 @@ fn a_standby_expires_whoever_is_connected_and_an_active_lease_only_with_nobody()
     log.leases.saw(&id(1), 5_000);
     assert_eq!(log.leases.expired(9_999, |_| false), []);
     let standby = LeaseEvent::Ended { id: id(2), why: LeaseEnd::Expired };
-    assert_eq!(log.leases.expired(60_000, |_| true), [standby.clone()]);
+    assert_eq!(log.leases.expired(60_000, |_| true), std::slice::from_ref(&standby));
     let active = LeaseEvent::Ended { id: id(1), why: LeaseEnd::Expired };
     assert_eq!(log.leases.expired(60_000, |_| false), [active, standby]);
 }
