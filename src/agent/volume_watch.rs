@@ -7,14 +7,18 @@ use tokio::time::sleep;
 
 use super::Agent;
 use super::shared::Shared;
+use super::vm_state::VmState;
 use super::volumes::{AskVolumesError, VolumeHost};
 use super::world::World;
 use crate::lease::{Lease, LeaseMode};
 use crate::report::chain;
-use crate::wire::volumed::{Answer, Ask, Refusal};
+use crate::wire::volumed::{Answer, Ask, Attachment, AttachmentReport, Refusal};
 
 /// First and longest time until a daemon that ended is started again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
+
+/// Time between two looks for what VMs that ended have left: it is there only when something failed.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 impl<W: World> Agent<W> {
     pub(super) async fn look_after_volumes(self) {
@@ -26,8 +30,11 @@ impl<W: World> Agent<W> {
             }
             let watching = volumes.watch();
             let looking = async {
-                self.shared.give_back_leases().await;
-                std::future::pending::<()>().await;
+                loop {
+                    self.shared.stop_serving().await;
+                    self.shared.give_back_leases().await;
+                    sleep(LOOK_AGAIN).await;
+                }
             };
             let ended = tokio::select! {
                 biased;
@@ -62,6 +69,30 @@ impl<W: World> Agent<W> {
 }
 
 impl<W: World> Shared<W> {
+    /// Has the daemon serve no slot but those of VMs that are here and are to have a volume there.
+    async fn stop_serving(self: &Arc<Self>) {
+        let Ok(Answer::Attachments { attachments }) = self.ask_volumes(Ask::Attachments).await else { return };
+        for AttachmentReport { attachment, .. } in attachments {
+            if self.is_wanted(&attachment) {
+                continue;
+            }
+            tracing::info!(volume = %attachment.volume, socket = %attachment.socket.display(), "it is served no longer");
+            if let Err(error) = self.ask_volumes(Ask::Detach { socket: attachment.socket }).await {
+                tracing::warn!(volume = %attachment.volume, error = %chain(&error), "a volume is still served that nobody has");
+            }
+        }
+    }
+
+    fn is_wanted(&self, attachment: &Attachment) -> bool {
+        let vms = self.vms();
+        let mut records = vms.values().map(|vm| vm.record.borrow().clone());
+        records.any(|vm| {
+            let may_have = vm.state.holds_resources() && vm.state != VmState::HandedOver;
+            let of_lease = vm.spec.volume_uses().find(|(_, used)| used.lease == attachment.lease);
+            may_have && of_lease.is_some_and(|(slot, _)| self.world.volumes().socket(&vm.id, slot) == attachment.socket)
+        })
+    }
+
     /// Ends the leases of VMs of this host that ended: an agent may have been killed, or the daemon away, when that was to
     /// be done.
     async fn give_back_leases(self: &Arc<Self>) {

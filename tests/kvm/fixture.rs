@@ -320,7 +320,23 @@ impl Drop for Agent {
         let _ = self.run(&["vm", "rm", "--all", "--timeout", "0"]);
         terminate(child.id());
         let _ = child.wait();
+        if let Some(daemon) = volume_daemon(&self.state()) {
+            let _ = Command::new("kill").args(["-KILL", &daemon.to_string()]).status();
+        }
     }
+}
+
+/// The process that serves the volumes of this state directory: the one that has it locked.
+pub(crate) fn volume_daemon(state: &Path) -> Option<u32> {
+    let runtime = state.join("volumed");
+    let mine = |pid: &u32| {
+        let links = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|file| file.starts_with(&runtime))
+    };
+    let is_daemon = |pid: &u32| {
+        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words.starts_with(b"hearth\0volumed\0"))
+    };
+    vmms().into_iter().filter(is_daemon).find(mine)
 }
 
 fn agent_command(directory: &Path, place: &Place) -> Command {

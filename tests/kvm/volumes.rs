@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::fixture::{Agent, text};
+use super::fixture::{Agent, text, volume_daemon};
 use super::lab::Lab;
 
 /// Writes numbered lines to a file of the volume, each with a digest of the one before, and flushes each.
 const LOG: &str = "cd /tmp/m; (p=0; n=0; while :; do n=$((n+1)); p=$(echo $p $n | md5sum | cut -c1-32); echo $n $p >> log; sync log 2>/dev/null || sync; done) >/dev/null 2>/tmp/complaints &
+echo $! > /tmp/writer
 until [ -s log ]; do sleep 0.1; done";
 
 /// Whether that file is whole: prints its last number.
@@ -18,14 +19,7 @@ const CHECK: &str = "p=0; n=0; while read -r m q; do n=$((n+1)); [ $n = $m ] || 
 
 /// The volume daemon's process.
 fn daemon(agent: &Agent) -> u32 {
-    let lock = agent.state().join("volumed");
-    let found = Command::new("pgrep").args(["-f", "hearth volumed"]).output().expect("run pgrep");
-    let mine = |pid: &u32| {
-        let links = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|file| file.starts_with(&lock))
-    };
-    let pids = text(&found.stdout);
-    pids.lines().filter_map(|pid| pid.parse().ok()).find(mine).expect("a volume daemon of this agent")
+    volume_daemon(&agent.state()).expect("a volume daemon of this agent")
 }
 
 pub(super) fn signal(pid: u32, name: &str) {
@@ -85,7 +79,7 @@ pub(crate) fn outlive_guests_daemons_and_agents(_shared: &Agent) {
 
 /// Ends the guest's writer; checks its file, and gives the number of lines.
 fn stop_log(agent: &Agent, vm: &str) -> u64 {
-    agent.sh(vm, "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline 2>/dev/null | grep -q 'md5sum | cut' && kill -9 ${p#/proc/}; done; sleep 0.2; sync");
+    agent.sh(vm, "kill -9 $(cat /tmp/writer); sync");
     let lines = agent.sh(vm, CHECK).parse().expect("a number of lines");
     agent.sh(vm, "umount /tmp/m");
     lines
