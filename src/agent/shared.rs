@@ -1,6 +1,7 @@
 //! What all parts of one agent share: its world, its configuration, its place in the line of agents.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -83,6 +84,8 @@ pub(crate) struct Shared<W: World> {
     pub(super) fillings: Fillings,
     /// Somebody made a volume, perhaps the first.
     pub(super) volumes_used: Notify,
+    /// Whether the volume daemon may end: the agent does.
+    pub(super) is_leaving_volumes: AtomicBool,
     /// Machines that are kept ready.
     pub(super) pools: Pools<W>,
     /// Names of bundles that are being committed.
@@ -160,6 +163,7 @@ impl<W: World> Shared<W> {
             arrivals: Arrivals::default(),
             fillings: Fillings::default(),
             volumes_used: Notify::new(),
+            is_leaving_volumes: AtomicBool::new(false),
             pools: Pools::default(),
             bundle_names: BundleNames::default(),
             admission: tokio::sync::Mutex::default(),

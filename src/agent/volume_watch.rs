@@ -1,6 +1,7 @@
 //! Looks after the volume daemon: has it run wherever there are volumes, and has no VM that ended keep a volume from others.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::sleep;
@@ -41,6 +42,9 @@ impl<W: World> Agent<W> {
                 ended = watching => ended,
                 () = looking => Ok(()),
             };
+            if self.shared.is_leaving_volumes.load(Ordering::Relaxed) {
+                return;
+            }
             match ended {
                 Ok(()) => {
                     tracing::warn!("the volume daemon ended; it is started again, and goes on with the VMs it served");
@@ -61,6 +65,7 @@ impl<W: World> Agent<W> {
         if !self.shared.world.volumes().is_used() {
             return;
         }
+        self.shared.is_leaving_volumes.store(true, Ordering::Relaxed);
         match self.shared.ask_volumes(Ask::EndIfIdle).await {
             Ok(_) | Err(AskVolumesError::Refused(Refusal::InUse { .. })) => {}
             Err(error) => tracing::warn!(error = %chain(&error), "the volume daemon does not end"),
