@@ -117,6 +117,7 @@ const TESTS: &[Test] = &[
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
     ("volumes_outlive_guests_daemons_and_agents", kvm::volumes::outlive_guests_daemons_and_agents),
+    ("volumes_go_along_when_their_guests_move", kvm::volumes::go_along_when_their_guests_move),
     ("lazy_guests_run_while_their_memory_comes", kvm::lazy::guests_run_while_their_memory_comes),
     ("lazy_thirty_at_once_of_a_bundle_that_is_coming", kvm::lazy::thirty_at_once_of_a_bundle_that_is_coming),
     ("lazy_what_does_not_come_ends_who_waits_for_it", kvm::lazy::what_does_not_come_ends_who_waits_for_it),

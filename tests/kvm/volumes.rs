@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::fabric::Fabric;
 use super::fixture::{Agent, text, volume_daemon};
 use super::lab::Lab;
 
@@ -185,4 +186,88 @@ fn another_owner_shuts_the_guest_out(agent: &Agent) {
     assert_eq!(volumes["stats"][0]["fenced"], true, "{volumes:#}");
     let lease = taken.trim().split(':').nth(1).expect("a lease").to_owned();
     agent.ok(&["volume", "release", "data", &lease]);
+}
+
+/// A guest that writes goes to another host and back, whatever becomes of the lease service meanwhile.
+pub(crate) fn go_along_when_their_guests_move(_shared: &Agent) {
+    let fabric = Fabric::start("routed");
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    a.ok(&["volume", "create", "--name", "data", "--size", "64"]);
+    a.ok(&["session", "create", "--id", "517"]);
+    a.ok(&["vm", "launch", "--name", "one", "--session", "517", "--volume", "data"]);
+    a.sh("one", "mke2fs -q /dev/vda 2>/dev/null || mke2fs /dev/vda >/dev/null");
+    mounted(a, "one", "vda", "");
+    a.sh("one", LOG);
+    for round in 0..3 {
+        a.ok(&["vm", "migrate", "one", "--to", fabric.name(1)]);
+        goes_on(b, "one");
+        let leases = a.json(&["volume", "leases", "data"]);
+        assert_eq!(leases["leases"][0]["host"], 4, "{leases:#}");
+        if round == 1 {
+            // The daemon that has the volume, and the one between it and the guest.
+            for agent in [a, b] {
+                signal(daemon(agent), "-KILL");
+                goes_on(b, "one");
+            }
+        }
+        b.ok(&["vm", "migrate", "one", "--to", fabric.name(0)]);
+        goes_on(a, "one");
+    }
+    frozen_while_it_moves(&fabric);
+    without_a_standby(&fabric);
+    let epoch = a.json(&["volume", "leases", "data"])["epoch"].as_u64().expect("an epoch");
+    assert!(epoch >= 8, "{epoch} epochs");
+    let lines = stop_log(a, "one");
+    println!("    {lines} lines, {epoch} epochs");
+    a.ok(&["vm", "rm", "one"]);
+    fabric.finish();
+}
+
+fn is_over(migration: &Value) -> bool {
+    ["completed", "failed", "cancelled"].iter().any(|state| migration["state"] == *state)
+}
+
+/// The lease service answers nothing at the moment of decision: the guest stands still until it does, and then runs once.
+fn frozen_while_it_moves(fabric: &Fabric) {
+    let (a, b) = (fabric.agent(0), fabric.agent(1));
+    let frozen = daemon(a);
+    let begun = a.json(&["vm", "migrate", "one", "--to", fabric.name(1), "--no-wait"]);
+    let id = begun["migration_id"].as_str().expect("an id").to_owned();
+    // Once the target stands by there is nothing else to ask before the decision.
+    until("standing by", || volume(a, "data")["standby"] != Value::Null);
+    signal(frozen, "-STOP");
+    std::thread::sleep(Duration::from_secs(12));
+    let states = (a.vm("one")["state"].clone(), b.vm("one")["state"].clone());
+    signal(frozen, "-CONT");
+    println!("    while it is frozen: {states:?}");
+    let runs = |agent: &Agent| {
+        let shown = agent.run(&["--json", "vm", "show", "one"]);
+        serde_json::from_slice::<Value>(&shown.stdout).is_ok_and(|vm| vm["state"] == "running")
+    };
+    until("at rest", || {
+        let migration = a.json(&["migration", "show", &id]);
+        is_over(&migration) && runs(a) != runs(b)
+    });
+    let (here, there) = if runs(a) { (a, b) } else { (b, a) };
+    goes_on(here, "one");
+    assert!(!runs(there));
+    if runs(b) {
+        b.ok(&["vm", "migrate", "one", "--to", fabric.name(0)]);
+    }
+    goes_on(a, "one");
+}
+
+/// Whoever takes the standby lease away has the VM stay.
+fn without_a_standby(fabric: &Fabric) {
+    let a = fabric.agent(0);
+    let slow = ["vm", "migrate", "one", "--to", fabric.name(1), "--rate", "4M", "--no-wait"];
+    let begun = a.json(&slow);
+    let id = begun["migration_id"].as_str().expect("an id").to_owned();
+    until("standing by", || volume(a, "data")["standby"] != Value::Null);
+    let standby = volume(a, "data")["standby"]["id"].as_str().expect("a lease").to_owned();
+    a.ok(&["volume", "release", "data", &standby]);
+    until("over", || is_over(&a.json(&["migration", "show", &id])));
+    assert_eq!(a.wait_for_state("one", "running")["state"], "running");
+    goes_on(a, "one");
+    assert_eq!(volume(a, "data")["standby"], Value::Null);
 }
