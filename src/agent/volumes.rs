@@ -149,13 +149,6 @@ pub enum AskVolumesError {
     Refused(#[from] Refusal),
 }
 
-impl AskVolumesError {
-    /// Whether it is known that nothing was done.
-    pub const fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused(_) | Self::Start(_) | Self::OtherVersion { .. })
-    }
-}
-
 /// The volume daemon of this host.
 pub trait VolumeHost: Send + Sync + 'static {
     /// Asks it, and starts it first if it does not run. Refusals are errors; `progress` hears how far it is.

@@ -64,7 +64,8 @@ impl<W: World> Work<W> {
             loop {
                 match self.shared.ask_home(used.home, ask.clone()).await {
                     Ok(_) => break,
-                    Err(error) if error.is_refusal() => return Err(no_volume(used, &error)),
+                    // The lease service has said no: asking again changes nothing.
+                    Err(error @ AskVolumesError::Refused(_)) => return Err(no_volume(used, &error)),
                     Err(error) => {
                         let error = chain(&error);
                         tracing::warn!(vm = %self.record.id, volume = %used.volume, error, "its lease is not converted yet");

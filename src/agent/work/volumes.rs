@@ -21,6 +21,10 @@ use crate::wire::volumed::{self, Attachment, Refusal};
 /// The guest's agent, wherever it lies: it also mounts, as a program of its own.
 const GUEST_AGENT: &str = "/proc/1/exe";
 
+/// Seconds that a lease stands by for a machine on its way here: a large one takes long over a slow link, and one that does
+/// not come gives it back.
+const STANDBY_S: u32 = 3600;
+
 /// Its exit code for a disk that is empty as yet.
 const NOT_YET: i32 = 75;
 
@@ -70,7 +74,7 @@ impl<W: World> Work<W> {
                 holder: format!("VM {} on host {}", self.record.hostname(), self.shared.config.network_number()),
                 vm: Some(self.record.id.clone()),
                 host: Some(self.shared.config.network_number()),
-                ttl_s: None,
+                ttl_s: is_arriving.then_some(STANDBY_S),
                 secret: used.secret.clone(),
                 break_others: false,
             };
