@@ -19,7 +19,7 @@ use crate::wire::volumed::{Answer, Ask, Attachment, AttachmentReport, Refusal};
 const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
 
 /// Time between two looks for what VMs that ended have left: it is there only when something failed.
-const LOOK_AGAIN: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_secs(20);
 
 impl<W: World> Agent<W> {
     pub(super) async fn look_after_volumes(self) {
