@@ -2,11 +2,12 @@
 
 use crate::run::{at, hearth, output, text};
 
-const NOUNS: [&str; 15] = [
+const NOUNS: [&str; 16] = [
     "vm",
     "session",
     "cluster",
     "bundle",
+    "volume",
     "image",
     "operation",
     "migration",
@@ -118,7 +119,7 @@ fn help_shows_what_there_is_and_nothing_else() {
     for noun in NOUNS {
         assert!(help.lines().any(|line| line.trim_start().starts_with(noun)), "no {noun} in {help}");
     }
-    for later in ["volume", "vmm"] {
+    for later in ["volumed", "vmm"] {
         assert!(!help.lines().any(|line| line.trim_start().starts_with(later)), "{later} in {help}");
     }
     assert!(text(&output(hearth(&["--version"])).stdout).starts_with("hearth "));
