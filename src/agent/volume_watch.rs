@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use super::Agent;
+use super::record::VmRecord;
 use super::shared::Shared;
 use super::vm_state::VmState;
 use super::volumes::{AskVolumesError, VolumeHost};
@@ -129,7 +130,10 @@ impl<W: World> Shared<W> {
             return false;
         };
         let vms = self.vms();
-        let is_here = vms.get(vm).is_some_and(|vm| vm.record.borrow().state.holds_resources());
+        // It may be there and have given the volume up.
+        let has_it =
+            |vm: &VmRecord| vm.state.holds_resources() && vm.spec.volume_uses().any(|(_, used)| used.lease == lease.id);
+        let is_here = vms.get(vm).is_some_and(|vm| has_it(&vm.record.borrow()));
         lease.mode != LeaseMode::Standby && !is_here
     }
 }
