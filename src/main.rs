@@ -17,10 +17,23 @@ use serde_json::json;
 use hearth::vmm::{self, VmmOptions};
 use hearth::volumed;
 
+/// A panic ends the process, in a build with the tests' profile too: that one unwinds, as a test harness has to, so that
+/// programs and tests are made of one build of everything.
+fn abort_at_panics() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        default(panic);
+        std::process::abort();
+    }));
+}
+
 /// Exit code of words that cannot be understood.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    if cfg!(panic = "unwind") {
+        abort_at_panics();
+    }
     let cli = match Cli::parse_checked(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {

@@ -43,5 +43,5 @@ pub use disk::{Operation, Recorder};
 pub use error::{Damage, ErrorKind, VolumeError};
 pub use live::{Changed, Info, Volume};
 pub use snapshot::{Snapshot, SnapshotInfo};
-pub use store::{CreateSpec, Options, Store, image_bytes};
+pub use store::{CreateSpec, Largest, Options, Store, image_bytes};
 pub use view::StatusRun;

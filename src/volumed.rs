@@ -23,7 +23,7 @@ use crate::clock::SystemClock;
 use crate::report;
 use crate::sys::landlock::{ConfineError, write_below_only};
 use crate::sys::{file, host, jail};
-use crate::volume::{Options, Store, VolumeError};
+use crate::volume::{Largest, Options, Store, VolumeError};
 use crate::wire::volumed::StartMessage;
 
 mod accept;
@@ -198,6 +198,7 @@ fn open(
     let options = Options {
         quota_bytes: start.quota_bytes,
         reserve_bytes: start.reserve_bytes,
+        largest: Largest::FileSystem,
         recorder: recorder.map(|recorder| -> Arc<dyn crate::volume::Recorder> { recorder }),
         ..Options::new(boot_id.trim())
     };

@@ -1,6 +1,6 @@
 //! Tier 3: real guests, driven from outside through the command line and the API as a user would.
 //!
-//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image, `HEARTH_BINARY` (a release build), `HEARTH_PROBE` (the traffic
+//! Needs root, /dev/kvm, `HEARTH_IMAGES` with the demo image, `HEARTH_BINARY` (of the profile `checked`, or a release build), `HEARTH_PROBE` (the traffic
 //! tool for guests) and `HEARTH_PREVIOUS` (`scripts/previous-version`); `scripts/test kvm` provides them. Whatever is missing is a failure. A boot takes seconds, so
 //! the tests run in order and share guests: that is why this program has its own main. Words on the command line select
 //! tests by part of their name.
@@ -49,6 +49,7 @@ mod kvm {
     pub(crate) mod trust;
     pub(crate) mod unfit;
     pub(crate) mod versions;
+    pub(crate) mod volume_moves;
     pub(crate) mod volumes;
     pub(crate) mod witness;
 }
@@ -117,7 +118,10 @@ const TESTS: &[Test] = &[
     ),
     ("pool_launches_take_what_is_ready_and_are_others", kvm::pool::launches_take_what_is_ready_and_are_others),
     ("volumes_outlive_guests_daemons_and_agents", kvm::volumes::outlive_guests_daemons_and_agents),
-    ("volumes_go_along_when_their_guests_move", kvm::volumes::go_along_when_their_guests_move),
+    (
+        "volumes_that_move_lose_nothing_whatever_becomes_of_lease_and_source",
+        kvm::volume_moves::lose_nothing_whatever_becomes_of_lease_and_source,
+    ),
     ("lazy_guests_run_while_their_memory_comes", kvm::lazy::guests_run_while_their_memory_comes),
     ("lazy_thirty_at_once_of_a_bundle_that_is_coming", kvm::lazy::thirty_at_once_of_a_bundle_that_is_coming),
     ("lazy_what_does_not_come_ends_who_waits_for_it", kvm::lazy::what_does_not_come_ends_who_waits_for_it),

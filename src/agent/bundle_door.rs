@@ -34,6 +34,8 @@ pub struct BuildRequest {
     pub memory_mib: Option<u64>,
     /// How many network interfaces its VMs have.
     pub interfaces: Option<u8>,
+    /// How many of its VMs' disks are empty until they get a volume.
+    pub spare_disks: u8,
     /// How it is warmed up.
     pub build: BuildSpec,
     /// What makes a repetition of this request known.
@@ -117,13 +119,14 @@ impl<W: World> Agent<W> {
         if let Some(operation) = self.built_before(request.key.as_ref()).await.map_err(LaunchError::Ledger)? {
             return Ok(BundleWork::Operation(Box::new(operation)));
         }
-        let BuildRequest { name, image, vcpus, memory_mib, interfaces, build, key } = request;
+        let BuildRequest { name, image, vcpus, memory_mib, interfaces, spare_disks, build, key } = request;
         let order = BundleOrder { name, ..BundleOrder::default() };
         let launch = LaunchRequest {
             image,
             vcpus,
             memory_mib,
             interfaces,
+            spare_disks,
             build: Some((build, order)),
             key,
             role: Some("bundle-build".to_owned()),

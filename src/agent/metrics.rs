@@ -1,5 +1,6 @@
 //! Counters and durations for Prometheus. Gauges are set when somebody reads them.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -12,16 +13,19 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::migration_record::MoveRecord;
 use super::record::{OperationState, Timings};
+use super::traffic::Passed;
 use super::vm_state::Goal;
 use crate::ids::VmId;
-use crate::wire::control::InterfaceStatus;
 use gauges::ShownGauges;
+
+use volumes::VolumeCounters;
 
 pub(crate) use gauges::Gauges;
 
 mod gauges;
 #[cfg(test)]
 mod packaged;
+mod volumes;
 
 /// Upper bounds of launch durations in seconds: milliseconds from bundles to minutes of emulated boot.
 const LAUNCH_BUCKETS: [f64; 12] = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
@@ -91,10 +95,10 @@ impl NetworkCounters {
         this
     }
 
-    fn show(&self, traffic: &[(VmId, Vec<InterfaceStatus>)]) {
+    fn show(&self, traffic: &[(VmId, Passed)]) {
         let Self { bytes, packets, dropped, throttled } = self;
         [bytes, packets, dropped, throttled].into_iter().for_each(Family::clear);
-        for (vm, interface) in traffic.iter().flat_map(|(vm, all)| all.iter().map(move |one| (vm, one))) {
+        for (vm, interface) in traffic.iter().flat_map(|(vm, all)| all.interfaces.iter().map(move |one| (vm, one))) {
             for (direction, flow) in [("rx", interface.rx), ("tx", interface.tx)] {
                 let labels = FlowLabels { vm: vm.to_string(), interface: interface.index, direction };
                 for (family, value) in
@@ -124,6 +128,7 @@ pub(crate) struct Metrics {
     fetch_failures: Counter,
     gauges: ShownGauges,
     network: NetworkCounters,
+    volumes: Arc<VolumeCounters>,
 }
 
 impl Metrics {
@@ -163,6 +168,7 @@ impl Metrics {
         registry.register("bundle_fetch_failures", help, fetch_failures.clone());
         let gauges = ShownGauges::new(&mut registry);
         let network = NetworkCounters::new(&mut registry);
+        let volumes = VolumeCounters::new(&mut registry);
         Self {
             registry,
             operations,
@@ -178,6 +184,7 @@ impl Metrics {
             fetch_failures,
             gauges,
             network,
+            volumes,
         }
     }
 
@@ -238,8 +245,9 @@ impl Metrics {
     }
 
     /// The text for Prometheus.
-    pub(crate) fn text(&self, now: &Gauges, traffic: &[(VmId, Vec<InterfaceStatus>)]) -> String {
+    pub(crate) fn text(&self, now: &Gauges, traffic: &[(VmId, Passed)]) -> String {
         self.network.show(traffic);
+        self.volumes.show(traffic.iter().flat_map(|(vm, all)| all.volumes.iter().map(move |one| (vm, one))));
         self.gauges.show(now);
         let mut text = String::new();
         // Writing to a string does not fail.
@@ -251,7 +259,7 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::control::FlowStatus;
+    use crate::wire::control::{FlowStatus, InterfaceStatus};
 
     #[test]
     fn a_vms_traffic_is_shown_while_it_lives() {
@@ -259,7 +267,8 @@ mod tests {
         let vm = VmId::from_random([1; 10]);
         let flow = |bytes| FlowStatus { frames: 3, bytes, dropped: 1, throttled: 2 };
         let interface = InterfaceStatus { index: 0, link_up: true, rx: flow(70), tx: flow(90) };
-        let text = metrics.text(&Gauges::default(), &[(vm.clone(), vec![interface])]);
+        let text = metrics
+            .text(&Gauges::default(), &[(vm.clone(), Passed { interfaces: vec![interface], ..Passed::default() })]);
         for (name, direction, value) in
             [("bytes", "rx", 70), ("bytes", "tx", 90), ("packets", "rx", 3), ("dropped", "tx", 1)]
         {

@@ -1,4 +1,4 @@
-//! What passed the VMs' network interfaces, for whoever reads the metrics.
+//! What passed the VMs' network interfaces and volumes, for whoever reads the metrics.
 //!
 //! The VMMs have the numbers, and asking them takes time. So reading the metrics never asks: it shows the last sample,
 //! and keeps one task alive that takes samples for as long as somebody goes on reading. A VMM that does not answer costs
@@ -16,7 +16,7 @@ use super::shared::Shared;
 use super::world::{Ask, VmmHost, World};
 use crate::clock::{Clock, Monotonic};
 use crate::ids::VmId;
-use crate::wire::control::{Answer, InterfaceStatus};
+use crate::wire::control::{Answer, InterfaceStatus, VolumeStatus};
 
 /// Time between two samples: numbers are this much older than what reads them, at most.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -30,13 +30,22 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// VMMs asked at once.
 const ASKED_AT_ONCE: usize = 8;
 
+/// What passed a VM's devices.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Passed {
+    /// Its network interfaces.
+    pub(crate) interfaces: Vec<InterfaceStatus>,
+    /// Its volume slots that have a volume.
+    pub(crate) volumes: Vec<VolumeStatus>,
+}
+
 /// The last sample and who wants the next.
 #[derive(Debug, Default)]
 pub(crate) struct Traffic(Mutex<Samples>);
 
 #[derive(Debug, Default)]
 struct Samples {
-    by_vm: BTreeMap<VmId, Vec<InterfaceStatus>>,
+    by_vm: BTreeMap<VmId, Passed>,
     /// When interest ends; `None` while no task takes samples.
     wanted_until: Option<Monotonic>,
 }
@@ -48,7 +57,7 @@ impl Traffic {
 }
 
 /// The last sample of these VMs. Never waits; sees to it that there will be a next sample. Call inside the runtime.
-pub(crate) fn last<W: World>(shared: &Arc<Shared<W>>, vms: &[Arc<VmRecord>]) -> Vec<(VmId, Vec<InterfaceStatus>)> {
+pub(crate) fn last<W: World>(shared: &Arc<Shared<W>>, vms: &[Arc<VmRecord>]) -> Vec<(VmId, Passed)> {
     let until = shared.world.clock().monotonic().after(INTEREST);
     let mut samples = shared.traffic.samples();
     if samples.wanted_until.replace(until).is_none() {
@@ -74,12 +83,12 @@ async fn take_samples<W: World>(shared: Arc<Shared<W>>) {
     }
 }
 
-async fn sample<W: World>(shared: &Arc<Shared<W>>) -> BTreeMap<VmId, Vec<InterfaceStatus>> {
+async fn sample<W: World>(shared: &Arc<Shared<W>>) -> BTreeMap<VmId, Passed> {
     let vms: Vec<Arc<VmRecord>> = shared.vms().values().map(|vm| vm.record.borrow().clone()).collect();
     let living = vms.into_iter().filter(|vm| vm.state.holds_resources() && vm.process.is_some());
     let asked = stream::iter(living).map(|vm| async move {
         let interfaces = interfaces(shared, &vm).await?;
-        Some((vm.id.clone(), interfaces))
+        Some((vm.id.clone(), Passed { interfaces, volumes: volumes(shared, &vm).await }))
     });
     asked.buffer_unordered(ASKED_AT_ONCE).filter_map(std::future::ready).collect().await
 }
@@ -90,5 +99,17 @@ pub(crate) async fn interfaces<W: World>(shared: &Shared<W>, vm: &VmRecord) -> O
     match tokio::time::timeout(ANSWER_LIMIT, asked).await {
         Ok(Ok(Answer::Network(interfaces))) => Some(interfaces),
         Ok(Ok(_) | Err(_)) | Err(_) => None,
+    }
+}
+
+/// What passed the volumes that a VM has now, if its VMM says.
+async fn volumes<W: World>(shared: &Shared<W>, vm: &VmRecord) -> Vec<VolumeStatus> {
+    if vm.spec.volumes.iter().all(|slot| slot.used.is_none()) {
+        return Vec::new();
+    }
+    let asked = shared.world.vmm().ask(vm, shared.epoch, Ask::Volumes);
+    match tokio::time::timeout(ANSWER_LIMIT, asked).await {
+        Ok(Ok(Answer::Volumes(slots))) => slots.into_iter().filter(|slot| slot.bytes > 0).collect(),
+        Ok(Ok(_) | Err(_)) | Err(_) => Vec::new(),
     }
 }

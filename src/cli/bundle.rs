@@ -89,6 +89,9 @@ pub struct BundleBuildArgs {
     /// Number of network interfaces, 1 to 8 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=8))]
     pub interfaces: Option<u8>,
+    /// Disks of its VMs that are empty until they get a volume, at launch or by `hearth volume attach`, 0 to 6
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=6))]
+    pub spare_disks: Option<u8>,
     /// Line for the guest's shell that warms it up
     #[arg(long, value_name = "CMD")]
     pub warmup: Option<String>,

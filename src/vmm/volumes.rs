@@ -59,8 +59,8 @@ fn status_of(index: u8, counts: VolumeCounts) -> VolumeStatus {
         trouble,
     } = counts;
     let [read, write, flush] = [read, write, flush].map(|counts| {
-        let VolumeFlowCounts { requests, bytes, latency_us } = counts;
-        VolumeFlow { requests, bytes, latency_us }
+        let VolumeFlowCounts { requests, bytes, took_us, latency_us } = counts;
+        VolumeFlow { requests, bytes, took_us, latency_us }
     });
     let trouble = trouble.map(bounded);
     VolumeStatus {

@@ -83,7 +83,7 @@ pub(super) fn range_in(subject: &str, offset: u64, length: u64, size_bytes: u64)
 
 /// Whether a volume may have this size.
 pub(super) fn check_size(size_bytes: u64, max: u64) -> Result<(), VolumeError> {
-    let max = max.min(SIZE_BYTES_MAX);
+    let max = max.min(SIZE_BYTES_MAX) / SIZE_STEP_BYTES * SIZE_STEP_BYTES;
     if size_bytes == 0 || !size_bytes.is_multiple_of(SIZE_STEP_BYTES) || size_bytes > max {
         return Err(VolumeError::Size { size_bytes, step: SIZE_STEP_BYTES, max });
     }

@@ -24,6 +24,11 @@ impl Space {
         Self { root: root.to_owned(), quota_bytes, reserve_bytes, credit: Mutex::new(0) }
     }
 
+    /// The directory of the store.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Takes bytes that are about to be written; `needed` says how many of them the disk has no space for yet, and is
     /// asked only when there is little left. The error is what may still be taken.
     pub(super) fn take(&self, bytes: u64, needed: impl FnOnce() -> io::Result<u64>) -> io::Result<Result<(), u64>> {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::about::{self, SNAPSHOT, SnapshotAbout, VOLUME, VolumeAbout};
-use super::chunk::SIZE_BYTES_MAX;
+use super::chunk::{SIZE_BYTES_MAX, check_size};
 use super::disk::{Disk, Recorder};
 use super::error::{Damage, VolumeError};
 use super::layer::Layers;
@@ -17,6 +17,7 @@ use super::snapshot::{Snapshot, SnapshotInfo};
 use super::space::Space;
 use crate::ids::{VolumeId, VolumeSnapshotId};
 use crate::sys::file::{self, Lock};
+use crate::sys::host;
 
 mod create;
 
@@ -43,11 +44,21 @@ pub struct Options {
     /// not believed.
     pub boot_id: String,
     /// The largest volume.
-    pub size_bytes_max: u64,
+    pub largest: Largest,
     /// Bytes of records after which a volume's map is written anew.
     pub compact_bytes: u64,
     /// Told all changes of the disk.
     pub recorder: Option<Arc<dyn Recorder>>,
+}
+
+/// How large a volume may be, at most the format's bound. Volumes are thin: all of them together may be larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Largest {
+    /// As large as the file system that the store lies on, as large as that is when a volume is made or grows: a larger one
+    /// could never be filled.
+    FileSystem,
+    /// This many bytes.
+    Bytes(u64),
 }
 
 impl Options {
@@ -57,7 +68,7 @@ impl Options {
             quota_bytes: None,
             reserve_bytes: 0,
             boot_id: boot_id.to_owned(),
-            size_bytes_max: SIZE_BYTES_MAX,
+            largest: Largest::Bytes(SIZE_BYTES_MAX),
             compact_bytes: 1 << 20,
             recorder: None,
         }
@@ -72,12 +83,29 @@ pub(super) struct Parts {
     pub(super) space: Space,
     pub(super) boot: [u8; 32],
     pub(super) compact_bytes: u64,
-    pub(super) size_bytes_max: u64,
+    pub(super) largest: Largest,
     /// How many maps there are of which it is not known which layers they speak of.
     pub(super) unknown: AtomicUsize,
 }
 
 impl Parts {
+    /// Whether a volume may be made with this size, or grow to it.
+    pub(super) fn check_size(&self, size_bytes: u64) -> Result<(), VolumeError> {
+        let max = match self.largest {
+            Largest::Bytes(bytes) => bytes,
+            Largest::FileSystem => {
+                let root = self.space.root();
+                let space = host::space(root);
+                let failed = |source| {
+                    let subject = root.display().to_string();
+                    VolumeError::io(&subject, "look at the file system of the volumes in", root.to_owned(), source)
+                };
+                space.map_err(failed)?.total_bytes
+            }
+        };
+        check_size(size_bytes, max)
+    }
+
     /// Removes layers that no map speaks of, if all maps are known. What stays is found by the next sweep.
     pub(super) fn sweep(&self) {
         if self.unknown.load(Ordering::Relaxed) == 0 {
@@ -129,7 +157,7 @@ impl Store {
             space: Space::new(root, options.quota_bytes, options.reserve_bytes),
             boot: *blake3::hash(options.boot_id.as_bytes()).as_bytes(),
             compact_bytes: options.compact_bytes,
-            size_bytes_max: options.size_bytes_max,
+            largest: options.largest,
             unknown: AtomicUsize::new(0),
         };
         let store = Self { root: root.to_owned(), parts: Arc::new(parts), catalog: Mutex::default(), _lock: lock };

@@ -18,7 +18,7 @@ pub(crate) fn build(name: Option<String>, warmup: Option<&str>, marker: Option<&
     let (warmup, ready_marker) = (warmup.map(str::to_owned), marker.map(str::to_owned));
     let build = BuildSpec { warmup, ready_marker, timeout_s: 60 };
     let image = "demo".to_owned();
-    BuildRequest { name, image, vcpus: None, memory_mib: None, interfaces: None, build, key: None }
+    BuildRequest { name, image, vcpus: None, memory_mib: None, interfaces: None, spare_disks: 0, build, key: None }
 }
 
 /// A VM launched from a bundle.

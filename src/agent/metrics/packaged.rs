@@ -13,9 +13,10 @@ use crate::agent::health::Pressure;
 use crate::agent::migration_record::MoveRecord;
 use crate::agent::peers::PeerState;
 use crate::agent::record::{OperationState, Timings};
+use crate::agent::traffic::Passed;
 use crate::agent::vm_state::{Goal, VmState};
 use crate::ids::VmId;
-use crate::wire::control::{FlowStatus, InterfaceStatus};
+use crate::wire::control::{FlowStatus, InterfaceStatus, VolumeStatus};
 
 const ALERTS: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/prometheus/alerts.yml"));
 
@@ -87,7 +88,8 @@ fn exposed() -> Exposed {
     };
     let flow = FlowStatus { frames: 1, bytes: 1, dropped: 1, throttled: 1 };
     let interface = InterfaceStatus { index: 0, link_up: true, rx: flow, tx: flow };
-    read(&metrics.text(&gauges, &[(VmId::from_random([1; 10]), vec![interface])]))
+    let passed = Passed { interfaces: vec![interface], volumes: vec![VolumeStatus::default()] };
+    read(&metrics.text(&gauges, &[(VmId::from_random([1; 10]), passed)]))
 }
 
 /// Samples of Prometheus' text. No word in it has a comma or a brace here.

@@ -21,6 +21,7 @@ pub(in crate::api) fn bundle(view: &BundleView, door: &dyn agent::Door) -> Bundl
         memory_mib: machine.memory_bytes / MIB,
         disks: count(DeviceKind::Block),
         interfaces: count(DeviceKind::Net),
+        spare_disks: count(DeviceKind::Volume),
         parent: manifest.parent.as_ref().map(|parent| parent.bundle.clone()),
         disk_bytes: *disk_bytes,
         vms: u32::try_from(door.users(id)).unwrap_or(u32::MAX),

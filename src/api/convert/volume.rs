@@ -135,6 +135,7 @@ pub(in crate::api) fn vm_volumes(view: agent::VmVolumesView) -> VmVolumes {
     let flow = |flow: agent::VolumeFlow| VolumeFlow {
         requests: flow.requests,
         bytes: flow.bytes,
+        took_us: flow.took_us,
         latency_us: flow.latency_us.to_vec(),
     };
     let stats = |status: agent::VolumeStatus| VolumeStats {

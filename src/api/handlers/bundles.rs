@@ -29,9 +29,19 @@ pub(in crate::api) async fn build_bundle(
     body: JsonBody<BundleBuildRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let BundleBuildRequest { image, name, vcpus, memory_mib, interfaces, warmup, ready_marker, timeout_s } = value;
+    let BundleBuildRequest { image, name, vcpus, memory_mib, interfaces, spare_disks, warmup, ready_marker, timeout_s } =
+        value;
     let build = BuildSpec { warmup, ready_marker, timeout_s };
-    let request = BuildRequest { name, image, vcpus, memory_mib, interfaces, build, key: key.clone() };
+    let request = BuildRequest {
+        name,
+        image,
+        vcpus,
+        memory_mib,
+        interfaces,
+        spare_disks: spare_disks.unwrap_or(0),
+        build,
+        key: key.clone(),
+    };
     let operation = match served.door.build_bundle(request).await? {
         BundleWork::Answered(answer) => return Ok(again(&answer)),
         BundleWork::Operation(operation) => operation,

@@ -29,6 +29,10 @@ pub struct BundleBuildRequest {
     /// How many network interfaces its VMs have, 1 to 8; 1 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interfaces: Option<u8>,
+    /// Disks of its VMs that are empty until they get a volume, at launch or later: none when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 6)]
+    pub spare_disks: Option<u8>,
     /// A line for the guest's shell that warms it up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup: Option<String>,
@@ -58,6 +62,7 @@ impl Default for BundleBuildRequest {
             vcpus: None,
             memory_mib: None,
             interfaces: None,
+            spare_disks: None,
             warmup: None,
             ready_marker: None,
             timeout_s: timeout_default(),
@@ -107,6 +112,8 @@ pub struct Bundle {
     pub disks: u32,
     /// Network interfaces.
     pub interfaces: u32,
+    /// Disks that are empty until a VM launched from it gets a volume.
+    pub spare_disks: u32,
     /// The bundle it holds the difference to; null when it holds all of its memory.
     #[schema(value_type = Option<String>)]
     pub parent: Option<BundleId>,

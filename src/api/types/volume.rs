@@ -333,6 +333,8 @@ pub struct VolumeFlow {
     pub requests: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// How long they took, all together, in microseconds.
+    pub took_us: u64,
     /// How many took how long, waiting included: the first counts those below 1 µs, number n those from 2^(n-1) µs to below
     /// 2^n µs, the last one all that took longer.
     pub latency_us: Vec<u64>,

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::{Live, State, Volume};
 use crate::volume::about::{self, VOLUME};
-use crate::volume::chunk::{check_size, chunks_in};
+use crate::volume::chunk::chunks_in;
 use crate::volume::disk::{Disk, DiskFile};
 use crate::volume::error::VolumeError;
 use crate::volume::format::{self, Header, LayerLine, Record, Run, Salt};
@@ -218,7 +218,7 @@ impl Volume {
 
     /// Makes it larger; what is new is zero.
     pub(in crate::volume) fn grow(&self, size_bytes: u64) -> Result<(), VolumeError> {
-        check_size(size_bytes, self.parts.size_bytes_max)?;
+        self.parts.check_size(size_bytes)?;
         let mut state = self.state_alone();
         let from_bytes = state.view.size_bytes;
         if size_bytes < from_bytes {

@@ -11,7 +11,7 @@ use super::{STAGING, Store};
 use crate::ids::{VolumeId, VolumeSnapshotId};
 use crate::sys::sparse;
 use crate::volume::about::{self, Origin, SNAPSHOT, SnapshotAbout, VOLUME, VolumeAbout, check_name};
-use crate::volume::chunk::{CHUNK_BYTES, SIZE_STEP_BYTES, check_size, chunk_of};
+use crate::volume::chunk::{CHUNK_BYTES, SIZE_STEP_BYTES, chunk_of};
 use crate::volume::digest::{OnProgress, Progress};
 use crate::volume::error::VolumeError;
 use crate::volume::format::{Header, LayerLine, Run, Salt};
@@ -169,7 +169,7 @@ impl Store {
 
     /// Makes a volume, all zero.
     pub fn create(&self, spec: &CreateSpec, id: &VolumeId) -> Result<Info, VolumeError> {
-        check_size(spec.size_bytes, self.parts.size_bytes_max)?;
+        self.parts.check_size(spec.size_bytes)?;
         let _reserved = self.reserve(VOLUME, &spec.name, id.as_str())?;
         let top = self.new_layer(id.as_str(), spec.size_bytes)?;
         self.finish_volume(spec.about(id), Frozen::nothing(spec.size_bytes), Arc::clone(&top.layer), Vec::new())
@@ -183,7 +183,7 @@ impl Store {
         image: &File,
         on_progress: OnProgress<'_>,
     ) -> Result<Info, VolumeError> {
-        check_size(spec.size_bytes, self.parts.size_bytes_max)?;
+        self.parts.check_size(spec.size_bytes)?;
         let failed = |source| VolumeError::io(id.as_str(), "read the image for", PathBuf::new(), source);
         let mut seeking = image;
         let image_bytes = seeking.seek(SeekFrom::End(0)).map_err(failed)?;
@@ -238,7 +238,7 @@ impl Store {
     /// Makes a volume that begins as another one is now, or as a snapshot is. They share what neither writes. The size of
     /// `spec` may be larger.
     pub fn clone_of(&self, origin: &Origin, spec: &CreateSpec, id: &VolumeId) -> Result<Info, VolumeError> {
-        check_size(spec.size_bytes, self.parts.size_bytes_max)?;
+        self.parts.check_size(spec.size_bytes)?;
         let _reserved = self.reserve(VOLUME, &spec.name, id.as_str())?;
         let (frozen, _held) = match origin {
             Origin::Volume(from) => {

@@ -7,7 +7,7 @@ use super::*;
 #[test]
 fn sizes_names_and_ranges_are_checked() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options { size_bytes_max: 1 << 40, ..Options::new("boot-1") };
+    let options = Options { largest: Largest::Bytes(1 << 40), ..Options::new("boot-1") };
     let store = Store::open(dir.path(), &options).unwrap();
     let kind = |result: Result<Info, VolumeError>| result.unwrap_err().kind();
     for size in [0, 1, 4095, 5000, (1 << 40) + 4096, u64::MAX] {
@@ -95,6 +95,22 @@ fn the_quota_and_the_reserve_are_kept() {
     let refused = store.volume(&volume_id(1)).unwrap().write_at(&[1], 512 << 20).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::NoSpace);
     assert_eq!(store.create(&spec("b", 4096), &volume_id(2)).unwrap_err().kind(), ErrorKind::NoSpace);
+}
+
+#[test]
+fn a_volume_is_at_most_as_large_as_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { largest: Largest::FileSystem, ..Options::new("boot-1") };
+    let store = Store::open(dir.path(), &options).unwrap();
+    let disk_bytes = crate::sys::host::space(dir.path()).unwrap().total_bytes / 4096 * 4096;
+    let refused = store.create(&spec("a", disk_bytes + 4096), &volume_id(1)).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::BadRequest);
+    assert!(refused.to_string().contains(&disk_bytes.to_string()), "{refused}");
+    // They are thin: together they may be larger than the disk.
+    for id in [1, 2] {
+        store.create(&spec(&format!("v{id}"), disk_bytes), &volume_id(id)).unwrap();
+    }
+    assert_eq!(store.resize(&volume_id(1), disk_bytes + 4096).unwrap_err().kind(), ErrorKind::BadRequest);
 }
 
 #[test]

@@ -60,6 +60,8 @@ pub struct VolumeFlow {
     pub requests: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// How long they took, all together, in microseconds.
+    pub took_us: u64,
     /// How many took how long, waiting included: bucket 0 counts those below 1 µs, bucket n those from 2^(n-1) µs to below
     /// 2^n µs, the last one all that took longer.
     pub latency_us: [u64; LATENCY_BUCKETS],

@@ -12,6 +12,8 @@ pub struct VolumeFlowCounts {
     pub requests: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// How long they took, all together, in microseconds.
+    pub took_us: u64,
     /// How many took how long, from when the guest asked: bucket 0 counts those below 1 µs, bucket n those from 2^(n-1) µs
     /// to below 2^n µs, the last one all that took longer.
     pub latency_us: [u64; LATENCY_BUCKETS],
@@ -24,6 +26,7 @@ impl VolumeFlowCounts {
         self.bytes += bytes;
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
+        self.took_us = self.took_us.saturating_add(micros);
         self.latency_us[bucket.min(LATENCY_BUCKETS - 1)] += 1;
     }
 }
