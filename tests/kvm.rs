@@ -191,6 +191,7 @@ fn main() -> ExitCode {
     if !failed.is_empty() {
         println!("\nthe agent's log ends with:\n{}", agent.log_tail());
     }
+    kvm::lab::forget_bundles();
     let ended = catch_unwind(AssertUnwindSafe(|| {
         agent.finish();
         before.assert_same_as_now();

@@ -1,6 +1,9 @@
 //! A host of its own for tests of bundles: an agent with a fabric, in a network namespace of its own.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -10,6 +13,19 @@ use super::fixture::Agent;
 
 /// The fabric's network id that clones join.
 pub(crate) const SESSION: &str = "77";
+
+/// Files of bundles that were built, by the words of the build.
+static BUILT: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
+
+/// Where they are.
+fn kept() -> PathBuf {
+    std::env::temp_dir().join(format!("hearth-tests-{}", std::process::id()))
+}
+
+/// Removes them, after the last test.
+pub(crate) fn forget_bundles() {
+    let _ = std::fs::remove_dir_all(kept());
+}
 
 /// An agent in a namespace; both are gone when dropped.
 pub(crate) struct Lab {
@@ -53,8 +69,25 @@ impl Lab {
         self.agent.as_ref().expect("the agent runs")
     }
 
-    /// Builds a bundle; gives it.
+    /// Has a bundle; gives it. What was built by the same words before, by whichever agent, is imported: that takes a
+    /// moment, a boot takes seconds.
     pub(crate) fn build(&self, name: &str, more: &[&str]) -> Value {
+        let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = [&[name], more].concat().join("\0");
+        if let Some(file) = built.get(&key) {
+            self.agent().ok(&["bundle", "import", file.to_str().expect("a path")]);
+            return self.agent().json(&["bundle", "show", name]);
+        }
+        let bundle = self.build_itself(name, more);
+        std::fs::create_dir_all(kept()).expect("make a directory for bundles");
+        let file = kept().join(format!("{}.hearth", built.len()));
+        self.agent().ok(&["bundle", "export", name, "--output", file.to_str().expect("a path")]);
+        built.insert(key, file);
+        bundle
+    }
+
+    /// Builds a bundle, by this agent; gives it.
+    pub(crate) fn build_itself(&self, name: &str, more: &[&str]) -> Value {
         let words: Vec<&str> =
             ["bundle", "build", "--name", name, "--memory", "64"].iter().chain(more).copied().collect();
         let bundle = self.agent().json(&words);

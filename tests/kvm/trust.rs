@@ -39,7 +39,7 @@ pub(crate) fn a_bundle_leaves_its_host_and_is_asked_who_signed_it(_shared: &Agen
     let there = Lab::start_with("htest-trust-b", 41, &format!("[bundles]\ntrusted_keys = [\"{key}\"]\n"));
     let other = there.agent();
     // A difference, so that what it builds on has to come as well.
-    here.build("base", &["--warmup", "head -c 16 /dev/urandom | md5sum > /tmp/token"]);
+    here.build_itself("base", &["--warmup", "head -c 16 /dev/urandom | md5sum > /tmp/token"]);
     here.clone_of("base", "writer");
     agent.sh("writer", "echo kept > /tmp/note");
     agent.ok(&["vm", "snapshot", "writer", "--bundle-name", "web", "--diff"]);
