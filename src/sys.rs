@@ -25,5 +25,6 @@ pub mod sock;
 pub mod sparse;
 pub mod tap;
 pub mod thread;
+pub mod uring;
 pub mod userfault;
 pub mod vectored;

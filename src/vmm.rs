@@ -31,6 +31,7 @@ mod launch;
 mod log;
 mod probe;
 mod receive;
+mod rings;
 mod save;
 mod seccomp;
 mod send;
@@ -108,10 +109,12 @@ fn serve(control: UnixListener) -> Result<LastWords, VmmError> {
     let mut input = io::stdin().lock().take(START_MESSAGE_BYTES_MAX as u64);
     input.read_to_end(&mut message).map_err(VmmError::StartMessage)?;
     let start = StartMessage::parse(&message).map_err(|error| VmmError::StartMessage(error.into()))?;
+    // While this user may make them, and before there is a filter that forbids it.
+    let rings = rings::Rings::make();
     jail::enter(start.uid, start.file_bytes_max).map_err(VmmError::Jail)?;
     // Before the first byte of an agent is read: what comes from here on is decoded under the filter.
     seccomp::begin().map_err(VmmError::Filter)?;
-    event_loop::EventLoop::new(control, start.nonce)?.run()
+    event_loop::EventLoop::new(control, start.nonce, rings)?.run()
 }
 
 /// A panic ends the process (`panic = "abort"`), and pid 1 of a namespace does not even die of its own SIGABRT in

@@ -40,6 +40,7 @@ const FLOORS: &[Floor] = &[
             "vmm_sys_util",
             "caps",
             "getrandom",
+            "io_uring",
             "landlock",
             "netlink_packet_core",
             "netlink_packet_route",
@@ -240,6 +241,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("src/sys/signal.rs", 1),
     ("src/sys/tap.rs", 5),
     ("src/sys/thread.rs", 1),
+    ("src/sys/uring.rs", 2),
     ("src/sys/userfault.rs", 6),
     ("src/sys/vectored.rs", 5),
 ];

@@ -33,6 +33,7 @@ use super::layout::Slot;
 use super::ram::{self, GuestRam};
 use crate::clock::{Clock, SystemClock};
 use crate::saved::{Saved, SectionName, Sections, TakeSectionError};
+use crate::sys::uring::Ring;
 use crate::units::{NetLimits, PAGE_BYTES, PageCount};
 
 mod balloon;
@@ -74,6 +75,8 @@ pub enum Backend {
         file: File,
         /// Refuse writes.
         read_only: bool,
+        /// Its ring; without one the disk has a thread.
+        ring: Option<Ring>,
     },
     /// A block device on a volume, or a slot for one.
     Volume {
@@ -326,8 +329,9 @@ fn build(
             let balloon = balloon::Balloon::new(pages, clock, saved.as_ref());
             Box::new(balloon.ok_or_else(|| invalid::<balloon::saved::BalloonV1>(slot, reason))?)
         }
-        Backend::Block { file, read_only } => {
-            let block = Block::new(slot, file, read_only, ram, &watch).map_err(host("open the disk"))?;
+        Backend::Block { file, read_only, ring } => {
+            let on = block::DiskFile { file, read_only, ring };
+            let block = Block::on_file(slot, on, ram, &watch).map_err(host("open the disk"))?;
             Box::new(go_on(slot, block, saved)?)
         }
         Backend::Volume { listener, attached, read_only, tell } => {

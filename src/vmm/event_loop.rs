@@ -13,6 +13,7 @@ use super::connection::{Connection, ReceiveError};
 use super::console::{Console, Interest};
 use super::fill::FillThread;
 use super::launch::{Launch, LaunchRequestError, Restore, SavedMachine};
+use super::rings::Rings;
 use super::save::{self, SaveFiles, SealFiles};
 use super::send::SendThread;
 use super::session::Ownership;
@@ -77,6 +78,7 @@ pub(super) struct EventLoop {
     sending: Option<Sending>,
     copying: Option<Copying>,
     arriving: Option<Arriving>,
+    rings: Rings,
     clock: Arc<SystemClock>,
 }
 
@@ -85,8 +87,8 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> VmmError {
 }
 
 impl EventLoop {
-    /// A loop that serves `control`.
-    pub(super) fn new(control: UnixListener, nonce: Nonce) -> Result<Self, VmmError> {
+    /// A loop that serves `control`; the disks of its machine are to have these rings.
+    pub(super) fn new(control: UnixListener, nonce: Nonce, rings: Rings) -> Result<Self, VmmError> {
         control.set_nonblocking(true).map_err(failed("prepare the control socket"))?;
         let this = Self {
             epoll: Epoll::new().map_err(failed("make an epoll"))?,
@@ -98,6 +100,7 @@ impl EventLoop {
             sending: None,
             copying: None,
             arriving: None,
+            rings,
             clock: Arc::new(SystemClock::new()),
         };
         this.watch(this.control.as_raw_fd(), EventSet::IN).map_err(failed("wait for agents"))?;
@@ -419,7 +422,8 @@ impl EventLoop {
     fn launch(&mut self, spec: LaunchSpec, descriptors: Vec<OwnedFd>) -> Result<LaunchPhases, Refusal> {
         self.must_be_empty()?;
         let launch = Launch::new(spec, descriptors);
-        let launch = launch.map_err(|error| Refusal::BadRequest { reason: error.to_string() })?;
+        let mut launch = launch.map_err(|error| Refusal::BadRequest { reason: error.to_string() })?;
+        self.rings.hand_out(&mut launch.devices);
         let console = Console::new(launch.console_file, launch.console_listener);
         let (console, output) = console.map_err(|error| host(&error))?;
         let spec = MachineSpec {
@@ -442,7 +446,12 @@ impl EventLoop {
     fn restore(&mut self, request: Result<Restore, LaunchRequestError>) -> Result<LaunchPhases, Refusal> {
         self.must_be_empty()?;
         let begun = self.clock.monotonic();
-        let restore = request.map_err(|error| bad_request(&error))?;
+        let mut restore = request.map_err(|error| bad_request(&error))?;
+        match restore.from {
+            // Where memory may be missing, a disk's thread waits for it, and not the one that serves all devices.
+            SavedMachine::Filling { .. } => self.rings = Rings::default(),
+            SavedMachine::Bundle { .. } | SavedMachine::Sealed { .. } => self.rings.hand_out(&mut restore.devices),
+        }
         let bad = |reason| Refusal::BadState { reason: bounded(reason) };
         // Declared before the machine: it is the last to look at its memory if nothing comes of it.
         let mut fill = None;

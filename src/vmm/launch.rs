@@ -203,7 +203,7 @@ impl Unnamed {
             DeviceSpec::Balloon => (Slot::BALLOON, Backend::Balloon),
             DeviceSpec::Block { index, read_only } => {
                 let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "block", index })?;
-                (slot, Backend::Block { file: self.next()?, read_only })
+                (slot, Backend::Block { file: self.next()?, read_only, ring: None })
             }
             DeviceSpec::Volume { index, bytes, read_only, reconnect_ms } => {
                 let slot = Slot::block(index).ok_or(LaunchRequestError::DeviceIndex { kind: "volume", index })?;

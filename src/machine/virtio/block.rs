@@ -1,8 +1,8 @@
 //! The block device (virtio 1.2 section 5.2) on a raw file or a block device of the host, or on a volume.
 //!
-//! The loop takes requests from the ring and checks them ([`request`]); a [`Carrier`] carries them out and moves the data:
-//! [`worker`], one thread for each file, or [`volume`], one thread for each volume slot. The loop writes the status and
-//! gives the buffers back. Requests under way are bounded by the ring's size. While the device is paused a file has none; a
+//! The loop takes requests from the queue and checks them ([`request`]); a [`Carrier`] carries them out and moves the data:
+//! [`uring`], the kernel on a file; [`worker`], a thread on a file where there is no io_uring; or [`volume`], one thread
+//! for each volume slot. The loop writes the status and gives the buffers back. Requests under way are bounded by the ring's size. While the device is paused a file has none; a
 //! volume's may be waiting for its server, and are part of the saved state: who goes on from it asks again. What can go
 //! wrong on the host (no space, an I/O error, a file that became shorter) is an error of that request for the guest.
 
@@ -16,6 +16,7 @@ use vmm_sys_util::epoll::EventSet;
 use self::carrier::Carrier;
 use self::request::{Buffers, Disk, Refusal};
 use self::saved::{BlockV1, BlockV2};
+use self::uring::UringDisk;
 use self::volume::{Attachment, Volume, VolumeCounts, VolumeLimits};
 use self::worker::{Done, Job, Worker};
 use super::chain::Chain;
@@ -26,15 +27,18 @@ use crate::clock::Clock;
 use crate::machine::layout::Slot;
 use crate::machine::ram::GuestRam;
 use crate::saved::{SaveSectionError, Section};
+use crate::sys::uring::Ring;
 
 mod carrier;
 pub mod nbd;
 pub mod request;
 pub(crate) mod saved;
+mod uring;
 pub mod volume;
 mod worker;
 
-/// Enough to keep one worker busy; Linux allocates a request for each entry when it finds the disk.
+/// Enough to keep a disk busy, and as many as a ring takes; Linux allocates a request for each entry when it finds the
+/// disk.
 const QUEUE_SIZE: u16 = 64;
 const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 
@@ -73,6 +77,17 @@ pub(crate) enum OtherDisk {
     Differs,
     /// The requests under way cannot be.
     UnderWay,
+}
+
+/// What a disk on a file is made with.
+#[derive(Debug)]
+pub(crate) struct DiskFile {
+    /// The file.
+    pub(crate) file: File,
+    /// Whether writes are refused.
+    pub(crate) read_only: bool,
+    /// Its ring; without one it has a thread.
+    pub(crate) ring: Option<Ring>,
 }
 
 /// What a volume slot is made with.
@@ -150,12 +165,22 @@ impl Block {
         Self { face, disk, id, carrier, under_way, again, resized: false }
     }
 
-    /// A device on `file`.
-    pub(crate) fn new(slot: Slot, mut file: File, read_only: bool, ram: &GuestRam, watch: &Watch) -> io::Result<Self> {
-        let sectors = file.seek(SeekFrom::End(0))? / spec::SECTOR_BYTES;
-        let worker = Worker::start(file, ram.clone(), format!("disk-{}", slot.number()))?;
-        watch.add(worker.finished(), FINISHED_TOKEN, EventSet::IN)?;
-        Ok(Self::with(slot, Disk { sectors, read_only }, read_only, Carrier::File(worker)))
+    /// A device on a file.
+    pub(crate) fn on_file(slot: Slot, mut on: DiskFile, ram: &GuestRam, watch: &Watch) -> io::Result<Self> {
+        let sectors = on.file.seek(SeekFrom::End(0))? / spec::SECTOR_BYTES;
+        let carrier = match on.ring {
+            Some(ring) => {
+                let disk = UringDisk::new(ring, &on.file, ram.clone())?;
+                watch.add(disk.finished(), FINISHED_TOKEN, EventSet::IN)?;
+                Carrier::Uring(disk)
+            }
+            None => {
+                let worker = Worker::start(on.file, ram.clone(), format!("disk-{}", slot.number()))?;
+                watch.add(worker.finished(), FINISHED_TOKEN, EventSet::IN)?;
+                Carrier::Thread(worker)
+            }
+        };
+        Ok(Self::with(slot, Disk { sectors, read_only: on.read_only }, on.read_only, carrier))
     }
 
     /// A device on a volume, or a slot for one.
@@ -299,6 +324,24 @@ impl Block {
         }
     }
 
+    /// Takes requests from the queue, as far as there are any and they may be under way.
+    fn take_requests(&mut self, io: &mut Io<'_>) -> Result<Turn, RingError> {
+        // A ring announces at most its size; a guest that reuses buffers under way is made to wait for them.
+        for _ in 0..QUEUE_SIZE {
+            if self.under_way.len() >= usize::from(QUEUE_SIZE) {
+                return Ok(Turn::Idle);
+            }
+            match io.queues[0].pop()? {
+                Some(chain) => self.begin(io, chain)?,
+                None => match io.queues[0].wait_for_buffers()? {
+                    Waiting::Told => return Ok(Turn::Idle),
+                    Waiting::MoreThere => {}
+                },
+            }
+        }
+        Ok(Turn::More)
+    }
+
     fn read_request(&self, io: &Io<'_>, chain: &Chain) -> Result<Result<request::Request, Refusal>, RingError> {
         // 5.2.6: the last byte is the status. Without it there is no way to answer.
         let to_guest = chain.writable_bytes().checked_sub(1).ok_or(RingError::Chain)?;
@@ -353,20 +396,11 @@ impl Model for Block {
         }
         self.begin_again(io)?;
         self.complete(io)?;
-        // A ring announces at most its size; a guest that reuses buffers under way is made to wait for them.
-        for _ in 0..QUEUE_SIZE {
-            if self.under_way.len() >= usize::from(QUEUE_SIZE) {
-                return Ok(Turn::Idle);
-            }
-            match io.queues[0].pop()? {
-                Some(chain) => self.begin(io, chain)?,
-                None => match io.queues[0].wait_for_buffers()? {
-                    Waiting::Told => return Ok(Turn::Idle),
-                    Waiting::MoreThere => {}
-                },
-            }
-        }
-        Ok(Turn::More)
+        let turn = self.take_requests(io)?;
+        self.carrier.commit();
+        // Those that did not have to wait for the disk.
+        self.complete(io)?;
+        Ok(turn)
     }
 
     fn drain(&mut self, io: &mut Io<'_>) -> Result<(), RingError> {

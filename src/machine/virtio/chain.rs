@@ -99,36 +99,50 @@ impl Chain {
     ) -> Result<Vec<GuestSlice<'a>>, RingError> {
         slices(ram, &self.segments[self.readable..], offset, bytes, Permissions::Write)
     }
+
+    /// Where up to `bytes` bytes from `offset` of the readable part are.
+    pub fn readable_pieces(&self, offset: usize, bytes: usize) -> Vec<(GuestPhys, usize)> {
+        pieces(&self.segments[..self.readable], offset, bytes).collect()
+    }
+
+    /// Where up to `bytes` bytes from `offset` of the writable part are.
+    pub fn writable_pieces(&self, offset: usize, bytes: usize) -> Vec<(GuestPhys, usize)> {
+        pieces(&self.segments[self.readable..], offset, bytes).collect()
+    }
 }
 
 fn total(segments: &[Segment]) -> usize {
     segments.iter().map(|segment| segment.bytes as usize).sum()
 }
 
-fn slices<'a>(
-    ram: &'a GuestRam,
-    segments: &[Segment],
-    mut skip: usize,
-    mut wanted: usize,
-    access: Permissions,
-) -> Result<Vec<GuestSlice<'a>>, RingError> {
-    let mut found = Vec::with_capacity(segments.len());
-    for segment in segments {
+/// The parts of these segments that hold `wanted` bytes after the first `skip`.
+fn pieces(segments: &[Segment], mut skip: usize, mut wanted: usize) -> impl Iterator<Item = (GuestPhys, usize)> {
+    segments.iter().filter_map(move |segment| {
         let bytes = segment.bytes as usize;
         if skip >= bytes {
             skip -= bytes;
-            continue;
-        }
-        if wanted == 0 {
-            break;
+            return None;
         }
         let count = (bytes - skip).min(wanted);
-        let start = GuestAddress(segment.address.0 + skip as u64);
-        for slice in ram.get_slices(start, count, access).map_err(|_| RingError::Buffer)? {
-            found.push(slice.map_err(|_| RingError::Buffer)?);
-        }
+        let start = GuestPhys(segment.address.0 + skip as u64);
         skip = 0;
         wanted -= count;
+        (count > 0).then_some((start, count))
+    })
+}
+
+fn slices<'a>(
+    ram: &'a GuestRam,
+    segments: &[Segment],
+    skip: usize,
+    wanted: usize,
+    access: Permissions,
+) -> Result<Vec<GuestSlice<'a>>, RingError> {
+    let mut found = Vec::with_capacity(segments.len());
+    for (start, count) in pieces(segments, skip, wanted) {
+        for slice in ram.get_slices(GuestAddress(start.0), count, access).map_err(|_| RingError::Buffer)? {
+            found.push(slice.map_err(|_| RingError::Buffer)?);
+        }
     }
     Ok(found)
 }

@@ -302,8 +302,9 @@ impl EventLoop {
     }
 
     fn make_of(&mut self, arriving: Arriving, state: &[u8]) -> Result<LaunchPhases, Refusal> {
-        let Arriving { receiving, kvm, devices, console, output, memory } = arriving;
+        let Arriving { receiving, kvm, mut devices, console, output, memory } = arriving;
         console.go_on();
+        self.rings.hand_out(&mut devices);
         let made =
             save::decode_state(state).map_err(|error| Refusal::BadState { reason: bounded(report::chain(&error)) });
         let made = made.and_then(|sections| {

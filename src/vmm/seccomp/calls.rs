@@ -4,6 +4,7 @@
 
 use super::When::{Always, Both, Is, Lacks};
 use super::{BUILDING, CONTROL, Class, DEVICES, DISK, FILL, Line, STREAM, VCPU, VOLUME, line};
+use crate::sys::uring;
 
 /// Every class.
 const ALL: Class = BUILDING.and(CONTROL).and(DEVICES).and(DISK).and(VCPU).and(STREAM).and(FILL).and(VOLUME);
@@ -104,6 +105,16 @@ pub(super) const LINES: &[Line] = &[
         DISK,
         "a guest zeroes a range of a disk",
     ),
+    // A ring takes reads, writes, flushes and changes of its one file, and nothing else (sys/uring): it was made and
+    // restricted before there was a filter.
+    line(
+        libc::SYS_io_uring_register,
+        Is(1, uring::REGISTER_FILE),
+        BUILDING,
+        "a disk's file, the one that its ring works on",
+    ),
+    line(libc::SYS_io_uring_enter, Is(3, 0), SERVING, "a guest's requests go to its disk"),
+    line(libc::SYS_io_uring_enter, Is(3, uring::ENTER_WAIT), SERVING, "a pause or a reset waits for a disk's requests"),
     line(
         libc::SYS_readv,
         Always,
