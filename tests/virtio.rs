@@ -5,6 +5,8 @@
 mod balloon;
 #[path = "virtio/block.rs"]
 mod block;
+#[path = "virtio/block_model.rs"]
+mod block_model;
 #[path = "virtio/driver.rs"]
 mod driver;
 #[path = "virtio/net.rs"]

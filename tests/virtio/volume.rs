@@ -731,7 +731,7 @@ fn a_disk_moves_between_file_and_volume() {
     let disk = tempfile::tempfile().unwrap();
     disk.set_len(BYTES).unwrap();
     let ram = ram(16);
-    let on_file = || Backend::Block { file: disk.try_clone().unwrap(), read_only: false };
+    let on_file = || Backend::Block { file: disk.try_clone().unwrap(), read_only: false, ring: None };
     let saved = |slot: VirtioSlot| DeviceLoop::start(vec![Arc::new(slot)]).unwrap().save().unwrap();
     let of_file = saved(VirtioSlot::new(slot(), on_file(), &ram).unwrap());
     assert_eq!(of_file[1].version, 1);

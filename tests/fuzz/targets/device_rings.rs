@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use hearth::machine::layout::Slot;
 use hearth::machine::ram::GuestRam;
 use hearth::machine::virtio::{Backend, VirtioSlot};
+use hearth::sys::uring::Ring;
 use hearth::sys::{netns, tap};
 use hearth::units::{FlowLimits, NetLimits, Rate};
 use libfuzzer_sys::fuzz_target;
@@ -75,7 +76,12 @@ fuzz_target!(|input: Input| {
         (0, _) => (Slot::VSOCK, Backend::Vsock { listener: listener.try_clone().unwrap() }),
         (1, _) => (Slot::RNG, Backend::Rng),
         (4, _) => (Slot::BALLOON, Backend::Balloon),
-        _ => (Slot::block(0).unwrap(), Backend::Block { file: disk.try_clone().unwrap(), read_only: kind & 0x80 != 0 }),
+        _ => {
+            let (file, read_only) = (disk.try_clone().unwrap(), kind & 0x80 != 0);
+            // Half of the disks have a thread, as all have where there is no io_uring.
+            let ring = if kind & 0x20 != 0 { Ring::new().ok() } else { None };
+            (Slot::block(0).unwrap(), Backend::Block { file, read_only, ring })
+        }
     };
     let memory = GuestRam::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
     let device = VirtioSlot::new(slot, backend, &memory).unwrap();
