@@ -266,7 +266,7 @@ mod tests {
             "memory.max 269484032",
             "memory.oom.group 1",
             "io.weight default 100",
-            "pids.max 48",
+            "pids.max 60",
         ];
         assert_eq!(written(1, 128), small);
         let large = written(32, 65_536);

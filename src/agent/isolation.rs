@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use super::cgroup::{Controller, HostCgroups, settings};
-use crate::sys::cgroup;
 use crate::sys::landlock::version as landlock_version;
+use crate::sys::{cgroup, uring};
 
 /// The namespaces that a VMM has of its own.
 const NAMESPACES: [&str; 5] = ["pid", "net", "mnt", "ipc", "uts"];
@@ -18,6 +18,8 @@ pub struct HostIsolation {
     /// Whether the kernel can end a process for a system call (`SECCOMP_RET_KILL_PROCESS`); a VMM does not start
     /// without.
     pub seccomp_kills: bool,
+    /// Whether disks on files are served by io_uring; the error says why each has a thread instead.
+    pub io_uring: Result<(), String>,
     /// The control group below which VMs have theirs, or why there is none.
     pub cgroup: Result<String, String>,
     /// Controllers, and why those that bound nothing do not.
@@ -74,6 +76,7 @@ pub(super) fn host(cgroups: &HostCgroups) -> HostIsolation {
     HostIsolation {
         landlock: landlock_version().map_err(|error| error.to_string()),
         seccomp_kills: actions.split_whitespace().any(|action| action == "kill_process"),
+        io_uring: uring::Ring::make(1).map(drop).map_err(|error| error.to_string()),
         cgroup: cgroups.place(),
         controllers: cgroups.controllers().to_vec(),
     }

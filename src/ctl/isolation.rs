@@ -35,6 +35,13 @@ pub(super) fn host(isolation: &HostIsolation) -> String {
             "landlock".to_owned(),
             isolation.landlock_version.map_or_else(|| absent(&isolation.landlock_absent), |at| format!("version {at}")),
         ),
+        (
+            "io_uring".to_owned(),
+            isolation.io_uring_absent.as_ref().map_or_else(
+                || "yes".to_owned(),
+                |reason| plain(&format!("no: {reason}; each disk on a file has a thread")),
+            ),
+        ),
         ("cgroup".to_owned(), isolation.cgroup.as_deref().map_or_else(|| absent(&isolation.cgroup_absent), plain)),
     ];
     for one in &isolation.controllers {

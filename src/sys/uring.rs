@@ -2,13 +2,13 @@
 //! thread that waits for each.
 //!
 //! ```text
-//! Ring::new ─▶ Ring ── serve(file, ram) ─▶ FileRing:  begin … begin, submit ─▶ the kernel
+//! Ring::make ▶ Ring ── serve(file, ram) ─▶ FileRing:  begin … begin, submit ─▶ the kernel
 //!  no file, no memory, restricted           take_completions ◀─ finished (eventfd)
 //! ```
 //! A filter of system calls does not see what a ring is asked for, so a ring says itself what it takes
 //! (`IORING_REGISTER_RESTRICTIONS`, in force from before its first operation to its end): the operations of
 //! [`Operation`] and no others, on its one registered file and on no descriptor. io_uring_setup(2) and what restricts a
-//! ring are needed in [`Ring::new`] only, io_uring_register(2) to register the file ([`REGISTER_FILE`]), and afterwards
+//! ring are needed in [`Ring::make`] only, io_uring_register(2) to register the file ([`REGISTER_FILE`]), and afterwards
 //! nothing but io_uring_enter(2).
 //!
 //! What cannot be done at once, the kernel hands to threads of its own (`iou-wrk-…`), which belong to the thread that
@@ -30,6 +30,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::ram::GuestRam;
+use super::thread::{self, ThreadClass};
 use crate::units::GuestPhys;
 
 /// Most operations of a ring that are under way.
@@ -129,9 +130,19 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Makes a ring and restricts it for good. Fails where the kernel has no io_uring, where the host's settings
+    /// Makes so many rings and restricts them for good. Fails where the kernel has no io_uring, where the host's settings
     /// (`kernel.io_uring_disabled`) or a filter forbid it, and where a limit is reached.
-    pub fn new() -> io::Result<Self> {
+    ///
+    /// A thread of their own makes them, and ends: when a ring is closed, the kernel interrupts whoever made or used it,
+    /// as a signal would, but at some time afterwards. Calls that are not made again then (epoll_wait(2), `KVM_CREATE_VM`)
+    /// would fail on a thread that has had no part in it.
+    pub fn make(count: usize) -> io::Result<Vec<Self>> {
+        let make = move || (0..count).map(|_| Self::new()).collect();
+        let thread = thread::start(ThreadClass::Disk, "rings".to_owned(), make)?;
+        thread.join().map_err(|_| io::Error::other("the thread that makes rings panicked"))?
+    }
+
+    fn new() -> io::Result<Self> {
         let entries = u32::try_from(DEPTH).map_err(io::Error::other)?;
         let ring = IoUring::builder().setup_r_disabled().setup_submit_all().build(entries)?;
         // Without it the pieces' list would have to outlive the submission in other ways than it does; Linux 5.5.

@@ -5,6 +5,7 @@
 use super::log;
 use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
+use crate::sys::thread;
 use crate::sys::uring::Ring;
 
 /// The rings that no disk has yet. None where the host has no io_uring for it: then each disk has a thread.
@@ -14,8 +15,9 @@ pub(super) struct Rings(Vec<Ring>);
 impl Rings {
     /// Makes them. Call before the jail is closed. Says so if there can be none.
     pub(super) fn make() -> Self {
-        let slots = (0..=u8::MAX).map_while(Slot::block);
-        let made = slots.map(|_| Ring::new()).collect::<Result<_, _>>();
+        let disks = (0..=u8::MAX).map_while(Slot::block).count();
+        // A thread makes them: the first, so the allocator is told before it of what holds for all.
+        let made = thread::share_arena().and_then(|()| Ring::make(disks));
         made.map(Self).unwrap_or_else(|error| {
             log::say(format_args!("each disk has a thread, as there is no io_uring: {error}"));
             Self::default()
@@ -53,7 +55,7 @@ mod tests {
             devices.iter().filter(|(_, device)| matches!(device, Backend::Block { ring: Some(_), .. })).count()
         };
         assert_eq!((given(&devices), rings.0.len()), (made, 0));
-        assert!(made == 6 || (made == 0 && Ring::new().is_err()), "{made} rings");
+        assert!(made == 6 || (made == 0 && Ring::make(1).is_err()), "{made} rings");
         let mut again = [disk(0)];
         rings.hand_out(&mut again);
         assert_eq!(given(&again), 0);

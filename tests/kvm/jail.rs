@@ -34,7 +34,7 @@ pub(crate) fn holds_nothing_but_what_it_was_handed(agent: &Agent) {
         assert_eq!((value("NoNewPrivs:"), value("CapEff:")), ("1".into(), "0000000000000000".into()), "{status}");
     }
     let limits = std::fs::read_to_string(process.join("limits")).expect("its limits");
-    for (name, most) in [("Max core file size", "0"), ("Max processes", "96"), ("Max locked memory", "0")] {
+    for (name, most) in [("Max core file size", "0"), ("Max processes", "120"), ("Max locked memory", "0")] {
         let line = limits.lines().find_map(|line| line.strip_prefix(name)).expect("the limit");
         let words: Vec<&str> = line.split_whitespace().take(2).collect();
         assert_eq!(words, [most, most], "{name}");
@@ -87,6 +87,8 @@ pub(crate) fn is_reported_as_it_is(agent: &Agent) {
     let isolation = &host["isolation"];
     assert_eq!(isolation["seccomp_kills"], true);
     assert_eq!(isolation["landlock_version"], jail["landlock_version"]);
+    let has_io_uring = hearth::sys::uring::Ring::make(1).is_ok();
+    assert_eq!(isolation["io_uring_absent"].is_null(), has_io_uring, "{isolation:#}");
     let group = std::fs::read_to_string(format!("/proc/{}/cgroup", vm["pid"])).expect("its control groups");
     let group = group.lines().find_map(|line| line.strip_prefix("0::")).map(str::to_owned);
     match jail["cgroup"].as_str() {

@@ -23,7 +23,7 @@ const PLACES: usize = 48;
 /// Largest request: above what the device loop copies by itself.
 const SECTORS_MAX: u64 = 512;
 
-const REQUESTS: usize = 1500;
+const REQUESTS: usize = 1000;
 
 /// xorshift64*.
 struct Dice(u64);

@@ -13,7 +13,6 @@ use hearth::machine::virtio::{Backend, BuildDeviceError, DeviceLoop, VirtioSlot}
 use hearth::report::chain;
 use hearth::saved::{Section, SectionKind, SectionName, Sections};
 use hearth::sys::tap;
-use hearth::sys::uring::Ring;
 use hearth::units::NetLimits;
 use tempfile::TempDir;
 use vm_memory::bitmap::Bitmap;
@@ -45,7 +44,7 @@ impl Host {
             }
             1 => Backend::Rng,
             2 => Backend::Balloon,
-            3 => Backend::Block { file: self.disk.try_clone().unwrap(), read_only: false, ring: Ring::new().ok() },
+            3 => Backend::Block { file: self.disk.try_clone().unwrap(), read_only: false, ring: crate::block::ring() },
             9 => {
                 let (tap, mac) = (tap::open("tap%d").unwrap(), [2, 0, 0, 0, 0, 1]);
                 Backend::Net { tap, mac, mtu: Some(1280), limits: NetLimits::default() }

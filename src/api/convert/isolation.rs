@@ -5,7 +5,7 @@ use crate::api::types::{CgroupController, HostIsolation, VmJail, VmJailLimit, Vm
 
 /// What a host's kernel offers.
 pub(in crate::api) fn host_isolation(host: agent::HostIsolation) -> HostIsolation {
-    let agent::HostIsolation { landlock, seccomp_kills, cgroup, controllers } = host;
+    let agent::HostIsolation { landlock, seccomp_kills, io_uring, cgroup, controllers } = host;
     let (landlock_version, landlock_absent) = either(landlock);
     let (cgroup, cgroup_absent) = either(cgroup);
     let controllers = controllers.into_iter();
@@ -13,6 +13,7 @@ pub(in crate::api) fn host_isolation(host: agent::HostIsolation) -> HostIsolatio
         landlock_version,
         landlock_absent,
         seccomp_kills,
+        io_uring_absent: io_uring.err(),
         cgroup,
         cgroup_absent,
         controllers: controllers

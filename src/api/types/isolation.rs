@@ -12,6 +12,8 @@ pub struct HostIsolation {
     pub landlock_absent: Option<String>,
     /// The kernel ends a process for a system call that its filter forbids. No VM runs without.
     pub seccomp_kills: bool,
+    /// Why disks on files have a thread each; null: the kernel's io_uring serves them.
+    pub io_uring_absent: Option<String>,
     /// Directory of the control group below which VMs have theirs; null without.
     pub cgroup: Option<String>,
     /// Why there is no control group; null where there is.

@@ -79,7 +79,7 @@ fuzz_target!(|input: Input| {
         _ => {
             let (file, read_only) = (disk.try_clone().unwrap(), kind & 0x80 != 0);
             // Half of the disks have a thread, as all have where there is no io_uring.
-            let ring = if kind & 0x20 != 0 { Ring::new().ok() } else { None };
+            let ring = if kind & 0x20 != 0 { Ring::make(1).ok().and_then(|mut made| made.pop()) } else { None };
             (Slot::block(0).unwrap(), Backend::Block { file, read_only, ring })
         }
     };

@@ -1,4 +1,5 @@
-//! The thread that waits for a disk, so that the device loop does not.
+//! The thread that waits for a disk on a file, so that the device loop does not: where the host has no io_uring, and where
+//! guest memory may be missing.
 //!
 //! Takes jobs in order, one at a time, moves bytes between the file and guest memory, and hands the job back with its
 //! status. The order makes a flush cover every write before it. The block device bounds the jobs; it also waits here
