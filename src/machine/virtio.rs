@@ -5,6 +5,7 @@
 //!  mmio: registers ─ notify (eventfd) ──────────▶│ device_loop ─▶ slot ─▶ model.serve   │ block/worker, block/volume, block/volume
 //!        status, queue setup ─ lock ─▶ slot      │   model = rng | vsock | net | block ─┼─▶ pread, pwrite; NBD
 //!  irqfd ◀────────── interrupt (eventfd) ────────│   queue, chain ⇄ guest memory        │
+//!                                                │   block/uring ⇄ kernel: io_uring    │
 //! ```
 //! `spec` has the specification's numbers, `status` its state machine, `saved` what survives. A slot is put together
 //! here, by the machine that owns it. What can go wrong: the host may lack a descriptor while a device is made
