@@ -1,5 +1,6 @@
 //! Pure: may this VM be made? Decided before anything is made, so a refusal leaves nothing behind.
 
+use super::command_line::command_line;
 use super::config::Limits;
 use super::egress::Protocol;
 use super::images::{Image, is_name};
@@ -8,7 +9,7 @@ use super::launch_error::LaunchError;
 use super::record::{BuildSpec, DiskSpec, VmRecord, VmSpec, VolumeSlot};
 use super::self_door::ROLE_BYTES_MAX;
 use super::session_record::PublishedPort;
-use super::work::command_line;
+use super::volumes::ROOT;
 use super::world::HostFacts;
 use crate::bundle::Manifest;
 use crate::bundle::manifest::{DeviceKind, DeviceSlot};
@@ -63,7 +64,8 @@ pub(crate) fn admit(request: &LaunchRequest, facts: &Facts<'_>) -> Result<VmSpec
         Ok(_) | Err(_) => return Err(LaunchError::Vcpus { found: shape.vcpus, max: limits.vcpus_max }),
     };
     let memory_mib = memory(shape.memory_mib, facts)?;
-    let whole = command_line(additions, &image.command_line).len();
+    let has_root = request.volumes.iter().any(|wish| wish.mount.as_deref() == Some(ROOT));
+    let whole = command_line(additions, &image.command_line, has_root).len();
     let max = COMMAND_LINE_BYTES_MAX - DEVICE_WORDS_BYTES_MAX;
     if whole > max {
         return Err(LaunchError::CommandLine { image: image.name.clone(), found: whole, max });
@@ -232,9 +234,17 @@ fn volume_slots(
         if request.volumes[..index].iter().any(|other| other.volume == wish.volume) {
             return Err(LaunchError::VolumeTwice { volume: wish.volume.clone() });
         }
-        if let Some(mount) = wish.mount.as_ref().filter(|mount| !is_mount(mount)) {
+        if let Some(mount) = wish.mount.as_ref().filter(|mount| *mount != ROOT && !is_mount(mount)) {
             return Err(LaunchError::Mount { mount: mount.clone() });
         }
+    }
+    let mut roots = request.volumes.iter().filter(|wish| wish.mount.as_deref() == Some(ROOT));
+    match (roots.next(), roots.next(), bundle) {
+        (Some(first), Some(second), _) => {
+            return Err(LaunchError::TwoRoots { first: first.volume.clone(), second: second.volume.clone() });
+        }
+        (Some(root), None, Some(_)) => return Err(LaunchError::RootInBundle { volume: root.volume.clone() }),
+        (Some(_), None, None) | (None, _, _) => {}
     }
     if request.build.is_some() && !request.volumes.is_empty() {
         return Err(LaunchError::VolumesInBuild);
@@ -257,9 +267,13 @@ fn volume_slots(
     Ok(slots)
 }
 
-/// Whether a guest can be asked to mount something there.
+/// Whether a guest that runs can be asked to mount something there: not in the place of its root, by whatever name.
 pub(super) fn is_mount(mount: &str) -> bool {
-    mount.len() > 1 && mount.len() <= MOUNT_BYTES_MAX && mount.starts_with('/') && !mount.contains(char::is_control)
+    let Some(names) = mount.strip_prefix('/') else { return false };
+    let names = names.strip_suffix('/').unwrap_or(names);
+    mount.len() <= MOUNT_BYTES_MAX
+        && !mount.contains(char::is_control)
+        && names.split('/').all(|name| !matches!(name, "" | "." | ".."))
 }
 
 /// Longest path that something is mounted at, in bytes.

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::time::timeout;
 
 use super::world::{ByteStream, OpenStreamError, VmmHost};
-use crate::ids::VmId;
+use crate::ids::{VmId, VolumeId};
 
 /// Longest wait for the VMM to connect a stream to the guest agent and for the guest agent's Hello. A guest that runs
 /// answers in milliseconds, under load and emulation in tenths of seconds.
@@ -55,6 +55,14 @@ pub enum GuestError {
     Hooks {
         /// Which, and how.
         failed: String,
+    },
+    /// It cannot have its root on its volume.
+    #[error("volume {volume} cannot be the root of the guest: {reason}")]
+    NoRoot {
+        /// The volume.
+        volume: VolumeId,
+        /// What the guest says, and what helps.
+        reason: String,
     },
     /// The guest answered something else than was asked.
     #[error("the guest agent answered something else than was asked")]

@@ -10,13 +10,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::spawn_blocking;
 
 use super::bundles::{BundleError, BundleListed, BundleView, CommitOrder};
+use super::command_line::command_line;
 use super::host_disk::VmDirs;
 use super::host_probe::{HostProbe, build_host, processor};
 use super::host_vmm::{interface_mac, names};
 use super::images::ImageStore;
 use super::record::VmRecord;
 use super::transfer::{Imported, Piece, PieceWriter, Pieces};
-use super::work::command_line;
 use super::world::VmBundles;
 use crate::bundle::admit::{GuestNeeds, HostFacts, admit, admit_guest};
 use crate::bundle::manifest::{
@@ -208,7 +208,7 @@ impl HostBundles {
         let image = self.images.image(&vm.spec.image).ok();
         let digest = image.as_ref().and_then(|image| serde_json::from_value(image.digest.clone().into()).ok());
         GuestSystem {
-            command_line: command_line("", image.as_ref().map_or("", |image| &image.command_line)),
+            command_line: command_line("", image.as_ref().map_or("", |image| &image.command_line), false),
             image: SourceImage {
                 name: vm.spec.image.clone(),
                 digest: digest.unwrap_or_else(|| Digest::of(&[])),

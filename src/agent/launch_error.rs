@@ -111,6 +111,22 @@ pub enum LaunchError {
         /// The word.
         mount: String,
     },
+    /// A guest has one root.
+    #[error("volumes {first:?} and {second:?} are both to be the root of the guest")]
+    TwoRoots {
+        /// The first.
+        first: String,
+        /// Another.
+        second: String,
+    },
+    /// A guest from a bundle goes on where it was frozen.
+    #[error(
+        "volume {volume:?} cannot be the root of a guest from a bundle, which has the root that it was frozen with"
+    )]
+    RootInBundle {
+        /// The volume.
+        volume: String,
+    },
     /// More disks than slots.
     #[error("{found} disks: at most 6 are possible")]
     TooManyDisks {
@@ -274,6 +290,8 @@ impl LaunchError {
             | Self::VolumeTwice { .. }
             | Self::VolumesInBuild
             | Self::Mount { .. }
+            | Self::TwoRoots { .. }
+            | Self::RootInBundle { .. }
             | Self::Volume(_)
             | Self::KeyMismatch => Retry::WithChange,
             Self::Image(error) => error.retry(),

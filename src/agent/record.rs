@@ -257,6 +257,11 @@ impl VmSpec {
         let slots = self.volumes.iter().enumerate();
         slots.filter_map(|(slot, of)| Some((self.volume_index(slot), of.used.as_ref()?)))
     }
+
+    /// The volume that its guest has its root on, if it has it on one.
+    pub fn root(&self) -> Option<(u8, &VolumeUse)> {
+        self.volume_uses().find(|(_, used)| used.is_root())
+    }
 }
 
 /// A slot for a volume, which the guest has as a disk for as long as it lives.

@@ -34,6 +34,12 @@ pub enum VolumeChangeError {
         /// The volume.
         volume: VolumeId,
     },
+    /// All its programs have it as their root, from its launch to its end.
+    #[error("{volume} is the root of its guest")]
+    Root {
+        /// The volume.
+        volume: VolumeId,
+    },
     /// It does not have it.
     #[error("it does not have {volume}")]
     NotAttached {
@@ -68,7 +74,11 @@ impl VolumeChange {
                 Ok(())
             }
             Self::Detach { volume, force } => {
-                used(spec, volume)?.phase = UsePhase::Detaching { force: *force };
+                let used = used(spec, volume)?;
+                if used.is_root() {
+                    return Err(VolumeChangeError::Root { volume: volume.clone() });
+                }
+                used.phase = UsePhase::Detaching { force: *force };
                 Ok(())
             }
             Self::Resized { volume, bytes } => {

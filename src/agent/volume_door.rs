@@ -14,7 +14,8 @@ use super::record::VmRecord;
 use super::shared::{Shared, VmHandle};
 use super::vm_actor::Verb;
 use super::volume_change::VolumeChange;
-use super::volumes::{AskVolumesError, UsePhase, VolumeHost, VolumeUse};
+use super::volume_names::pick;
+use super::volumes::{AskVolumesError, ROOT, UsePhase, VolumeHost, VolumeUse};
 use super::world::{self as vmm, AskError, VmmHost, World, random_array};
 use crate::clock::Clock;
 use crate::ids::{LeaseId, VolumeId, VolumeSnapshotId};
@@ -136,6 +137,9 @@ pub enum VolumeError {
         /// The word.
         mount: String,
     },
+    /// A guest that runs has a root.
+    #[error("a VM that runs has its root already: no volume can become that any more")]
+    RootOfRunning,
     /// The VM does not do it.
     #[error(transparent)]
     Vm(#[from] VmError),
@@ -208,32 +212,6 @@ pub trait VolumeDoor: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Arc<VmRecord>, VolumeError>>;
     /// The volume slots of a VM, and what passed them.
     fn vm_volumes<'a>(&'a self, vm: &'a str) -> BoxFuture<'a, Result<VmVolumesView, VolumeError>>;
-}
-
-/// One of those that have an id and perhaps a name.
-fn pick<T>(
-    what: &'static str,
-    word: &str,
-    all: Vec<T>,
-    (prefix, names): (&str, impl Fn(&T) -> (String, Option<String>)),
-) -> Result<T, VolumeError> {
-    let unknown = || VolumeError::Unknown { what, word: word.to_owned() };
-    let start = format!("{prefix}{}", word.strip_prefix(prefix).unwrap_or(word));
-    let (mut exact, mut starting) = (Vec::new(), Vec::new());
-    for one in all {
-        let (id, name) = names(&one);
-        if id == word || name.as_deref() == Some(word) {
-            exact.push(one);
-        } else if start.len() > prefix.len() && id.starts_with(&start) {
-            starting.push(one);
-        }
-    }
-    let mut found = if exact.is_empty() { starting } else { exact };
-    match (found.pop(), found.len()) {
-        (Some(one), 0) => Ok(one),
-        (Some(_), more) => Err(VolumeError::Ambiguous { word: word.to_owned(), count: more + 1 }),
-        (None, _) => Err(unknown()),
-    }
 }
 
 fn unexpected() -> VolumeError {
@@ -532,8 +510,10 @@ impl<W: World> VolumeDoor for Agent<W> {
 
 impl<W: World> Agent<W> {
     async fn attach(&self, vm: &str, wish: VolumeWish) -> Result<Arc<VmRecord>, VolumeError> {
-        if let Some(mount) = wish.mount.as_ref().filter(|mount| !is_mount(mount)) {
-            return Err(VolumeError::Mount { mount: mount.clone() });
+        match wish.mount.as_deref() {
+            Some(ROOT) => return Err(VolumeError::RootOfRunning),
+            Some(mount) if !is_mount(mount) => return Err(VolumeError::Mount { mount: mount.to_owned() }),
+            Some(_) | None => {}
         }
         let handle = self.find(vm).map_err(VmError::from)?;
         let change = VolumeChange::Attach(self.shared.volume_for(&wish).await?);
@@ -574,25 +554,6 @@ impl<W: World> Agent<W> {
             if let Err(error) = self.ask_actor(vm, Verb::ChangeVolumes(Box::new(change))).await {
                 tracing::warn!(vm = %vm.id, volume = %volume.id, error = %crate::report::chain(&error), "it does not know that its volume is larger");
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_word_is_an_id_the_start_of_one_or_a_name() {
-        let ids = ["vol-aaaaaaaaaaaaaaaa", "vol-abaaaaaaaaaaaaaa", "vol-zzaaaaaaaaaaaaaa"];
-        let names = |one: &&str| ((*one).to_owned(), one.ends_with("zaaaaaaaaaaaaaa").then(|| "ab".to_owned()));
-        let find = |word: &str| pick("volume", word, ids.to_vec(), (VolumeId::PREFIX, names));
-        assert_eq!(find("vol-aa").unwrap(), ids[0]);
-        assert_eq!(find("zz").unwrap(), ids[2]);
-        assert_eq!(find("ab").unwrap(), ids[2], "a name is meant before the start of an id");
-        assert!(matches!(find("a"), Err(VolumeError::Ambiguous { count: 2, .. })));
-        for word in ["", "vol-", "q"] {
-            assert!(matches!(find(word), Err(VolumeError::Unknown { .. })), "{word}");
         }
     }
 }

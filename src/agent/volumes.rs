@@ -17,6 +17,9 @@ use crate::wire::volumed::{Answer, Ask, FrameError, Listening, Refusal};
 /// beside other requests.
 pub(super) const LINES: u8 = 2;
 
+/// Where a volume is to be mounted that the guest has its root file system on.
+pub(super) const ROOT: &str = "/";
+
 /// A volume of a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeUse {
@@ -78,6 +81,11 @@ impl VolumeUse {
     /// Whether its VM is to have it.
     pub const fn is_wanted(&self) -> bool {
         !matches!(self.phase, UsePhase::Detaching { .. })
+    }
+
+    /// Whether the guest's root file system is on it.
+    pub fn is_root(&self) -> bool {
+        self.mount.as_deref() == Some(ROOT)
     }
 
     /// The kind of lease it is used with.

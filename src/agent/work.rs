@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{sleep, timeout};
 
 use super::bundles::BundleError;
+use super::command_line::command_line;
 use super::effect::Effect;
 use super::filling::Chunks;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
@@ -37,6 +38,7 @@ mod leases;
 mod prefaulting;
 mod registering;
 mod retrying;
+mod root;
 mod saving;
 mod sending;
 mod swapping;
@@ -363,7 +365,7 @@ impl<W: World> Work<W> {
             image: spec.image.clone(),
             vcpus: spec.vcpus,
             memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
-            command_line: command_line(&additions, &image.command_line),
+            command_line: command_line(&additions, &image.command_line, spec.root().is_some()),
             disks: spec.disks.clone(),
             network_limits: spec.network_limits,
         };
@@ -525,12 +527,6 @@ pub(super) async fn ended(process: Option<&impl VmmProcess>) -> ProcessEnd {
     }
 }
 
-/// The kernel's command line, but for the words that announce devices.
-pub(super) fn command_line(host_additions: &str, image: &str) -> String {
-    let words = ["console=ttyS0", host_additions.trim(), image.trim()];
-    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
-}
-
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -559,7 +555,9 @@ fn bad_image(detail: String) -> Outcome {
 }
 
 fn unreachable(error: &GuestError) -> Outcome {
-    Outcome::Failed(FailureCause::GuestUnreachable { detail: chain(error) })
+    let detail = chain(error);
+    let is_volume = matches!(error, GuestError::NoRoot { .. });
+    Outcome::Failed(if is_volume { FailureCause::Volume { detail } } else { FailureCause::GuestUnreachable { detail } })
 }
 
 fn start_failed(error: StartVmmError) -> Outcome {
@@ -583,16 +581,5 @@ fn ask_failed(error: AskError) -> Outcome {
         | AskError::Frame(_)
         | AskError::Unexpected
         | AskError::TimedOut { .. } => host(chain(&error)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::command_line;
-
-    #[test]
-    fn the_command_line_has_one_blank_between_its_parts() {
-        assert_eq!(command_line("", ""), "console=ttyS0");
-        assert_eq!(command_line(" no_x ", "quiet  panic=-1"), "console=ttyS0 no_x quiet  panic=-1");
     }
 }

@@ -162,6 +162,7 @@ impl From<GuestError> for ApiError {
             | GuestError::Version { .. }
             | GuestError::Failed { .. }
             | GuestError::Hooks { .. }
+            | GuestError::NoRoot { .. }
             | GuestError::Unexpected => StatusCode::BAD_GATEWAY,
         };
         Self::new(status, "guest_unreachable", message, Retry::Later)
@@ -319,7 +320,11 @@ impl From<LaunchError> for ApiError {
             LaunchError::VolumeTwice { .. } | LaunchError::VolumesInBuild => {
                 (StatusCode::BAD_REQUEST, "invalid_volume")
             }
-            LaunchError::Mount { .. } => (StatusCode::BAD_REQUEST, "invalid_mount"),
+            LaunchError::Mount { .. } | LaunchError::TwoRoots { .. } => (StatusCode::BAD_REQUEST, "invalid_mount"),
+            LaunchError::RootInBundle { .. } => {
+                return Self::new(StatusCode::CONFLICT, "bundle_differs", message, retry)
+                    .with_detail("launch it from an image, or have the volume mounted at another directory");
+            }
             LaunchError::CommandLine { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "command_line_too_long"),
             LaunchError::TooManyDisks { .. } => (StatusCode::BAD_REQUEST, "too_many_disks"),
             LaunchError::DiskPath { .. } => (StatusCode::BAD_REQUEST, "invalid_disk"),

@@ -131,6 +131,7 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
             host.identified(vm, &identity);
             vec![FromGuest::Done]
         }
+        ToGuest::Root { disk, .. } => vec![host.enter_root(vm, &disk)],
         ToGuest::Registered { .. } if !host.registered(vm) => return false,
         ToGuest::Network(_)
         | ToGuest::Hardware(_)

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use hearth_guest_wire::FromGuest;
+
 use super::SimHost;
 use crate::agent::volumes::{AskVolumesError, VolumeHost, VolumeProgress};
 use crate::clock::Clock;
@@ -20,6 +22,8 @@ const BYTES_MAX: u64 = 1 << 40;
 #[derive(Debug, Clone)]
 struct SimVolume {
     report: VolumeReport,
+    /// Whether it began as a file, which is taken to be a root file system.
+    has_root: bool,
     leases: Leases,
 }
 
@@ -74,6 +78,15 @@ impl Volumes {
         if let (Some(name), true) = (&name, self.volumes.values().any(taken)) {
             return Err(Refusal::NameTaken { name: name.clone() });
         }
+        let has_root = match &origin {
+            Origin::Empty => false,
+            Origin::File { .. } => true,
+            Origin::Volume { id } => self.volume(id)?.has_root,
+            Origin::Snapshot { id } => {
+                let of = self.snapshots.get(id).and_then(|snapshot| self.volumes.get(&snapshot.volume));
+                of.is_some_and(|volume| volume.has_root)
+            }
+        };
         let before = match &origin {
             Origin::Empty | Origin::File { .. } => None,
             Origin::Volume { id } => Some(self.volume(id)?.report.bytes),
@@ -103,7 +116,7 @@ impl Volumes {
             shared: 0,
             connections: 0,
         };
-        self.volumes.insert(id.clone(), SimVolume { report, leases: Leases::default() });
+        self.volumes.insert(id.clone(), SimVolume { report, has_root, leases: Leases::default() });
         Ok(Answer::Volume { volume: Box::new(self.report(&id)?) })
     }
 
@@ -220,6 +233,21 @@ impl SimHost {
     pub fn freeze_volumes(&self, frozen: bool) {
         self.state().volumes.frozen = frozen;
         self.changed.notify_waiters();
+    }
+
+    /// What a guest answers that is to have its root on this disk.
+    pub(super) fn enter_root(&self, vm: &VmId, disk: &str) -> FromGuest {
+        let slot = disk.bytes().last().unwrap_or_default().saturating_sub(b'a');
+        let state = self.state();
+        let volumes = &state.volumes;
+        let attached = volumes.attachments.get(&self.socket(vm, slot));
+        match attached.and_then(|attached| volumes.volumes.get(&attached.volume)) {
+            Some(volume) if volume.has_root => FromGuest::Done,
+            Some(_) => {
+                FromGuest::Failed { errno: 22, what: format!("{disk} has no file system that this kernel knows") }
+            }
+            None => FromGuest::Failed { errno: 2, what: format!("there is no {disk}") },
+        }
     }
 
     /// The leases of a volume, as the daemon has them.

@@ -14,13 +14,14 @@ use crate::sys::{self, Console, Errno, Fd};
 /// The disk has no content yet: it is about to be told of one.
 const NOT_YET: u8 = 75;
 
-const READ_ONLY: u32 = 1;
+/// MS_RDONLY.
+pub(crate) const READ_ONLY: u32 = 1;
 
 /// Longest list of file systems, and of what is mounted, that is read.
 const LIST_BYTES_MAX: usize = 64 << 10;
 
 /// Why it was not done: the exit code, and what is said.
-type Failure = (u8, String);
+pub(crate) type Failure = (u8, String);
 
 /// Does what these words ask for, and gives the exit code; `None`: they ask for something else.
 pub(crate) fn run(arguments: &[&CStr]) -> Option<u8> {
@@ -52,9 +53,7 @@ fn mount(disk: &CStr, directory: &CStr, flags: u32) -> Result<(), Failure> {
         return Ok(());
     }
     make_directories(directory)?;
-    let kinds = read(c"/proc/filesystems")?;
-    for line in kinds.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"\t")) {
-        let Ok(kind) = CString::new(&line[1..]) else { continue };
+    for kind in kinds()? {
         match sys::mount_disk(disk, directory, &kind, flags) {
             Ok(()) => return Ok(()),
             // It has another file system, or none.
@@ -82,8 +81,15 @@ fn unmount(directory: &CStr) -> Result<(), Failure> {
     }
 }
 
+/// The file systems on disks that this kernel knows.
+pub(crate) fn kinds() -> Result<Vec<CString>, Failure> {
+    let list = read(c"/proc/filesystems")?;
+    let lines = list.split(|byte| *byte == b'\n');
+    Ok(lines.filter_map(|line| CString::new(line.strip_prefix(b"\t")?).ok()).collect())
+}
+
 /// Whether a disk has a size of 0 as yet.
-fn is_empty(disk: &CStr) -> Result<bool, Failure> {
+pub(crate) fn is_empty(disk: &CStr) -> Result<bool, Failure> {
     let name = disk.to_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
     let mut path = Vec::from(b"/sys/block/".as_slice());
     path.extend_from_slice(name);

@@ -3,8 +3,8 @@
 //! ```text
 //!   Greeting ──Hello──▶ Requests ──Exec──▶ Starting ──▶ Running ──finished──▶ Closing ──all sent──▶ Parting ──▶ gone
 //!                        │  ▲                              │ host closes: the program's group is killed ──▶ gone
-//!      Quiesce, RunHooks ▼  │ done, or late                └ frame out of place ──▶ Closing (program killed)
-//!      or Join           Quiescing, Hooks, Registering, Joining
+//!      Quiesce, Root,    ▼  │ done, or late                └ frame out of place ──▶ Closing (program killed)
+//!      RunHooks, Join    Quiescing, EnteringRoot, Hooks, Registering, Joining
 //! ```
 //!
 //! Readiness is remembered (edge-triggered): a socket is read until it gives less than was asked for, written until it
@@ -54,6 +54,8 @@ enum Phase {
     Requests,
     /// A sync is under way; the next request waits.
     Quiescing { pid: i32, began_ns: u64 },
+    /// A disk is mounted that is to be the root; the next request waits.
+    EnteringRoot,
     /// Hooks run; the next request waits.
     Hooks(Box<Hooks>),
     /// The host was asked to register the guest; only its answer is understood.
@@ -150,6 +152,7 @@ impl Link {
                 Phase::Greeting
                 | Phase::Requests
                 | Phase::Quiescing { .. }
+                | Phase::EnteringRoot
                 | Phase::Hooks(_)
                 | Phase::Registering(_)
                 | Phase::Joining(_)
@@ -239,6 +242,7 @@ impl Link {
                 Phase::Greeting | Phase::Requests | Phase::Registering(_) => true,
                 Phase::Running(program) => program.takes_input(),
                 Phase::Quiescing { .. }
+                | Phase::EnteringRoot
                 | Phase::Hooks(_)
                 | Phase::Joining(_)
                 | Phase::Starting(_)
@@ -292,6 +296,7 @@ impl Link {
                 Phase::Greeting
                 | Phase::Running(_)
                 | Phase::Quiescing { .. }
+                | Phase::EnteringRoot
                 | Phase::Hooks(_)
                 | Phase::Registering(_)
                 | Phase::Joining(_)

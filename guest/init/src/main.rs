@@ -29,6 +29,7 @@ mod outgoing;
 mod program;
 mod registrar;
 mod role;
+mod root;
 mod server;
 mod stats;
 mod sys;

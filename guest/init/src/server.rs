@@ -12,11 +12,12 @@ use hearth_guest_wire::Shutdown;
 use crate::console::ConsoleShell;
 use crate::ending::Ending;
 use crate::identity::CurrentIdentity;
-use crate::link::{Link, Part, Served};
+use crate::link::{Link, Part, Refusal, Served};
 use crate::links::Links;
 use crate::mounts;
 use crate::program::{READ_BYTES, Stream};
 use crate::role::{ListenAddress, Role};
+use crate::root::{OldRoot, Root};
 use crate::sys::{self, Console, Epoll, Errno, Event, Fd, Interest, Running, Signals, Timer};
 
 /// Connections served at once. One for each concurrent exec, some for requests; a set of them is one word.
@@ -49,6 +50,8 @@ pub(crate) struct Guest {
     pub(crate) starting: VecDeque<u64>,
     /// Who the guest is, once it was told.
     pub(crate) identity: Option<CurrentIdentity>,
+    /// Its root file system.
+    pub(crate) root: Root,
     /// Children that sync, kept until they are reaped.
     pub(crate) errands: Vec<Running>,
     timer: Timer,
@@ -64,6 +67,8 @@ enum Rest {
     Mounts(mounts::Rest),
     /// The image's links.
     Links(Links),
+    /// The files of a root that is none any more.
+    OldRoot(OldRoot),
     /// Nothing.
     Done,
 }
@@ -102,12 +107,29 @@ impl Guest {
             }
             Rest::Links(links) => {
                 if !links.make_one() {
-                    self.rest = Rest::Done;
-                    self.console.wait(&self.epoll, CONSOLE);
+                    self.rest_is_done();
+                }
+            }
+            Rest::OldRoot(old) => {
+                if !old.remove_one() {
+                    self.rest_is_done();
                 }
             }
             Rest::Done => self.record_identity(),
         }
+    }
+
+    fn rest_is_done(&mut self) {
+        self.rest = Rest::Done;
+        // A shell may have it: the root changed after somebody had typed.
+        if self.console == ConsoleShell::Off {
+            self.console.wait(&self.epoll, CONSOLE);
+        }
+    }
+
+    /// The guest has another root. The image's links are of the one before.
+    fn root_changed(&mut self, old: OldRoot) {
+        self.rest = Rest::OldRoot(old);
     }
 
     /// Does what is left of the mounts.
@@ -246,6 +268,7 @@ impl Server {
             programs_running: 0,
             starting: VecDeque::new(),
             identity: None,
+            root: Root::InMemory,
             errands: Vec::new(),
             timer,
             timer_ns: None,
@@ -394,6 +417,10 @@ impl Server {
                 Err(_) => return true,
             };
             self.guest.errands.retain(|errand| errand.pid() != child.pid);
+            if let Some(entered) = self.guest.root.reaped(child.pid, child.exit) {
+                self.answer_for_root(entered);
+                continue;
+            }
             if self.guest.console.reaped(child.pid) {
                 self.guest.console.wait(&self.guest.epoll, CONSOLE);
                 continue;
@@ -405,6 +432,18 @@ impl Server {
                     self.due |= 1 << slot;
                     break;
                 }
+            }
+        }
+    }
+
+    /// The root was changed, or not: says so to those who asked for it.
+    fn answer_for_root(&mut self, entered: Result<OldRoot, Refusal>) {
+        let entered = entered.map(|old| self.guest.root_changed(old));
+        for (slot, place) in self.slots.iter_mut().enumerate() {
+            if let Some(link) = &mut place.link
+                && link.root_entered(&entered)
+            {
+                self.due |= 1 << slot;
             }
         }
     }

@@ -8,7 +8,7 @@
 //! [`FromGuest::Failed`] and ends the connection. A program's connection that is closed by the host, or half closed,
 //! ends the program: its process group is killed.
 //!
-//! Both sides speak [`VERSION`] and the one before it; the lower of the two Hellos is used.
+//! Both sides speak [`VERSION_MIN`] to [`VERSION`]; the lower of the two Hellos is used.
 //! Enum variants are only ever appended: postcard encodes a variant as its index.
 #![no_std]
 #![forbid(unsafe_code)]
@@ -28,7 +28,8 @@ pub mod registrar;
 /// * 1: identity, programs, quiesce, stats, clock, shutdown.
 /// * 2: [`ToGuest::Network`].
 /// * 3: [`ToGuest::Hardware`], [`ToGuest::RunHooks`], [`ToGuest::Join`] and its answers.
-pub const VERSION: u16 = 3;
+/// * 4: [`ToGuest::Root`].
+pub const VERSION: u16 = 4;
 
 /// The oldest version this build still understands.
 pub const VERSION_MIN: u16 = 2;
@@ -135,6 +136,15 @@ pub enum ToGuest {
     RegistrationRefused {
         /// Why, for people: a lower-case fragment.
         reason: String,
+    },
+    /// Go on with the root file system of a disk, instead of the one in memory, whose files are given up. Comes before
+    /// [`ToGuest::Identity`], which is written down in the new one. Answered by [`FromGuest::Done`] once programs find
+    /// themselves there, also when they did before, or by [`FromGuest::Failed`] with nothing changed. Since version 4.
+    Root {
+        /// The disk, as `/dev/vda`.
+        disk: String,
+        /// Mount it for reading only.
+        read_only: bool,
     },
 }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Description, FORMAT, Image, ImageError, ImageStore, MEMORY_MIB_MIN_DEFAULT, copy, hash, write_description,
 };
+use crate::agent::command_line::glibc_words;
 use crate::agent::world::ImageImport;
 use crate::container::{self, AGENT_PATH, Bounds, Container, ContainerError, Program, Source};
 use crate::sys::{file, host};
@@ -15,11 +16,6 @@ use crate::units::{Bytes, MIB};
 
 /// The word by which a kernel is told where its first program is, if that is not `/init`.
 const INIT_WORD: &str = "rdinit=";
-
-/// What programs linked to glibc have to be told where guests' kernel mode is emulated: the kernel saves no wide registers
-/// there, and so nobody may use them (`guest/kernel/README.md`). PID 1 hands it to all programs.
-const GLIBC_WORDS: &str =
-    "GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-XSAVE,-XSAVEC,-ERMS";
 
 /// What an image was made of, if that was a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,10 +131,9 @@ impl ImageStore {
 /// The words given, and those that an imported image needs.
 fn command_line(words: &str, emulated: bool) -> String {
     let given = words.split_ascii_whitespace().filter(|word| !word.starts_with(INIT_WORD));
-    let glibc = GLIBC_WORDS.split_once('=').map_or(GLIBC_WORDS, |(name, _)| name);
-    let add_glibc = emulated && !words.split_ascii_whitespace().any(|word| word.starts_with(glibc));
+    let glibc = if emulated { glibc_words(words) } else { None };
     let init = format!("{INIT_WORD}/{AGENT_PATH}");
-    let own = [Some(init.as_str()), add_glibc.then_some(GLIBC_WORDS)];
+    let own = [Some(init.as_str()), glibc];
     given.chain(own.into_iter().flatten()).collect::<Vec<_>>().join(" ")
 }
 

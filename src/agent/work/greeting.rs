@@ -79,7 +79,9 @@ impl<W: World> Work<W> {
                 match self.greet_once().await {
                     Ok(heard) => return Ok(heard),
                     // It answered, and is not fit to run: asking again would not change that.
-                    Err(error @ GuestError::Hooks { .. }) => return Err(unreachable(&error)),
+                    Err(error @ (GuestError::Hooks { .. } | GuestError::NoRoot { .. })) => {
+                        return Err(unreachable(&error));
+                    }
                     Err(error) => last = Some(error),
                 }
                 sleep(GREET_INTERVAL).await;
@@ -109,6 +111,7 @@ impl<W: World> Work<W> {
         let mut link = guest::connect(world.vmm(), &self.record.id).await?;
         let running = Duration::from_nanos(link.running_ns);
         let heard = Heard { at: self.now(), running, protocol: link.version };
+        self.enter_root(&mut link).await?;
         let entropy = [random_array(world), random_array(world)];
         let [Ok(first), Ok(second)] = entropy else {
             return Err(GuestError::Stream(std::io::Error::other("no randomness on this host")));

@@ -151,12 +151,13 @@ impl<W: World> Work<W> {
 
     pub(super) async fn mount_volumes(&mut self) -> Result<(), Outcome> {
         for (index, used) in self.coming_volumes() {
-            let Some(mount) = used.mount.clone() else { continue };
+            // The root is there since before the guest was greeted.
+            let Some(mount) = used.mount.clone().filter(|_| !used.is_root()) else { continue };
             if self.record.state == (VmState::ChangingVolumes { then_running: false }) {
                 let detail = format!("volume {}: a guest that is paused mounts nothing", used.volume);
                 return Err(Outcome::Failed(FailureCause::Volume { detail }));
             }
-            let disk = format!("/dev/vd{}", char::from(b'a'.saturating_add(index)));
+            let disk = disk_name(index);
             let mut words = vec![GUEST_AGENT, "mount", disk.as_str(), mount.as_str()];
             words.extend(used.read_only.then_some("ro"));
             let failed = |what: String| {
@@ -177,7 +178,8 @@ impl<W: World> Work<W> {
 
     pub(super) async fn unmount_volumes(&mut self) -> Result<(), Outcome> {
         for (_, used) in self.unwanted_volumes() {
-            let Some(mount) = used.mount.clone() else { continue };
+            // Whoever gives up the root, ends.
+            let Some(mount) = used.mount.clone().filter(|_| !used.is_root()) else { continue };
             let force = used.phase == UsePhase::Detaching { force: true };
             let said = match self.run_in_guest(&[GUEST_AGENT, "unmount", &mount]).await {
                 Ok((0, _)) => continue,
@@ -260,6 +262,11 @@ impl<W: World> Work<W> {
         }
         Ok(())
     }
+}
+
+/// What a guest calls one of its block devices.
+pub(super) fn disk_name(index: u8) -> String {
+    format!("/dev/vd{}", char::from(b'a'.saturating_add(index)))
 }
 
 pub(super) fn no_volume(used: &VolumeUse, error: &AskVolumesError) -> Outcome {

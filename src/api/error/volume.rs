@@ -23,6 +23,13 @@ impl From<VolumeError> for ApiError {
             VolumeError::Ambiguous { .. } => (StatusCode::CONFLICT, "ambiguous_id", None),
             VolumeError::Name { .. } => (StatusCode::BAD_REQUEST, "invalid_name", None),
             VolumeError::Mount { .. } => (StatusCode::BAD_REQUEST, "invalid_mount", None),
+            VolumeError::RootOfRunning => (
+                StatusCode::BAD_REQUEST,
+                "invalid_mount",
+                Some(
+                    "give it another directory, or launch a VM that has it from the beginning: `hearth vm launch --volume VOLUME:/`",
+                ),
+            ),
             VolumeError::Vm(_) | VolumeError::Vmm(_) => (StatusCode::SERVICE_UNAVAILABLE, "vmm_unavailable", None),
             VolumeError::Random(_) => (StatusCode::INTERNAL_SERVER_ERROR, "host_failure", None),
             VolumeError::Ask(error) => ask(error),
@@ -43,6 +50,8 @@ pub(super) fn unchanged(error: &VolumeChangeError, message: String, retry: Retry
         VolumeChangeError::NotAttached { .. } => {
             ApiError::new(StatusCode::NOT_FOUND, "volume_not_attached", message, retry)
         }
+        VolumeChangeError::Root { .. } => ApiError::new(StatusCode::CONFLICT, "volume_is_root", message, retry)
+            .with_detail("stop the VM: the volume is free then"),
         VolumeChangeError::NoSlot { .. } => ApiError::new(StatusCode::CONFLICT, "no_volume_slot", message, retry)
             .with_detail("launch VMs that are to get volumes later with `--spare-disks`"),
     }

@@ -13,12 +13,16 @@ use crate::identity;
 use crate::net::{self, hardware};
 use crate::program::{GRACE_NS, Program};
 use crate::registrar::RegistrarCall;
+use crate::root::Entered;
 use crate::server::Guest;
 use crate::stats;
 use crate::sys::{self, Errand, Errno};
 
 /// Errands (syncs) that may be under way; a later one waits for a disk that does not answer the earlier ones either.
 const ERRANDS_MAX: usize = 8;
+
+/// What was asked for, for a refusal that does not say.
+const ENTER_ROOT: &str = "have the root on a disk";
 
 /// What a guest says that does not know who it is.
 const NOBODY: &str = "this guest was given no identity";
@@ -52,6 +56,14 @@ impl Link {
             ToGuest::Quiesce { timeout_ms } => self.quiesce(timeout_ms, guest),
             // A quiesce holds nothing back (see `guest/README.md`), so there is nothing to let go.
             ToGuest::Thaw => self.outgoing.push(&FromGuest::Done),
+            ToGuest::Root { disk, read_only } => {
+                guest.finish_mounts();
+                match guest.root.ask(guest.role, &disk, read_only) {
+                    Ok(Entered::Later) => self.phase = Phase::EnteringRoot,
+                    Ok(Entered::Now) => self.answer(Ok(()), ENTER_ROOT),
+                    Err(refusal) => self.answer(Err(refusal), ENTER_ROOT),
+                }
+            }
             ToGuest::Stats => {
                 let stats = stats::read(guest.programs_running);
                 match stats {
@@ -100,6 +112,7 @@ impl Link {
             Phase::Greeting
             | Phase::Requests
             | Phase::Quiescing { .. }
+            | Phase::EnteringRoot
             | Phase::Registering(_)
             | Phase::Joining(_)
             | Phase::Running(_)
@@ -150,6 +163,16 @@ impl Link {
         let took_ms = u32::try_from(took_ms).unwrap_or(u32::MAX);
         self.outgoing.push(&FromGuest::Quiesced { complete, took_ms });
         self.back_to_requests();
+    }
+
+    /// The root was changed, or not: says whether that was this connection's question.
+    pub(crate) fn root_entered(&mut self, entered: &Result<(), Refusal>) -> bool {
+        let asked = matches!(self.phase, Phase::EnteringRoot);
+        if asked {
+            self.answer(entered.clone(), ENTER_ROOT);
+            self.back_to_requests();
+        }
+        asked
     }
 
     fn run_hooks(&mut self, timeout_ms: u32, guest: &mut Guest) -> Result<(), Refusal> {
@@ -244,6 +267,7 @@ impl Link {
             }
             Phase::Running(_)
             | Phase::Quiescing { .. }
+            | Phase::EnteringRoot
             | Phase::Registering(_)
             | Phase::Joining(_)
             | Phase::Greeting
@@ -272,7 +296,12 @@ impl Link {
                 self.joined(Err(Refusal { errno: Errno::TIMEDOUT, what }), guest);
             }
             Phase::Parting => self.peer_gone = true,
-            Phase::Greeting | Phase::Requests | Phase::Registering(_) | Phase::Starting(_) | Phase::Closing => {}
+            Phase::Greeting
+            | Phase::Requests
+            | Phase::EnteringRoot
+            | Phase::Registering(_)
+            | Phase::Starting(_)
+            | Phase::Closing => {}
         }
     }
 
@@ -300,7 +329,7 @@ impl Link {
 }
 
 /// Why a request was not carried out.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Refusal {
     /// What the kernel said, or would have.
     pub(crate) errno: Errno,

@@ -14,13 +14,17 @@ const CLOSE: u64 = 3;
 const IOCTL: u64 = 16;
 const ACCESS: u64 = 21;
 const FCNTL: u64 = 72;
+const CHDIR: u64 = 80;
 const RENAME: u64 = 82;
 const MKDIR: u64 = 83;
+const CHROOT: u64 = 161;
 const MOUNT: u64 = 165;
 const UMOUNT2: u64 = 166;
 const GETDENTS64: u64 = 217;
+const UNLINKAT: u64 = 263;
 const SYMLINKAT: u64 = 266;
 const PIPE2: u64 = 293;
+const OPENAT2: u64 = 437;
 
 const O_WRONLY: u32 = 1;
 const O_RDWR: u32 = 2;
@@ -151,6 +155,13 @@ pub(crate) fn replace_file(path: &CStr, fresh: &CStr, bytes: &[u8]) -> Result<()
     unsafe { syscall!(RENAME, fresh.as_ptr(), path.as_ptr()) }.map(drop)
 }
 
+/// Whether there is such a file or directory.
+pub(crate) fn exists(path: &CStr) -> bool {
+    const F_OK: u32 = 0;
+    // SAFETY: `path` is a C string.
+    unsafe { syscall!(ACCESS, path.as_ptr(), F_OK) }.is_ok()
+}
+
 /// Whether this program may execute the file.
 pub(crate) fn may_execute(path: &CStr) -> bool {
     const X_OK: u32 = 1;
@@ -205,6 +216,31 @@ pub(crate) fn resize_terminal(terminal: &Fd, rows: u16, columns: u16) -> Result<
     unsafe { syscall!(IOCTL, terminal.0, TIOCSWINSZ, size.as_ptr()) }.map(drop)
 }
 
+/// Opens a directory for reading that is an entry of an open one, in the same file system: not what is mounted there, nor
+/// what a link leads to.
+pub(crate) fn open_directory_in(directory: &Fd, name: &CStr) -> Result<Fd, Errno> {
+    const O_DIRECTORY: u64 = 0o200_000;
+    const O_NOFOLLOW: u64 = 0o400_000;
+    const RESOLVE_NO_XDEV: u64 = 1;
+    // struct open_how: flags, mode, resolve.
+    let how = [O_DIRECTORY | O_NOFOLLOW | u64::from(O_CLOEXEC), 0, RESOLVE_NO_XDEV];
+    // SAFETY: `name` is a C string; the kernel reads one struct open_how, which is these three words.
+    unsafe { syscall!(OPENAT2, directory.0, name.as_ptr(), how.as_ptr(), size_of_val(&how)) }.map(Fd::from_result)
+}
+
+/// Removes an entry of an open directory that is no directory.
+pub(crate) fn remove_in(directory: &Fd, name: &CStr) -> Result<(), Errno> {
+    // SAFETY: `name` is a C string.
+    unsafe { syscall!(UNLINKAT, directory.0, name.as_ptr(), 0_u32) }.map(drop)
+}
+
+/// Removes an empty directory that is an entry of an open one.
+pub(crate) fn remove_directory_in(directory: &Fd, name: &CStr) -> Result<(), Errno> {
+    const AT_REMOVEDIR: u32 = 0x200;
+    // SAFETY: `name` is a C string.
+    unsafe { syscall!(UNLINKAT, directory.0, name.as_ptr(), AT_REMOVEDIR) }.map(drop)
+}
+
 /// Makes a directory.
 pub(crate) fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
     // SAFETY: `path` is a C string.
@@ -227,6 +263,28 @@ pub(crate) fn mount(kind: &CStr, target: &CStr, flags: u32, options: &CStr) -> R
 pub(crate) fn mount_disk(disk: &CStr, target: &CStr, kind: &CStr, flags: u32) -> Result<(), Errno> {
     // SAFETY: all four are C strings.
     unsafe { syscall!(MOUNT, disk.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, c"".as_ptr()) }.map(drop)
+}
+
+/// Has a mount be on `target`, instead of where it is.
+pub(crate) fn move_mount(from: &CStr, target: &CStr) -> Result<(), Errno> {
+    const MS_MOVE: u32 = 8192;
+    let none = ptr::null::<u8>();
+    // SAFETY: both are C strings, and a move looks at no kind or options.
+    unsafe { syscall!(MOUNT, from.as_ptr(), target.as_ptr(), none, MS_MOVE, none) }.map(drop)
+}
+
+/// Puts the mount on `root` in the place of the root, which it hides, and has it be this program's root and working
+/// directory, and so those of all programs it starts.
+pub(crate) fn enter_root(root: &CStr) -> Result<(), Errno> {
+    // SAFETY: `root` is a C string.
+    unsafe { syscall!(CHDIR, root.as_ptr()) }?;
+    move_mount(c".", c"/")?;
+    // SAFETY: both are C strings.
+    unsafe {
+        syscall!(CHROOT, c".".as_ptr())?;
+        syscall!(CHDIR, c"/".as_ptr())
+    }
+    .map(drop)
 }
 
 /// Unmounts what is on `target`, or not, if it is busy.

@@ -11,7 +11,7 @@ use core::ptr;
 
 use hearth_guest_wire::Exit;
 
-use super::file::{Fd, unmount};
+use super::file::{Fd, exists, make_directory, mount_disk, unmount};
 use super::raw::{Errno, Plain, Register, plain, small, syscall};
 
 const RT_SIGPROCMASK: u64 = 14;
@@ -236,6 +236,49 @@ pub(crate) enum Errand {
     Sync,
     /// Write everything to disk, then unmount these.
     SyncAndUnmount(Vec<CString>),
+    /// Mount a disk.
+    Mount(MountDisk),
+}
+
+/// A disk to be mounted; the child ends with 0, or with what the kernel said last.
+pub(crate) struct MountDisk {
+    /// The disk.
+    pub(crate) disk: CString,
+    /// Where.
+    pub(crate) target: CString,
+    /// The file systems to try, in turn.
+    pub(crate) kinds: Vec<CString>,
+    /// Flags of the mount.
+    pub(crate) flags: u32,
+    /// Directories to make in it that are missing: whoever looks at them afterwards does not wait for the disk.
+    pub(crate) directories: Vec<CString>,
+}
+
+impl MountDisk {
+    /// Allocates nothing.
+    fn run(&self) -> u8 {
+        let Self { disk, target, kinds, flags, directories } = self;
+        let mut failed = Errno::NODEV;
+        for kind in kinds {
+            match mount_disk(disk, target, kind, *flags) {
+                Ok(()) => {
+                    for directory in directories {
+                        if !exists(directory) {
+                            // Whoever needs it says so.
+                            let _ = make_directory(directory, 0o755);
+                        }
+                    }
+                    return 0;
+                }
+                Err(errno) => failed = errno,
+            }
+            // Anything else than "not of this kind" is not about the kind.
+            if failed != Errno::INVAL {
+                break;
+            }
+        }
+        u8::try_from(failed.number()).unwrap_or(u8::MAX)
+    }
 }
 
 /// An errand under way. It is kept until its child is reaped: the child uses its memory.
@@ -278,16 +321,21 @@ unsafe extern "C" fn run_errand(errand: *mut u8) -> ! {
     let errand: *const Errand = errand.cast();
     // SAFETY: `start_errand` passes an errand that outlives this child, and nobody changes it.
     let errand = unsafe { &*errand };
-    let _ = plain(Plain::Sync, []);
-    match errand {
-        Errand::Sync => {}
+    let code = match errand {
+        Errand::Mount(disk) => disk.run(),
+        Errand::Sync => {
+            let _ = plain(Plain::Sync, []);
+            0
+        }
         Errand::SyncAndUnmount(targets) => {
+            let _ = plain(Plain::Sync, []);
             for target in targets {
                 let _ = unmount(target);
             }
+            0
         }
-    }
-    exit(0)
+    };
+    exit(code)
 }
 
 /// A child that ended.

@@ -21,6 +21,7 @@ impl Errno {
     pub(crate) const EXIST: Self = Self(17);
     pub(crate) const NODEV: Self = Self(19);
     pub(crate) const NOTDIR: Self = Self(20);
+    pub(crate) const ISDIR: Self = Self(21);
     pub(crate) const INVAL: Self = Self(22);
     pub(crate) const MFILE: Self = Self(24);
     pub(crate) const NOSPC: Self = Self(28);
@@ -35,6 +36,7 @@ impl Errno {
     pub(crate) const ADDRNOTAVAIL: Self = Self(99);
     pub(crate) const TIMEDOUT: Self = Self(110);
     pub(crate) const INPROGRESS: Self = Self(115);
+    pub(crate) const UCLEAN: Self = Self(117);
     pub(crate) const NOMEDIUM: Self = Self(123);
 
     /// The number itself, for messages and the wire.

@@ -51,6 +51,7 @@ fn a_service_does_not_touch_its_machine() {
         ToGuest::Shutdown(Shutdown::PowerOff),
         ToGuest::Identity(identity("other", 1)),
         ToGuest::Hardware(Vec::new()),
+        ToGuest::Root { disk: "/dev/vda".to_owned(), read_only: false },
     ] {
         host.say(&request);
         let answer = host.hear();
