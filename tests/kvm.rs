@@ -41,6 +41,7 @@ mod kvm {
     pub(crate) mod probe;
     pub(crate) mod prove;
     pub(crate) mod refusals;
+    pub(crate) mod root_volume;
     pub(crate) mod store;
     pub(crate) mod storm;
     pub(crate) mod swap;
@@ -62,6 +63,9 @@ use kvm::fixture::{Agent, Host};
 
 /// A test: its name and what it does with the shared agent.
 type Test = (&'static str, fn(&Agent));
+
+/// Tests that run only when they are asked for: they need `HEARTH_DEBIAN`, an image that `scripts/test debian` makes.
+const ON_REQUEST: &str = "debian_";
 
 /// In this order: what everything else needs first; tests that restart the agent or fill the host last.
 const TESTS: &[Test] = &[
@@ -122,6 +126,8 @@ const TESTS: &[Test] = &[
         "volumes_that_move_lose_nothing_whatever_becomes_of_lease_and_source",
         kvm::volume_moves::lose_nothing_whatever_becomes_of_lease_and_source,
     ),
+    ("volumes_a_root_is_written_kept_and_clean", kvm::root_volume::is_written_kept_and_clean),
+    ("debian_boots_and_keeps_what_is_installed", kvm::root_volume::debian_boots_and_keeps_what_is_installed),
     ("lazy_guests_run_while_their_memory_comes", kvm::lazy::guests_run_while_their_memory_comes),
     ("lazy_thirty_at_once_of_a_bundle_that_is_coming", kvm::lazy::thirty_at_once_of_a_bundle_that_is_coming),
     ("lazy_what_does_not_come_ends_who_waits_for_it", kvm::lazy::what_does_not_come_ends_who_waits_for_it),
@@ -170,7 +176,10 @@ const TESTS: &[Test] = &[
 
 fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let selected = |name: &str| wanted.is_empty() || wanted.iter().any(|word| name.contains(word.as_str()));
+    let selected = |name: &str| match wanted.as_slice() {
+        [] => !name.starts_with(ON_REQUEST),
+        words => words.iter().any(|word| name.contains(word.as_str())),
+    };
     let tests: Vec<&Test> = TESTS.iter().filter(|(name, _)| selected(name)).collect();
     println!("running {} tests", tests.len());
     let before = Host::look();

@@ -60,6 +60,11 @@ pub enum FailureCause {
         /// Which, and why not.
         detail: String,
     },
+    /// It cannot have its root on its volume, as that is.
+    BadRoot {
+        /// Which, and why not.
+        detail: String,
+    },
     /// The program that warms a guest up failed, or did not get ready in time.
     WarmUp {
         /// What it said.
@@ -100,6 +105,7 @@ impl FailureCause {
             Self::Bundle { .. } => "bundle",
             Self::BundleUnavailable { .. } => "bundle_unavailable",
             Self::Volume { .. } => "volume",
+            Self::BadRoot { .. } => "bad_root",
             Self::WarmUp { .. } => "warm_up",
             Self::LostOnTheWay { .. } => "lost_on_the_way",
             Self::SwapStateCorrupt { .. } => "swap_state_corrupt",
@@ -124,6 +130,7 @@ impl FailureCause {
             | Self::Bundle { detail }
             | Self::BundleUnavailable { detail }
             | Self::Volume { detail }
+            | Self::BadRoot { detail }
             | Self::WarmUp { detail }
             | Self::LostOnTheWay { detail }
             | Self::SwapStateCorrupt { detail }

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::world::{ByteStream, OpenStreamError, VmmHost};
 use crate::ids::{VmId, VolumeId};
+use crate::report::Retry;
 
 /// Longest wait for the VMM to connect a stream to the guest agent and for the guest agent's Hello. A guest that runs
 /// answers in milliseconds, under load and emulation in tenths of seconds.
@@ -63,6 +64,8 @@ pub enum GuestError {
         volume: VolumeId,
         /// What the guest says, and what helps.
         reason: String,
+        /// Whether it may be another time, with the volume as it is.
+        retry: Retry,
     },
     /// The guest answered something else than was asked.
     #[error("the guest agent answered something else than was asked")]

@@ -25,7 +25,7 @@ use super::world::{
 };
 use crate::clock::{Clock, Monotonic};
 use crate::ids::BundleId;
-use crate::report::chain;
+use crate::report::{Retry, chain};
 use crate::units::MIB;
 use crate::wire::control::{Answer, MachineState, Request, SendPhase, Status};
 use crate::wire::frame;
@@ -556,8 +556,19 @@ fn bad_image(detail: String) -> Outcome {
 
 fn unreachable(error: &GuestError) -> Outcome {
     let detail = chain(error);
-    let is_volume = matches!(error, GuestError::NoRoot { .. });
-    Outcome::Failed(if is_volume { FailureCause::Volume { detail } } else { FailureCause::GuestUnreachable { detail } })
+    Outcome::Failed(match error {
+        GuestError::NoRoot { retry: Retry::Later, .. } => FailureCause::Volume { detail },
+        GuestError::NoRoot { .. } => FailureCause::BadRoot { detail },
+        GuestError::Open(_)
+        | GuestError::Stream(_)
+        | GuestError::HungUp
+        | GuestError::Frame(_)
+        | GuestError::Version { .. }
+        | GuestError::Failed { .. }
+        | GuestError::Hooks { .. }
+        | GuestError::Unexpected
+        | GuestError::TimedOut { .. } => FailureCause::GuestUnreachable { detail },
+    })
 }
 
 fn start_failed(error: StartVmmError) -> Outcome {

@@ -503,7 +503,9 @@ impl From<NotRunning> for ApiError {
         match &error.vm.state {
             VmState::Failed { cause } => {
                 let (status, retry) = match cause {
-                    FailureCause::BadImage { .. } => (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange),
+                    FailureCause::BadImage { .. } | FailureCause::BadRoot { .. } => {
+                        (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
+                    }
                     FailureCause::Bundle { .. } | FailureCause::WarmUp { .. } => {
                         (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
                     }

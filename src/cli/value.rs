@@ -104,7 +104,8 @@ impl FromStr for DiskWord {
     }
 }
 
-/// A volume for a VM: `VOLUME`, with `:ro` behind it to refuse the guest's writes, and `:/DIR` to have it mounted there.
+/// A volume for a VM: `VOLUME`, with `:ro` behind it to refuse the guest's writes, and `:/DIR` to have it mounted there;
+/// `:/` has the guest's root on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeWord {
     /// Which.

@@ -15,6 +15,7 @@ Examples:
   hearth vm launch --name db --vcpus 2 --memory 512 --disk data.img --disk base.img:ro
   hearth vm launch --tx-limit 10M/1M --tx-packets 5k    at most 10 MB and 5000 packets a second from the guest
   hearth vm launch --bundle web                         goes on where the bundle was frozen, in milliseconds
+  hearth vm launch --volume root:/ --memory 256         with its root on a volume: kernel and agent are the image's
   hearth vm launch --session etl                        with addresses, and a way to the other VMs of the session
   hearth vm launch --cluster etl --executor-id e-1      is given calculations, by `hearth cluster run`
   hearth --json vm launch --wait none | jq -r .id       do not wait; `hearth vm show` tells how far it is
@@ -146,7 +147,8 @@ pub struct LaunchArgs {
     /// see the same file there, so that the VM can be moved to them. May be given up to 6 times
     #[arg(long = "disk", value_name = "FILE[:ro][:shared]")]
     pub disks: Vec<DiskWord>,
-    /// Volume that it gets; `:ro` refuses the guest's writes, a directory has the guest mount it there. May be repeated
+    /// Volume that it gets; `:ro` refuses the guest's writes, a directory has the guest mount it there, and `/` have its root
+    /// there. May be repeated
     #[arg(long = "volume", value_name = "VOLUME[:ro][:/DIR]")]
     pub volumes: Vec<VolumeWord>,
     /// Disks that are empty until `hearth volume attach` gives the VM a volume, 0 to 6

@@ -13,7 +13,8 @@ Examples:
   hearth volume create --name data --size 1024          1 GiB, empty
   hearth volume create --name root --from-file debian.img --size 4096
   hearth volume create --name try --from-volume data    a copy, made at once
-  hearth vm launch --volume data:/srv                   a VM that has it, mounted at /srv";
+  hearth vm launch --volume data:/srv                   a VM that has it, mounted at /srv
+  hearth vm launch --volume root:/                      a VM that has its root file system on it";
 
 const ATTACH_HELP: &str = "\
 The VM takes one of the slots that it was launched with for this (`hearth vm launch --spare-disks N`). In the guest a
@@ -137,7 +138,7 @@ pub struct VolumeAttachArgs {
     /// Refuse the guest's writes; other VMs may read it as well
     #[arg(long)]
     pub read_only: bool,
-    /// Have the guest mount it here
+    /// Have the guest mount it here; not at /, which is for a launch: `hearth vm launch --volume VOLUME:/`
     #[arg(long, value_name = "DIR")]
     pub mount: Option<String>,
     /// Most requests per second: more wait

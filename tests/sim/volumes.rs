@@ -103,6 +103,72 @@ fn what_cannot_be_is_refused_and_changes_nothing() {
     assert_eq!(host.violations(), Vec::<String>::new());
 }
 
+fn root_at(volume: &str, mount: &str) -> VolumeWish {
+    VolumeWish { mount: Some(mount.to_owned()), ..wish(volume) }
+}
+
+async fn create_from_file(door: &Arc<dyn Door>, name: &str) {
+    let origin = VolumeOrigin::File("/images/root.img".to_owned());
+    let request = VolumeRequest { name: Some(name.to_owned()), bytes: Some(1 << 20), origin };
+    door.create_volume(request).await.expect("a volume");
+}
+
+#[test]
+fn a_root_is_had_from_the_launch_to_the_end() {
+    let host = SimHost::new(33);
+    let told = host.clone();
+    let done = life(&host, Faults::default(), |door| async move {
+        create_from_file(&door, "root").await;
+        create(&door, "second").await;
+        let two = LaunchRequest { volumes: vec![root_at("root", "/"), root_at("second", "/")], ..request(None) };
+        let error = door.launch(two).await.expect_err("two roots").to_string();
+        assert!(error.contains("both to be the root"), "{error}");
+        let volumes = vec![root_at("root", "/")];
+        let launch = LaunchRequest { volumes, spare_disks: 1, ..request(Some(NAME.to_owned())) };
+        let Ok(Launched::Vm(vm)) = door.launch(launch).await else { panic!("a launch") };
+        door.launched(vm).await.expect("it runs");
+        let before = door.vm(NAME).expect("it is there").spec.clone();
+        let error = door.attach_volume(NAME, root_at("second", "/")).await.expect_err("it has a root").to_string();
+        assert!(error.contains("has its root already"), "{error}");
+        for force in [false, true] {
+            let error = door.detach_volume(NAME, "root", force).await.expect_err("it is the root").to_string();
+            assert!(error.contains("is the root of its guest"), "{error}");
+        }
+        assert_eq!(door.vm(NAME).expect("it is there").spec, before);
+        door.ask(NAME, Verb::HandOver).await.expect("handed over");
+        door.ask(NAME, Verb::Stop { grace: Duration::from_secs(10) }).await.expect("stopped");
+        assert_eq!(told.attachments(), []);
+    });
+    done.expect("no crash");
+    assert_eq!(host.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_volume_without_a_root_is_told_of_and_given_back() {
+    let host = SimHost::new(34);
+    let told = host.clone();
+    let done = life(&host, Faults::default(), |door| async move {
+        create(&door, "empty").await;
+        let volumes = vec![root_at("empty", "/")];
+        let launch = LaunchRequest { volumes, ..request(Some(NAME.to_owned())) };
+        let Ok(Launched::Vm(vm)) = door.launch(launch).await else { panic!("a launch") };
+        let volume = door.volume("empty").await.expect("it is there").id;
+        assert!(door.launched(vm).await.is_err());
+        let vm = door.vm(NAME).expect("it is kept for who asks why");
+        let VmState::Failed { cause } = &vm.state else { panic!("{:?}", vm.state) };
+        let detail = cause.detail().expect("words");
+        assert_eq!(cause.name(), "bad_root");
+        for part in [volume.as_str(), "/dev/vda has no file system", "hearth volume create --from-file"] {
+            assert!(detail.contains(part), "no {part:?}: {detail}");
+        }
+        assert_eq!(told.attachments(), []);
+        door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
+        door.remove_volume("empty").await.expect("nobody has it");
+    });
+    done.expect("no crash");
+    assert_eq!(host.violations(), Vec::<String>::new());
+}
+
 #[test]
 fn an_agent_that_dies_at_any_point_leaves_no_lease_behind() {
     let points = at_every_point(

@@ -104,7 +104,10 @@ fn begin(wanted: &Wanted) -> Result<Running, Refusal> {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(errno) => return Err(refused(errno, String::from("make a directory to mount the root at"))),
     }
-    let kinds = disk::kinds().map_err(|(_, what)| refused(Errno::NODEV, what))?;
+    let mut kinds = disk::kinds().map_err(|(_, what)| refused(Errno::NODEV, what))?;
+    // A kernel names those it knows in the order in which it came to know them, and ext4 after what it makes old: each that
+    // does not fit costs a look at the disk and a complaint.
+    kinds.reverse();
     let directories = MOVED.iter().chain([&TEMPORARY]).map(|(_, there)| CString::from(*there)).collect();
     let flags = if *read_only { disk::READ_ONLY } else { 0 };
     let errand = MountDisk { disk: disk.clone(), target: BESIDE.into(), kinds, flags, directories };

@@ -134,3 +134,37 @@ fn a_warm_up_has_bounds() {
         assert_eq!(build(spec.clone()).is_ok(), fits, "{:?} s", spec.timeout_s);
     }
 }
+
+fn mounted(volume: &str, mount: &str) -> VolumeWish {
+    let (volume, mount) = (volume.to_owned(), Some(mount.to_owned()));
+    VolumeWish { volume, read_only: false, mount, limits: Default::default() }
+}
+
+#[test]
+fn a_guest_that_boots_has_one_root() {
+    let with = |volumes: Vec<VolumeWish>| LaunchRequest { volumes, ..request() };
+    assert!(decide(&with(vec![mounted("a", "/"), mounted("b", "/srv")]), &image()).is_ok());
+    let two = decide(&with(vec![mounted("a", "/"), mounted("b", "/")]), &image());
+    assert!(
+        matches!(two, Err(LaunchError::TwoRoots { first, second }) if (first.as_str(), second.as_str()) == ("a", "b"))
+    );
+    let bytes = include_bytes!("../../../tests/golden/bundle_v1/manifest.json");
+    let manifest = crate::bundle::manifest::read(bytes).unwrap();
+    let id = crate::bundle::manifest::id_of(bytes);
+    let disks = vec![DiskSpec { path: "/a".to_owned(), read_only: true, shared: false }];
+    let image = Image { memory_mib_min: 0, ..image() };
+    let frozen = LaunchRequest { disks, ..with(vec![mounted("a", "/")]) };
+    let refused = decide_on(&frozen, &image, Some((&id, &manifest)));
+    assert!(matches!(refused, Err(LaunchError::RootInBundle { volume }) if volume == "a"));
+}
+
+#[test]
+fn a_mount_is_a_plain_path_and_not_another_name_of_the_root() {
+    for mount in ["/srv", "/srv/", "/a/b c", "/...", "/.hidden"] {
+        assert!(is_mount(mount), "{mount}");
+    }
+    let long = format!("/{}", "x".repeat(MOUNT_BYTES_MAX));
+    for mount in ["", "/", "//", "/.", "/..", "/srv/..", "/a//b", "srv", "/a\nb", &long] {
+        assert!(!is_mount(mount), "{mount:?}");
+    }
+}

@@ -12,6 +12,7 @@ use super::volumes::disk_name;
 use crate::agent::guest::{GuestError, GuestLink};
 use crate::agent::volumes::VolumeUse;
 use crate::agent::world::{ByteStream, World};
+use crate::report::Retry;
 
 /// The version of the guest's protocol that knows roots.
 const SINCE_VERSION: u16 = 4;
@@ -27,17 +28,22 @@ impl<W: World> Work<W> {
     /// Has the guest go on in the root on its volume, if that is where it is to have one. Asking again is harmless.
     pub(super) async fn enter_root<S: ByteStream>(&self, link: &mut GuestLink<S>) -> Result<(), GuestError> {
         let Some((index, used)) = self.record.spec.root() else { return Ok(()) };
-        let no_root = |reason: String| GuestError::NoRoot { volume: used.volume.clone(), reason };
+        let no_root = |reason, retry| GuestError::NoRoot { volume: used.volume.clone(), reason, retry };
         if link.version < SINCE_VERSION {
-            return Err(no_root(too_old(&self.record.spec.image, link.version)));
+            return Err(no_root(too_old(&self.record.spec.image, link.version), Retry::WithChange));
         }
         let message = ToGuest::Root { disk: disk_name(index), read_only: used.read_only };
         match link.request(&message, MOUNT_LIMIT).await {
             Ok(FromGuest::Done) => Ok(()),
             Ok(_) => Err(GuestError::Unexpected),
-            Err(GuestError::Failed { errno, what }) => Err(no_root(refused(Errno::from_raw(errno), &what, used))),
+            Err(GuestError::Failed { errno, what }) => {
+                let errno = Errno::from_raw(errno);
+                let retry = if errno == Errno::EIO { Retry::Later } else { Retry::WithChange };
+                Err(no_root(refused(errno, &what, used), retry))
+            }
             Err(GuestError::TimedOut { limit }) => {
-                Err(no_root(format!("the guest did not mount it within {} s", limit.as_secs())))
+                let reason = format!("the guest did not mount it within {} s", limit.as_secs());
+                Err(no_root(reason, Retry::Later))
             }
             Err(error) => Err(error),
         }

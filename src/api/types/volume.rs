@@ -271,7 +271,8 @@ pub struct VolumeWish {
     /// Refuse the guest's writes. Then other VMs may read it as well, and none may write it.
     #[serde(default)]
     pub read_only: bool,
-    /// Where the guest is to mount it; it must hold a file system.
+    /// Where the guest is to mount it; it must hold a file system. At `/` it is the guest's root file system: only for a VM
+    /// that is launched from an image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(example = "/srv")]
     pub mount: Option<String>,
