@@ -161,8 +161,8 @@ fn a_volume_without_a_root_is_told_of_and_given_back() {
         for part in [volume.as_str(), "/dev/vda has no file system", "hearth volume create --from-file"] {
             assert!(detail.contains(part), "no {part:?}: {detail}");
         }
-        assert_eq!(told.attachments(), []);
         door.ask(NAME, Verb::Remove { grace: Duration::ZERO }).await.expect("removed");
+        assert_eq!(told.attachments(), []);
         door.remove_volume("empty").await.expect("nobody has it");
     });
     done.expect("no crash");
