@@ -321,10 +321,9 @@ impl FileRing {
         for (start, bytes) in pieces {
             let here = touched.min(*bytes);
             // They were looked up before.
-            for slice in self.ram.get_slices(GuestAddress(start.0), here, Permissions::Write).into_iter().flatten() {
-                if let Ok(slice) = slice {
-                    slice.bitmap().mark_dirty(0, slice.len());
-                }
+            let slices = self.ram.get_slices(GuestAddress(start.0), here, Permissions::Write);
+            for slice in slices.into_iter().flatten().flatten() {
+                slice.bitmap().mark_dirty(0, slice.len());
             }
             touched -= here;
         }

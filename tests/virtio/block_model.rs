@@ -97,7 +97,8 @@ impl Guest {
         let sector = self.dice.below(SECTORS - sectors);
         let meets = self.places.iter().filter_map(|place| place.under_way).any(|(_, other, at, count)| {
             let apart = sector + sectors <= at || at + count <= sector;
-            !apart && !(kind == Kind::Read && other == Kind::Read)
+            let only_read = kind == Kind::Read && other == Kind::Read;
+            !(apart || only_read)
         });
         (!meets).then_some((kind, sector, sectors))
     }

@@ -172,7 +172,7 @@ impl Block {
             Some(ring) => {
                 let disk = UringDisk::new(ring, &on.file, ram.clone())?;
                 watch.add(disk.finished(), FINISHED_TOKEN, EventSet::IN)?;
-                Carrier::Uring(disk)
+                Carrier::Uring(Box::new(disk))
             }
             None => {
                 let worker = Worker::start(on.file, ram.clone(), format!("disk-{}", slot.number()))?;

@@ -10,7 +10,7 @@ pub(crate) enum Carrier {
     /// A thread, on a file.
     Thread(Worker),
     /// The kernel, by io_uring, on a file.
-    Uring(UringDisk),
+    Uring(Box<UringDisk>),
     /// A thread that speaks with a volume's server.
     Volume(Volume),
 }

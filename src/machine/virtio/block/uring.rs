@@ -130,14 +130,13 @@ impl Task {
 
     /// The guest's buffers of a part of the request.
     fn pieces(&self, next: Next) -> Vec<Piece> {
-        let (Next::Read(range) | Next::Write(range)) = next else { return Vec::new() };
         let Progress::Bytes(done) = self.progress else { return Vec::new() };
         // Buffers lie in memory: their lengths are sizes.
-        let [done, left] = [done, range.bytes].map(|number| usize::try_from(number).unwrap_or(usize::MAX));
-        let chain = &self.job.chain;
+        let size = |number| usize::try_from(number).unwrap_or(usize::MAX);
         match next {
-            Next::Read(_) => chain.writable_pieces(done, left),
-            _ => chain.readable_pieces(HEADER_BYTES + done, left),
+            Next::Read(range) => self.job.chain.writable_pieces(size(done), size(range.bytes)),
+            Next::Write(range) => self.job.chain.readable_pieces(HEADER_BYTES + size(done), size(range.bytes)),
+            Next::Sync | Next::PunchHole(_) | Next::ZeroRange(_) | Next::WriteZeroes(_) => Vec::new(),
         }
     }
 }
