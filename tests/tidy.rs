@@ -242,6 +242,7 @@ const UNSAFE: &[(&str, usize)] = &[
     ("src/sys/tap.rs", 5),
     ("src/sys/thread.rs", 1),
     ("src/sys/uring.rs", 2),
+    ("src/sys/uring/tests.rs", 1),
     ("src/sys/userfault.rs", 6),
     ("src/sys/vectored.rs", 5),
 ];
