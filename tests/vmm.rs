@@ -5,6 +5,8 @@
 
 #[path = "vmm/copied.rs"]
 mod copied;
+#[path = "vmm/disks.rs"]
+mod disks;
 #[path = "vmm/filled.rs"]
 mod filled;
 #[path = "vmm/guest.rs"]

@@ -137,7 +137,7 @@ fn launch() -> Vmm {
 }
 
 /// What a program of the guest's says, as soon as the guest answers. Each has a conversation of its own.
-fn sh(vmm: &Vmm, script: &str) -> String {
+pub(crate) fn sh(vmm: &Vmm, script: &str) -> String {
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut guest = loop {
         if let Some(guest) = Guest::connect(vmm) {

@@ -204,10 +204,20 @@ fn a_confined_thread_uses_its_ring_and_makes_none() {
     use crate::machine::ram;
     use crate::sys::uring::{By, Operation, Ring};
     use crate::units::{Bytes, GuestPhys, MIB};
+    use nix::sys::resource::{Resource, setrlimit};
     if to_be_confined().is_some() {
         let ring = Ring::make(1).unwrap().pop().unwrap();
         let file = std::fs::File::open("/proc/self/exe").unwrap();
         let ram = ram::make(crate::machine::RamBacking::SharedMemfd, Bytes(64 * MIB)).unwrap();
+        // As in the jail: no memory to lock, few threads, and nobody who may do more.
+        let threads = crate::sys::jail::USER_THREADS_MAX;
+        setrlimit(Resource::RLIMIT_MEMLOCK, 0, 0).unwrap();
+        setrlimit(Resource::RLIMIT_NPROC, threads, threads).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            let (uid, gid) = (nix::unistd::Uid::from_raw(150_000), nix::unistd::Gid::from_raw(150_000));
+            nix::unistd::setresgid(gid, gid, gid).unwrap();
+            nix::unistd::setresuid(uid, uid, uid).unwrap();
+        }
         begin().unwrap();
         let mut ring = ring.serve(&file, ram).unwrap();
         let thread = thread::start(ThreadClass::Devices, "devices".to_owned(), move || {
