@@ -117,7 +117,7 @@ fn buckets(flow: &VolumeFlow) -> Vec<(f64, u64)> {
         begin += MERGED;
         buckets.push((seconds(1 << (begin - 1)), count));
     }
-    buckets.push((f64::MAX, flow.latency_us[begin..].iter().sum()));
+    buckets.push((f64::INFINITY, flow.latency_us[begin..].iter().sum()));
     buckets
 }
 
@@ -138,6 +138,6 @@ mod tests {
         assert_eq!(merged[0], (0.000_064, 28));
         assert_eq!(merged[1], (0.000_256, 8 + 9));
         assert_eq!(merged.iter().map(|bucket| bucket.1).sum::<u64>(), flow.latency_us.iter().sum::<u64>());
-        assert!(merged.windows(2).all(|pair| pair[0].0 < pair[1].0) && merged.last().unwrap().0 == f64::MAX);
+        assert!(merged.windows(2).all(|pair| pair[0].0 < pair[1].0) && merged.last().unwrap().0.is_infinite());
     }
 }

@@ -113,6 +113,7 @@ pub struct Bundle {
     /// Network interfaces.
     pub interfaces: u32,
     /// Disks that are empty until a VM launched from it gets a volume.
+    #[serde(default)]
     pub spare_disks: u32,
     /// The bundle it holds the difference to; null when it holds all of its memory.
     #[schema(value_type = Option<String>)]

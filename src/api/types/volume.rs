@@ -335,6 +335,7 @@ pub struct VolumeFlow {
     /// Their bytes.
     pub bytes: u64,
     /// How long they took, all together, in microseconds.
+    #[serde(default)]
     pub took_us: u64,
     /// How many took how long, waiting included: the first counts those below 1 µs, number n those from 2^(n-1) µs to below
     /// 2^n µs, the last one all that took longer.
