@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::fabric::Fabric;
 use super::fixture::Agent;
-use super::volumes::{LOG, daemon, goes_on, last_line, mounted, signal, stop_log, until, volume};
+use super::volumes::{LOG, daemon, goes_on, mounted, signal, stop_log, until, volume};
 
 /// How often it goes.
 const MIGRATIONS: usize = 20;
@@ -103,12 +103,11 @@ impl Moved<'_> {
 
     /// It runs here, only here, by the one lease that allows to write; it writes, and lost no line.
     fn one_goes_on(&mut self) {
-        goes_on(self.here(), "one");
+        let lines = goes_on(self.here(), "one");
         assert!(!runs(self.there()), "it runs in two places");
         let leases = self.fabric.agent(0).json(&["volume", "leases", "data"]);
         let (host, mode) = (&leases["leases"][0]["host"], &leases["leases"][0]["mode"]);
         assert_eq!((host, mode), (&Value::from(3 + self.at), &Value::from("active")), "{leases:#}");
-        let lines = last_line(self.here(), "one");
         assert!(lines > self.lines, "{lines} lines after {}", self.lines);
         self.lines = lines;
     }
