@@ -17,8 +17,8 @@ until [ -s log ]; do sleep 0.1; done";
 
 /// Whether such a file is whole; gives its last number.
 fn check(log: &str) -> u64 {
-    let mut sum = 0;
-    for (line, number) in log.lines().zip(1..) {
+    let mut sum: u64 = 0;
+    for (line, number) in log.lines().zip(1_u64..) {
         sum = (sum * 1_103_515_245 + number) % (1 << 31);
         assert_eq!(line, format!("{number} {sum}"), "line {number}");
     }
