@@ -217,10 +217,10 @@ fn another_owner_shuts_the_guest_out(agent: &Agent) {
     agent.ok(&["volume", "release", "data", &standby]);
 
     launched(agent, "three", &["--volume", "data"]);
-    agent.sh("three", "yes three | head -c 8388608 | dd of=/dev/vda bs=64k conv=fsync 2>/dev/null");
+    agent.sh("three", "yes three | head -c 1048576 | dd of=/dev/vda bs=64k conv=fsync 2>/dev/null");
     writes_are_refused(agent, "two");
-    let found = agent.sh("three", "echo 3 > /proc/sys/vm/drop_caches; head -c 8388608 /dev/vda | md5sum");
-    assert_eq!(found, agent.sh("three", "yes three | head -c 8388608 | md5sum"), "the next owner's, all of it");
+    let found = agent.sh("three", "echo 3 > /proc/sys/vm/drop_caches; head -c 1048576 /dev/vda | md5sum");
+    assert_eq!(found, agent.sh("three", "yes three | head -c 1048576 | md5sum"), "the next owner's, all of it");
 }
 
 fn writes_are_refused(agent: &Agent, vm: &str) {
