@@ -124,12 +124,13 @@ impl Moved<'_> {
     /// once.
     fn goes_while_the_lease_service_is_frozen(&mut self) {
         let frozen = daemon(self.fabric.agent(0));
-        let migration = self.begins(&[]);
-        // Once the target stands by there is nothing else to ask before the decision.
+        // Slowly, or the decision may be made before anybody sees that the target stands by. After that there is nothing
+        // else to ask before the decision.
+        let migration = self.begins(&["--rate", "4M"]);
         until("standing by", || volume(self.fabric.agent(0), "data")["standby"] != Value::Null);
         signal(frozen, "-STOP");
-        // Longer than anybody waits for an answer.
-        std::thread::sleep(Duration::from_secs(8));
+        // Longer than sending takes, and anybody waits for an answer then.
+        std::thread::sleep(Duration::from_secs(12));
         let run = (runs(self.here()), runs(self.there()));
         signal(frozen, "-CONT");
         assert!(run != (true, true), "it runs in two places");
