@@ -99,16 +99,19 @@ impl Vmm {
 
     /// With an interface on `tap` as well.
     fn launch_with(&mut self, command_line: &str, kernel: &File, tap: Option<&File>) -> Answer {
-        self.launch_shaped((1, 128 << 20), command_line, kernel, tap)
+        let limits = NetLimits::default();
+        let interface = |tap| (DeviceSpec::Net { index: 3, mac: [2, 0, 0, 0, 0, 1], mtu: Some(1400), limits }, tap);
+        let more: Vec<_> = tap.into_iter().map(|tap| interface(tap.as_fd())).collect();
+        self.launch_shaped((1, 128 << 20), command_line, kernel, &more)
     }
 
-    /// With this many vCPUs and bytes of memory.
+    /// With this many vCPUs and bytes of memory, and more devices than every machine has.
     fn launch_shaped(
         &mut self,
         (vcpus, memory_bytes): (u8, u64),
         command_line: &str,
         kernel: &File,
-        tap: Option<&File>,
+        more: &[(DeviceSpec, BorrowedFd<'_>)],
     ) -> Answer {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let initrd = File::open(demo().join("initrd.cpio")).unwrap();
@@ -124,10 +127,9 @@ impl Vmm {
         };
         let mut descriptors =
             vec![kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), console.as_fd(), console_listener.as_fd(), vsock.as_fd()];
-        if let Some(tap) = tap {
-            let limits = NetLimits::default();
-            spec.devices.push(DeviceSpec::Net { index: 3, mac: [2, 0, 0, 0, 0, 1], mtu: Some(1400), limits });
-            descriptors.push(tap.as_fd());
+        for (device, descriptor) in more {
+            spec.devices.push(device.clone());
+            descriptors.push(*descriptor);
         }
         ask(&mut self.control, &Request::Launch(spec), &descriptors)
     }
@@ -287,7 +289,7 @@ fn many_threads_share_one_arena() {
     let mut vmm = Vmm::start();
     assert!(matches!(vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 }), Answer::Welcome(_)));
     let kernel = File::open(demo().join("vmlinux")).unwrap();
-    let launched = vmm.launch_shaped((VCPUS, 128 << 20), &command_line(), &kernel, None);
+    let launched = vmm.launch_shaped((VCPUS, 128 << 20), &command_line(), &kernel, &[]);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}; its log:\n{}", vmm.log());
     let pid = vmm.spawned.pid;
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();

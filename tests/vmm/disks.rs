@@ -6,12 +6,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use hearth::sys::uring::Ring;
-use hearth::sys::{fd, file};
-use hearth::wire::control::{Answer, DeviceSpec, LaunchSpec, Request};
+use hearth::wire::control::{Answer, DeviceSpec, Request};
 
 use crate::guest::MEMORY_BYTES;
 use crate::volumes::sh;
-use crate::{NONCE, Vmm, ask, command_line, demo};
+use crate::{NONCE, Vmm, command_line, demo};
 
 const BYTES: u64 = 1 << 20;
 
@@ -24,23 +23,9 @@ const USE: &str = "seq 1000000 1149999 | head -c 1048576 > /tmp/p; \
 fn launch(disk: &File) -> Vmm {
     let mut vmm = Vmm::start();
     vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
-    let open = |path| File::open(path).unwrap();
-    let (kernel, initrd) = (open(demo().join("vmlinux")), open(demo().join("initrd.cpio")));
-    let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
-    let console = file::create(&vmm.directory.path().join("console")).unwrap();
-    let [console_socket, vsock] = ["console.sock", "vsock.sock"].map(|name| fd::bind_in_dir(&vmm.dir, name).unwrap());
-    let devices = vec![DeviceSpec::Vsock, DeviceSpec::Rng, DeviceSpec::Block { index: 0, read_only: false }];
-    let spec = LaunchSpec { vcpus: 1, memory_bytes: MEMORY_BYTES, command_line: command_line(), initrd: true, devices };
-    let descriptors = [
-        kvm.as_fd(),
-        kernel.as_fd(),
-        initrd.as_fd(),
-        console.as_fd(),
-        console_socket.as_fd(),
-        vsock.as_fd(),
-        disk.as_fd(),
-    ];
-    let launched = ask(&mut vmm.control, &Request::Launch(spec), &descriptors);
+    let kernel = File::open(demo().join("vmlinux")).unwrap();
+    let disk = [(DeviceSpec::Block { index: 0, read_only: false }, disk.as_fd())];
+    let launched = vmm.launch_shaped((1, MEMORY_BYTES), &command_line(), &kernel, &disk);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
     vmm
 }

@@ -39,7 +39,7 @@ fn filler(memory_bytes: u64) -> Code {
 fn full(memory_bytes: u64) -> Vmm {
     let mut vmm = Vmm::start();
     vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
-    let launched = vmm.launch_shaped((1, memory_bytes), "", &filler(memory_bytes).kernel(), None);
+    let launched = vmm.launch_shaped((1, memory_bytes), "", &filler(memory_bytes).kernel(), &[]);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
     assert_eq!(vmm.ask(&Request::Resume), Answer::Done);
     let begun = Instant::now();

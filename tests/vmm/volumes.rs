@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,9 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hearth::sys::{fd, file};
-use hearth::wire::control::{
-    Answer, AttachVolumeSpec, DeviceSpec, LaunchSpec, Request, RestoreSpec, SavedPages, VolumeStatus,
-};
+use hearth::wire::control::{Answer, AttachVolumeSpec, DeviceSpec, Request, RestoreSpec, SavedPages, VolumeStatus};
 use hearth::wire::refusal::Refusal;
 
 use crate::guest::{Guest, MEMORY_BYTES};
@@ -85,25 +83,15 @@ fn content(bytes: u64, byte: u8) -> Content {
     Arc::new(Mutex::new(vec![byte; usize::try_from(bytes).unwrap()]))
 }
 
-fn devices(first: u64, second: u64) -> Vec<DeviceSpec> {
-    let volume = |index, bytes| DeviceSpec::Volume { index, bytes, read_only: false, reconnect_ms: 20_000 };
-    vec![DeviceSpec::Vsock, DeviceSpec::Rng, volume(0, first), volume(1, second)]
+/// Two slots for volumes of these sizes.
+fn slots(first: u64, second: u64) -> [DeviceSpec; 2] {
+    let slot = |index, bytes| DeviceSpec::Volume { index, bytes, read_only: false, reconnect_ms: 20_000 };
+    [slot(0, first), slot(1, second)]
 }
 
-/// What a VMM is handed beside its devices, and a socket for each of these.
-struct Sockets {
-    kvm: File,
-    console: File,
-    listeners: [std::os::unix::net::UnixListener; 4],
-}
-
-impl Sockets {
-    fn of(vmm: &Vmm) -> Self {
-        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
-        let console = file::create(&vmm.directory.path().join("console")).unwrap();
-        let names = ["console.sock", "vsock.sock", "volume-0.sock", "volume-1.sock"];
-        Self { kvm, console, listeners: names.map(|name| fd::bind_in_dir(&vmm.dir, name).unwrap()) }
-    }
+/// A socket for each of them.
+fn slot_listeners(vmm: &Vmm) -> [UnixListener; 2] {
+    ["volume-0.sock", "volume-1.sock"].map(|name| fd::bind_in_dir(&vmm.dir, name).unwrap())
 }
 
 fn path(vmm: &Vmm, index: u8) -> PathBuf {
@@ -116,22 +104,11 @@ fn launch() -> Vmm {
     assert_eq!(vmm.ask(&Request::Volumes), Answer::Volumes(Vec::new()));
     let none = Request::DetachVolume { index: 0, force: true };
     assert!(matches!(vmm.ask(&none), Answer::Refused(Refusal::State { .. })));
-    let (kernel, initrd) =
-        (File::open(demo().join("vmlinux")).unwrap(), File::open(demo().join("initrd.cpio")).unwrap());
-    let Sockets { kvm, console, listeners: [console_socket, vsock, first, second] } = Sockets::of(&vmm);
-    let (command_line, devices) = (command_line(), devices(BYTES, 0));
-    let spec = LaunchSpec { vcpus: 2, memory_bytes: MEMORY_BYTES, command_line, initrd: true, devices };
-    let descriptors = [
-        kvm.as_fd(),
-        kernel.as_fd(),
-        initrd.as_fd(),
-        console.as_fd(),
-        console_socket.as_fd(),
-        vsock.as_fd(),
-        first.as_fd(),
-        second.as_fd(),
-    ];
-    let launched = ask(&mut vmm.control, &Request::Launch(spec), &descriptors);
+    let kernel = File::open(demo().join("vmlinux")).unwrap();
+    let [first, second] = slot_listeners(&vmm);
+    let [slot, spare] = slots(BYTES, 0);
+    let more = [(slot, first.as_fd()), (spare, second.as_fd())];
+    let launched = vmm.launch_shaped((2, MEMORY_BYTES), &command_line(), &kernel, &more);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
     vmm
 }
@@ -244,7 +221,10 @@ fn what_a_guest_waits_for_is_asked_again_where_it_is_restored() {
     let mut vmm = Vmm::start();
     vmm.ask(&Request::Hello { nonce: NONCE, epoch: 1 });
     std::io::Seek::rewind(&mut state).unwrap();
-    let Sockets { kvm, console, listeners: [console_socket, vsock, first, second] } = Sockets::of(&vmm);
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+    let console = file::create(&vmm.directory.path().join("console")).unwrap();
+    let [console_socket, vsock] = ["console.sock", "vsock.sock"].map(|name| fd::bind_in_dir(&vmm.dir, name).unwrap());
+    let [first, second] = slot_listeners(&vmm);
     let descriptors = [
         kvm.as_fd(),
         state.as_fd(),
@@ -255,7 +235,8 @@ fn what_a_guest_waits_for_is_asked_again_where_it_is_restored() {
         first.as_fd(),
         second.as_fd(),
     ];
-    let spec = RestoreSpec { memory_bytes: MEMORY_BYTES, devices: devices(BYTES, 0) };
+    let devices = [DeviceSpec::Vsock, DeviceSpec::Rng].into_iter().chain(slots(BYTES, 0)).collect();
+    let spec = RestoreSpec { memory_bytes: MEMORY_BYTES, devices };
     let launched = ask(&mut vmm.control, &Request::Restore(spec), &descriptors);
     assert!(matches!(launched, Answer::Launched(_)), "{launched:?}\n{}", vmm.log());
     assert_eq!(vmm.ask(&Request::Resume), Answer::Done);

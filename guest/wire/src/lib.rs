@@ -34,6 +34,15 @@ pub const VERSION: u16 = 4;
 /// The oldest version this build still understands.
 pub const VERSION_MIN: u16 = 2;
 
+/// The version that a host has to know to have this guest go on there, when the guest's is `spoken`: what is newer than this
+/// has to do with how a guest begins, and whoever speaks it speaks this as well. So a guest can go to a host that has not
+/// been upgraded yet.
+#[must_use]
+pub const fn version_to_go_on(spoken: u16) -> u16 {
+    const HOOKS: u16 = 3;
+    if spoken < HOOKS { spoken } else { HOOKS }
+}
+
 /// vsock port the guest agent listens on.
 pub const PORT: u32 = 1024;
 

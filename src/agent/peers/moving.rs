@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hearth_guest_wire::version_to_go_on;
 use serde::{Deserialize, Serialize};
 
 use super::calls::PeerError;
@@ -44,7 +45,7 @@ pub struct ArrivalOrder {
     pub spec: VmSpec,
     /// Its generation id.
     pub generation: String,
-    /// The protocol its guest's agent speaks.
+    /// The version of the guest's protocol that the other host has to know (`version_to_go_on`).
     pub guest_protocol: Option<u16>,
     /// When it was first launched.
     pub created_at: UnixNanos,
@@ -175,7 +176,7 @@ impl ArrivalOrder {
             name: vm.name.clone(),
             spec: VmSpec { volumes: standing_by(vm, host), ..vm.spec.clone() },
             generation: vm.generation.clone(),
-            guest_protocol: vm.guest_protocol,
+            guest_protocol: vm.guest_protocol.map(version_to_go_on),
             created_at: vm.created_at,
             network: vm.network.as_ref().map(home),
             session,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth_guest_wire::{Exec, Exit, FromGuest, ToGuest, VERSION};
+use hearth_guest_wire::{Exec, Exit, FromGuest, ToGuest, VERSION, version_to_go_on};
 use tokio::io::AsyncReadExt;
 use tokio::time::{sleep, timeout};
 
@@ -216,7 +216,7 @@ impl<W: World> Work<W> {
             vm: self.record.clone(),
             operation: self.operation.clone(),
             order: self.order()?.clone(),
-            agent_protocol: self.record.guest_protocol.unwrap_or(VERSION),
+            agent_protocol: version_to_go_on(self.record.guest_protocol.unwrap_or(VERSION)),
         };
         // Another bundle of this name may have come since this one was begun.
         let ours = |view: &BundleView| order.made(&view.manifest);

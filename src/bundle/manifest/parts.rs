@@ -137,7 +137,7 @@ pub struct GuestSystem {
     pub command_line: String,
     /// The image it was booted from.
     pub image: SourceImage,
-    /// Version of the protocol its agent speaks.
+    /// The version of the guest's protocol that a host has to know to launch it (`hearth_guest_wire::version_to_go_on`).
     pub agent_protocol: u16,
 }
 
