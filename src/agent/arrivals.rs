@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
 use super::peers::ArrivalReady;
+use crate::clock::Monotonic;
 use crate::ids::MigrationId;
 use crate::wire::control::StreamToken;
 
@@ -43,7 +45,15 @@ pub(super) struct Waiting {
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
     waiting: Mutex<BTreeMap<MigrationId, Waiting>>,
-    decisions: Mutex<BTreeMap<MigrationId, Arc<watch::Sender<Option<Decision>>>>>,
+    decisions: Mutex<BTreeMap<MigrationId, Arc<Deciding>>>,
+}
+
+/// What becomes of a machine that stands ready here.
+#[derive(Debug)]
+struct Deciding {
+    decision: watch::Sender<Option<Decision>>,
+    /// When it was run here.
+    ran_at: OnceLock<Monotonic>,
 }
 
 /// Decisions that are kept: those of machines that are here by now are not asked for.
@@ -69,25 +79,37 @@ impl Arrivals {
         lock(&self.waiting).remove(id)
     }
 
-    fn channel(&self, id: &MigrationId) -> Arc<watch::Sender<Option<Decision>>> {
+    fn deciding(&self, id: &MigrationId) -> Arc<Deciding> {
         let mut decisions = lock(&self.decisions);
         if decisions.len() >= DECISIONS_MAX {
-            decisions.retain(|_, decision| decision.receiver_count() > 0);
+            decisions.retain(|_, deciding| deciding.decision.receiver_count() > 0);
         }
-        Arc::clone(decisions.entry(id.clone()).or_insert_with(|| Arc::new(watch::Sender::new(None))))
+        let undecided = || Arc::new(Deciding { decision: watch::Sender::new(None), ran_at: OnceLock::new() });
+        Arc::clone(decisions.entry(id.clone()).or_insert_with(undecided))
     }
 
     /// What was decided, when it was.
     pub(super) fn decision(&self, id: &MigrationId) -> watch::Receiver<Option<Decision>> {
-        self.channel(id).subscribe()
+        self.deciding(id).decision.subscribe()
     }
 
     /// The source has decided: once.
     pub(super) fn decide(&self, id: &MigrationId, decision: Decision) {
-        self.channel(id).send_if_modified(|known| {
+        self.deciding(id).decision.send_if_modified(|known| {
             let is_first = known.is_none();
             *known = known.or(Some(decision));
             is_first
         });
+    }
+
+    /// The machine that came by this migration runs from now on.
+    pub(super) fn ran(&self, id: &MigrationId, now: Monotonic) {
+        // One that was run before has run since then.
+        let _ = self.deciding(id).ran_at.set(now);
+    }
+
+    /// For how long it has run.
+    pub(super) fn ran_for(&self, id: &MigrationId, now: Monotonic) -> Duration {
+        self.deciding(id).ran_at.get().map_or(Duration::ZERO, |at| now.since(*at))
     }
 }

@@ -398,7 +398,7 @@ impl<W: World> Agent<W> {
         id: MigrationId,
         decision: Decision,
     ) -> Result<DecisionBody, ArriveError> {
-        let done = DecisionBody { decision: Some(decision) };
+        let done = DecisionBody::of(Some(decision));
         let Some(mut vm) = self.came_by(&id) else {
             // Before there was a place for it: who waits for the machine hears of it.
             self.shared.arrivals.take(&id);
@@ -429,7 +429,11 @@ impl<W: World> Agent<W> {
         };
         // One that was to come back, and did not, is again where it was handed to. One that failed has run here.
         let is_lost = matches!(state, VmState::Gone | VmState::HandedOver);
-        if is_lost { Err(ArriveError::Unknown { id }) } else { Ok(done) }
+        if is_lost {
+            return Err(ArriveError::Unknown { id });
+        }
+        let ran = self.shared.arrivals.ran_for(&id, self.shared.world.clock().monotonic());
+        Ok(DecisionBody { ran_us: u64::try_from(ran.as_micros()).unwrap_or(u64::MAX), ..done })
     }
 
     /// Whose a machine is that went from here: this ledger's word.

@@ -6,6 +6,7 @@
 //! hello, and one that lets faded conflicts go. What can go wrong: a peer does not answer (shown, nothing is refused),
 //! it has another key (shown and counted), or the hosts contradict each other (both refuse new members of sessions).
 
+mod ahead;
 mod answers;
 mod auth;
 mod bodies;
@@ -30,12 +31,13 @@ pub use auth::{CLOCK_DIFFERENCE_MS, KEY_BYTES_MIN, PeerKey, PeerKeyError, Reques
 pub use bodies::{Conflict, Hello, LaunchedBody, MemberBody, MemberOrder, MembersBody, PeerLaunch};
 pub use book::PeerState;
 pub use calls::PeerError;
-pub use link::{Callee, Channel, LinkError, PeerAnswer, PeerCall, PeerLink, TlsError};
+pub use link::{Callee, Channel, LINE_LIFE, LinkError, PeerAnswer, PeerCall, PeerLine, PeerLink, TlsError};
 pub use moving::{ArrivalOrder, ArrivalReady, ArrivalVerdict, ArrivingSession, DecisionBody, PresenceBody};
 pub use parts::{PIECE_BYTES_MAX, PartBody, PartName, PartOrder, PieceError};
 pub use proof::{CertificateError, HostCertificate, ProofError, ProvenHost};
 pub use volumes::{VolumeBody, VolumeOrder};
 
+pub(super) use ahead::{LineAhead, Place};
 use auth::Nonces;
 use book::Book;
 use members::MembersCache;
@@ -118,6 +120,8 @@ pub(super) struct Peers {
     book: Mutex<Book>,
     nonces: Mutex<Nonces>,
     members: MembersCache,
+    /// An owner more for each line that is held ready.
+    lines: Arc<()>,
 }
 
 /// What is known of a peer.

@@ -16,6 +16,7 @@ use tracing::Instrument;
 
 use super::ledger::{LedgerError, Write};
 use super::migration_record::MoveRecord;
+use super::peers::LineAhead;
 use super::record::{OperationError, OperationRecord, OperationState, StepRecord, StepState, VmRecord};
 use super::shared::{Shared, VmHandle};
 use super::vm_state::{Denied, Event, FailureCause, Goal, Step, VmState, step};
@@ -83,11 +84,22 @@ struct VmActor<W: World> {
     failed: Option<OperationError>,
     /// When its launch was asked for, if that was asked of this agent.
     launch_asked_at: Option<Monotonic>,
-    /// Since when it stands still for another host, and what moving it took so far.
-    sent: Option<(Option<Monotonic>, Option<MoveRecord>)>,
+    /// Of the machine that is sent to another host, until that has been told.
+    sent: Option<Sent>,
     /// When it could not be woken.
     wake_failed_at: Option<Monotonic>,
     over: bool,
+}
+
+/// What is known of a machine between the operation that sent it and the one that leads it away.
+#[derive(Default)]
+struct Sent {
+    /// Since when it stands still.
+    held_at: Option<Monotonic>,
+    /// What moving it took so far.
+    moved: Option<MoveRecord>,
+    /// A line to the host that is to be told.
+    line: Option<LineAhead>,
 }
 
 /// Starts the actor of a VM that is in the ledger, and makes it known. `process`: its VMM, where that is there already and
@@ -424,7 +436,7 @@ impl<W: World> VmActor<W> {
 
     fn perform(&mut self, mut operation: OperationRecord, grace: Duration, asked_at: Option<Monotonic>) {
         let sent = self.sent.take().filter(|_| operation.goal == Goal::Leave);
-        let (held_at, moved) = sent.unwrap_or_default();
+        let Sent { held_at, moved, line } = sent.unwrap_or_default();
         operation.moved = moved.or(operation.moved);
         self.hurry.send_replace(false);
         let work = Work {
@@ -436,6 +448,8 @@ impl<W: World> VmActor<W> {
             grace,
             asked_at,
             held_at,
+            has_received: false,
+            line,
             successor: None,
             others: Vec::new(),
             way: None,
@@ -449,8 +463,8 @@ impl<W: World> VmActor<W> {
 
     /// Takes in what work did, decides, and goes on with what follows from it.
     async fn finish(&mut self, report: Report<W>) -> Result<(), LedgerError> {
-        let Report { record, mut operation, process, held_at, outcome } = report;
-        self.sent = (operation.goal == Goal::Migrate).then_some((held_at, operation.moved));
+        let Report { record, mut operation, process, held_at, line, outcome } = report;
+        self.sent = (operation.goal == Goal::Migrate).then_some(Sent { held_at, moved: operation.moved, line });
         self.work = None;
         self.record = record;
         self.process = process;

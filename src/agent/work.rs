@@ -15,6 +15,7 @@ use super::filling::Chunks;
 use super::guest::{self, ANSWER_LIMIT, GuestError};
 use super::ledger::{LedgerError, Write};
 use super::migration_record::Uncompressed;
+use super::peers::LineAhead;
 use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
 use super::session_end::quarantine;
 use super::shared::Shared;
@@ -70,6 +71,10 @@ pub(super) struct Work<W: World> {
     pub(super) asked_at: Option<Monotonic>,
     /// Since when no vCPU runs, for a save.
     pub(super) held_at: Option<Monotonic>,
+    /// Whether the machine came from another host, to this work.
+    pub(super) has_received: bool,
+    /// A line to the host that the machine goes to, which hears on it that it is its.
+    pub(super) line: Option<LineAhead>,
     /// The process that is to take the machine over.
     pub(super) successor: Option<Process<W>>,
     /// Processes that are to end with this work: held, so that their ends are seen.
@@ -105,6 +110,8 @@ pub(super) struct Report<W: World> {
     pub(super) process: Option<Process<W>>,
     /// Since when no vCPU runs, if some effect held them.
     pub(super) held_at: Option<Monotonic>,
+    /// A line to the host that it is on its way to.
+    pub(super) line: Option<LineAhead>,
     pub(super) outcome: Outcome,
 }
 
@@ -112,8 +119,8 @@ impl<W: World> Work<W> {
     /// Performs the operation's steps that are not done.
     pub(super) async fn run(mut self) -> Report<W> {
         let outcome = self.perform_all().await;
-        let Self { record, operation, process, held_at, .. } = self;
-        Report { record, operation, process, held_at, outcome }
+        let Self { record, operation, process, held_at, line, .. } = self;
+        Report { record, operation, process, held_at, line, outcome }
     }
 
     async fn perform_all(&mut self) -> Outcome {
@@ -426,13 +433,17 @@ impl<W: World> Work<W> {
         if self.operation.goal == Goal::Undo {
             self.give_up_send().await?;
         }
-        // Of a launch that this agent began it is known that it stands still; whoever continues one looks.
-        let is_known = self.is_launch() && self.asked_at.is_some();
+        // Of a launch that this agent began, and of a machine that it received, it is known that it stands still; whoever
+        // continues one looks.
+        let is_known = self.is_launch() && self.asked_at.is_some() || self.has_received;
         let runs = !is_known && self.status().await?.state == MachineState::Running;
         if !runs {
             self.ask(Ask::Resume).await?;
         }
         self.note_run();
+        if let (Goal::Arrive, Some(way)) = (self.operation.goal, &self.record.migration) {
+            self.shared.arrivals.ran(&way.id, self.now());
+        }
         if self.is_launch() {
             self.record.timings.resumed_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
         }

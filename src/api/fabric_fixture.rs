@@ -17,7 +17,7 @@ use http_body_util::BodyExt;
 use super::peer;
 use crate::agent::config::{Config, Overrides, load};
 use crate::agent::peers::{
-    Callee, Channel, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerKey, PeerLink, PeerSetup, SEAL_HEADER,
+    Callee, Channel, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerKey, PeerLine, PeerLink, PeerSetup, SEAL_HEADER,
 };
 use crate::agent::{
     Agent, Door, EventRecord, LaunchRequest, Launched, SessionCreated, SessionRequest, VmRecord, VolumeWish,
@@ -159,6 +159,7 @@ impl Wire {
     }
 }
 
+#[derive(Clone)]
 struct End {
     wire: Wire,
     from: IpAddr,
@@ -167,14 +168,27 @@ struct End {
 }
 
 impl PeerLink for End {
-    fn call(&self, to: Callee, call: PeerCall) -> BoxFuture<'_, Result<PeerAnswer, LinkError>> {
+    fn open(&self, to: Callee) -> BoxFuture<'_, Result<Box<dyn PeerLine>, LinkError>> {
+        let line: Box<dyn PeerLine> = Box::new(Line { end: self.clone(), to: to.at.ip() });
+        std::future::ready(Ok(line)).boxed()
+    }
+}
+
+struct Line {
+    end: End,
+    to: IpAddr,
+}
+
+impl PeerLine for Line {
+    fn call(self: Box<Self>, call: PeerCall) -> BoxFuture<'static, Result<PeerAnswer, LinkError>> {
         async move {
-            if self.sim.life() != self.life || self.sim.has_crashed() {
+            let Self { end, to } = *self;
+            if end.sim.life() != end.life || end.sim.has_crashed() {
                 // A dead agent's.
                 return std::future::pending().await;
             }
-            self.wire.sent.lock().unwrap_or_else(PoisonError::into_inner).push(call.clone());
-            Ok(self.wire.deliver(self.from, to.at.ip(), call).await?)
+            end.wire.sent.lock().unwrap_or_else(PoisonError::into_inner).push(call.clone());
+            Ok(end.wire.deliver(end.from, to, call).await?)
         }
         .boxed()
     }

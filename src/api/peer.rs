@@ -32,8 +32,9 @@ use super::handlers::vms::to_json;
 use super::peer_tls::PeerTls;
 use crate::agent::peers::{
     ARRIVAL_CHECK_PATH, ARRIVALS_PATH, ArrivalOrder, BUNDLE_PART_PATH, Channel, HEAD_HEADER, HELLO_PATH, Hello,
-    LAUNCH_PATH, LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PartOrder, PeerLaunch, REQUEST_BYTES_MAX,
-    RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed, TlsError, Unadmitted, VOLUMES_PATH, VolumeOrder,
+    LAUNCH_PATH, LINE_LIFE, LaunchedBody, MIGRATIONS_PATH, MemberBody, MembersBody, PartOrder, PeerLaunch,
+    REQUEST_BYTES_MAX, RequestHead, SEAL_HEADER, SESSIONS_PATH, Signed, TlsError, Unadmitted, VOLUMES_PATH,
+    VolumeOrder,
 };
 use crate::agent::{Decision, Door, VolumeError};
 use crate::ids::{MigrationId, VmId};
@@ -56,6 +57,9 @@ const HANDSHAKE: u8 = 0x16;
 
 /// Longest time for a handshake, for a head, and for a body, to arrive.
 pub(super) const ARRIVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// A line that is held ready is open for longer than it is taken to be.
+const _: () = assert!(LINE_LIFE.as_millis() < ARRIVE_LIMIT.as_millis());
 
 /// Longest life of a connection: a launch of the most VMs, written to disk one by one.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(30);

@@ -25,7 +25,7 @@ use tokio::time::timeout;
 
 use super::peer_tls::{PeerTls, of_tls};
 use crate::agent::peers::{
-    ANSWER_BYTES_MAX, Callee, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerLink, SEAL_HEADER, TlsError,
+    ANSWER_BYTES_MAX, Callee, HEAD_HEADER, LinkError, PeerAnswer, PeerCall, PeerLine, PeerLink, SEAL_HEADER, TlsError,
 };
 
 /// Longest head of an answer in bytes: hyper's smallest.
@@ -46,8 +46,20 @@ pub(super) struct HttpLink {
 }
 
 impl PeerLink for HttpLink {
-    fn call(&self, to: Callee, call: PeerCall) -> BoxFuture<'_, Result<PeerAnswer, LinkError>> {
-        self.exchange(to, call).boxed()
+    fn open(&self, to: Callee) -> BoxFuture<'_, Result<Box<dyn PeerLine>, LinkError>> {
+        self.connect(to).boxed()
+    }
+}
+
+/// A connection that nothing was said on yet.
+struct HttpLine<S> {
+    to: SocketAddr,
+    stream: S,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static> PeerLine for HttpLine<S> {
+    fn call(self: Box<Self>, call: PeerCall) -> BoxFuture<'static, Result<PeerAnswer, LinkError>> {
+        exchange(self.to, self.stream, call).boxed()
     }
 }
 
@@ -57,18 +69,18 @@ impl HttpLink {
         Self { tls, plain_peers, plain: Mutex::default() }
     }
 
-    async fn exchange(&self, to: Callee, call: PeerCall) -> Result<PeerAnswer, LinkError> {
+    async fn connect(&self, to: Callee) -> Result<Box<dyn PeerLine>, LinkError> {
         let stream = connected(to.at).await?;
-        let Some(tls) = &self.tls else { return exchange(to.at, stream, call).await };
+        let Some(tls) = &self.tls else { return Ok(Box::new(HttpLine { to: to.at, stream })) };
         // Something is left of the caller's time to say what it was that took too long.
         match tls.connect(stream, to.number, to.limit / 4 * 3).await {
             Ok(stream) => {
                 self.note(&to, false);
-                exchange(to.at, stream, call).await
+                Ok(Box::new(HttpLine { to: to.at, stream }))
             }
             Err(TlsError::Plain) if self.plain_peers => {
                 self.note(&to, true);
-                exchange(to.at, connected(to.at).await?, call).await
+                Ok(Box::new(HttpLine { to: to.at, stream: connected(to.at).await? }))
             }
             Err(error) => Err(error.into()),
         }

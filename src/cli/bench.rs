@@ -132,9 +132,9 @@ pub struct BenchHandOverArgs {
 }
 
 pub(super) const MIGRATE_HELP: &str = "\
-The VM boots the image, so that all of its memory goes over. Pause is the time in which no vCPU runs, until the source
-knows that it runs at the other host. Both agents' sockets have to be on this machine: forward the other one's, if it is
-elsewhere (ssh -L).
+The VM boots the image, so that all of its memory goes over. Pause is the time in which no vCPU runs: the target
+says since when one does, and the way of that answer is counted as well. Both agents' sockets have to be on this
+machine: forward the other one's, if it is elsewhere (ssh -L).
 
 With --probe, the program that scripts/guest-probe builds runs in the guest and looks at its time stamp counter all the
 time: \"seen in the guest\" is the longest time it did not get to, while the VM moved; \"beside that\" is the longest one

@@ -365,7 +365,7 @@ impl<W: World> PeerDoor for Agent<W> {
     }
 
     fn decision(&self, id: &MigrationId) -> DecisionBody {
-        DecisionBody { decision: self.decision_on(id) }
+        DecisionBody::of(self.decision_on(id))
     }
 
     fn presence(&self, vm: &VmId) -> PresenceBody {

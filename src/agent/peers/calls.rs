@@ -7,14 +7,16 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
+use super::ahead::LineAhead;
 use super::auth::Signed;
 use super::bodies::{LaunchedBody, MemberBody, MembersBody, PeerLaunch};
 use super::book::PeerState;
-use super::link::{Callee, LinkError, PeerAnswer, PeerCall, TlsError};
+use super::link::{Callee, LinkError, PeerAnswer, PeerCall, PeerLine, TlsError};
 use super::{HELLO_PATH, LAUNCH_PATH, PEER_PORT_DEFAULT, SESSIONS_PATH, now_ms};
 use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::shared::Shared;
 use crate::agent::world::{World, random_array};
+use crate::clock::Clock;
 use crate::net::address::SessionNetworkId;
 use crate::report::Retry;
 
@@ -188,6 +190,18 @@ impl<W: World> Shared<W> {
         call: PeerCall,
         limit: Duration,
     ) -> Result<T, PeerError> {
+        self.ask_peer_on(None, fabric, peer, call, limit).await
+    }
+
+    /// The same on a line that is open already, if there is one.
+    async fn ask_peer_on<T: DeserializeOwned>(
+        &self,
+        line: Option<Box<dyn PeerLine>>,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        call: PeerCall,
+        limit: Duration,
+    ) -> Result<T, PeerError> {
         let name = || peer.name.clone();
         let started = self.peers.started.get().ok_or(PeerError::NotStarted)?;
         let mut call = call;
@@ -202,7 +216,11 @@ impl<W: World> Shared<W> {
         // A hello is for whoever is there: it is how two find out that they disagree on a number.
         let number = (call.path != HELLO_PATH).then(|| peer.host.into());
         let callee = Callee { name: name(), at: peer.socket(), number, limit };
-        let answer = match timeout(limit, link.call(callee, call)).await {
+        let asking = match line {
+            Some(line) => line.call(call),
+            None => link.call(callee, call),
+        };
+        let answer = match timeout(limit, asking).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(LinkError::Way(source))) => return Err(PeerError::Unreachable { peer: name(), source }),
             Ok(Err(LinkError::Tls(source))) => return Err(PeerError::Tls { peer: name(), source }),
@@ -240,6 +258,24 @@ impl<W: World> Shared<W> {
             return Err(PeerError::NoKey);
         }
         self.ask_peer(fabric, peer, call, limit).await
+    }
+
+    /// [`Self::ask_peer_signed`] on a line that is held ready, for a question that may come twice: if the line turns out to
+    /// be of no use any more there is no answer, and it has to be asked again without one.
+    pub(super) async fn ask_peer_ahead<T: DeserializeOwned>(
+        &self,
+        line: LineAhead,
+        fabric: &FabricConfig,
+        peer: &Peer,
+        call: PeerCall,
+        limit: Duration,
+    ) -> Option<Result<T, PeerError>> {
+        let line = line.if_open(self.world.clock().monotonic())?;
+        self.peers.started.get()?.setup.key.as_ref()?;
+        match self.ask_peer_on(Some(line), fabric, peer, call, limit).await {
+            Err(PeerError::Unreachable { .. } | PeerError::Tls { .. }) => None,
+            answer => Some(answer),
+        }
     }
 
     /// Has a peer launch VMs.

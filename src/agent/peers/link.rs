@@ -47,11 +47,26 @@ pub struct Callee {
     pub limit: Duration,
 }
 
-/// The way to other agents.
+/// The way to other agents. What it gives may be dropped at any time.
 pub trait PeerLink: Send + Sync + 'static {
-    /// Sends one request and reads the answer, both bounded in size. May be dropped at any time.
-    fn call(&self, to: Callee, call: PeerCall) -> BoxFuture<'_, Result<PeerAnswer, LinkError>>;
+    /// Opens a way for one request. Whoever has one waiting (a handshake takes milliseconds) has it for [`LINE_LIFE`]:
+    /// then the other end may have closed it.
+    fn open(&self, to: Callee) -> BoxFuture<'_, Result<Box<dyn PeerLine>, LinkError>>;
+
+    /// Sends one request and reads the answer, both bounded in size.
+    fn call(&self, to: Callee, call: PeerCall) -> BoxFuture<'_, Result<PeerAnswer, LinkError>> {
+        Box::pin(async move { self.open(to).await?.call(call).await })
+    }
 }
+
+/// An open way to another agent, known to be the right one.
+pub trait PeerLine: Send + Sync + 'static {
+    /// Sends the request and reads the answer, both bounded in size.
+    fn call(self: Box<Self>, call: PeerCall) -> BoxFuture<'static, Result<PeerAnswer, LinkError>>;
+}
+
+/// How long a line is certainly open that nothing was said on: less than agents wait for a request.
+pub const LINE_LIFE: Duration = Duration::from_secs(4);
 
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use hearth_guest_wire::version_to_go_on;
 use serde::{Deserialize, Serialize};
 
+use super::ahead::LineAhead;
 use super::calls::PeerError;
 use super::{ARRIVAL_CHECK_PATH, ARRIVALS_PATH, LAUNCH_PATH, MIGRATIONS_PATH, PeerCall};
 use crate::agent::arrivals::Decision;
@@ -137,6 +138,22 @@ pub struct ArrivalVerdict {
 pub struct DecisionBody {
     /// What was decided; absent: nothing yet.
     pub decision: Option<Decision>,
+    /// For how long the machine had run on this host when this was said, in microseconds: 0 if it does not, or that is not
+    /// known.
+    #[serde(default)]
+    pub ran_us: u64,
+}
+
+impl DecisionBody {
+    /// A decision of which no more is known.
+    pub(in crate::agent) const fn of(decision: Option<Decision>) -> Self {
+        Self { decision, ran_us: 0 }
+    }
+}
+
+/// What a peer is told of a machine that it waits for.
+fn told(id: &MigrationId, what: &str) -> PeerCall {
+    PeerCall { method: "POST", path: format!("{ARRIVALS_PATH}/{id}/{what}"), body: Vec::new(), head: None }
 }
 
 /// Answer to `GET /peer/v1/vms/{id}`.
@@ -245,15 +262,22 @@ impl<W: World> Shared<W> {
         self.ask_peer_signed(fabric, peer, call, ARRANGE_LIMIT).await
     }
 
-    /// Tells a peer that the machine is its, and waits until it runs there.
+    /// Tells a peer that the machine is its, on a line that is held ready if there is one, and waits until it runs there.
+    /// Gives for how long it had run there when that was answered, as far as the peer says.
     pub(in crate::agent) async fn confirm_at_peer(
         &self,
+        line: Option<LineAhead>,
         fabric: &FabricConfig,
         peer: &Peer,
         id: &MigrationId,
-    ) -> Result<(), PeerError> {
-        let _: DecisionBody = self.tell_peer(fabric, peer, id, "commit", CONFIRM_LIMIT).await?;
-        Ok(())
+    ) -> Result<Duration, PeerError> {
+        let ran = |body: DecisionBody| Duration::from_micros(body.ran_us);
+        if let Some(line) = line
+            && let Some(answer) = self.ask_peer_ahead(line, fabric, peer, told(id, "commit"), CONFIRM_LIMIT).await
+        {
+            return answer.map(ran);
+        }
+        self.ask_peer_signed(fabric, peer, told(id, "commit"), CONFIRM_LIMIT).await.map(ran)
     }
 
     /// Tells a peer that the machine stays here.
@@ -263,21 +287,8 @@ impl<W: World> Shared<W> {
         peer: &Peer,
         id: &MigrationId,
     ) -> Result<(), PeerError> {
-        let _: DecisionBody = self.tell_peer(fabric, peer, id, "cancel", ASK_LIMIT).await?;
+        let _: DecisionBody = self.ask_peer_signed(fabric, peer, told(id, "cancel"), ASK_LIMIT).await?;
         Ok(())
-    }
-
-    async fn tell_peer(
-        &self,
-        fabric: &FabricConfig,
-        peer: &Peer,
-        id: &MigrationId,
-        what: &str,
-        limit: Duration,
-    ) -> Result<DecisionBody, PeerError> {
-        let path = format!("{ARRIVALS_PATH}/{id}/{what}");
-        let call = PeerCall { method: "POST", path, body: Vec::new(), head: None };
-        self.ask_peer_signed(fabric, peer, call, limit).await
     }
 
     /// Whether a peer has this VM.
@@ -301,7 +312,7 @@ impl<W: World> Shared<W> {
     ) -> Result<Option<Decision>, PeerError> {
         let path = format!("{MIGRATIONS_PATH}{id}");
         let call = PeerCall { method: "GET", path, body: Vec::new(), head: None };
-        let DecisionBody { decision } = self.ask_peer_signed(fabric, peer, call, ASK_LIMIT).await?;
+        let DecisionBody { decision, .. } = self.ask_peer_signed(fabric, peer, call, ASK_LIMIT).await?;
         Ok(decision)
     }
 }

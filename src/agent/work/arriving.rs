@@ -41,7 +41,10 @@ impl<W: World> Work<W> {
         tokio::select! {
             biased;
             received = receiving => match received {
-                Ok(_) => Ok(()),
+                Ok(_) => {
+                    self.has_received = true;
+                    Ok(())
+                }
                 // The source may have been told that it stands ready, and then it may have decided: nothing less than the
                 // machine's absence is a failure.
                 Err(error) => match self.status().await {

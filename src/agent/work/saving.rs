@@ -14,6 +14,7 @@ use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, printable};
 use crate::agent::record::{BuildSpec, BundleOrder};
 use crate::agent::vm_state::FailureCause;
 use crate::agent::world::{Ask, AskError, VmBundles, VmmHost, World};
+use crate::clock::Monotonic;
 use crate::report::chain;
 use crate::wire::control::{Answer, MachineState, Request, SavedPages};
 
@@ -240,7 +241,11 @@ impl<W: World> Work<W> {
 
     /// The guest runs again.
     pub(super) fn note_run(&mut self) {
-        let now = self.now();
+        self.note_run_at(self.now());
+    }
+
+    /// The guest runs since then.
+    pub(super) fn note_run_at(&mut self, now: Monotonic) {
         let pause_us = self.held_at.take().map(|held| micros(now.since(held)));
         if let Some(order) = self.operation.makes.as_mut() {
             order.pause_us = pause_us.or(order.pause_us);

@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use super::{Outcome, Work, ask_failed, host, micros, no_network};
 use crate::agent::config::{FabricConfig, Peer};
 use crate::agent::migration_record::{Compress, MigrationRecord, MovePolicy, MoveRecord};
-use crate::agent::peers::{ArrivalOrder, ArrivalReady, PeerError};
+use crate::agent::peers::{ArrivalOrder, ArrivalReady, PeerError, Place};
 use crate::agent::vm_state::FailureCause;
 use crate::agent::world::{
     Ask, SendOrder, SentMachine, StreamTerms, VmDisk, VmNetworks, VmmHost, VmmProcess, World, random_array,
@@ -86,12 +86,16 @@ impl<W: World> Work<W> {
         let compress = Compress::from(order.form.packing);
         let mut hurry = self.hurry.clone();
         let shared = Arc::clone(&self.shared);
+        let (_, _, peer) = self.migration()?;
+        let (peer, ahead) = (peer.clone(), Place::default());
         let sending = shared.world.vmm().send_machine(&self.record, shared.epoch, order);
         let mut sending = std::pin::pin!(sending);
         let SentMachine { phases, packed } = tokio::select! {
             biased;
             sent = sending.as_mut() => sent.map_err(ask_failed)?,
             end = process.ended() => return Err(Outcome::VmmEnded(end)),
+            // It stands still while the other host is told: on a line that is open then.
+            never = shared.hold_line(&peer, &ahead) => match never {},
             () = wanted(&mut hurry) => {
                 // It may not have begun in the VMM yet. Whether it still comes to an end by itself or not: it stays here.
                 loop {
@@ -103,6 +107,7 @@ impl<W: World> Work<W> {
             }
         };
         self.held_at = Some(self.now().before(Duration::from_nanos(phases.held_ns)));
+        self.line = ahead.take();
         for disk in self.record.spec.disks.iter().filter(|disk| !disk.read_only) {
             let synced = self.shared.world.disk().sync_disk(disk).await;
             synced.map_err(|error| host(format!("flush {}: {error}", disk.path)))?;
@@ -121,6 +126,7 @@ impl<W: World> Work<W> {
     /// Tries until the other host answers: it may be cut off, or its agent be replaced.
     pub(super) async fn confirm_arrival(&mut self) -> Result<(), Outcome> {
         let (mut wait, longest) = CONFIRM_AGAIN;
+        let mut line = self.line.take();
         let begun = self.now();
         if let (Some(held), Some(moved)) = (self.held_at, self.operation.moved.as_mut()) {
             moved.steps.decide_us = micros(begun.since(held)).saturating_sub(moved.held_us);
@@ -131,10 +137,11 @@ impl<W: World> Work<W> {
                 sleep(longest).await;
                 continue;
             };
-            match self.shared.confirm_at_peer(fabric, peer, &way.id).await {
-                Ok(()) => {
-                    self.note_run();
-                    let now = self.now();
+            match self.shared.confirm_at_peer(line.take(), fabric, peer, &way.id).await {
+                Ok(ran) => {
+                    // The way of the answer is still in it: it is never less than what the guest stood still for.
+                    let now = self.now().before(ran).max(begun);
+                    self.note_run_at(now);
                     if let Some(moved) = self.operation.moved.as_mut() {
                         moved.steps.start_us = micros(now.since(begun));
                     }

@@ -126,7 +126,7 @@ pub struct PauseSteps {
     pub ready_ms: f64,
     /// Recording whose it is.
     pub decide_ms: f64,
-    /// Until it was known that it runs there.
+    /// Until it ran there, as far as the other host says, and the way of its answer.
     pub start_ms: f64,
 }
 
