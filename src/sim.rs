@@ -105,6 +105,8 @@ struct State {
     facts: HostFacts,
     swap: swap::Swap,
     volumes: volumes::Volumes,
+    /// What guests say they hold.
+    secrets: Vec<String>,
 }
 
 /// How long addresses and session numbers have to rest on a simulated host: what agents do by default.
@@ -170,6 +172,7 @@ impl SimHost {
             facts: manifest::facts(),
             swap: swap::Swap::default(),
             volumes: volumes::Volumes::default(),
+            secrets: Vec::new(),
         };
         Self {
             state: Arc::new(Mutex::new(state)),

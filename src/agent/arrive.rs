@@ -342,6 +342,7 @@ impl<W: World> Agent<W> {
             needs: order.needs,
             migration: Some(way),
             guest_protocol: order.guest_protocol,
+            secrets: None,
             created_at: order.created_at,
             timings: Timings::default(),
             remains: None,

@@ -36,6 +36,8 @@ pub struct BuildRequest {
     pub interfaces: Option<u8>,
     /// How many of its VMs' disks are empty until they get a volume.
     pub spare_disks: u8,
+    /// Also if the guest says that it holds secrets.
+    pub with_secrets: bool,
     /// How it is warmed up.
     pub build: BuildSpec,
     /// What makes a repetition of this request known.
@@ -51,6 +53,8 @@ pub struct SnapshotRequest {
     pub diff: bool,
     /// Most of memory while the guest runs.
     pub live: bool,
+    /// Also if the guest says that it holds secrets.
+    pub with_secrets: bool,
 }
 
 /// What became of a request for a bundle.
@@ -119,8 +123,9 @@ impl<W: World> Agent<W> {
         if let Some(operation) = self.built_before(request.key.as_ref()).await.map_err(LaunchError::Ledger)? {
             return Ok(BundleWork::Operation(Box::new(operation)));
         }
-        let BuildRequest { name, image, vcpus, memory_mib, interfaces, spare_disks, build, key } = request;
-        let order = BundleOrder { name, ..BundleOrder::default() };
+        let BuildRequest { name, image, vcpus, memory_mib, interfaces, spare_disks, with_secrets, build, key } =
+            request;
+        let order = BundleOrder { name, with_secrets, ..BundleOrder::default() };
         let launch = LaunchRequest {
             image,
             vcpus,
@@ -151,8 +156,8 @@ impl<W: World> Agent<W> {
         } else {
             None
         };
-        let SnapshotRequest { name, live, .. } = request;
-        let order = BundleOrder { name, parent, live, ..BundleOrder::default() };
+        let SnapshotRequest { name, live, with_secrets, .. } = request;
+        let order = BundleOrder { name, parent, live, with_secrets, ..BundleOrder::default() };
         let vm = self.ask_actor(&handle, Verb::Snapshot(Box::new(order))).await?;
         let operation = self.operation_of(&vm).await.map_err(VmError::Ledger)?;
         operation.ok_or_else(|| VmError::NoParent { vm: handle.id.to_string() })

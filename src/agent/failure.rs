@@ -65,6 +65,11 @@ pub enum FailureCause {
         /// Which, and why not.
         detail: String,
     },
+    /// It holds what no bundle is to have.
+    Secrets {
+        /// Which, and what helps.
+        detail: String,
+    },
     /// The program that warms a guest up failed, or did not get ready in time.
     WarmUp {
         /// What it said.
@@ -106,6 +111,7 @@ impl FailureCause {
             Self::BundleUnavailable { .. } => "bundle_unavailable",
             Self::Volume { .. } => "volume",
             Self::BadRoot { .. } => "bad_root",
+            Self::Secrets { .. } => "secrets",
             Self::WarmUp { .. } => "warm_up",
             Self::LostOnTheWay { .. } => "lost_on_the_way",
             Self::SwapStateCorrupt { .. } => "swap_state_corrupt",
@@ -131,6 +137,7 @@ impl FailureCause {
             | Self::BundleUnavailable { detail }
             | Self::Volume { detail }
             | Self::BadRoot { detail }
+            | Self::Secrets { detail }
             | Self::WarmUp { detail }
             | Self::LostOnTheWay { detail }
             | Self::SwapStateCorrupt { detail }

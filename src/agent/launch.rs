@@ -301,6 +301,7 @@ impl<W: World> Agent<W> {
             migration: None,
             came_by: None,
             guest_protocol: None,
+            secrets: None,
             created_at: world.clock().wall(),
             timings: Timings::default(),
             remains: None,

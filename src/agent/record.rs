@@ -76,6 +76,9 @@ pub struct VmRecord {
     /// The version of the protocol its guest agent speaks, once it answered.
     #[serde(default)]
     pub guest_protocol: Option<u16>,
+    /// Names of secrets that its guest said it holds when it was paused; `None`: it did not say.
+    #[serde(default)]
+    pub secrets: Option<Vec<String>>,
     /// When it was asked for.
     pub created_at: UnixNanos,
     /// Where the time of its launch went.
@@ -296,6 +299,9 @@ pub struct BundleOrder {
     /// Whether most of memory is copied while the guest runs.
     #[serde(default)]
     pub live: bool,
+    /// Whether it is made although the guest says that it holds secrets.
+    #[serde(default)]
+    pub with_secrets: bool,
     /// In how many rounds it was, once it was.
     #[serde(default)]
     pub rounds: Option<u32>,

@@ -765,7 +765,10 @@ fn end_event(words: Option<LastWords>, end: ProcessEnd) -> Event {
 fn error_of(cause: &FailureCause) -> OperationError {
     let message = cause.detail().unwrap_or_else(|| cause.name().replace('_', " "));
     let retry = match cause {
-        FailureCause::BadImage { .. } | FailureCause::BadRoot { .. } | FailureCause::WarmUp { .. } => Retry::WithChange,
+        FailureCause::BadImage { .. }
+        | FailureCause::BadRoot { .. }
+        | FailureCause::Secrets { .. }
+        | FailureCause::WarmUp { .. } => Retry::WithChange,
         FailureCause::GuestPanic
         | FailureCause::GuestFault { .. }
         | FailureCause::GuestUnreachable { .. }

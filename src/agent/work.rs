@@ -41,6 +41,7 @@ mod registering;
 mod retrying;
 mod root;
 mod saving;
+mod secrets;
 mod sending;
 mod swapping;
 mod volumes;
@@ -478,8 +479,13 @@ impl<W: World> Work<W> {
         if self.operation.goal == Goal::Undo {
             self.give_up_send().await?;
         }
+        let state = self.status().await?.state;
+        if self.operation.goal == Goal::Pause && state == MachineState::Running {
+            // Whoever makes a bundle of it then cannot ask it any more.
+            self.note_secrets().await;
+        }
         self.note_hold();
-        match self.status().await?.state {
+        match state {
             MachineState::Paused => Ok(()),
             MachineState::Running | MachineState::Empty => self.ask(Ask::Pause).await.map(|_| ()),
         }

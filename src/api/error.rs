@@ -145,6 +145,9 @@ impl From<VerbError> for ApiError {
             VerbError::Failed { code, .. } if code == "cancelled" => {
                 Self::new(StatusCode::CONFLICT, &code, message, Retry::Later)
             }
+            VerbError::Failed { code, .. } if code == "secrets" => {
+                Self::new(StatusCode::CONFLICT, &code, message, Retry::WithChange)
+            }
             VerbError::Failed { code, .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, &code, message, retry),
         }
     }
@@ -506,7 +509,7 @@ impl From<NotRunning> for ApiError {
                     FailureCause::BadImage { .. } | FailureCause::BadRoot { .. } => {
                         (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
                     }
-                    FailureCause::Bundle { .. } | FailureCause::WarmUp { .. } => {
+                    FailureCause::Bundle { .. } | FailureCause::Secrets { .. } | FailureCause::WarmUp { .. } => {
                         (StatusCode::UNPROCESSABLE_ENTITY, Retry::WithChange)
                     }
                     FailureCause::Volume { .. } => (StatusCode::SERVICE_UNAVAILABLE, Retry::Later),

@@ -92,6 +92,9 @@ pub struct BundleBuildArgs {
     /// Disks of its VMs that are empty until they get a volume, at launch or by `hearth volume attach`, 0 to 6
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=6))]
     pub spare_disks: Option<u8>,
+    /// Make it also if the guest says that it holds secrets: every clone has them then
+    #[arg(long)]
+    pub with_secrets: bool,
     /// Line for the guest's shell that warms it up
     #[arg(long, value_name = "CMD")]
     pub warmup: Option<String>,
@@ -134,4 +137,7 @@ pub struct SnapshotArgs {
     /// Copy memory while the VM runs, and hold it for what is left: a shorter pause, a longer snapshot
     #[arg(long)]
     pub live: bool,
+    /// Make it also if the guest says that it holds secrets: every clone has them then
+    #[arg(long)]
+    pub with_secrets: bool,
 }

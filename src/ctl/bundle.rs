@@ -147,6 +147,7 @@ async fn build(agent: &Agent, out: Output, args: BundleBuildArgs) -> Result<(), 
         memory_mib: args.memory,
         interfaces: args.interfaces,
         spare_disks: args.spare_disks,
+        with_secrets: args.with_secrets,
         warmup: args.warmup,
         ready_marker: args.ready_marker,
         timeout_s: args.timeout.div_ceil(1000),
@@ -166,7 +167,12 @@ async fn build(agent: &Agent, out: Output, args: BundleBuildArgs) -> Result<(), 
 
 /// Takes a snapshot.
 pub(super) async fn snapshot(agent: &Agent, out: Output, args: SnapshotArgs) -> Result<(), BundleError> {
-    let request = SnapshotRequest { bundle_name: args.bundle_name, diff: args.diff, live: args.live };
+    let request = SnapshotRequest {
+        bundle_name: args.bundle_name,
+        diff: args.diff,
+        live: args.live,
+        with_secrets: args.with_secrets,
+    };
     let path = format!("/v1/vms/{}/snapshot", args.vm.as_str());
     let call = agent.post(&path, &request, DISK_LIMIT);
     let operation: Operation = shown(&format!("snapshot {}", args.vm.as_str()), call).await?;

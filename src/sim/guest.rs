@@ -64,6 +64,13 @@ impl Fate {
     }
 }
 
+impl SimHost {
+    /// What all guests say from now on that they hold.
+    pub fn guests_hold(&self, secrets: &[&str]) {
+        self.state().secrets = secrets.iter().map(|name| (*name).to_owned()).collect();
+    }
+}
+
 /// The agent inside a guest, for one connection.
 pub(super) async fn serve(host: SimHost, vm: VmId, stream: DuplexStream) {
     host.state().guest_streams += 1;
@@ -142,6 +149,7 @@ async fn answer(host: &SimHost, vm: &VmId, message: ToGuest, stream: &mut Duplex
         ToGuest::RunHooks { .. } => vec![FromGuest::HooksRan(HooksRan::default())],
         ToGuest::Join(join) => host.join(vm, join).into_iter().collect(),
         ToGuest::Quiesce { .. } => vec![FromGuest::Quiesced { complete: true, took_ms: 1 }],
+        ToGuest::Secrets => vec![FromGuest::Secrets(host.state().secrets.clone())],
         ToGuest::Stats => vec![FromGuest::Stats(Stats::default())],
         ToGuest::Exec(exec) if exec.argv[0] == "true" => {
             vec![FromGuest::Started { pid: 2 }, FromGuest::Exited(Exit::Code(0))]

@@ -112,6 +112,27 @@ fn clones_share_memory(agent: &Agent, names: &[String]) {
     assert!(pss < names.len() as u64 * 64 * 1024 / 4, "{pss} KiB");
 }
 
+/// What a guest says it holds is in no bundle of it unasked: as it runs, and as it stands still.
+fn no_bundle_has_secrets_unasked(agent: &Agent) {
+    agent.sh("one", "mkdir -p /run/hearth/secrets.d; : > /run/hearth/secrets.d/token");
+    let refused = |more: &[&str]| {
+        let output = agent.run(&[&["vm", "snapshot", "one"], more].concat());
+        let said = super::fixture::text(&output.stderr);
+        assert!(!output.status.success() && said.contains("(token)") && said.contains("--with-secrets"), "{said}");
+    };
+    refused(&[]);
+    refused(&["--live"]);
+    assert_eq!(agent.sh("one", "cat /tmp/note"), "second", "the VM goes on");
+    agent.ok(&["vm", "pause", "one"]);
+    refused(&[]);
+    agent.ok(&["vm", "snapshot", "one", "--bundle-name", "held", "--with-secrets"]);
+    agent.ok(&["vm", "resume", "one"]);
+    agent.sh("one", "rm /run/hearth/secrets.d/token");
+    agent.ok(&["bundle", "rm", "held"]);
+    agent.ok(&["vm", "snapshot", "one", "--bundle-name", "free"]);
+    agent.ok(&["bundle", "rm", "free"]);
+}
+
 pub(crate) fn snapshots_hold_what_was_there_and_differences_build_on_them(_shared: &Agent) {
     let lab = Lab::start("htest-snaps", 22);
     let agent = lab.agent();
@@ -139,6 +160,7 @@ pub(crate) fn snapshots_hold_what_was_there_and_differences_build_on_them(_share
         agent.ok(&["bundle", "rm", bundle]);
     }
     assert_eq!(agent.sh("one", "cat /tmp/note /tmp/cpus"), "second\n2", "the VM goes on");
+    no_bundle_has_secrets_unasked(agent);
 
     lab.clone_of("one-diff", "two");
     assert_eq!(agent.sh("two", "cat /tmp/note /tmp/cpus; hostname"), "second\n2\ntwo");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hearth::agent::{
     BuildRequest, BuildSpec, BundleError, BundleWork, Door, LaunchError, LaunchRequest, Launched, OperationRecord,
-    OperationState, SnapshotRequest, Verb, VmError, VmState,
+    OperationState, SnapshotRequest, Verb, VerbError, VmError, VmState,
 };
 use hearth::ids::BundleId;
 use hearth::sim::{Faults, SimHost};
@@ -18,7 +18,17 @@ pub(crate) fn build(name: Option<String>, warmup: Option<&str>, marker: Option<&
     let (warmup, ready_marker) = (warmup.map(str::to_owned), marker.map(str::to_owned));
     let build = BuildSpec { warmup, ready_marker, timeout_s: 60 };
     let image = "demo".to_owned();
-    BuildRequest { name, image, vcpus: None, memory_mib: None, interfaces: None, spare_disks: 0, build, key: None }
+    BuildRequest {
+        name,
+        image,
+        vcpus: None,
+        memory_mib: None,
+        interfaces: None,
+        spare_disks: 0,
+        with_secrets: false,
+        build,
+        key: None,
+    }
 }
 
 /// A VM launched from a bundle.
@@ -75,15 +85,17 @@ async fn whole_story(host: SimHost, door: Arc<dyn Door>) {
     let warm = bundle_of(&operation);
     runs(&door, from_bundle(named("clone"), "warm")).await;
     let full = door
-        .snapshot("clone", SnapshotRequest { name: named("full"), diff: false, live: false })
+        .snapshot("clone", SnapshotRequest { name: named("full"), diff: false, live: false, with_secrets: false })
         .await
         .expect("a snapshot");
     door.ask("clone", Verb::Pause).await.expect("paused");
-    let diff =
-        door.snapshot("clone", SnapshotRequest { name: named("diff"), diff: true, live: false }).await.expect("a diff");
+    let diff = door
+        .snapshot("clone", SnapshotRequest { name: named("diff"), diff: true, live: false, with_secrets: false })
+        .await
+        .expect("a diff");
     assert_eq!(door.vm("clone").expect("it is there").state, VmState::Paused);
     door.ask("clone", Verb::Resume).await.expect("resumed");
-    let live = SnapshotRequest { name: named("live"), diff: true, live: true };
+    let live = SnapshotRequest { name: named("live"), diff: true, live: true, with_secrets: false };
     let live = door.snapshot("clone", live).await.expect("a live diff");
     assert_eq!(door.vm("clone").expect("it is there").state, VmState::Running);
     let removed = door.remove_bundle("warm").await;
@@ -129,10 +141,54 @@ fn a_build_that_fails_at_any_point_leaves_nothing() {
     assert!(points > 40, "a build has more points than {points}");
 }
 
+#[test]
+fn no_bundle_is_made_of_secrets_unasked() {
+    let host = SimHost::new(51);
+    let told = host.clone();
+    let done = life(&host, Faults::default(), |door| async move {
+        warm(Arc::clone(&door)).await;
+        runs(&door, from_bundle(named("clone"), "warm")).await;
+        let refused = |error: VmError| {
+            let VmError::Verb(VerbError::Failed { code, message, .. }) = error else { panic!("{error}") };
+            assert_eq!(code, "secrets");
+            message
+        };
+        told.guests_hold(&["token", "key"]);
+        for live in [false, true] {
+            let wanted = SnapshotRequest { live, ..SnapshotRequest::default() };
+            let message = refused(door.snapshot("clone", wanted).await.expect_err("it holds secrets"));
+            assert!(message.contains("(token, key)") && message.contains("--with-secrets"), "{message}");
+            assert_eq!(door.vm("clone").expect("it is there").state, VmState::Running);
+        }
+        let operation = built(&door, build(named("other"), None, None)).await;
+        let error = operation.error.expect("no bundle is made of it");
+        assert_eq!(error.code, "secrets");
+        assert_eq!((told.bundles().len(), told.staged()), (1, vec![]));
+
+        // One that stands still cannot be asked: what it said before counts.
+        door.ask("clone", Verb::Pause).await.expect("paused");
+        told.guests_hold(&[]);
+        refused(door.snapshot("clone", SnapshotRequest::default()).await.expect_err("it held secrets"));
+        assert_eq!(door.vm("clone").expect("it is there").state, VmState::Paused);
+        let asked_for = || SnapshotRequest { with_secrets: true, ..SnapshotRequest::default() };
+        door.snapshot("clone", asked_for()).await.expect("it was asked for");
+        door.ask("clone", Verb::Resume).await.expect("resumed");
+        door.ask("clone", Verb::Pause).await.expect("paused");
+        door.snapshot("clone", SnapshotRequest::default()).await.expect("it holds none any more");
+        door.ask("clone", Verb::Resume).await.expect("resumed");
+        told.guests_hold(&["token"]);
+        door.snapshot("clone", asked_for()).await.expect("it was asked for");
+        assert_eq!(told.bundles().len(), 4);
+    });
+    done.expect("no crash");
+    assert_eq!(host.violations(), Vec::<String>::new());
+}
+
 /// A snapshot of which one effect may fail: the VM is as before, or tells of its end.
 async fn snapshot_with_a_fault(host: SimHost, door: Arc<dyn Door>, live: bool) {
     let Ok(before) = door.vm("web") else { panic!("it is there") };
-    let taken = door.snapshot("web", SnapshotRequest { name: named("still"), diff: true, live }).await;
+    let taken =
+        door.snapshot("web", SnapshotRequest { name: named("still"), diff: true, live, with_secrets: false }).await;
     let after = door.vm("web").expect("it is there");
     assert_eq!(host.staged(), [], "{taken:?}");
     assert_eq!(host.bundles().len(), 1 + usize::from(taken.is_ok()), "{taken:?}");
@@ -293,7 +349,7 @@ fn a_name_is_one_bundles() {
         for vm in ["one", "two"] {
             runs(&door, request(named(vm))).await;
         }
-        let wanted = || SnapshotRequest { name: named("still"), diff: false, live: false };
+        let wanted = || SnapshotRequest { name: named("still"), diff: false, live: false, with_secrets: false };
         let (one, two) = tokio::join!(door.snapshot("one", wanted()), door.snapshot("two", wanted()));
         assert!(one.is_ok() != two.is_ok(), "{one:?} {two:?}");
         let refused = door.snapshot("one", wanted()).await;

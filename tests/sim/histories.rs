@@ -88,7 +88,13 @@ async fn of_bundles(host: &SimHost, door: &Arc<dyn Door>, vm: &str) {
             let warmup = ["true", "false", "echo READY"][usize::try_from(host.pick(3)).expect("a small number")];
             drop(door.build_bundle(build(name, Some(warmup), None)).await);
         }
-        1 => drop(door.snapshot(vm, SnapshotRequest { name, diff: host.pick(2) == 0, live: host.pick(2) == 0 }).await),
+        1 => drop(
+            door.snapshot(
+                vm,
+                SnapshotRequest { name, diff: host.pick(2) == 0, live: host.pick(2) == 0, with_secrets: false },
+            )
+            .await,
+        ),
         2 | 3 => {
             let wanted = from_bundle(Some(vm.to_owned()), name.as_deref().unwrap_or(&some));
             if let Ok(Launched::Vm(vm)) = door.launch(wanted).await

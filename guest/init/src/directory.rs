@@ -1,5 +1,26 @@
 //! Entries of a directory, as the kernel lists them.
 
+use alloc::ffi::CString;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::sys::{Errno, Fd};
+
+/// The names in an open directory, but for itself and the one above.
+pub(crate) fn names(directory: &Fd) -> Result<Vec<CString>, Errno> {
+    let mut names = Vec::new();
+    let mut entries = vec![0; 4096];
+    loop {
+        let count = directory.read_directory(&mut entries)?;
+        if count == 0 {
+            return Ok(names);
+        }
+        let found = Entries(entries.get(..count).unwrap_or_default());
+        let found = found.filter(|entry| !matches!(entry.name, b"." | b".."));
+        names.extend(found.filter_map(|entry| CString::new(entry.name).ok()));
+    }
+}
+
 /// Entries in bytes that `read_directory` gave: `struct linux_dirent64`, one after the other.
 pub(crate) struct Entries<'a>(pub(crate) &'a [u8]);
 

@@ -30,6 +30,7 @@ mod program;
 mod registrar;
 mod role;
 mod root;
+mod secrets;
 mod server;
 mod stats;
 mod sys;

@@ -18,7 +18,7 @@ use core::ffi::CStr;
 
 use hearth_guest_wire::Exit;
 
-use crate::directory::Entries;
+use crate::directory::names;
 use crate::disk;
 use crate::link::Refusal;
 use crate::role::Role;
@@ -195,7 +195,7 @@ struct Directory {
 
 impl OldRoot {
     fn new(root: Fd) -> Self {
-        let left = names(&root);
+        let left = names(&root).unwrap_or_default();
         Self { open: vec![Directory { fd: root, name: CString::default(), left }] }
     }
 
@@ -212,21 +212,9 @@ impl OldRoot {
         if sys::remove_in(&directory.fd, &name) == Err(Errno::ISDIR)
             && let Ok(fd) = sys::open_directory_in(&directory.fd, &name)
         {
-            let left = names(&fd);
+            let left = names(&fd).unwrap_or_default();
             self.open.push(Directory { fd, name, left });
         }
         true
     }
-}
-
-/// The names in a directory; as many as can be read.
-fn names(directory: &Fd) -> Vec<CString> {
-    let mut names = Vec::new();
-    let mut entries = vec![0; 4096];
-    while let Ok(count @ 1..) = directory.read_directory(&mut entries) {
-        let found = Entries(entries.get(..count).unwrap_or_default());
-        let found = found.filter(|entry| !matches!(entry.name, b"." | b".."));
-        names.extend(found.filter_map(|entry| CString::new(entry.name).ok()));
-    }
-    names
 }

@@ -29,13 +29,14 @@ pub mod registrar;
 /// * 2: [`ToGuest::Network`].
 /// * 3: [`ToGuest::Hardware`], [`ToGuest::RunHooks`], [`ToGuest::Join`] and its answers.
 /// * 4: [`ToGuest::Root`].
-pub const VERSION: u16 = 4;
+/// * 5: [`ToGuest::Secrets`].
+pub const VERSION: u16 = 5;
 
 /// The oldest version this build still understands.
 pub const VERSION_MIN: u16 = 2;
 
 /// The version that a host has to know to have this guest go on there, when the guest's is `spoken`: what is newer than this
-/// has to do with how a guest begins, and whoever speaks it speaks this as well. So a guest can go to a host that has not
+/// has to do with how a guest begins or with copies of it, and whoever speaks it speaks this as well. So a guest can go to a host that has not
 /// been upgraded yet.
 #[must_use]
 pub const fn version_to_go_on(spoken: u16) -> u16 {
@@ -57,6 +58,9 @@ pub const EXEC_WORDS_MAX: usize = 4096;
 
 /// Most programs that one [`ToGuest::RunHooks`] runs; with more of them none is run.
 pub const HOOKS_MAX: usize = 64;
+
+/// Most names of [`FromGuest::Secrets`].
+pub const SECRETS_MAX: usize = 16;
 
 /// Most bytes of each text of a [`Join`].
 pub const JOIN_TEXT_BYTES_MAX: usize = 4096;
@@ -155,6 +159,8 @@ pub enum ToGuest {
         /// Mount it for reading only.
         read_only: bool,
     },
+    /// Ask for [`FromGuest::Secrets`]. Since version 5.
+    Secrets,
 }
 
 /// What the guest says.
@@ -208,6 +214,9 @@ pub enum FromGuest {
         /// The number the registrar gave this registration.
         epoch: u64,
     },
+    /// Answer to [`ToGuest::Secrets`]: the names of what programs of the guest say they hold that no copy of it is to have,
+    /// the first [`SECRETS_MAX`] of them. Since version 5.
+    Secrets(Vec<String>),
 }
 
 /// How a program ended.

@@ -107,6 +107,8 @@ fn to_guest() -> impl Strategy<Value = ToGuest> {
         join().prop_map(ToGuest::Join),
         any::<u64>().prop_map(|epoch| ToGuest::Registered { epoch }),
         any::<String>().prop_map(|reason| ToGuest::RegistrationRefused { reason }),
+        (any::<String>(), any::<bool>()).prop_map(|(disk, read_only)| ToGuest::Root { disk, read_only }),
+        Just(ToGuest::Secrets),
     ]
 }
 
@@ -137,6 +139,7 @@ fn from_guest() -> impl Strategy<Value = FromGuest> {
         hooks_ran().prop_map(FromGuest::HooksRan),
         registration().prop_map(FromGuest::Register),
         any::<u64>().prop_map(|epoch| FromGuest::Joined { epoch }),
+        vec(any::<String>(), 0..4).prop_map(FromGuest::Secrets),
     ]
 }
 
@@ -308,7 +311,11 @@ fn the_bytes_of_the_protocol_do_not_change() {
         b't', b'o', b'k',
     ];
     let failure = HookFailure { name: String::from("a"), reason: String::from("b") };
-    let cases: [(Vec<u8>, &[u8]); 20] = [
+    let root = ToGuest::Root { disk: String::from("d"), read_only: true };
+    let cases: [(Vec<u8>, &[u8]); 23] = [
+        (encode(&root).unwrap(), &[4, 0, 0, 0, 18, 1, b'd', 1]),
+        (encode(&ToGuest::Secrets).unwrap(), &[1, 0, 0, 0, 19]),
+        (encode(&FromGuest::Secrets(vec![String::from("k")])).unwrap(), &[4, 0, 0, 0, 12, 1, 1, b'k']),
         (encode(&hardware).unwrap(), &[14, 0, 0, 0, 13, 1, 1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1]),
         (encode(&ToGuest::RunHooks { timeout_ms: 300 }).unwrap(), &[3, 0, 0, 0, 14, 0xac, 2]),
         (encode(&ToGuest::Join(join.clone())).unwrap(), outside),

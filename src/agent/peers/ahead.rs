@@ -78,3 +78,29 @@ impl<W: World> Shared<W> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::future::BoxFuture;
+
+    use super::super::link::{LinkError, PeerAnswer, PeerCall};
+    use super::*;
+
+    struct Nowhere;
+
+    impl PeerLine for Nowhere {
+        fn call(self: Box<Self>, _: PeerCall) -> BoxFuture<'static, Result<PeerAnswer, LinkError>> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    #[test]
+    fn a_line_is_taken_once_and_not_when_it_may_be_closed() {
+        let opened = Monotonic(7);
+        let line = || LineAhead { line: Box::new(Nowhere), opened };
+        let place = Place(Mutex::new(Some(line())));
+        assert!(place.take().is_some() && place.take().is_none());
+        assert!(line().if_open(opened.after(LINE_LIFE - Duration::from_millis(1))).is_some());
+        assert!(line().if_open(opened.after(LINE_LIFE)).is_none());
+    }
+}

@@ -10,6 +10,7 @@ use tokio::time::{sleep, timeout};
 use super::sending::wanted;
 use super::{Outcome, Work, ask_failed, ended, host, micros, unreachable};
 use crate::agent::bundles::{BundleView, CommitOrder};
+use crate::agent::effect::Effect;
 use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, printable};
 use crate::agent::record::{BuildSpec, BundleOrder};
 use crate::agent::vm_state::FailureCause;
@@ -110,6 +111,7 @@ impl<W: World> Work<W> {
                 | FromGuest::Quiesced { .. }
                 | FromGuest::Stats(_)
                 | FromGuest::HooksRan(_)
+                | FromGuest::Secrets(_)
                 | FromGuest::Register(_)
                 | FromGuest::Joined { .. } => return Err(WarmUpError::Guest(GuestError::Unexpected)),
             }
@@ -138,11 +140,12 @@ impl<W: World> Work<W> {
             let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
             let answer = link.request(&ToGuest::Quiesce { timeout_ms }, ANSWER_LIMIT).await?;
             let FromGuest::Quiesced { complete, .. } = answer else { return Err(GuestError::Unexpected) };
-            Ok(complete)
+            Ok((complete, link))
         };
-        let complete = quiescing.await.map_err(|error| unreachable(&error))?;
+        let (complete, mut link) = quiescing.await.map_err(|error| unreachable(&error))?;
         self.order()?.quiesced = Some(complete);
-        Ok(())
+        // The last word before it is held.
+        self.check_secrets(&mut link).await
     }
 
     /// Lets the guest's file systems go on, and sets its clock, which stood still meanwhile.
@@ -196,6 +199,10 @@ impl<W: World> Work<W> {
         if self.status().await?.state != MachineState::Paused {
             return Err(host("the machine to save is not held".to_owned()));
         }
+        let was_held = !self.operation.steps.iter().any(|step| step.effect == Effect::QuiesceGuest);
+        if was_held {
+            self.check_noted_secrets()?;
+        }
         let pages = self.saved_pages()?;
         // What was copied before, by this work: an agent that finds a copy that it did not order begins anew.
         let copied = self.order()?.rounds.and(self.order()?.memory_bytes);
@@ -230,7 +237,7 @@ impl<W: World> Work<W> {
     }
 
     /// The bundle this work makes.
-    fn order(&mut self) -> Result<&mut BundleOrder, Outcome> {
+    pub(super) fn order(&mut self) -> Result<&mut BundleOrder, Outcome> {
         self.operation.makes.as_mut().ok_or_else(|| host("this operation makes no bundle".to_owned()))
     }
 

@@ -221,6 +221,7 @@ impl<W: World> Work<W> {
                     | FromGuest::Quiesced { .. }
                     | FromGuest::Stats(_)
                     | FromGuest::HooksRan(_)
+                    | FromGuest::Secrets(_)
                     | FromGuest::Register(_)
                     | FromGuest::Joined { .. } => return Err(GuestError::Unexpected),
                 }

@@ -29,8 +29,18 @@ pub(in crate::api) async fn build_bundle(
     body: JsonBody<BundleBuildRequest>,
 ) -> Result<Response, ApiError> {
     let JsonBody { value, key } = body;
-    let BundleBuildRequest { image, name, vcpus, memory_mib, interfaces, spare_disks, warmup, ready_marker, timeout_s } =
-        value;
+    let BundleBuildRequest {
+        image,
+        name,
+        vcpus,
+        memory_mib,
+        interfaces,
+        spare_disks,
+        with_secrets,
+        warmup,
+        ready_marker,
+        timeout_s,
+    } = value;
     let build = BuildSpec { warmup, ready_marker, timeout_s };
     let request = BuildRequest {
         name,
@@ -39,6 +49,7 @@ pub(in crate::api) async fn build_bundle(
         memory_mib,
         interfaces,
         spare_disks: spare_disks.unwrap_or(0),
+        with_secrets,
         build,
         key: key.clone(),
     };
@@ -66,7 +77,12 @@ pub(in crate::api) async fn snapshot_vm(
     Path(id): Path<String>,
     OptionalBody(request): OptionalBody<SnapshotRequest>,
 ) -> Result<Json<Operation>, ApiError> {
-    let request = agent::SnapshotRequest { name: request.bundle_name, diff: request.diff, live: request.live };
+    let request = agent::SnapshotRequest {
+        name: request.bundle_name,
+        diff: request.diff,
+        live: request.live,
+        with_secrets: request.with_secrets,
+    };
     Ok(Json(convert::operation(&served.door.snapshot(&id, request).await?)))
 }
 

@@ -11,7 +11,7 @@ mod moving;
 mod parts;
 
 use super::*;
-use crate::agent::peers::{PeerAnswer, PeerCall, PeerKey, PeerSetup};
+use crate::agent::peers::{Callee, LinkError, PeerAnswer, PeerCall, PeerKey, PeerLink, PeerSetup};
 use crate::agent::{OwnError, OwnLaunch, OwnLaunched, SessionError, SessionRequest};
 use crate::api::fabric_fixture::{Host, Wire, config};
 use crate::api::peer_link::HttpLink;
@@ -313,6 +313,19 @@ async fn over_real_sockets_peers_meet_and_launch() {
     drop(idle);
     end.send_replace(true);
     b.until("nobody listening", |_| std::net::TcpStream::connect(at).is_err()).await;
+}
+
+#[tokio::test]
+async fn over_real_sockets_a_line_held_ready_is_for_one_call_to_the_right_host() {
+    let (_a, _b, at, _end) = over_sockets().await;
+    let link = HttpLink::new(Some(PeerTls::new(&PeerKey::new(KEY), 1).unwrap()), false);
+    let callee = |number| Callee { name: "b".to_owned(), at, number: Some(number), limit: ARRIVE_LIMIT };
+    let call = || PeerCall { method: "POST", path: HELLO_PATH.to_owned(), body: b"{}".to_vec(), head: None };
+    let [first, second] = [link.open(callee(2)).await.unwrap(), link.open(callee(2)).await.unwrap()];
+    assert_eq!(error(&second.call(call()).await.unwrap()), (401, "peer_unsigned".to_owned()));
+    assert!(matches!(link.open(callee(3)).await, Err(LinkError::Tls(TlsError::OtherHost { proven: 2, wanted: 3 }))));
+    // The one that waited longer.
+    assert_eq!(error(&first.call(call()).await.unwrap()), (401, "peer_unsigned".to_owned()));
 }
 
 #[tokio::test]

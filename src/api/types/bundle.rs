@@ -33,6 +33,9 @@ pub struct BundleBuildRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(maximum = 6)]
     pub spare_disks: Option<u8>,
+    /// Make it also if the guest says that it holds secrets (marks in /run/hearth/secrets.d): every clone has them then.
+    #[serde(default)]
+    pub with_secrets: bool,
     /// A line for the guest's shell that warms it up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup: Option<String>,
@@ -63,6 +66,7 @@ impl Default for BundleBuildRequest {
             memory_mib: None,
             interfaces: None,
             spare_disks: None,
+            with_secrets: false,
             warmup: None,
             ready_marker: None,
             timeout_s: timeout_default(),
@@ -83,6 +87,9 @@ pub struct SnapshotRequest {
     /// Copy most of memory while the VM runs, and hold it for the rest only: a shorter pause, a longer snapshot.
     #[serde(default)]
     pub live: bool,
+    /// Make it also if the guest says that it holds secrets (marks in /run/hearth/secrets.d): every clone has them then.
+    #[serde(default)]
+    pub with_secrets: bool,
 }
 
 /// `POST /v1/bundles/{id}/compact`.

@@ -145,7 +145,7 @@ impl Bench<'_> {
         let name = self.name(&format!("{}-", kind.name()));
         self.owes_bundle(name.clone());
         let (diff, live) = (kind == Kind::Diff, kind == Kind::Live);
-        let request = SnapshotRequest { bundle_name: Some(name.clone()), diff, live };
+        let request = SnapshotRequest { bundle_name: Some(name.clone()), diff, live, with_secrets: false };
         let begun = self.clock.monotonic();
         let operation: Operation = self.agent.post(&format!("/v1/vms/{vm}/snapshot"), &request, DISK_LIMIT).await?;
         let total_ms = milliseconds_since(&self.clock, begun);

@@ -14,6 +14,7 @@ use crate::net::{self, hardware};
 use crate::program::{GRACE_NS, Program};
 use crate::registrar::RegistrarCall;
 use crate::root::Entered;
+use crate::secrets;
 use crate::server::Guest;
 use crate::stats;
 use crate::sys::{self, Errand, Errno};
@@ -62,6 +63,13 @@ impl Link {
                     Ok(Entered::Later) => self.phase = Phase::EnteringRoot,
                     Ok(Entered::Now) => self.answer(Ok(()), ENTER_ROOT),
                     Err(refusal) => self.answer(Err(refusal), ENTER_ROOT),
+                }
+            }
+            ToGuest::Secrets => {
+                guest.finish_mounts();
+                match secrets::names() {
+                    Ok(names) => self.outgoing.push(&FromGuest::Secrets(names)),
+                    Err(refusal) => self.answer(Err(refusal), "look for secrets"),
                 }
             }
             ToGuest::Stats => {
