@@ -83,8 +83,8 @@ impl<W: World> Shared<W> {
 mod tests {
     use futures_util::future::BoxFuture;
 
-    use super::super::link::{LinkError, PeerAnswer, PeerCall};
     use super::*;
+    use crate::agent::peers::{LinkError, PeerAnswer, PeerCall};
 
     struct Nowhere;
 
