@@ -61,10 +61,10 @@ async fn held<S: ByteStream>(link: &mut GuestLink<S>) -> Result<Vec<String>, Gue
     if link.version < SINCE_VERSION {
         return Ok(Vec::new());
     }
-    match link.request(&ToGuest::Secrets, ANSWER_LIMIT).await? {
-        FromGuest::Secrets(names) => Ok(names.iter().take(SECRETS_MAX).map(|name| printable(name)).collect()),
-        _ => Err(GuestError::Unexpected),
-    }
+    let FromGuest::Secrets(names) = link.request(&ToGuest::Secrets, ANSWER_LIMIT).await? else {
+        return Err(GuestError::Unexpected);
+    };
+    Ok(names.iter().take(SECRETS_MAX).map(|name| printable(name)).collect())
 }
 
 fn refuse(held: &[String]) -> Result<(), Outcome> {
