@@ -128,7 +128,7 @@ impl Vmm {
         let mut descriptors =
             vec![kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), console.as_fd(), console_listener.as_fd(), vsock.as_fd()];
         for (device, descriptor) in more {
-            spec.devices.push(device.clone());
+            spec.devices.push(*device);
             descriptors.push(*descriptor);
         }
         ask(&mut self.control, &Request::Launch(spec), &descriptors)

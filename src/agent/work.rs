@@ -153,18 +153,24 @@ impl<W: World> Work<W> {
             tracing::debug!(vm = %self.record.id, step = effect.name(), ?took, done = performed.is_ok(), "step");
             self.operation.steps[index] = step.clone();
             let (record_before, makes_before, moved_before) = before;
-            let mut writes = if self.operation.makes == makes_before && self.operation.moved == moved_before {
-                vec![Write::Step { operation: self.operation.id.clone(), index, step }]
+            let mut writes = std::mem::take(&mut self.writes);
+            writes.push(if self.operation.makes == makes_before && self.operation.moved == moved_before {
+                Write::Step { operation: self.operation.id.clone(), index, step }
             } else {
                 // What is known of the bundle or the move is recorded with the step that found it out: it is not done
                 // again.
-                vec![Write::Operation(Box::new(self.operation.clone()))]
-            };
+                Write::Operation(Box::new(self.operation.clone()))
+            });
             if self.record != record_before {
                 self.record.revision += 1;
                 writes.push(Write::Vm(Box::new(self.record.clone())));
             }
-            writes.append(&mut self.writes);
+            if performed.is_ok() && self.is_held_after(index) {
+                // Nobody waits for a disk while a guest stands still: it is written with what has it run. An agent that
+                // is killed before that does it again, or takes it back.
+                self.writes = writes;
+                continue;
+            }
             if effect == Effect::Forget && performed.is_ok() {
                 writes.push(Write::NoVm(self.record.id.clone()));
                 writes.push(self.shared.removed_event(&self.record));
@@ -195,6 +201,20 @@ impl<W: World> Work<W> {
             }
         }
         Outcome::Done
+    }
+
+    /// Whether the guest stands still behind this step, for no longer than it takes to have it run.
+    #[expect(clippy::wildcard_enum_match_arm, reason = "behind most effects it runs, or for nobody to wait for")]
+    fn is_held_after(&self, index: usize) -> bool {
+        let (goal, [step, later @ ..]) = (self.operation.goal, &self.operation.steps[index..]) else { return false };
+        let runs = later.iter().any(|step| step.effect == Effect::RunMachine);
+        match step.effect {
+            Effect::HoldMachine | Effect::SaveMachine => runs && goal == Goal::Snapshot,
+            Effect::AwaitDecision | Effect::OpenNetwork => runs && goal == Goal::Arrive,
+            // What ends the operation is the decision, and has all of it.
+            Effect::SendMachine => later.is_empty() && goal == Goal::Migrate,
+            _ => false,
+        }
     }
 
     const fn is_ending(&self) -> bool {
