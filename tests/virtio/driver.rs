@@ -166,7 +166,14 @@ impl Driver {
 
     pub(crate) fn interrupt_within(&self, milliseconds: u16) -> Option<u32> {
         let event = self.slot.interrupt();
-        if self.line.wait(i32::from(milliseconds), &mut [EpollEvent::default()]).unwrap() == 0 {
+        // A ring that was closed interrupts whoever used it, some time later.
+        let count = loop {
+            match self.line.wait(i32::from(milliseconds), &mut [EpollEvent::default()]) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                count => break count.unwrap(),
+            }
+        };
+        if count == 0 {
             return None;
         }
         event.read().unwrap();
