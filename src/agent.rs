@@ -64,6 +64,7 @@ pub mod log;
 mod member;
 mod metrics;
 mod migration_record;
+mod migration_view;
 mod migrations;
 mod network;
 pub mod peers;
@@ -143,10 +144,8 @@ pub use ledger::{
 pub use migration_record::{
     Compress, MigrationRecord, MovePolicy, MoveRecord, PauseSteps, PolicyError, Uncompressed, WhenUnconverged,
 };
-pub use migrations::{
-    Direction, MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate, MigrationProgress, MigrationState,
-    MigrationView,
-};
+pub use migration_view::{Direction, MigrationProgress, MigrationState, MigrationView};
+pub use migrations::{MigrateError, MigrateOrder, MigrationDoor, MigrationEstimate};
 pub use pool::{POOL_SIZE_MAX, PoolDoor, PoolError, PoolView};
 pub use record::{
     BuildSpec, BundleOrder, DiskSpec, EventRecord, OperationError, OperationRecord, OperationState, ProcessRecord,

@@ -4,39 +4,28 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use hearth_guest_wire::{Shutdown, ToGuest};
 use tokio::sync::{OwnedSemaphorePermit, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use super::bundles::BundleError;
-use super::command_line::command_line;
 use super::effect::Effect;
-use super::filling::Chunks;
-use super::guest::{self, ANSWER_LIMIT, GuestError};
-use super::ledger::{LedgerError, Write};
+use super::ledger::Write;
 use super::migration_record::Uncompressed;
 use super::peers::LineAhead;
-use super::record::{OperationRecord, ProcessRecord, StepRecord, StepState, VmRecord};
+use super::record::{OperationRecord, StepRecord, StepState, VmRecord};
 use super::session_end::quarantine;
 use super::shared::Shared;
-use super::vm_state::{FailureCause, Goal};
-use super::world::{
-    Ask, AskError, FillingPlan, LaunchPlan, NetworkError, ProcessEnd, RestorePlan, SendOrder, StartVmmError, VmDisk,
-    VmNetworks, VmmHost, VmmProcess, World,
-};
+use super::vm_state::Goal;
+use super::world::{SendOrder, VmDisk, VmNetworks, VmmHost, VmmProcess, World};
 use crate::clock::{Clock, Monotonic};
-use crate::ids::BundleId;
-use crate::report::{Retry, chain};
-use crate::units::MIB;
-use crate::wire::control::{Answer, MachineState, Request, SendPhase, Status};
-use crate::wire::frame;
-use crate::wire::refusal::Refusal;
 
 mod arriving;
 mod greeting;
 mod handing_over;
 mod leases;
+mod machine;
+mod outcome;
 mod prefaulting;
+mod process;
 mod registering;
 mod retrying;
 mod root;
@@ -46,15 +35,12 @@ mod sending;
 mod swapping;
 mod volumes;
 
-/// Longest wait for a killed process to be gone. The kernel frees its memory first, which takes a second for many GiB.
-const END_LIMIT: Duration = Duration::from_secs(30);
+pub(super) use outcome::Outcome;
+use outcome::{ask_failed, host, no_network, note_of, unreachable};
+pub(super) use process::ended;
 
 /// How long a VMM may take to end after a guest that failed: its end, with last words, says more than the failure.
 const LAST_WORDS_WAIT: Duration = Duration::from_millis(500);
-
-/// How often and how long it is waited for a send to be given up: 10 s, more than its own waits while a guest is held.
-const GIVE_UP_TRIES: u32 = 500;
-const GIVE_UP_AGAIN: Duration = Duration::from_millis(20);
 
 type Process<W> = <<W as World>::Vmm as VmmHost>::Process;
 
@@ -86,22 +72,6 @@ pub(super) struct Work<W: World> {
     pub(super) turn: Option<OwnedSemaphorePermit>,
     /// What is written together with the present step.
     pub(super) writes: Vec<Write>,
-}
-
-/// How a piece of work ended.
-pub(super) enum Outcome {
-    /// All effects were performed.
-    Done,
-    /// It was cut short by a later request.
-    Hurried,
-    /// The VMM ended meanwhile.
-    VmmEnded(ProcessEnd),
-    /// An effect failed for good.
-    Failed(FailureCause),
-    /// On the way back, it turned out that there is none: the VM is another host's.
-    Decided,
-    /// The ledger failed: nothing can be recorded any more.
-    Broken(LedgerError),
 }
 
 /// A piece of work, over.
@@ -337,297 +307,8 @@ impl<W: World> Work<W> {
             Write::NoSwapKey(vm.clone()),
         ]
     }
-
-    async fn find(&mut self) -> Result<Option<Process<W>>, Outcome> {
-        if self.process.is_none() {
-            let found = self.shared.world.vmm().find(&self.record).await;
-            self.process = found.map_err(|error| host(format!("look for the VMM: {error}")))?;
-        }
-        Ok(self.process.clone())
-    }
-
-    async fn start_vmm(&mut self) -> Result<(), Outcome> {
-        let process = match self.find().await? {
-            Some(process) => process,
-            None => {
-                let started = self.shared.world.vmm().start(&self.record).await.map_err(start_failed)?;
-                self.record.wire_version = frame::VERSION;
-                started
-            }
-        };
-        self.record.process = Some(process.record());
-        if self.is_launch() {
-            self.record.timings.spawn_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
-        }
-        self.process = Some(process);
-        Ok(())
-    }
-
-    async fn ask(&self, ask: Ask) -> Result<Answer, Outcome> {
-        let asking = self.shared.world.vmm().ask(&self.record, self.shared.epoch, ask);
-        let Some(process) = &self.process else { return asking.await.map_err(ask_failed) };
-        tokio::select! {
-            biased;
-            // First what was asked: an answer that came before the end counts.
-            answer = asking => answer.map_err(ask_failed),
-            end = process.ended() => Err(Outcome::VmmEnded(end)),
-        }
-    }
-
-    async fn status(&self) -> Result<Status, Outcome> {
-        let Answer::Status(status) = self.ask(Ask::Status).await? else {
-            return Err(ask_failed(AskError::Unexpected));
-        };
-        Ok(status)
-    }
-
-    async fn build_machine(&mut self) -> Result<(), Outcome> {
-        if self.status().await?.state != MachineState::Empty {
-            return Ok(());
-        }
-        let disk = self.shared.world.disk();
-        let image = disk.image(&self.record.spec.image).await.map_err(|error| bad_image(chain(&error)))?;
-        let additions = disk.command_line_additions().await;
-        let spec = &self.record.spec;
-        let plan = LaunchPlan {
-            image: spec.image.clone(),
-            vcpus: spec.vcpus,
-            memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
-            command_line: command_line(&additions, &image.command_line, spec.root().is_some()),
-            disks: spec.disks.clone(),
-            network_limits: spec.network_limits,
-        };
-        self.make_machine(Ask::Launch(plan)).await
-    }
-
-    async fn restore_machine(&mut self) -> Result<(), Outcome> {
-        if self.status().await?.state != MachineState::Empty {
-            return Ok(());
-        }
-        let spec = &self.record.spec;
-        let Some(bundle) = spec.bundle.clone() else { return Err(host("this VM has no bundle".to_owned())) };
-        let filling = if spec.lazy { self.begin_serving(&bundle).await? } else { None };
-        let spec = &self.record.spec;
-        let plan = RestorePlan {
-            bundle,
-            memory_bytes: u64::from(spec.memory_mib).saturating_mul(MIB),
-            disks: spec.disks.clone(),
-            network_limits: spec.network_limits,
-            filling,
-        };
-        // It is read from the disk while the machine is made.
-        let set = self.shared.working_set(&self.record).await;
-        self.make_machine(Ask::Restore(plan)).await?;
-        if let Some(set) = set {
-            self.shared.prefault(&self.record, set).await;
-        }
-        Ok(())
-    }
-
-    /// Serves the memory of a machine that is about to be made of a bundle that is not whole; `None`: it is whole.
-    async fn begin_serving(&self, bundle: &BundleId) -> Result<Option<FillingPlan>, Outcome> {
-        let no_bundle = |error: BundleError| Outcome::Failed(FailureCause::Bundle { detail: chain(&error) });
-        let Some(filling) = self.shared.filling(bundle).await.map_err(no_bundle)? else { return Ok(None) };
-        let bound = self.shared.world.vmm().bind_to_fill(&self.record).await;
-        let (port, near) = bound.map_err(|error| host(format!("make a port for the VM's memory: {error}")))?;
-        let partial = Arc::clone(&filling.partial);
-        // Before it is made, as it reaches its memory while it is.
-        self.shared.serve(&self.record, Chunks::Coming(filling), near);
-        Ok(Some(FillingPlan { partial, port }))
-    }
-
-    async fn make_machine(&mut self, ask: Ask) -> Result<(), Outcome> {
-        let sent = self.now();
-        let Answer::Launched(phases) = self.ask(ask).await? else {
-            return Err(ask_failed(AskError::Unexpected));
-        };
-        let timings = &mut self.record.timings;
-        timings.build_us = Some(micros(self.shared.world.clock().monotonic().since(sent)));
-        timings.vm_us = Some(phases.vm_ns / 1000);
-        timings.load_us = Some(phases.load_ns / 1000);
-        timings.devices_us = Some(phases.devices_ns / 1000);
-        Ok(())
-    }
-
-    async fn run_machine(&mut self) -> Result<(), Outcome> {
-        self.wait_for_turn().await?;
-        if self.operation.goal == Goal::Undo {
-            self.give_up_send().await?;
-        }
-        // Of a launch that this agent began, and of a machine that it received, it is known that it stands still; whoever
-        // continues one looks.
-        let is_known = self.is_launch() && self.asked_at.is_some() || self.has_received;
-        let runs = !is_known && self.status().await?.state == MachineState::Running;
-        if !runs {
-            self.ask(Ask::Resume).await?;
-        }
-        self.note_run();
-        if let (Goal::Arrive, Some(way)) = (self.operation.goal, &self.record.migration) {
-            self.shared.arrivals.ran(&way.id, self.now());
-        }
-        if self.is_launch() {
-            self.record.timings.resumed_us = self.asked_at.map(|asked| micros(self.now().since(asked)));
-        }
-        Ok(())
-    }
-
-    const fn is_launch(&self) -> bool {
-        matches!(self.operation.goal, Goal::Launch | Goal::Enlist | Goal::Build)
-    }
-
-    /// Has the machine sent to nobody any more: whether it was about to be, or stands ready elsewhere and is not to go on
-    /// there. It needs a moment to give up what it was doing.
-    async fn give_up_send(&mut self) -> Result<(), Outcome> {
-        // One of the version before cannot have begun.
-        if self.record.wire_version < Request::CancelSend.since_version() {
-            return Ok(());
-        }
-        for _ in 0..GIVE_UP_TRIES {
-            self.ask(Ask::CancelSend).await?;
-            let Answer::Sending(progress) = self.ask(Ask::SendProgress).await? else {
-                return Err(ask_failed(AskError::Unexpected));
-            };
-            if progress.phase == SendPhase::None {
-                return Ok(());
-            }
-            sleep(GIVE_UP_AGAIN).await;
-        }
-        Err(host("the VMM does not give up sending the machine".to_owned()))
-    }
-
-    async fn hold_machine(&mut self) -> Result<(), Outcome> {
-        if self.operation.goal == Goal::Undo {
-            self.give_up_send().await?;
-        }
-        let state = self.status().await?.state;
-        if self.operation.goal == Goal::Pause && state == MachineState::Running {
-            // Whoever makes a bundle of it then cannot ask it any more.
-            self.note_secrets().await;
-        }
-        self.note_hold();
-        match state {
-            MachineState::Paused => Ok(()),
-            MachineState::Running | MachineState::Empty => self.ask(Ask::Pause).await.map(|_| ()),
-        }
-    }
-
-    async fn shut_down_guest(&mut self) -> Result<(), Outcome> {
-        let mut hurry = self.hurry.clone();
-        let Some(process) = self.find().await? else { return Ok(()) };
-        let asking = async {
-            let mut link = guest::connect(self.shared.world.vmm(), &self.record.id).await?;
-            link.done(&ToGuest::Shutdown(Shutdown::PowerOff), ANSWER_LIMIT).await
-        };
-        let leaving = async {
-            // A guest may go down before its answer gets out: the end of its VMM counts, not the answer.
-            let asked = asking.await;
-            if let Err(error) = asked {
-                return Err(unreachable(&error));
-            }
-            std::future::pending().await
-        };
-        tokio::select! {
-            biased;
-            _ = process.ended() => Ok(()),
-            _ = hurry.wait_for(|hurry| *hurry) => Ok(()),
-            () = sleep(self.grace) => {
-                let detail = format!("the guest did not power off within {} ms", self.grace.as_millis());
-                Err(Outcome::Failed(FailureCause::GuestUnreachable { detail }))
-            }
-            failed = leaving => failed,
-        }
-    }
-
-    async fn end_vmm(&mut self) -> Result<(), Outcome> {
-        let Some(process) = self.find().await? else {
-            // The agent before ended it, and did not get to say so.
-            self.record.process = None::<ProcessRecord>;
-            return Ok(());
-        };
-        process.kill().map_err(|error| host(format!("end the VMM: {error}")))?;
-        match timeout(END_LIMIT, process.ended()).await {
-            Ok(_) => {
-                self.process = None;
-                self.record.process = None::<ProcessRecord>;
-                Ok(())
-            }
-            Err(_) => Err(host(format!("the VMM is not gone {} s after it was killed", END_LIMIT.as_secs()))),
-        }
-    }
-}
-
-/// The end of a process, or never when there is none.
-pub(super) async fn ended(process: Option<&impl VmmProcess>) -> ProcessEnd {
-    match process {
-        Some(process) => process.ended().await,
-        None => std::future::pending().await,
-    }
 }
 
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-}
-
-fn note_of(outcome: &Outcome) -> Option<String> {
-    match outcome {
-        Outcome::Done => None,
-        Outcome::Hurried => Some("cut short by a later request".to_owned()),
-        Outcome::Decided => Some("the VM is the other host's: its lease was converted".to_owned()),
-        Outcome::VmmEnded(end) => Some(format!("the VMM ended: {end}")),
-        Outcome::Failed(cause) => Some(cause.detail().unwrap_or_else(|| cause.name().to_owned())),
-        Outcome::Broken(error) => Some(chain(error)),
-    }
-}
-
-fn host(detail: String) -> Outcome {
-    Outcome::Failed(FailureCause::Host { detail })
-}
-
-fn no_network(error: NetworkError) -> Outcome {
-    host(format!("the VM's network: {}", chain(&error)))
-}
-
-fn bad_image(detail: String) -> Outcome {
-    Outcome::Failed(FailureCause::BadImage { detail })
-}
-
-fn unreachable(error: &GuestError) -> Outcome {
-    let detail = chain(error);
-    Outcome::Failed(match error {
-        GuestError::NoRoot { retry: Retry::Later, .. } => FailureCause::Volume { detail },
-        GuestError::NoRoot { .. } => FailureCause::BadRoot { detail },
-        GuestError::Open(_)
-        | GuestError::Stream(_)
-        | GuestError::HungUp
-        | GuestError::Frame(_)
-        | GuestError::Version { .. }
-        | GuestError::Failed { .. }
-        | GuestError::Hooks { .. }
-        | GuestError::Unexpected
-        | GuestError::TimedOut { .. } => FailureCause::GuestUnreachable { detail },
-    })
-}
-
-fn start_failed(error: StartVmmError) -> Outcome {
-    host(chain(&error))
-}
-
-fn ask_failed(error: AskError) -> Outcome {
-    match error {
-        AskError::Refused(Refusal::BadImage { reason }) => bad_image(reason),
-        AskError::Image(error) => bad_image(chain(&error)),
-        AskError::Refused(Refusal::BadState { reason }) => Outcome::Failed(FailureCause::Bundle { detail: reason }),
-        AskError::Bundle(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
-        AskError::Partial(error) => Outcome::Failed(FailureCause::Bundle { detail: chain(&error) }),
-        AskError::Stage(_)
-        | AskError::NothingCopied
-        | AskError::Sealed(_)
-        | AskError::OlderVmm { .. }
-        | AskError::Refused(_)
-        | AskError::Open { .. }
-        | AskError::Socket(_)
-        | AskError::Frame(_)
-        | AskError::Unexpected
-        | AskError::TimedOut { .. } => host(chain(&error)),
-    }
 }

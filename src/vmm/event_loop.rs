@@ -310,7 +310,9 @@ impl EventLoop {
             }
             Request::Resume => {
                 self.forget_send()?;
-                self.change(MachineState::Paused, MachineState::Running)
+                let resumed = self.change(MachineState::Paused, MachineState::Running)?;
+                self.forget_rested_copy();
+                Ok(resumed)
             }
             Request::Status => Ok(Answer::Status(self.status())),
             Request::Stop => Ok(Answer::Done),

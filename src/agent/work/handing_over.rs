@@ -8,7 +8,9 @@
 
 use std::time::Duration;
 
-use super::{END_LIMIT, Outcome, Work, ask_failed, host, start_failed};
+use super::outcome::start_failed;
+use super::process::END_LIMIT;
+use super::{Outcome, Work, ask_failed, host};
 use crate::agent::migration_record::MoveRecord;
 use crate::agent::world::{VmmHost, VmmProcess, World};
 use crate::report::chain;

@@ -36,6 +36,8 @@ enum Stage {
     Copied,
     /// The last pages are written, from this moment on; what was done of the state meanwhile.
     Resting(Monotonic, Result<SavePhases, SaveMachineError>),
+    /// All is written. KVM takes milliseconds to stop logging, for each GiB of memory: not before the guest goes on.
+    Rested,
 }
 
 impl EventLoop {
@@ -53,6 +55,9 @@ impl EventLoop {
     /// Has pages mapped ahead, unless the thread that would do it has something to do that somebody waits for.
     pub(super) fn prefault(&self, spec: PrefaultSpec) -> Result<(), Refusal> {
         self.not_sending()?;
+        if self.copying.is_some() {
+            return Err(Refusal::Sending);
+        }
         let guest = self.guest.as_ref().ok_or(Refusal::State { state: MachineState::Empty })?;
         if spec.read.len() + spec.written.len() > PREFAULT_RUNS_MAX {
             return Err(Refusal::BadRequest { reason: format!("more than {PREFAULT_RUNS_MAX} runs of pages") });
@@ -102,18 +107,25 @@ impl EventLoop {
                     guest.sender.tell(Job::Cancel);
                 }
             }
-            Some(Copying { stage: Stage::Copied, .. }) => self.forget_copy(),
+            Some(Copying { stage: Stage::Copied | Stage::Rested, .. }) => self.forget_copy(),
             Some(Copying { stage: Stage::GivenUp | Stage::Resting(..), .. }) | None => {}
         }
     }
 
-    /// What was copied is not to be completed: the guest's writes are logged no longer.
+    /// What was copied is complete, or is not to be completed: the guest's writes are logged no longer.
     pub(super) fn forget_copy(&mut self) {
-        if let Some(Copying { stage: Stage::Copied, .. }) = &self.copying {
+        if let Some(Copying { stage: Stage::Copied | Stage::Rested, .. }) = &self.copying {
             self.copying = None;
             if let Some(guest) = &self.guest {
                 guest.sender.tell(Job::Forget);
             }
+        }
+    }
+
+    /// The guest goes on. What it writes is logged no longer, if all was copied; a copy that waits for its rest stays.
+    pub(super) fn forget_rested_copy(&mut self) {
+        if matches!(self.copying, Some(Copying { stage: Stage::Rested, .. })) {
+            self.forget_copy();
         }
     }
 
@@ -122,7 +134,9 @@ impl EventLoop {
         let begun = self.clock.monotonic();
         self.paused()?;
         self.all_there()?;
-        let (Some(guest), Some(copying)) = (self.guest.as_ref(), self.copying.as_mut()) else {
+        let (Some(guest), Some(copying @ Copying { stage: Stage::Copied, .. })) =
+            (self.guest.as_ref(), self.copying.as_mut())
+        else {
             return Err(Refusal::BadRequest { reason: "no memory was copied before".to_owned() });
         };
         let RestFiles { mut state, list } =
@@ -168,7 +182,8 @@ impl EventLoop {
 
     /// All of it is written.
     pub(super) fn rested(&mut self, result: Result<Bytes, CheckpointError>) {
-        let Some(Copying { stage: Stage::Resting(begun, state), .. }) = self.copying.take() else { return };
+        let Some(copying @ Copying { stage: Stage::Resting(..), .. }) = self.copying.as_mut() else { return };
+        let Stage::Resting(begun, state) = std::mem::replace(&mut copying.stage, Stage::Rested) else { return };
         let answer = match (state, result) {
             (Ok(phases), Ok(written)) => Answer::Saved(SavePhases {
                 memory_bytes: written.0,

@@ -7,7 +7,7 @@
 //!  answer the agent ◀─────────── Copied ─ waits; what the guest writes is logged
 //!  Rest ───────────────────────────────▶ the last pages, and the list of all
 //!  (state is collected meanwhile)
-//!  answer the agent ◀──────────── Rested ─
+//!  answer the agent ◀──────────── Rested ─ waits: the guest is to go on first
 //!  Cancel or Forget, at any point ─────▶ nothing is logged any more
 //! ```
 
@@ -71,6 +71,8 @@ pub(super) fn serve(sender: &Sender, checkpoint: Checkpoint) {
     // Whatever else comes, what was copied is of no use any more.
     if let Ok(Job::Rest { list }) = sender.jobs.recv() {
         sender.tell(News::Rested(copy.rest(list)));
+        // It is to be forgotten, or the machine ends.
+        let _ = sender.jobs.recv();
     }
 }
 

@@ -1,6 +1,7 @@
 //! Which state a migration is in, by its operations.
 
 use super::*;
+use crate::agent::migration_record::MovePolicy;
 use crate::agent::record::OperationRecord;
 use crate::ids::OperationId;
 
@@ -64,10 +65,4 @@ fn operations_of_nothing_else_are_among_them() {
     let mut other = operation(9, Goal::Stop, OperationState::Succeeded, &[]);
     other.migration = None;
     assert!(views(&[other]).is_empty());
-}
-
-#[test]
-fn an_estimate_is_the_middle_of_what_was() {
-    assert_eq!(median([].into_iter()), None);
-    assert_eq!(median([3, 1, 2].into_iter()), Some(2));
 }
