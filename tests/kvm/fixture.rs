@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read as _, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, PoisonError, mpsc};
@@ -165,6 +165,19 @@ impl Agent {
     /// Runs a command in a guest; its standard output without the last line end.
     pub(crate) fn sh(&self, vm: &str, script: &str) -> String {
         self.ok(&["vm", "exec", vm, "--", "sh", "-c", script]).trim_end().to_owned()
+    }
+
+    /// Makes a file of random bytes in a guest, and one beside it with its sum, for `md5sum -c`. The host's are sent: where
+    /// a guest's kernel is emulated, it makes 44 KB of its own a second.
+    pub(crate) fn fill_file(&self, vm: &str, path: &str, bytes: u64) {
+        let random = File::open("/dev/urandom").expect("randomness");
+        let mut command = self.command(["vm", "exec", vm, "--", "sh", "-c"]);
+        command.arg(format!("cat > {path} && md5sum {path} > {path}.sum"));
+        let mut child = command.stdin(Stdio::piped()).spawn().expect("run hearth");
+        let mut stdin = child.stdin.take().expect("its input");
+        std::io::copy(&mut random.take(bytes), &mut stdin).expect("send");
+        drop(stdin);
+        assert!(child.wait().expect("wait").success(), "fill {path} in {vm}");
     }
 
     /// A VM as the API shows it.

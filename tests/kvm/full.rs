@@ -67,7 +67,7 @@ pub(crate) fn a_target_that_fills_up_costs_no_vm(_shared: &Agent) {
     );
     let (a, b) = (fabric.agent(0), fabric.agent(1));
     a.launch("mover", &["--memory", "64"]);
-    a.sh("mover", "head -c 6000000 /dev/urandom > /tmp/kept; md5sum /tmp/kept > /tmp/sum");
+    a.fill_file("mover", "/tmp/kept", 6_000_000);
     let id = a.vm("mover")["id"].as_str().expect("an id").to_owned();
 
     small.fill(4 << 20);
@@ -92,7 +92,7 @@ pub(crate) fn a_target_that_fills_up_costs_no_vm(_shared: &Agent) {
             if began_again { "ended and began again" } else { "went on" }
         );
         let here = fabric.agent(host);
-        here.sh("mover", "md5sum -c /tmp/sum");
+        here.sh("mover", "md5sum -c /tmp/kept.sum");
         if host == 1 {
             here.ok(&["vm", "migrate", "mover", "--to", fabric.name(0)]);
             assert_eq!(rests(&fabric, &id), 0);
@@ -101,7 +101,7 @@ pub(crate) fn a_target_that_fills_up_costs_no_vm(_shared: &Agent) {
     // There is space again.
     a.ok(&["vm", "migrate", "mover", "--to", fabric.name(1)]);
     assert_eq!(rests(&fabric, &id), 1);
-    b.sh("mover", "md5sum -c /tmp/sum");
+    b.sh("mover", "md5sum -c /tmp/kept.sum");
     b.ok(&["vm", "rm", "mover", "--timeout", "0"]);
     fabric.finish();
     drop(small);

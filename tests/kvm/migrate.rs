@@ -20,7 +20,8 @@ const MOMENTS: [u64; 4] = [40, 120, 200, 320];
 /// a disk that all hosts see.
 const LOAD: &str = "cd /tmp; head -c 16 /dev/urandom | md5sum > nonce
 (i=0; while :; do i=$((i+1)); echo $i > ticks; sleep 0.1; done) > /dev/null 2>&1 &
-(while :; do dd if=/dev/urandom of=buffer bs=64k count=4; md5sum buffer > sum; md5sum -c sum || echo bad > bad
+head -c 65536 /dev/urandom > seed
+(while :; do pad=x$pad; (echo $pad; cat seed seed seed seed) | head -c 262144 > buffer; md5sum buffer > sum; md5sum -c sum || echo bad > bad
 dd if=buffer of=/dev/vda bs=64k conv=fsync; echo 1 > /proc/sys/vm/drop_caches
 head -c 262144 /dev/vda | cmp - buffer || echo bad disk > bad
 sleep 0.5; done) > /dev/null 2>&1 &

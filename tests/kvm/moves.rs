@@ -8,11 +8,11 @@ use serde_json::Value;
 
 use super::fabric::{Fabric, run};
 use super::fixture::{Agent, text};
-use super::witness;
+use super::{probe, witness};
 
-/// Writes all the time, faster than a slow stream takes it.
-const WRITE: &str = "cd /tmp; (while :; do dd if=/dev/urandom of=written bs=1M count=4; done) > /dev/null 2>&1 &
-until [ -s written ]; do sleep 0.1; done";
+/// Writes 4 MiB again and again, faster than a slow stream takes it.
+const WRITE: &str = "cd /tmp; setsid ./probe rewrite --mib 4 --seconds 600 > written 2>&1 < /dev/null &
+until case $(cat written) in *'\"passes\":1,'*) true ;; *) false ;; esac; do sleep 0.1; done";
 
 fn bundles(agent: &Agent) -> std::path::PathBuf {
     agent.state().join("bundles")
@@ -77,14 +77,14 @@ fn copy(from: &Path, to: &Path) {
 /// Only what a clone has written goes over, and what its session is known for goes with it.
 fn there_by_several_connections_and_back(fabric: &Fabric, bundle: &str) {
     let (a, b) = (fabric.agent(0), fabric.agent(1));
-    a.sh("one", "head -c 3000000 /dev/urandom > /tmp/kept; md5sum /tmp/kept > /tmp/sum");
+    a.fill_file("one", "/tmp/kept", 3_000_000);
     let estimate = a.json(&["vm", "migrate", "one", "--to", fabric.name(1), "--estimate"]);
     assert_eq!((&estimate["has_base"], &estimate["based_on"]), (&true.into(), &0.into()), "{estimate:#}");
     let told = a.ok(&["vm", "migrate", "one", "--to", fabric.name(1), "--connections", "4"]);
     println!("    {}", told.trim());
     let there = b.vm("one");
     assert_eq!((&there["bundle_id"], &there["state"]), (&bundle.into(), &"running".into()));
-    b.sh("one", "md5sum -c /tmp/sum");
+    b.sh("one", "md5sum -c /tmp/kept.sum");
     let list = a.json(&["migration", "ls"]);
     let last = &list["migrations"][0];
     assert_eq!((state(last), &last["direction"]), ("completed", &"out".into()), "{last:#}");
@@ -104,7 +104,7 @@ fn there_by_several_connections_and_back(fabric: &Fabric, bundle: &str) {
     let said = b.sh("one", &format!("printf '{request}' | nc -w 60 169.254.169.254 80"));
     assert!(said.ends_with("of the session"), "{said}");
     b.ok(&["vm", "migrate", "one", "--to", "auto"]);
-    a.sh("one", "md5sum -c /tmp/sum");
+    a.sh("one", "md5sum -c /tmp/kept.sum");
     assert_eq!(a.vm("one")["bundle_id"], *bundle);
     let estimate = a.json(&["vm", "migrate", "one", "--to", "auto", "--estimate"]);
     println!("    {}", a.ok(&["vm", "migrate", "one", "--to", fabric.name(1), "--estimate"]).replace('\n', "\n    "));
@@ -132,7 +132,7 @@ fn slow_and_cancelled(fabric: &Fabric) {
     assert!(told.contains("cancelled; one goes on here"), "{told}");
     assert_eq!(a.vm("one")["state"], "running");
     nothing_is_left_there(b);
-    a.sh("one", "md5sum -c /tmp/sum");
+    a.sh("one", "md5sum -c /tmp/kept.sum");
     let again = text(&a.run(&["migration", "cancel", &id]).stderr);
     assert!(again.contains("cannot be cancelled: it is cancelled"), "{again}");
 }
@@ -158,13 +158,14 @@ fn unconverged(fabric: &Fabric) {
     assert_eq!(a.vm("one")["state"], "running");
     let forced = a.ok(&[&narrow[..], &["--on-nonconverge", "force"]].concat());
     println!("    forced: {}", forced.trim());
-    b.sh("one", "md5sum -c /tmp/sum; killall sh dd; true");
+    b.sh("one", "md5sum -c /tmp/kept.sum; kill $(pidof probe)");
     b.ok(&["vm", "migrate", "one", "--to", fabric.name(0)]);
 }
 
 /// A stop wins over a migration that is under way.
 fn stopped_meanwhile(fabric: &Fabric) {
     let (a, b) = (fabric.agent(0), fabric.agent(1));
+    probe::install(a, "two");
     a.sh("two", WRITE);
     a.json(&["vm", "migrate", "two", "--to", fabric.name(1), "--rate", "1M", "--no-wait"]);
     a.ok(&["vm", "rm", "two", "--timeout", "0"]);
