@@ -9,7 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-use super::host_vmm::{Held, HostVmm, Part, exchange, names, open_kvm, open_pagemap, unopened};
+use super::host_ask::exchange;
+use super::host_open::{Held, open_kvm, open_pagemap, unopened};
+use super::host_vmm::{HostVmm, Part, names};
 use super::host_volumes::volume_socket;
 use super::migration_record::WhenUnconverged;
 use super::record::VmRecord;

@@ -2,7 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use super::host_vmm::{HostVmm, names, open_pagemap, unopened};
+use super::host_open::{open_pagemap, unopened};
+use super::host_vmm::{HostVmm, names};
 use super::record::VmRecord;
 use super::world::AskError;
 use crate::bundle::Staging;

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 
-use super::host_vmm::{HostVmm, open_pagemap, unopened};
+use super::host_open::{open_pagemap, unopened};
+use super::host_vmm::HostVmm;
 use super::record::VmRecord;
 use super::world::{Ask, AskError};
 use crate::bundle::working_set::{Touched, WorkingSet};

@@ -1,10 +1,9 @@
 //! VMM processes of this host: started and held by `sys::process`, spoken to over the sockets in their directories.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,33 +17,25 @@ use super::held_taps::HeldTaps;
 use super::host_disk::VmDirs;
 use super::host_move::{accept_from, connect_to};
 use super::host_process::{HostProcess, Started, joined, search, search_all};
-use super::host_save::{COPY_S_MAX, copy_spec};
-use super::host_touched::prefault_spec;
-use super::host_volumes::volume_socket;
 use super::images::ImageStore;
-use super::record::{DiskSpec, ProcessRecord, VmRecord};
+use super::record::{ProcessRecord, VmRecord};
 use super::vm_state::VmState;
 use super::world::{
-    Ask, AskError, FillingPlan, FillingPort, LaunchPlan, OpenStreamError, ReceiveOrder, RestorePlan, SendOrder,
-    SentMachine, StartVmmError, StreamIdentity, UnsealPlan, VmmHost, VmmProcess,
+    Ask, AskError, FillingPort, OpenStreamError, ReceiveOrder, SendOrder, SentMachine, StartVmmError, StreamIdentity,
+    VmmHost, VmmProcess,
 };
+use crate::bundle::Store;
 use crate::bundle::working_set::WorkingSet;
-use crate::bundle::{LaunchFiles, Store};
 use crate::ids::VmId;
 use crate::net::desired::{self, jail_name};
 use crate::net::rules::host_tag;
 use crate::sys::cgroup::Group;
-use crate::sys::fd::{bind_in_dir, connect_in_dir, send_with_fds};
+use crate::sys::fd::bind_in_dir;
 use crate::sys::jail::FILE_BYTES_SPARE;
 use crate::sys::process::{self, SpawnNetwork, SpawnVmm};
 use crate::sys::{netns, tap};
-use crate::units::{MIB, NetLimits};
-use crate::wire::control::{
-    Answer, DeviceSpec, INTERFACES_MAX, LaunchSpec, Request, RestoreFillingSpec, RestoreSpec, SendPhases, StartMessage,
-    StreamKey, UnsealSpec, VOLUME_SLOTS_MAX,
-};
-use crate::wire::frame::{self, HEADER_BYTES};
-use crate::wire::refusal::Refusal;
+use crate::units::MIB;
+use crate::wire::control::{Answer, SendPhases, StartMessage, StreamKey};
 
 /// Names of what is in a VM's directory.
 pub(super) mod names {
@@ -306,15 +297,6 @@ fn file_bytes_max(vm: &VmRecord) -> io::Result<u64> {
     Ok(most.saturating_add(FILE_BYTES_SPARE))
 }
 
-/// What the volume slots of a machine hold when it is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Held {
-    /// Nothing: volumes are attached before it runs.
-    Nothing,
-    /// Those of its record: it had them when it was saved.
-    Volumes,
-}
-
 /// Which of a VM's processes one is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
@@ -411,349 +393,5 @@ impl HostVmm {
         let dir = self.dirs.open(vm).map_err(OpenStreamError::Socket)?;
         let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", std::os::fd::AsRawFd::as_raw_fd(&dir)));
         tokio::net::UnixStream::connect(path).await.map_err(OpenStreamError::Socket)
-    }
-
-    pub(super) fn ask_blocking(&self, vm: &VmRecord, epoch: u64, ask: &Ask) -> Result<Answer, AskError> {
-        let limit = Duration::from_secs(
-            match ask {
-                Ask::Launch(_)
-                | Ask::Restore(_)
-                | Ask::Unseal(_)
-                | Ask::Save { .. }
-                | Ask::SaveRest { .. }
-                | Ask::Seal { .. } => self.waits.vmm_launch_s,
-                Ask::CopyMemory { .. } => COPY_S_MAX.saturating_add(self.waits.vmm_launch_s),
-                Ask::Status
-                | Ask::CancelSend
-                | Ask::SendProgress
-                | Ask::Pause
-                | Ask::Resume
-                | Ask::AttachVolume(_)
-                | Ask::DetachVolume { .. }
-                | Ask::ResizeVolume { .. }
-                | Ask::LimitVolume { .. }
-                | Ask::Volumes
-                | Ask::Network
-                | Ask::ReplaceTap { .. }
-                | Ask::Prefault(_)
-                | Ask::Balloon { .. } => self.waits.vmm_answer_s,
-            }
-            .into(),
-        );
-        // One whose memory is on its way may have to wait for it before it answers.
-        let for_memory = if vm.spec.lazy { self.waits.memory_s } else { 0 };
-        let limit = limit + Duration::from_secs(for_memory.into());
-        let dir = self.dirs.open(&vm.id).map_err(AskError::Socket)?;
-        let mut socket = connect_in_dir(&dir, names::CONTROL).map_err(AskError::Socket)?;
-        socket.set_read_timeout(Some(limit)).map_err(AskError::Socket)?;
-        socket.set_write_timeout(Some(limit)).map_err(AskError::Socket)?;
-        let hello = Request::Hello { nonce: vm.nonce, epoch };
-        let mut exchange = |request: &Request, files: &[OwnedFd]| exchange(&mut socket, vm, request, files, limit);
-        let welcome = match exchange(&hello, &[])? {
-            Answer::Welcome(status) => status,
-            Answer::Launched(_)
-            | Answer::Done
-            | Answer::Status(_)
-            | Answer::Refused(_)
-            | Answer::Network(_)
-            | Answer::Saved(_)
-            | Answer::Balloon(_)
-            | Answer::Sent(_)
-            | Answer::SentIn { .. }
-            | Answer::Sending(_)
-            | Answer::Copied(_)
-            | Answer::Volumes(_)
-            | Answer::Forwarded { .. } => {
-                return Err(AskError::Unexpected);
-            }
-        };
-        match ask {
-            Ask::Status => Ok(Answer::Status(welcome)),
-            Ask::CancelSend => exchange(&Request::CancelSend, &[]),
-            Ask::SendProgress => exchange(&Request::SendProgress, &[]),
-            Ask::Pause => exchange(&Request::Pause, &[]),
-            Ask::Resume => exchange(&Request::Resume, &[]),
-            Ask::Network => exchange(&Request::Network, &[]),
-            Ask::ReplaceTap { index } => {
-                let index = *index;
-                let tap = self.open_tap(vm, index);
-                let tap = tap.map_err(|source| AskError::Open { what: desired::tap(index), source })?;
-                exchange(&Request::ReplaceTap { index }, &[tap.into()])
-            }
-            Ask::Balloon { target_bytes } => exchange(&Request::Balloon { target_bytes: *target_bytes }, &[]),
-            Ask::AttachVolume(spec) => exchange(&Request::AttachVolume(*spec), &[]),
-            Ask::DetachVolume { index, force } => {
-                exchange(&Request::DetachVolume { index: *index, force: *force }, &[])
-            }
-            Ask::ResizeVolume { index, bytes } => {
-                exchange(&Request::ResizeVolume { index: *index, bytes: *bytes }, &[])
-            }
-            Ask::LimitVolume { index, iops, bytes_per_s } => {
-                let (index, iops, bytes_per_s) = (*index, *iops, *bytes_per_s);
-                exchange(&Request::LimitVolume { index, iops, bytes_per_s }, &[])
-            }
-            Ask::Volumes => exchange(&Request::Volumes, &[]),
-            Ask::Prefault(set) => exchange(&Request::Prefault(prefault_spec(set)), &[]),
-            Ask::Launch(plan) => {
-                let (spec, files) = self.open_for(vm, &dir, plan)?;
-                exchange(&Request::Launch(spec), &files)
-            }
-            Ask::Restore(plan @ RestorePlan { filling: Some(filling), .. }) => {
-                let (spec, files) = self.open_to_fill(vm, &dir, plan, filling)?;
-                exchange(&Request::RestoreFilling(spec), &files)
-            }
-            Ask::Restore(plan) => {
-                let (spec, files) = self.open_to_restore(vm, &dir, plan)?;
-                exchange(&Request::Restore(spec), &files)
-            }
-            Ask::Save { pages } => {
-                let files = self.open_to_save(vm, *pages)?;
-                exchange(&Request::Save { pages: *pages }, &files)
-            }
-            Ask::CopyMemory { pages } => {
-                let files = self.open_to_copy(vm)?;
-                exchange(&Request::CopyMemory(copy_spec(*pages)), &files)
-            }
-            Ask::SaveRest { pages } => {
-                let files = self.open_for_rest(vm, *pages)?;
-                exchange(&Request::SaveRest, &files)
-            }
-            Ask::Seal { pages, key } => {
-                let pagemap = open_pagemap(vm)?;
-                let file = self.dirs.create(&vm.id, names::SEALING).map_err(unopened("a file to seal the VM in"))?;
-                exchange(&Request::Seal { pages: *pages, key: *key }, &[pagemap, file.into()])
-            }
-            Ask::Unseal(plan) => {
-                let (spec, files) = self.open_to_unseal(vm, &dir, plan)?;
-                exchange(&Request::Unseal(spec), &files)
-            }
-        }
-    }
-
-    /// A tap of the VM's jail: the one that is held for it, or attaches to it.
-    fn open_tap(&self, vm: &VmRecord, slot: u8) -> io::Result<File> {
-        if let Some(held) = self.held.get(&vm.id, &desired::tap(slot)) {
-            return held;
-        }
-        let jail = netns::open_named(&jail_name(self.host_number, vm.jail))?;
-        netns::in_fd(&jail, || tap::open(&desired::tap(slot)))?
-    }
-
-    /// Opens what the VMM needs to boot, in the order the launch names it.
-    fn open_for(&self, vm: &VmRecord, dir: &File, plan: &LaunchPlan) -> Result<(LaunchSpec, Vec<OwnedFd>), AskError> {
-        let LaunchPlan { image, vcpus, memory_bytes, command_line, disks, network_limits } = plan;
-        let image = self.images.open(image).map_err(AskError::Image)?;
-        let initrd = image.initrd.is_some();
-        let mut files: Vec<OwnedFd> = vec![open_kvm()?, image.kernel.into()];
-        files.extend(image.initrd.map(OwnedFd::from));
-        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits, Held::Nothing), &mut files)?;
-        let (vcpus, memory_bytes, command_line) = (*vcpus, *memory_bytes, command_line.clone());
-        Ok((LaunchSpec { vcpus, memory_bytes, command_line, initrd, devices }, files))
-    }
-
-    /// Opens what the VMM needs to restore a machine, in the order the request names it.
-    fn open_to_restore(
-        &self,
-        vm: &VmRecord,
-        dir: &File,
-        plan: &RestorePlan,
-    ) -> Result<(RestoreSpec, Vec<OwnedFd>), AskError> {
-        let RestorePlan { bundle, .. } = plan;
-        let bundle = self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?;
-        self.open_launched(vm, dir, plan, bundle)
-    }
-
-    /// The same for one whose bundle is not whole.
-    fn open_to_fill(
-        &self,
-        vm: &VmRecord,
-        dir: &File,
-        plan: &RestorePlan,
-        filling: &FillingPlan,
-    ) -> Result<(RestoreFillingSpec, Vec<OwnedFd>), AskError> {
-        let bundle = filling.partial.launch_files().map_err(AskError::Partial)?;
-        let chunk_bytes = bundle.manifest.memory.chunk_bytes;
-        let (restore, mut files) = self.open_launched(vm, dir, plan, bundle)?;
-        let faults = File::options().read(true).write(true).open(USERFAULTFD).map_err(unopened(USERFAULTFD))?;
-        let port = filling.port.0.try_clone().map_err(unopened(names::FILLING))?;
-        files.extend([faults.into(), port]);
-        Ok((RestoreFillingSpec { restore, chunk_bytes }, files))
-    }
-
-    fn open_launched(
-        &self,
-        vm: &VmRecord,
-        dir: &File,
-        plan: &RestorePlan,
-        bundle: LaunchFiles,
-    ) -> Result<(RestoreSpec, Vec<OwnedFd>), AskError> {
-        let RestorePlan { memory_bytes, disks, network_limits, .. } = plan;
-        let mut files: Vec<OwnedFd> = vec![open_kvm()?, bundle.state.into(), bundle.memory.into()];
-        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits, Held::Nothing), &mut files)?;
-        Ok((RestoreSpec { memory_bytes: *memory_bytes, devices }, files))
-    }
-
-    /// Opens what the VMM needs to unseal a machine, in the order the request names it.
-    fn open_to_unseal(
-        &self,
-        vm: &VmRecord,
-        dir: &File,
-        plan: &UnsealPlan,
-    ) -> Result<(UnsealSpec, Vec<OwnedFd>), AskError> {
-        let UnsealPlan { bundle, key, memory_bytes, disks, network_limits } = plan;
-        let sealed = self.dirs.open_sealed(&vm.id).map_err(AskError::Sealed)?;
-        let mut files: Vec<OwnedFd> = vec![open_kvm()?, sealed.into()];
-        if let Some(bundle) = bundle {
-            files.push(self.bundles.open_for_launch(bundle).map_err(AskError::Bundle)?.memory.into());
-        }
-        let devices = self.open_devices(vm, dir, Part::Only, (disks, *network_limits, Held::Volumes), &mut files)?;
-        Ok((UnsealSpec { memory_bytes: *memory_bytes, devices, key: *key, image: bundle.is_some() }, files))
-    }
-
-    /// Console and devices.
-    pub(super) fn open_devices(
-        &self,
-        vm: &VmRecord,
-        dir: &File,
-        part: Part,
-        (disks, limits, held): (&[DiskSpec], NetLimits, Held),
-        files: &mut Vec<OwnedFd>,
-    ) -> Result<Vec<DeviceSpec>, AskError> {
-        // Who takes a guest over goes on with its console.
-        let ring = match part {
-            Part::Only => self.dirs.create(&vm.id, names::CONSOLE_RING),
-            Part::Successor => self.dirs.open_to_change(&vm.id, names::CONSOLE_RING),
-        };
-        files.push(ring.map_err(unopened(names::CONSOLE_RING))?.into());
-        for name in [names::CONSOLE, names::VSOCK] {
-            files.push(bind_in_dir(dir, &part.name(name)).map_err(unopened(name))?.into());
-        }
-        let mut devices = vec![DeviceSpec::Vsock, DeviceSpec::Rng];
-        if vm.spec.balloon {
-            devices.push(DeviceSpec::Balloon);
-        }
-        for (index, disk) in (0_u8..).zip(disks) {
-            let file = File::options().read(true).write(!disk.read_only).open(&disk.path);
-            files.push(file.map_err(unopened(&disk.path))?.into());
-            devices.push(DeviceSpec::Block { index, read_only: disk.read_only });
-        }
-        for (slot, of) in vm.spec.volumes.iter().enumerate() {
-            let index = vm.spec.volume_index(slot);
-            let name = part.name(&volume_socket(index));
-            files.push(bind_in_dir(dir, &name).map_err(unopened(&name))?.into());
-            let used = of.used.as_ref().filter(|_| held == Held::Volumes);
-            let (bytes, read_only) = used.map_or((0, false), |used| (used.bytes, used.read_only));
-            let reconnect_ms = self.reconnect_s.saturating_mul(1000);
-            devices.push(DeviceSpec::Volume { index, bytes, read_only: read_only || of.told_read_only, reconnect_ms });
-        }
-        for index in 0..vm.spec.interfaces {
-            let tap = self.open_tap(vm, index).map_err(unopened(&desired::tap(index)))?;
-            files.push(tap.into());
-            let mac = interface_mac(&vm.id, index);
-            devices.push(DeviceSpec::Net { index, mac, mtu: Some(self.mtu), limits });
-        }
-        Ok(devices)
-    }
-}
-
-/// What a process is told of its missing pages by.
-const USERFAULTFD: &str = "/dev/userfaultfd";
-
-pub(super) fn open_pagemap(vm: &VmRecord) -> Result<OwnedFd, AskError> {
-    let pid = vm.process.map_or(0, |process| process.pid);
-    Ok(File::open(format!("/proc/{pid}/pagemap")).map_err(unopened("the VMM's page map"))?.into())
-}
-
-pub(super) fn unopened(what: &str) -> impl FnOnce(io::Error) -> AskError {
-    let what = what.to_owned();
-    move |source| AskError::Open { what, source }
-}
-
-pub(super) fn open_kvm() -> Result<OwnedFd, AskError> {
-    let device = File::options().read(true).write(true).open("/dev/kvm");
-    Ok(device.map_err(unopened("/dev/kvm"))?.into())
-}
-
-/// The first interface's hardware address: locally administered, and as unique as the VM's id.
-pub(super) fn mac(vm: &VmId) -> [u8; 6] {
-    interface_mac(vm, 0)
-}
-
-/// An interface's hardware address.
-pub(super) fn interface_mac(vm: &VmId, index: u8) -> [u8; 6] {
-    let digest = blake3::hash(vm.as_str().as_bytes());
-    let [a, b, c, d, e, ..] = *digest.as_bytes();
-    [0x02, a, b, c, d, e ^ index]
-}
-
-pub(super) fn exchange(
-    socket: &mut UnixStream,
-    vm: &VmRecord,
-    request: &Request,
-    files: &[OwnedFd],
-    limit: Duration,
-) -> Result<Answer, AskError> {
-    let failed = |source: io::Error| {
-        // A read time-out of a socket shows as either, by platform.
-        let late = [io::ErrorKind::WouldBlock, io::ErrorKind::TimedOut].contains(&source.kind());
-        if late { AskError::TimedOut { limit } } else { AskError::Socket(source) }
-    };
-    let (speaks, needs) = (vm.wire_version, request.since_version());
-    if speaks < needs {
-        return Err(AskError::OlderVmm { speaks, needs });
-    }
-    // In the version the VMM was started with.
-    let bytes = frame::encode_in(speaks, request).map_err(AskError::Frame)?;
-    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    send_with_fds(socket, &bytes, &files).map_err(failed)?;
-    let mut header = [0; HEADER_BYTES];
-    socket.read_exact(&mut header).map_err(failed)?;
-    let length = frame::body_length::<Answer>(header).map_err(AskError::Frame)?;
-    let mut body = vec![0; length];
-    socket.read_exact(&mut body).map_err(failed)?;
-    match frame::decode(&body).map_err(AskError::Frame)? {
-        Answer::Refused(refusal) => Err(AskError::Refused(bounded(refusal))),
-        // No more of them than there can be.
-        Answer::Network(interfaces) if interfaces.len() > INTERFACES_MAX => Err(AskError::Unexpected),
-        Answer::Volumes(volumes) if volumes.len() > VOLUME_SLOTS_MAX => Err(AskError::Unexpected),
-        Answer::Volumes(mut volumes) => {
-            // A VMM's words end up in answers.
-            for volume in &mut volumes {
-                volume.trouble = volume.trouble.as_deref().map(super::guest::printable);
-            }
-            Ok(Answer::Volumes(volumes))
-        }
-        answer @ (Answer::Welcome(_)
-        | Answer::Launched(_)
-        | Answer::Done
-        | Answer::Status(_)
-        | Answer::Network(_)
-        | Answer::Saved(_)
-        | Answer::Balloon(_)
-        | Answer::Sent(_)
-        | Answer::SentIn { .. }
-        | Answer::Sending(_)
-        | Answer::Copied(_)
-        | Answer::Forwarded { .. }) => Ok(answer),
-    }
-}
-
-/// A VMM's words end up in records and answers.
-fn bounded(refusal: Refusal) -> Refusal {
-    use super::guest::printable;
-    match refusal {
-        Refusal::BadRequest { reason } => Refusal::BadRequest { reason: printable(&reason) },
-        Refusal::BadImage { reason } => Refusal::BadImage { reason: printable(&reason) },
-        Refusal::Host { reason } => Refusal::Host { reason: printable(&reason) },
-        Refusal::BadState { reason } => Refusal::BadState { reason: printable(&reason) },
-        Refusal::Stream { reason } => Refusal::Stream { reason: printable(&reason) },
-        other @ (Refusal::HelloFirst
-        | Refusal::WrongNonce
-        | Refusal::StaleEpoch { .. }
-        | Refusal::State { .. }
-        | Refusal::Sending
-        | Refusal::Cancelled
-        | Refusal::Filling
-        | Refusal::VolumeInUse { .. }) => other,
     }
 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::egress::{Egress, Protocol};
-use super::host_vmm::mac;
+use super::host_open::mac;
 use super::record::VmRecord;
 use super::session_record::{Addressing, NetworkRecord};
 use crate::net::address::{Fabric, V4Net, V6Net};

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use super::{Recovered, VmActor, error_of};
+use super::ending::error_of;
+use super::{Recovered, VmActor};
 use crate::agent::effect::Effect;
 use crate::agent::ledger::{LedgerError, NewEvent, Write};
 use crate::agent::record::{OperationRecord, OperationState, QuarantineRecord, Subject};

@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use super::{Outcome, Work, ended, micros, prefaulting, unreachable};
 use crate::agent::guest::{self, ANSWER_LIMIT, GuestError, GuestLink};
 use crate::agent::guest_network::{self, guest_network};
-use crate::agent::host_vmm::interface_mac;
+use crate::agent::host_open::interface_mac;
 use crate::agent::member::member;
 use crate::agent::vm_state::FailureCause;
 use crate::agent::world::{VmBundles, VmmHost, World, random_array};
