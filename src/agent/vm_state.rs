@@ -332,17 +332,9 @@ const BUILD: [Effect; 11] = [
     Effect::SaveMachine,
     Effect::CommitBundle,
 ];
-/// The guest goes on before the bundle is made durable: that takes longer than the save, and needs no pause.
-const SNAPSHOT: [Effect; 6] = [
-    Effect::QuiesceGuest,
-    Effect::HoldMachine,
-    Effect::SaveMachine,
-    Effect::RunMachine,
-    Effect::ThawGuest,
-    Effect::CommitBundle,
-];
-/// The guest runs while most of its memory is copied, with its file systems as they are: only what is left is saved at
-/// rest.
+/// The guest goes on before the bundle is made durable: that takes longer than the save, and needs no pause. The first is
+/// that of live ones: the guest runs while most of its memory is copied, with its file systems as they are, and only what
+/// is left is saved at rest.
 const SNAPSHOT_LIVE: [Effect; 7] = [
     Effect::CopyMemory,
     Effect::QuiesceGuest,
@@ -543,7 +535,7 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
         },
         Event::SnapshotAsked { live } => match state {
             S::Running if *live => step_to(S::Saving { then_running: true }, &SNAPSHOT_LIVE),
-            S::Running => step_to(S::Saving { then_running: true }, &SNAPSHOT),
+            S::Running => step_to(S::Saving { then_running: true }, &SNAPSHOT_LIVE[1..]),
             S::Paused => step_to(S::Saving { then_running: false }, &SNAPSHOT_PAUSED),
             _ => denied(),
         },

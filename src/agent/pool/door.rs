@@ -186,6 +186,16 @@ impl<W: World> Agent<W> {
     }
 }
 
+impl<W: World> Agent<W> {
+    /// The bundle a word means, also one that is not there any more but has a pool.
+    async fn pooled(&self, word: &str) -> Result<BundleId, BundleError> {
+        if let Some(bundle) = word.parse().ok().filter(|bundle| self.shared.pools.state().pools.contains_key(bundle)) {
+            return Ok(bundle);
+        }
+        Ok(self.shared.world.bundles().find(word).await?.id)
+    }
+}
+
 impl<W: World> PoolDoor for Agent<W> {
     fn pools(&self) -> BoxFuture<'_, Result<Vec<PoolView>, PoolError>> {
         self.pool_views().boxed()
