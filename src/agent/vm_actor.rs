@@ -136,6 +136,9 @@ impl<W: World> VmActor<W> {
     async fn run(mut self, begin: Begin) {
         if let Err(error) = self.live(begin).await {
             self.shared.declare_broken(&error);
+            // It stays known, and goes on: what belongs to no VM that is known is ended and removed (`recover::sweep`),
+            // which may be about to look while this agent ends.
+            return;
         }
         self.shared.vms().remove(&self.record.id);
         // What it was ended for, if its end was asked for before that was seen.
