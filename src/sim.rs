@@ -51,6 +51,8 @@ pub struct Faults {
     pub crash_at_point: Option<u64>,
     /// The effect fails at exactly this point, if one can fail there.
     pub fail_at_point: Option<u64>,
+    /// From this point on nothing can be written to the ledger: its disk is full.
+    pub ledger_full_at_point: Option<u64>,
 }
 
 /// A host that outlives its agents. Clones are the same host.

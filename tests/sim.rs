@@ -13,6 +13,8 @@ mod ends;
 mod hand_over;
 #[path = "sim/histories.rs"]
 mod histories;
+#[path = "sim/ledger.rs"]
+mod ledger;
 #[path = "sim/life.rs"]
 mod life;
 #[path = "sim/points.rs"]

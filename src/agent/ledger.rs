@@ -335,6 +335,11 @@ impl Store {
         Ok(Self { connection: schema::open(Path::new(":memory:"))? })
     }
 
+    /// Reads go on, and every write fails from now on, or no more: what a full disk does, for simulations.
+    pub fn refuse_writes(&mut self, refuses: bool) -> Result<(), LedgerError> {
+        Ok(self.connection.pragma_update(None, "query_only", refuses)?)
+    }
+
     /// Takes the next epoch and reads what there is.
     pub fn begin(&mut self) -> Result<Loaded, LedgerError> {
         let epoch = "INSERT INTO meta(key, value) VALUES ('epoch', 1)

@@ -14,11 +14,14 @@ impl Records for SimHost {
         &self,
         job: impl FnOnce(&mut Store) -> Result<T, LedgerError> + Send + 'static,
     ) -> Result<T, LedgerError> {
-        // A ledger that fails ends the agent, which is what the crashes here are.
+        // It dies here like anywhere else; that it has to end because nothing can be written is `ledger_full_at_point`.
         self.point(false).await.map_err(|_| LedgerError::Closed)?;
         let done = {
             let mut state = self.state();
+            let is_full = state.faults.ledger_full_at_point.is_some_and(|point| state.points >= point);
+            state.store.refuse_writes(is_full)?;
             let done = job(&mut state.store);
+            state.store.refuse_writes(false)?;
             state.look_at_ledger();
             done
         };

@@ -19,7 +19,7 @@ pub(crate) fn config() -> Config {
 }
 
 /// Runs an agent's life in a runtime of its own, until `work` is done or a fault kills the agent: then all its tasks
-/// stop where they are, as in a process that is killed.
+/// stop where they are, as in a process that is killed. Nothing comes of one that cannot begin, its ledger being full.
 pub(crate) fn life<F, T>(host: &SimHost, faults: Faults, work: impl FnOnce(Arc<dyn Door>) -> F) -> Option<T>
 where
     F: Future<Output = T>,
@@ -42,13 +42,17 @@ where
     let done = runtime.block_on(async {
         let world = host.begin_life(faults);
         let living = async {
-            let agent = Agent::start(world, config).await.expect("the ledger is readable");
-            work(Arc::new(agent)).await
+            match Agent::start(world, config).await {
+                Ok(agent) => Some(work(Arc::new(agent)).await),
+                // One that cannot write down that it lives does not.
+                Err(_) if faults.ledger_full_at_point.is_some() => None,
+                Err(error) => panic!("the ledger is readable: {error}"),
+            }
         };
         let done = tokio::select! {
             biased;
             () = host.crashed() => None,
-            done = living => Some(done),
+            done = living => done,
         };
         host.end_life();
         done
