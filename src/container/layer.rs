@@ -24,6 +24,9 @@ const PACKED: &[(&[u8], &str)] =
 /// How an archive begins that gzip packed.
 const GZIP: &[u8] = &[0x1f, 0x8b];
 
+/// What is said of bytes that are no header.
+const NO_HEADER: &str = "what should be a header of tar is none: it is another kind of file, or was changed";
+
 /// The archive itself. What it is packed by is looked at, not asked for.
 pub(super) fn unzip<'r>(layer: &str, stored: &'r mut impl BufRead) -> Result<Box<dyn Read + 'r>, ContainerError> {
     let damaged = |source| ContainerError::Damaged { layer: layer.to_owned(), source };
@@ -196,8 +199,11 @@ impl Layer<'_> {
             if budget.is_over() {
                 ContainerError::TooLarge { layer, limit: Bytes(budget.limit()) }
             } else {
-                // The archive's own bytes may be in its words.
-                let source = io::Error::new(source.kind(), shown(source.to_string().as_bytes()));
+                let words = source.to_string();
+                // Where a header is none, its reader's words are mostly the header.
+                let is_readable = words.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+                let words = if is_readable { words } else { NO_HEADER.to_owned() };
+                let source = io::Error::new(source.kind(), words);
                 ContainerError::Damaged { layer, source }
             }
         }

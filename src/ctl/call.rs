@@ -17,11 +17,16 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
 
 use crate::api::types::{ErrorBody, ErrorDetail, IDEMPOTENCY_KEY_HEADER, RetryHint, UPGRADE_PROTOCOL};
 
 /// How long a call may take that only reads or records something.
 pub(super) const PROMPT: Duration = Duration::from_secs(30);
+
+/// How long an agent that is started again may take until it listens, and how often it is looked.
+const RESTART: Duration = Duration::from_secs(2);
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// Longest answer in bytes: lists of thousands of VMs fit.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -248,20 +253,33 @@ impl Agent {
     }
 
     async fn connect(&self, text: &str) -> Result<SendRequest<CallBody>, CallError> {
-        let path = self.socket.clone();
-        let stream = UnixStream::connect(&self.socket).await.map_err(|source| {
-            if source.kind() == io::ErrorKind::PermissionDenied {
-                CallError::Forbidden { path, source }
-            } else {
-                CallError::NoAgent { path, source }
-            }
-        })?;
+        let stream = self.reach().await?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|source| CallError::HungUp { call: text.to_owned(), source })?;
         // Ends with the answer, or goes on as the upgraded connection; its error reaches the sender as well.
         tokio::spawn(connection.with_upgrades());
         Ok(sender)
+    }
+
+    /// A connection to whoever listens. A socket at which nobody does is one of an agent that was killed: the next one may
+    /// be on its way, and puts its own in the place.
+    async fn reach(&self) -> Result<UnixStream, CallError> {
+        let deadline = Instant::now() + RESTART;
+        let mut was_refused = false;
+        loop {
+            let source = match UnixStream::connect(&self.socket).await {
+                Ok(stream) => return Ok(stream),
+                Err(source) => source,
+            };
+            was_refused |= source.kind() == io::ErrorKind::ConnectionRefused;
+            let path = self.socket.clone();
+            match source.kind() {
+                io::ErrorKind::PermissionDenied => return Err(CallError::Forbidden { path, source }),
+                _ if was_refused && Instant::now() < deadline => sleep(AGAIN).await,
+                _ => return Err(CallError::NoAgent { path, source }),
+            }
+        }
     }
 }
 
@@ -313,5 +331,35 @@ fn refusal(call: &str, (status, body): (StatusCode, Bytes)) -> CallError {
             let excerpt = String::from_utf8_lossy(&body).chars().take(EXCERPT_CHARS_MAX).collect();
             CallError::Unexpected { call: call.to_owned(), status: status.as_u16(), excerpt }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_is_started_again_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = Agent::at(dir.path().join("api.sock"));
+        let begun = Instant::now();
+        assert!(matches!(agent.reach().await, Err(CallError::NoAgent { .. })), "there was never one");
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+
+        drop(UnixListener::bind(&agent.socket).unwrap());
+        assert!(matches!(agent.reach().await, Err(CallError::NoAgent { .. })), "none comes");
+        assert!(begun.elapsed() >= RESTART);
+
+        let again = async {
+            sleep(RESTART / 4).await;
+            std::fs::remove_file(&agent.socket).unwrap();
+            sleep(RESTART / 4).await;
+            UnixListener::bind(&agent.socket).unwrap()
+        };
+        let (reached, listener) = tokio::join!(agent.reach(), again);
+        reached.unwrap();
+        drop(listener);
     }
 }

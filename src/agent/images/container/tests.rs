@@ -84,10 +84,11 @@ fn a_container_becomes_an_image_with_the_agent_of_another() {
 fn a_container_that_is_refused_leaves_nothing() {
     let (dir, store) = store();
     let large = vec![1; 2 << 20];
-    let cases: [(&[u8], &str); 4] = [
+    let cases: [(&[u8], &str); 5] = [
         (&tar(&[("a", b"1"), ("a", b"2")]), "image \"web\": the archive, entry \"a\": it is there twice in one layer"),
         (&tar(&[("large", &large)]), "left of what all layers may have"),
         (b"no archive", "the archive is damaged"),
+        (&[0x9a; 1024], "the archive is damaged: what should be a header of tar is none"),
         (&tar(&[("a/TRAILER!!!", b"1"), (".hearth/init", b"2")]), "is the guest agent's"),
     ];
     for (archive, wanted) in cases {
