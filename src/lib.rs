@@ -12,6 +12,8 @@ pub mod lease;
 pub mod report;
 pub mod saved;
 pub mod signing;
+#[cfg(not(fuzzing))]
+mod tls;
 pub mod units;
 
 // Floor 1: the kernel. The only unsafe code; no policy, no logging.

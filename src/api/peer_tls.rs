@@ -10,23 +10,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{ClientConfig, Resumption};
-use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature_with_raw_key};
-use rustls::pki_types::{
-    CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime,
-};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, ServerConfig};
-use rustls::{
-    AlertDescription, CertificateError, CommonState, DigitallySignedStruct, DistinguishedName, Error, InvalidMessage,
-    OtherError, SignatureScheme,
-};
+use rustls::pki_types::{CertificateDer, SubjectPublicKeyInfoDer};
+use rustls::{AlertDescription, CertificateError, CommonState, Error, InvalidMessage, OtherError};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use crate::agent::peers::{self, HostCertificate, PeerKey, ProofError, TlsError};
+use crate::tls::{self, Accepted, Own};
 
 /// What is spoken inside (ALPN).
 const PROTOCOL: &[u8] = b"hearth-peer/1";
@@ -53,29 +44,12 @@ impl PeerTls {
 
     /// The same with a certificate that is there.
     pub(super) fn with(key: &PeerKey, own: HostCertificate) -> io::Result<Self> {
-        let provider = Arc::new(ring::default_provider());
-        let verifier = Arc::new(ByProof { key: key.clone(), provider: Arc::clone(&provider) });
         let HostCertificate { certificate, private_key } = own;
-        let certificates = vec![CertificateDer::from(certificate)];
-        let private_key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(private_key));
-
-        let config = ClientConfig::builder_with_provider(Arc::clone(&provider));
-        let config = config.with_safe_default_protocol_versions().map_err(io::Error::other)?;
-        let config = config.dangerous().with_custom_certificate_verifier(Arc::clone(&verifier) as _);
-        let config = config.with_client_auth_cert(certificates.clone(), private_key.clone_key());
-        let mut client = config.map_err(io::Error::other)?;
+        let own = || Own { certificate: certificate.clone(), key: private_key.clone() };
+        let mut client = tls::mutual_client(ByProof(key.clone()), own()).map_err(io::Error::other)?;
         client.alpn_protocols = vec![PROTOCOL.to_vec()];
-        client.resumption = Resumption::disabled();
-        client.enable_sni = false;
-
-        let config = ServerConfig::builder_with_provider(provider);
-        let config = config.with_safe_default_protocol_versions().map_err(io::Error::other)?;
-        let config = config.with_client_cert_verifier(verifier).with_single_cert(certificates, private_key);
-        let mut server = config.map_err(io::Error::other)?;
+        let mut server = tls::mutual_server(ByProof(key.clone()), own()).map_err(io::Error::other)?;
         server.alpn_protocols = vec![PROTOCOL.to_vec()];
-        server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.send_tls13_tickets = 0;
-
         Ok(Self { key: key.clone(), connector: Arc::new(client).into(), acceptor: Arc::new(server).into() })
     }
 
@@ -87,9 +61,7 @@ impl PeerTls {
         wanted: Option<u16>,
         limit: Duration,
     ) -> Result<client::TlsStream<TcpStream>, TlsError> {
-        // Nobody looks at it: hosts are known by their numbers.
-        let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-        let opened = timeout(limit, self.connector.connect(name, stream)).await;
+        let opened = timeout(limit, self.connector.connect(tls::no_name(), stream)).await;
         let stream = opened.map_err(|_| TlsError::TimedOut { limit })?.map_err(|error| told(&error))?;
         let proven = self.number(stream.get_ref().1)?;
         match wanted {
@@ -161,11 +133,8 @@ fn classified(error: &Error) -> TlsError {
     }
 }
 
-/// Takes the certificates of hosts that know the fabric's key.
-struct ByProof {
-    key: PeerKey,
-    provider: Arc<CryptoProvider>,
-}
+/// The certificates of hosts that know the fabric's key.
+struct ByProof(PeerKey);
 
 impl fmt::Debug for ByProof {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -177,106 +146,18 @@ fn refusal(error: TlsError) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
 
-impl ByProof {
-    fn check(&self, certificate: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> Result<(), Error> {
+impl Accepted for ByProof {
+    fn accept(&self, certificate: &CertificateDer<'_>, others: &[CertificateDer<'_>]) -> Result<(), Error> {
         if !others.is_empty() {
             let error = peers::CertificateError::Count { count: 1 + others.len() };
             return Err(refusal(error.into()));
         }
-        self.key.host_of(certificate).map(|_| ()).map_err(|error| refusal(error.into()))
+        self.0.host_of(certificate).map(|_| ()).map_err(|error| refusal(error.into()))
     }
 
-    fn signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let proven = self.key.host_of(certificate).map_err(|error: ProofError| refusal(error.into()))?;
-        let public_key = SubjectPublicKeyInfoDer::from(proven.public_key);
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature_with_raw_key(message, &public_key, signed, algorithms)
-    }
-
-    /// Only 1.3 is spoken.
-    fn older() -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not spoken".to_owned()))
-    }
-
-    fn schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ServerCertVerifier for ByProof {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        self.check(end_entity, intermediates).map(|()| ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Self::older()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes()
-    }
-}
-
-impl ClientCertVerifier for ByProof {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        self.check(end_entity, intermediates).map(|()| ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Self::older()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes()
+    fn public_key(&self, certificate: &CertificateDer<'_>) -> Result<Option<SubjectPublicKeyInfoDer<'static>>, Error> {
+        let proven = self.0.host_of(certificate).map_err(|error: ProofError| refusal(error.into()))?;
+        Ok(Some(SubjectPublicKeyInfoDer::from(proven.public_key.to_vec())))
     }
 }
 

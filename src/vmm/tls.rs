@@ -7,20 +7,17 @@
 //! The library needs nothing that a thread may not do once its system calls are filtered: randomness is getrandom(2)'s,
 //! and what the processor has is asked of the processor.
 
-use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{ClientConfig, ClientConnection, Resumption};
-use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ServerConfig, ServerConnection};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme, StreamOwned};
+use rustls::client::ClientConnection;
+use rustls::pki_types::CertificateDer;
+use rustls::server::ServerConnection;
+use rustls::{CertificateError, Error, StreamOwned};
 
 use super::socket::BoundedSocket;
 use crate::clock::Monotonic;
+use crate::tls::{self, Accepted, Own};
 use crate::wire::control::StreamTls;
 
 /// Bytes that are encrypted before the socket is written to.
@@ -53,31 +50,19 @@ pub(super) struct TlsError(#[from] Error);
 
 impl Wire {
     /// A connection with TLS if there is something to do it with.
-    pub(super) fn new(socket: BoundedSocket, tls: Option<&StreamTls>, end: End) -> Result<Self, TlsError> {
-        let Some(tls) = tls else { return Ok(Self::Plain(socket)) };
+    pub(super) fn new(socket: BoundedSocket, certified: Option<&StreamTls>, end: End) -> Result<Self, TlsError> {
+        let Some(certified) = certified else { return Ok(Self::Plain(socket)) };
         let socket = Buffered::new(socket);
-        let provider = Arc::new(ring::default_provider());
-        let pinned = Pinned { certificate: CertificateDer::from(tls.peer.clone()), provider: Arc::clone(&provider) };
-        let own = vec![CertificateDer::from(tls.certificate.clone())];
-        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(tls.key.0.clone()));
+        let only = Only(CertificateDer::from(certified.peer.clone()));
+        let own = Own { certificate: certified.certificate.clone(), key: certified.key.0.clone() };
         match end {
             End::Source => {
-                let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-                let config = config.dangerous().with_custom_certificate_verifier(Arc::new(pinned));
-                let mut config = config.with_client_auth_cert(own, key)?;
-                config.resumption = Resumption::disabled();
-                config.enable_sni = false;
-                // Nobody looks at it: the certificate itself is known.
-                let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
-                let mut connection = ClientConnection::new(Arc::new(config), name)?;
+                let mut connection = ClientConnection::new(Arc::new(tls::mutual_client(only, own)?), tls::no_name())?;
                 connection.set_buffer_limit(Some(UNSENT_BYTES_MAX));
                 Ok(Self::Client(Box::new(StreamOwned::new(connection, socket))))
             }
             End::Target => {
-                let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-                let mut config = config.with_client_cert_verifier(Arc::new(pinned)).with_single_cert(own, key)?;
-                config.send_tls13_tickets = 0;
-                let mut connection = ServerConnection::new(Arc::new(config))?;
+                let mut connection = ServerConnection::new(Arc::new(tls::mutual_server(only, own)?))?;
                 connection.set_buffer_limit(Some(UNSENT_BYTES_MAX));
                 Ok(Self::Server(Box::new(StreamOwned::new(connection, socket))))
             }
@@ -166,109 +151,15 @@ impl Write for Buffered {
     }
 }
 
-/// Takes one certificate and no other.
-struct Pinned {
-    certificate: CertificateDer<'static>,
-    provider: Arc<CryptoProvider>,
-}
+/// The one certificate that the other end may have.
+#[derive(Debug)]
+struct Only(CertificateDer<'static>);
 
-impl fmt::Debug for Pinned {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("Pinned")
-    }
-}
-
-impl Pinned {
-    fn check(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        match *certificate == self.certificate {
+impl Accepted for Only {
+    fn accept(&self, certificate: &CertificateDer<'_>, _others: &[CertificateDer<'_>]) -> Result<(), Error> {
+        match *certificate == self.0 {
             true => Ok(()),
             false => Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
         }
-    }
-
-    fn signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signed, &self.provider.signature_verification_algorithms)
-    }
-
-    /// Only 1.3 is spoken.
-    fn older() -> Result<HandshakeSignatureValid, Error> {
-        Err(Error::General("TLS 1.2 is not spoken".to_owned()))
-    }
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        self.check(end_entity).map(|()| ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Self::older()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Pinned {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        self.check(end_entity).map(|()| ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Self::older()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }

@@ -2,6 +2,10 @@
 
 use std::net::SocketAddr;
 
+use rustls::SignatureScheme;
+use rustls::client::ClientConfig;
+use rustls::crypto::ring;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -13,6 +17,7 @@ use crate::agent::peers::{
 use crate::api::fabric_fixture::{Host, config};
 use crate::api::peer::{ARRIVE_LIMIT, serve};
 use crate::api::peer_link::HttpLink;
+use crate::tls::{client_of, no_name};
 
 const KEY: &[u8] = &[7; 32];
 const OTHER_KEY: &[u8] = &[8; 32];
@@ -279,10 +284,7 @@ fn client(
     change: impl FnOnce(&mut ClientConfig),
     certificates: Option<(Vec<CertificateDer<'static>>, Vec<u8>)>,
 ) -> TlsConnector {
-    let provider = Arc::new(ring::default_provider());
-    let verifier = Arc::new(ByProof { key: key(), provider: Arc::clone(&provider) });
-    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let config = config.dangerous().with_custom_certificate_verifier(verifier);
+    let config = client_of(ByProof(key())).unwrap();
     let mut config = match certificates {
         Some((chain, key)) => {
             config.with_client_auth_cert(chain, PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key))).unwrap()
@@ -297,8 +299,7 @@ fn client(
 /// Says nothing; how the connection ends.
 async fn ends(called: &Called, client: TlsConnector) -> Result<Vec<u8>, Option<TlsError>> {
     let stream = TcpStream::connect(called.at).await.unwrap();
-    let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-    let mut stream = client.connect(name, stream).await.map_err(|error| of_tls(&error))?;
+    let mut stream = client.connect(no_name(), stream).await.map_err(|error| of_tls(&error))?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await.map_err(|error| of_tls(&error))?;
     Ok(answer)
