@@ -439,11 +439,17 @@ impl<W: World> Agent<W> {
 
     /// Whose a machine is that went from here: this ledger's word.
     pub(super) fn decision_on(&self, id: &MigrationId) -> Option<Decision> {
-        match self.went_by(id).map(|vm| vm.record.borrow().state.clone()) {
+        let record = self.went_by(id).map(|vm| vm.record.borrow().clone());
+        match record.as_ref().map(|record| &record.state) {
             // Not yet, or this agent cannot say any more.
             Some(VmState::Sending) => None,
             _ if self.knows_nothing_for_sure() => None,
             Some(VmState::HandedOver) => Some(Decision::HandedOver),
+            Some(VmState::Stopping | VmState::Stopped | VmState::Failed { .. })
+                if record.as_ref().is_some_and(|record| record.is_undecided()) =>
+            {
+                None
+            }
             // One that left for good is forgotten here only after the other host has said that it runs.
             Some(_) | None => Some(Decision::Kept),
         }

@@ -68,28 +68,41 @@ impl<W: World> Shared<W> {
         }
         // No launch is admitted meanwhile that would use one of them.
         let _admission = self.admission.lock().await;
+        // Again as long as something went: what that built on may go next.
+        while self.evict_once(but, bytes_max).await {}
+    }
+
+    /// Whether one was removed at least.
+    async fn evict_once(&self, but: &BundleId, bytes_max: u64) -> bool {
         let fetched = match self.world.bundles().fetched().await {
             Ok(fetched) => fetched,
             Err(error) => {
                 tracing::warn!(error = %chain(&error), "bundles that came from elsewhere cannot be listed");
-                return;
+                return false;
             }
         };
         let used = self.bundles_in_use();
-        let is_used = |bundle: &BundleId| bundle == but || used.contains(bundle) || self.pools.size(bundle).is_some();
+        // What comes as it should is waited for by whoever asked for it.
+        let comes = |bundle: &BundleId| self.fillings.of(bundle).is_some_and(|filling| filling.trouble().is_none());
+        let is_used = |bundle: &BundleId| {
+            bundle == but || used.contains(bundle) || self.pools.size(bundle).is_some() || comes(bundle)
+        };
         let candidates: Vec<_> = fetched.iter().map(|one| one.candidate(is_used(&one.id))).collect();
+        let mut has_removed = false;
         for bundle in to_remove(&candidates, bytes_max) {
             let is_whole = fetched.iter().any(|one| one.id == bundle && one.is_whole);
             let removed =
                 if is_whole { self.world.bundles().remove(&bundle).await } else { self.stop_filling(&bundle).await };
             match removed {
                 Ok(()) => {
+                    has_removed = true;
                     tracing::info!(%bundle, "a bundle from elsewhere was removed, to make room for others");
                     self.bundle_event("bundle_evicted", serde_json::json!({ "bundle_id": bundle })).await;
                 }
                 Err(error) => tracing::warn!(%bundle, error = %chain(&error), "a bundle cannot be removed for others"),
             }
         }
+        has_removed
     }
 
     /// Bundles that VMs run from.

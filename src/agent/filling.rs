@@ -25,10 +25,12 @@ use super::record::{Subject, VmRecord};
 use super::shared::Shared;
 use super::vm_state::FailureCause;
 use super::world::{VmBundles, VmmHost, VmmProcess, World};
+use crate::bundle::working_set::WorkingSet;
 use crate::bundle::{ParseSourceError, Partial, Run, SourceSpec};
 use crate::clock::{Clock, Monotonic};
 use crate::ids::{BundleId, VmId};
 use crate::report::chain;
+use crate::units::PAGE_BYTES;
 
 mod fetch;
 mod serve;
@@ -71,6 +73,10 @@ struct Failed {
     wait: Duration,
 }
 
+/// Chunks that are fetched at once: enough to hide a source's answer time, few enough that what a guest waits for shares the
+/// way with few that nobody does.
+const AT_ONCE_MAX: usize = 4;
+
 /// Time until a chunk that did not come is asked for again: the first, doubled up to the last.
 const CHUNK_AGAIN_FIRST: Duration = Duration::from_millis(200);
 const CHUNK_AGAIN_LAST: Duration = Duration::from_secs(5);
@@ -80,6 +86,8 @@ const CHUNK_AGAIN_LAST: Duration = Duration::from_secs(5);
 struct State {
     /// Chunks that guests wait for, the longest first.
     wanted: VecDeque<u32>,
+    /// Those that guests of this bundle have reached first before.
+    soon: BTreeSet<u32>,
     /// Those that are being fetched.
     fetching: BTreeSet<u32>,
     /// Where to look for what is missing and nobody waits for.
@@ -95,14 +103,19 @@ struct State {
 }
 
 impl State {
-    /// The chunk to fetch next: what a guest waits for, then what comes next in memory.
+    /// The chunk to fetch next: what a guest waits for, then what one will soon, then what comes next in memory. The last of
+    /// [`AT_ONCE_MAX`] places is for the first of these only: it does not wait behind what nobody waits for.
     fn take(&mut self, chunks: u32, now: Instant, is_missing: impl Fn(u32) -> bool) -> Option<u32> {
-        let Self { wanted, fetching, failed, next, .. } = self;
+        let Self { wanted, soon, fetching, failed, next, .. } = self;
         wanted.retain(|&chunk| is_missing(chunk));
+        soon.retain(|&chunk| is_missing(chunk));
+        let may_go_ahead = fetching.len() + 1 < AT_ONCE_MAX;
         let may_come =
             |chunk: &u32| !fetching.contains(chunk) && failed.get(chunk).is_none_or(|failed| failed.again <= now);
-        let chunk = match wanted.iter().copied().find(may_come) {
+        let asked_for = wanted.iter().copied().find(may_come);
+        let chunk = match asked_for.or_else(|| soon.iter().copied().find(may_come).filter(|_| may_go_ahead)) {
             Some(chunk) => chunk,
+            None if !may_go_ahead => return None,
             None => {
                 let chunk = (*next..chunks).find(|chunk| is_missing(*chunk) && may_come(chunk))?;
                 // What was passed over is come back to.
@@ -187,6 +200,16 @@ impl Filling {
             state.wanted.push_back(chunk);
         }
         drop(state);
+        self.note_change();
+    }
+
+    /// A guest is about to reach these pages: what they lie in comes before what nobody waits for.
+    pub(super) fn expect(&self, set: &WorkingSet) {
+        let chunk_pages = (u64::from(self.partial.manifest().memory.chunk_bytes) / PAGE_BYTES).max(1);
+        let chunk = |page: u64| u32::try_from(page / chunk_pages).unwrap_or(u32::MAX);
+        let chunks = |run: &Run| chunk(run.first)..=chunk(run.end().unwrap_or(u64::MAX).saturating_sub(1));
+        let expected: Vec<u32> = set.written.iter().chain(&set.read).flat_map(chunks).collect();
+        self.state().soon.extend(expected);
         self.note_change();
     }
 
@@ -400,10 +423,37 @@ mod tests {
     fn what_a_guest_waits_for_comes_first() {
         let mut state = State::default();
         state.wanted.extend([7, 3, 7]);
-        let missing = |chunk: u32| chunk != 1;
+        state.soon.extend([5, 6, 7]);
+        let mut left = BTreeSet::from([0, 2, 3, 4, 5, 6, 7, 8]);
         let now = Instant::now();
-        let taken: Vec<_> = std::iter::from_fn(|| state.take(9, now, missing)).collect();
-        assert_eq!(taken, [7, 3, 0, 2, 4, 5, 6, 8]);
+        let mut taken = Vec::new();
+        while let Some(chunk) = state.take(9, now, |chunk| left.contains(&chunk)) {
+            left.remove(&chunk);
+            state.came(chunk);
+            taken.push(chunk);
+        }
+        assert_eq!(taken, [7, 3, 5, 6, 0, 2, 4, 8]);
+    }
+
+    #[test]
+    fn one_place_is_kept_for_what_a_guest_waits_for() {
+        let (mut state, now) = (State::default(), Instant::now());
+        state.soon.insert(8);
+        assert_eq!(std::array::from_fn(|_| state.take(9, now, |_| true)), [Some(8), Some(0), Some(1), None]);
+        state.wanted.push_back(5);
+        assert_eq!([state.take(9, now, |_| true), state.take(9, now, |_| true)], [Some(5), None]);
+        state.came(5);
+        let missing = |chunk| ![5, 8].contains(&chunk);
+        assert_eq!(state.take(9, now, missing), None, "three that nobody waits for are under way");
+        state.came(8);
+        assert_eq!(state.take(9, now, missing), Some(2));
+    }
+
+    #[test]
+    fn what_did_not_come_is_come_back_to() {
+        let mut state = State::default();
+        let (now, missing) = (Instant::now(), |chunk: u32| [2, 4].contains(&chunk));
+        assert_eq!((state.take(9, now, missing), state.take(9, now, missing)), (Some(2), Some(4)));
         assert!(state.did_not_come(2, now, "one".to_owned()) && !state.did_not_come(4, now, "two".to_owned()));
         assert_eq!(state.take(9, now, missing), None);
         let later = state.again().unwrap();

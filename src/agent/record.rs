@@ -125,6 +125,12 @@ impl VmRecord {
         self.network.as_ref().is_some_and(|network| network.home.is_none())
     }
 
+    /// Whether it is on its way, or ended while it was, and the lease service has not said yet whose it is.
+    pub fn is_undecided(&self) -> bool {
+        let mut written = self.spec.volume_uses().map(|(_, used)| used).filter(|used| !used.read_only);
+        written.next().is_some_and(|first| first.standby.is_some())
+    }
+
     /// Its addresses, IPv6 first. One that ended has none: they rest, and are somebody else's then.
     pub fn addresses(&self) -> Vec<IpAddr> {
         let Some(network) = self.network.as_ref().filter(|_| self.state.holds_resources()) else { return Vec::new() };

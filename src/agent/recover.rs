@@ -78,6 +78,8 @@ pub(crate) enum Plan {
     Ended(Option<OperationRecord>),
     /// The operation is not begun again: it fails, and what it did is taken back.
     Undo(OperationRecord),
+    /// What was being done ended, and was not taken back: that is done now.
+    TakeBack,
     /// Nothing: what was found contradicts itself, and somebody has to look.
     Quarantine(Doubt),
     /// Nothing should be left of it, but an operation that saw to that is not recorded: clean up.
@@ -113,6 +115,7 @@ pub(crate) fn plan(vm: &VmRecord, unfinished: Option<OperationRecord>, lives: bo
                 Plan::Undo(operation)
             }
         }
+        (VmState::Sending, None) => Plan::TakeBack,
         // It was: forward only.
         (VmState::HandedOver, Some(operation)) => Plan::Continue(begun_again_but(operation, Effect::ConfirmArrival)),
         (VmState::HandedOver, None) => Plan::Rest,

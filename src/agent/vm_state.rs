@@ -384,7 +384,9 @@ const LEAVE: [Effect; 9] = [
     Effect::LeaveNetwork,
     Effect::RemoveDirectory,
 ];
-const CLEAN_SENDING: [Effect; 8] = [
+/// It may have been decided before its VMM ended: then it is not this host's end.
+const CLEAN_SENDING: [Effect; 9] = [
+    Effect::SettleLease,
     Effect::CancelArrival,
     Effect::EndVmm,
     Effect::DisconnectVolumes,
@@ -626,7 +628,8 @@ pub(super) fn step(state: &VmState, event: &Event) -> Result<Step, Denied> {
             | (S::ChangingVolumes { then_running }, Goal::ChangeVolumes | Goal::Undo) => {
                 step_to(if *then_running { S::Running } else { S::Paused }, &[])
             }
-            (S::Sending, Goal::Migrate) => step_to(S::HandedOver, &LEAVE),
+            // Its VMM ended here before that was known.
+            (S::Sending | S::Stopping | S::Stopped | S::Failed { .. }, Goal::Migrate) => step_to(S::HandedOver, &LEAVE),
             (S::HandedOver, Goal::Leave) => stay(),
             (S::Sending, Goal::Undo) | (S::Arriving { .. }, Goal::Arrive) => step_to(S::Running, &[]),
             (S::SwappingOut { mode }, Goal::SwapOut) => step_to(S::SwappedOut { mode: *mode }, &[]),

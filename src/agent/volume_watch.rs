@@ -130,9 +130,12 @@ impl<W: World> Shared<W> {
             return false;
         };
         let vms = self.vms();
-        // It may be there and have given the volume up.
-        let has_it =
-            |vm: &VmRecord| vm.state.holds_resources() && vm.spec.volume_uses().any(|(_, used)| used.lease == lease.id);
+        // It may be there and have given the volume up. One whose end came while it was on its way may be another host's,
+        // which its leases are converted for then.
+        let has_it = |vm: &VmRecord| {
+            (vm.state.holds_resources() || vm.is_undecided())
+                && vm.spec.volume_uses().any(|(_, used)| used.lease == lease.id)
+        };
         let is_here = vms.get(vm).is_some_and(|vm| has_it(&vm.record.borrow()));
         lease.mode != LeaseMode::Standby && !is_here
     }

@@ -46,14 +46,16 @@ pub struct FetchedBundle {
     pub disk_bytes: u64,
     /// Whether all of it is here.
     pub is_whole: bool,
+    /// Whether others build on it, or it is being exported: it cannot be removed.
+    pub is_held: bool,
 }
 
 impl FetchedBundle {
-    /// The same for who decides what gives way.
+    /// The same for who decides what gives way. `in_use`: something runs from it, or waits for it.
     pub fn candidate(&self, in_use: bool) -> Candidate {
-        let Self { id, note, disk_bytes, .. } = self;
+        let Self { id, note, disk_bytes, is_held, .. } = self;
         let (last_used, pinned) = (note.last_used, note.pinned);
-        Candidate { id: id.clone(), disk_bytes: *disk_bytes, last_used, pinned, in_use }
+        Candidate { id: id.clone(), disk_bytes: *disk_bytes, last_used, pinned, in_use: in_use || *is_held }
     }
 }
 
@@ -146,6 +148,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let mut list = Vec::new();
+        let built_on = self.built_on()?;
         for id in self.names(&directory)?.into_iter().filter_map(|name| name.strip_suffix(".json")?.parse().ok()) {
             let note = self.fetched_note(&id).map_err(|error| match error {
                 FetchedError::File { path, source } => StoreError { path, source },
@@ -156,7 +159,8 @@ impl Store {
             let Some(note) = note.filter(|_| self.places().has_any_of(&id)) else { continue };
             let (place, partial) = (self.places().bundle(&id), self.places().partial(&id));
             let disk_bytes = allocated_bytes(&place).saturating_add(allocated_bytes(&partial));
-            list.push(FetchedBundle { note, disk_bytes, is_whole: place.is_dir(), id });
+            let is_held = built_on.contains(&id) || self.lock_exported().contains_key(&id);
+            list.push(FetchedBundle { note, disk_bytes, is_whole: place.is_dir(), is_held, id });
         }
         Ok(list)
     }
@@ -228,12 +232,17 @@ mod tests {
         rig.store.touch_fetched(&id, UnixNanos(8)).unwrap();
         rig.store.set_pinned(&id, true).unwrap();
         let list = rig.restarted().fetched_list().unwrap();
-        let [FetchedBundle { id: found, note, disk_bytes: 1.., is_whole: true }] = &list[..] else {
+        let [FetchedBundle { id: found, note, disk_bytes: 1.., is_whole: true, is_held: false }] = &list[..] else {
             panic!("{list:?}")
         };
         let wanted = Fetched { from: FROM.to_owned(), fetched_at: UnixNanos(5), last_used: UnixNanos(9), pinned: true };
         assert_eq!((found, note), (&id, &wanted));
         assert!(!list[0].candidate(false).in_use && list[0].candidate(true).in_use);
+        // What others build on does not give way before they do.
+        let child = rig.diff("three", &id, &[(4, 1)], &[(4 << 12, b"z")]).id;
+        assert!(rig.store.fetched_list().unwrap()[0].candidate(false).in_use);
+        rig.store.remove(&child).unwrap();
+        assert!(!rig.store.fetched_list().unwrap()[0].candidate(false).in_use);
         // Fetched again, it stays pinned.
         rig.store.note_fetched(&id, "/srv", UnixNanos(20)).unwrap();
         assert!(rig.store.fetched(&id).unwrap().unwrap().pinned);

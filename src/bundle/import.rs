@@ -130,12 +130,30 @@ impl Store {
             Ok(())
         });
         let directories: Vec<PathBuf> = coming.iter().map(|one: &Coming| one.staging.directory.clone()).collect();
-        let imported = taken.and_then(|()| coming.into_iter().map(Coming::publish).collect());
+        let imported = taken.and_then(|()| self.publish_all(coming));
         for directory in directories {
             // Those that became bundles have other names now; what cannot be removed is swept.
             let _ = file::remove_tree(&directory);
         }
         imported
+    }
+
+    /// Makes bundles of them, or of none.
+    fn publish_all(&self, coming: Vec<Coming>) -> Result<Vec<Committed>, ImportError> {
+        let mut published: Vec<Committed> = Vec::new();
+        for one in coming {
+            match one.publish() {
+                Ok(done) => published.push(done),
+                Err(error) => {
+                    for made in published.iter().rev().filter(|made| !made.existed) {
+                        // What somebody has used since is somebody's.
+                        let _ = self.remove(&made.id);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(published)
     }
 
     /// Reads all of the stream into staging directories.

@@ -1,7 +1,7 @@
 //! The bundles of a host: one directory each below a root. Committed ones are never changed, so what was read of one is
 //! kept in memory under the file's stamp.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -284,6 +284,12 @@ impl Store {
     /// How often each bundle is being exported. Taken after the lock of changes.
     pub(super) fn lock_exported(&self) -> MutexGuard<'_, BTreeMap<BundleId, usize>> {
         self.shared.exported.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The bundles that others build on.
+    pub(super) fn built_on(&self) -> Result<BTreeSet<BundleId>, StoreError> {
+        let manifests = self.list()?.into_iter().filter_map(|listed| listed.manifest.ok());
+        Ok(manifests.filter_map(|manifest| Some(manifest.parent.as_ref()?.bundle.clone())).collect())
     }
 
     /// The lock of one bundle's memory. A diff's is taken before its parent's, and chains do not turn.

@@ -147,8 +147,12 @@ impl Store {
         };
         let mut bytes = Vec::new();
         opened.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-        let pages = self.manifest(id).map_or(0, |manifest| manifest.machine.memory_bytes / PAGE_BYTES);
-        read(&bytes, pages).map(Some).map_err(damaged)
+        // Also of one that is not whole yet: guests run from it.
+        let memory_bytes = self.manifest(id).map(|manifest| manifest.machine.memory_bytes);
+        let memory_bytes =
+            memory_bytes.or_else(|_| self.partial_manifest(id).map(|(manifest, _)| manifest.machine.memory_bytes));
+        let memory_bytes = memory_bytes.map_err(|error| failed(io::Error::other(error)))?;
+        read(&bytes, memory_bytes / PAGE_BYTES).map(Some).map_err(damaged)
     }
 
     /// Begins to read a bundle's working set from the disk, all of it at once. Nothing waits for it.

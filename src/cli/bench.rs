@@ -16,13 +16,15 @@ resumed. Without --bundle one is built for this and removed again.
 Examples:
   hearth bench launch --count 50
   hearth bench launch --bundle web --cold --boot 3              also with a cold page cache, and beside a boot
+  hearth bench launch --bundle web --pool 4                     also from machines that are kept ready
   hearth bench launch --firecracker /usr/bin/firecracker        its spawn, load and resume beside ours";
 
 pub(super) const CLONE_HELP: &str = "\
 Memory is PSS: pages that several VMs map are shared out among them.
 
 Example:
-  hearth bench clone --at-once 1 --at-once 10 --at-once 100 --memory 64";
+  hearth bench clone --at-once 1 --at-once 10 --at-once 100 --memory 64
+  hearth bench clone --at-once 100 --pool --memory 64           from a hundred that are kept ready";
 
 pub(super) const SNAPSHOT_HELP: &str = "\
 Pause is the time in which no vCPU runs. Each full snapshot is followed by some idle time and then by a difference, which
@@ -66,6 +68,9 @@ pub struct BenchLaunchArgs {
     /// Also with a page cache that is emptied before each launch (as root; at most 10 launches)
     #[arg(long)]
     pub cold: bool,
+    /// Also from a pool of that many machines, which is full before each launch
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub pool: Option<u32>,
     /// Also that many boots of the bundle's image
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=100))]
     pub boot: u32,
@@ -86,6 +91,9 @@ pub struct BenchCloneArgs {
     /// How many VMs at once; may be given several times
     #[arg(long, value_name = "N", default_values_t = [1, 10], value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub at_once: Vec<u32>,
+    /// From a pool of as many machines (256 at most), which is full before
+    #[arg(long)]
+    pub pool: bool,
     /// Longest time until all of them run, such as 10m [default: 5 minutes, and 10 seconds for each VM]
     #[arg(long, value_name = "TIME", value_parser = duration_ms)]
     pub timeout: Option<u32>,

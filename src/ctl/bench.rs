@@ -9,6 +9,7 @@ mod in_guest;
 mod launched;
 mod logging;
 mod migrate;
+mod pooled;
 mod process;
 mod seen;
 mod snapshot;
@@ -73,6 +74,12 @@ pub enum BenchError {
         /// What became of it.
         reason: String,
     },
+    /// Machines that were to be ready are not.
+    #[error("have machines ready: {why}")]
+    Pool {
+        /// Why not.
+        why: String,
+    },
     /// There is no bundle to launch from.
     #[error("build a bundle: {message}")]
     Build {
@@ -127,6 +134,7 @@ impl BenchError {
             }
             Self::NotTrue { .. }
             | Self::Build { .. }
+            | Self::Pool { .. }
             | Self::Snapshot { .. }
             | Self::Signals(_)
             | Self::File { .. }

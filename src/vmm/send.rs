@@ -516,6 +516,8 @@ impl Copy<'_> {
         if early.is_zero() {
             return Ok(());
         }
+        let round = self.round;
+        self.lanes.iter_mut().try_for_each(|lane| lane.keep_alive(round))?;
         match self.sender.jobs.recv_timeout(early) {
             Err(RecvTimeoutError::Timeout) => Ok(()),
             Ok(_) | Err(RecvTimeoutError::Disconnected) => Err(SendError::Cancelled),

@@ -8,17 +8,13 @@ use futures_util::stream::FuturesUnordered;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 
-use super::Filling;
+use super::{AT_ONCE_MAX, Filling};
 use crate::agent::fetched::FetchedBundles;
 use crate::agent::shared::Shared;
 use crate::agent::sources::{SourceError, read_part};
 use crate::agent::world::World;
 use crate::bundle::{BundlePart, InstallError, ParseSourceError};
 use crate::report::chain;
-
-/// Chunks that are fetched at once: enough to hide a source's answer time, few enough that what a guest waits for is not
-/// behind many that nobody does.
-const AT_ONCE_MAX: usize = 4;
 
 /// Time until a source is asked again after it failed: the first, doubled up to the last.
 const AGAIN_FIRST: Duration = Duration::from_millis(100);

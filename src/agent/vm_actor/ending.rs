@@ -38,8 +38,12 @@ impl<W: World> VmActor<W> {
             }
         }
         let (state, error, event) = match outcome {
-            // The undoing of a send found that it had been decided: the VM is the other host's.
-            Outcome::Decided => (OperationState::Succeeded, None, Some(Event::Done(Goal::Migrate))),
+            // The undoing of a send, or the cleaning up behind one, found that it had been decided: the VM is the other
+            // host's.
+            Outcome::Decided => {
+                self.record.remains = None;
+                (OperationState::Succeeded, None, Some(Event::Done(Goal::Migrate)))
+            }
             Outcome::Done => (OperationState::Succeeded, None, Some(Event::Done(operation.goal))),
             Outcome::Hurried if matches!(operation.goal, Goal::Migrate | Goal::Snapshot) => {
                 let what = if operation.goal == Goal::Migrate { "migration" } else { "snapshot" };

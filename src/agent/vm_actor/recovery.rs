@@ -160,6 +160,14 @@ impl<W: World> VmActor<W> {
                 self.end_operation(&mut operation, OperationState::Failed, Some(error_of(&cause)));
                 self.conclude(operation, Some(Event::WorkFailed { cause })).await
             }
+            recover::Plan::TakeBack => {
+                let event = Event::WorkFailed { cause: FailureCause::Interrupted };
+                let Ok(next) = step(&self.record.state, &event) else { return Ok(()) };
+                let undo = self.new_operation(Goal::Undo, false, &next);
+                self.turn(next, Vec::new(), Some(&undo)).await?;
+                self.perform(undo, Duration::ZERO, None);
+                Ok(())
+            }
             recover::Plan::Quarantine(doubt) => self.quarantine(&doubt, recovered.operation).await,
             recover::Plan::Clean => {
                 let forgets = !self.record.state.holds_resources();

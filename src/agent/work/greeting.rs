@@ -128,7 +128,7 @@ impl<W: World> Work<W> {
         if link.version >= guest_network::SINCE_VERSION {
             let config = &self.shared.config;
             let member = member(&self.record, config.fabric.as_ref().map(|fabric| &fabric.fabric));
-            let hardware = self.hardware().await;
+            let hardware = self.hardware().await?;
             if !hardware.is_empty() {
                 messages.push(ToGuest::Hardware(hardware));
             }
@@ -177,18 +177,19 @@ impl<W: World> Work<W> {
     }
 
     /// The hardware addresses that a guest from a bundle takes its interfaces to have, and those they have.
-    async fn hardware(&self) -> Vec<HardwareAddress> {
-        let Some(bundle) = &self.record.spec.bundle else { return Vec::new() };
+    async fn hardware(&self) -> Result<Vec<HardwareAddress>, GuestError> {
+        let Some(bundle) = &self.record.spec.bundle else { return Ok(Vec::new()) };
         let manifest = match self.shared.fillings.of(bundle) {
             Some(filling) => Arc::clone(filling.partial.manifest()),
-            None => match self.shared.world.bundles().check(bundle).await {
-                Ok(manifest) => manifest,
-                Err(_) => return Vec::new(),
+            // Without them it would keep those of the guest that was frozen.
+            None => match self.shared.world.bundles().find(bundle.as_str()).await {
+                Ok(found) => found.manifest,
+                Err(error) => return Err(GuestError::Stream(std::io::Error::other(error))),
             },
         };
         let frozen = manifest.identity.macs.iter().filter_map(|text| parse_mac(text));
         let own = (0..self.record.spec.interfaces).map(|index| interface_mac(&self.record.id, index));
-        frozen.zip(own).map(|(from, to)| HardwareAddress { from, to }).collect()
+        Ok(frozen.zip(own).map(|(from, to)| HardwareAddress { from, to }).collect())
     }
 
     async fn keep_boot_times(&mut self, begun: Monotonic, heard: Heard) {

@@ -8,9 +8,12 @@ use tokio::time::sleep;
 use super::volumes::no_volume;
 use super::{Outcome, Work, host};
 use crate::agent::arrivals::Decision;
+use crate::agent::ledger::{NewEvent, Write};
+use crate::agent::record::Subject;
 use crate::agent::volumes::{AskVolumesError, VolumeUse};
 use crate::agent::world::{World, random_array};
-use crate::ids::LeaseId;
+use crate::clock::Clock;
+use crate::ids::{LeaseId, VolumeId};
 use crate::lease::{Lease, LeaseMode, LeaseSecret};
 use crate::report::chain;
 use crate::wire::volumed::{Answer, Ask};
@@ -79,13 +82,13 @@ impl<W: World> Work<W> {
     }
 
     /// Has the standby lease of the first volume gone, unless it was converted. As long as the lease service does not
-    /// answer, nobody knows whose the VM is, and it stands still.
+    /// answer, nobody knows whose the VM is: it stands still, and nobody can hurry that.
     pub(super) async fn settle_lease(&mut self) -> Result<(), Outcome> {
         let Some(first) = self.written().next().cloned() else { return Ok(()) };
-        // The send had not begun.
+        // The send had not begun, or it was settled before.
         let Some((id, _)) = first.standby.clone() else { return Ok(()) };
         let (mut wait, longest) = ASK_AGAIN;
-        let mut hurry = self.hurry.clone();
+        let mut has_told = false;
         loop {
             let volume = first.volume.clone();
             // A conversion that was asked for, and is still on its way, finds nothing to convert behind this.
@@ -97,18 +100,41 @@ impl<W: World> Work<W> {
             };
             match active {
                 Ok(Some(active)) if active.id == id => return Err(Outcome::Decided),
-                Ok(_) => return Ok(()),
+                Ok(_) => {
+                    self.nobody_stands_by();
+                    return Ok(());
+                }
                 Err(error) => {
                     let error = chain(&error);
                     tracing::warn!(vm = %self.record.id, error, "whose this VM is cannot be told: it stands still");
+                    if !std::mem::replace(&mut has_told, true) {
+                        self.tell_undecided(&first.volume, error).await;
+                    }
                 }
             }
-            tokio::select! {
-                biased;
-                () = super::sending::wanted(&mut hurry) => return Err(Outcome::Hurried),
-                () = sleep(wait) => {}
-            }
+            sleep(wait).await;
             wait = longest.min(wait.saturating_mul(2));
+        }
+    }
+
+    /// It is known whose the VM is: this host's (see [`VmRecord::is_undecided`]).
+    fn nobody_stands_by(&mut self) {
+        for used in self.record.spec.volumes.iter_mut().filter_map(|slot| slot.used.as_mut()) {
+            used.standby = None;
+        }
+    }
+
+    /// Says that a VM stands still because nobody can say whose it is.
+    async fn tell_undecided(&self, volume: &VolumeId, reason: String) {
+        let event = NewEvent {
+            at: self.shared.world.clock().wall(),
+            kind: "migration_undecided",
+            subject: Subject::Vm(self.record.id.clone()),
+            operation: Some(self.operation.id.clone()),
+            body: serde_json::json!({ "volume": volume, "reason": reason }),
+        };
+        if let Err(error) = self.shared.commit(vec![Write::Event(event)]).await {
+            tracing::warn!(error = %chain(&error), "an event is lost");
         }
     }
 

@@ -16,7 +16,8 @@ use crate::units::MIB;
 
 impl<W: World> Shared<W> {
     /// What is to be mapped ahead for a guest from a bundle, if that is known. It is being read into memory when this
-    /// returns. What cannot be used is told of, and forgotten: the next launch notes it anew.
+    /// returns, or fetched where it is not here yet. What cannot be used is told of, and forgotten: the next launch notes it
+    /// anew.
     pub(in crate::agent) async fn working_set(&self, vm: &VmRecord) -> Option<WorkingSet> {
         let bundle = vm.spec.bundle.as_ref()?;
         let bytes_max = self.config.limits.prefault_mib.saturating_mul(MIB);
@@ -24,7 +25,12 @@ impl<W: World> Shared<W> {
             return None;
         }
         match self.world.bundles().working_set(bundle, bytes_max).await {
-            Ok(set) => set,
+            Ok(set) => {
+                if let (Some(set), Some(filling)) = (&set, self.fillings.of(bundle)) {
+                    filling.expect(set);
+                }
+                set
+            }
             Err(error) => {
                 tracing::warn!(vm = %vm.id, %bundle, error = %chain(&error), "a working set is ignored");
                 let event = NewEvent {

@@ -5,11 +5,13 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use super::*;
 use crate::bundle::places::FILES;
 use crate::bundle::samples::{Rig, content as content_of, names};
+use crate::bundle::working_set::WorkingSet;
 use crate::bundle::{
     BundlePart, Damage, Manifest, PART_BYTES_MAX, Progress, ReadPartError, Run, Signed, read_signatures,
 };
 use crate::signing::PrivateKey;
 use crate::sys::sparse;
+use crate::units::PAGE_BYTES;
 use proptest::prelude::*;
 
 const MEMORY_BYTES: u64 = 2 << 20;
@@ -94,6 +96,10 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     let files = partial.launch_files().unwrap();
     assert_eq!(content_of(&files.state), two.part(BundlePart::State));
     assert!(files.memory.write_at(b"x", 0).is_err(), "it is for reading only");
+    // What its guests reach first is known of it as well.
+    let set = WorkingSet { read: runs(&[(1, 2)]), written: runs(&[(MEMORY_BYTES / PAGE_BYTES - 1, 1)]) };
+    two.there.store.keep_working_set(&two.id, &set).unwrap();
+    assert_eq!(two.there.store.working_set(&two.id).unwrap(), Some(set.clone()));
     for chunk in [2, 0, 7, 3] {
         assert!(!partial.is_present(chunk));
         assert_eq!(partial.install(chunk, &two.chunk(chunk)).unwrap(), Installed::New);
@@ -105,6 +111,7 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     let committed = partial.publish().unwrap();
     assert!(committed.id == two.id && !committed.existed);
     let store = &two.there.store;
+    assert_eq!(store.working_set(&two.id).unwrap(), Some(set));
     assert!(store.partials().unwrap().is_empty() && names(&two.there.root.join(".partial")).is_empty());
     let whole = store.open_for_launch(&two.id).unwrap().memory;
     assert_eq!(content_of(&whole), two.memory());

@@ -18,6 +18,9 @@ use crate::ctl::call::Agent;
 use crate::ctl::progress::shown;
 use crate::ctl::table::{bytes, columns, milliseconds};
 
+/// Most machines that a pool may have.
+const POOL_SIZE_MAX: u32 = 256;
+
 /// The phases in order, as they are printed: each from the call on, but for the second and third.
 const PHASES: [&str; 7] = ["network", "spawn", "restore", "resumed", "answered", "registered", "running"];
 
@@ -49,6 +52,16 @@ pub(super) struct Report {
     firecracker: Option<Anchor>,
 }
 
+/// What is seen to before each launch.
+#[derive(Debug, Clone, Copy)]
+enum Before<'a> {
+    Nothing,
+    /// Nothing of the bundle is in memory.
+    Cold,
+    /// So many machines of the bundle are ready.
+    Ready(&'a Bundle, u32),
+}
+
 impl Bench<'_> {
     /// One after the other, each removed before the next.
     async fn one_by_one(
@@ -56,12 +69,14 @@ impl Bench<'_> {
         name: &str,
         count: u32,
         request: &VmLaunchRequest,
-        cold: bool,
+        before: Before<'_>,
     ) -> Result<Series, BenchError> {
         let (mut vms, mut wall_ms) = (Vec::new(), 0.0);
         for index in 0..count {
-            if cold {
-                drop_caches()?;
+            match before {
+                Before::Nothing => {}
+                Before::Cold => drop_caches()?,
+                Before::Ready(bundle, size) => self.fill_pool(bundle, size).await?,
             }
             let title = format!("{name}: launch {} of {count}", index + 1);
             let (launched, took) = self.launch(&title, 1, request, launch_limit(1)).await?;
@@ -124,9 +139,14 @@ fn drop_caches() -> Result<(), BenchError> {
 pub(super) async fn launches(agent: &Agent, args: &BenchLaunchArgs) -> Result<Report, BenchError> {
     measure(agent, &args.source, async |bench, bundle| {
         let request = from(bundle);
-        let mut all = vec![bench.one_by_one("warm", args.count, &request, false).await?];
+        let mut all = vec![bench.one_by_one("warm", args.count, &request, Before::Nothing).await?];
         if args.cold {
-            all.push(bench.one_by_one("cold page cache", args.count.min(10), &request, true).await?);
+            all.push(bench.one_by_one("cold page cache", args.count.min(10), &request, Before::Cold).await?);
+        }
+        if let Some(size) = args.pool {
+            let name = format!("pool of {size}");
+            all.push(bench.one_by_one(&name, args.count, &request, Before::Ready(bundle, size)).await?);
+            bench.leave_pool().await;
         }
         if args.boot > 0 {
             let boot = VmLaunchRequest {
@@ -135,7 +155,7 @@ pub(super) async fn launches(agent: &Agent, args: &BenchLaunchArgs) -> Result<Re
                 memory_mib: Some(bundle.memory_mib),
                 ..VmLaunchRequest::default()
             };
-            all.push(bench.one_by_one("boot", args.boot, &boot, false).await?);
+            all.push(bench.one_by_one("boot", args.boot, &boot, Before::Nothing).await?);
         }
         let anchor = match &args.firecracker {
             Some(binary) => {
@@ -156,6 +176,10 @@ pub(super) async fn clones(agent: &Agent, args: &BenchCloneArgs) -> Result<Repor
         let mut all = Vec::new();
         let limit = args.timeout.map(|ms| Duration::from_millis(ms.into()));
         for count in &args.at_once {
+            if args.pool {
+                let ready = bench.fill_pool(bundle, (*count).min(POOL_SIZE_MAX));
+                shown(&format!("make {count} machines ready"), ready).await?;
+            }
             all.push(bench.at_once(*count, &from(bundle), limit).await?);
         }
         Ok((all, None))

@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 
 use super::BenchError;
+use super::pooled::Changed;
 use super::summary::milliseconds_since;
 use crate::api::types::{Bundle, BundleBuildRequest, Operation, OperationState, Vm, VmLaunchRequest, Wait};
 use crate::cli::BenchSource;
@@ -43,7 +44,16 @@ pub(super) struct Bench<'a> {
     vms: Vec<String>,
     /// Words for the bundles that have to go, in the order they were made: a later one may build on an earlier one.
     bundles: Vec<String>,
+    /// The pool it launches from, if it does.
+    pub(super) pool: Option<Changed>,
     number: usize,
+}
+
+impl<'a> Bench<'a> {
+    fn new(agent: &'a Agent, session: Option<String>) -> Self {
+        let (vms, bundles) = (Vec::new(), Vec::new());
+        Self { agent, clock: SystemClock::new(), session, elsewhere: None, vms, bundles, pool: None, number: 0 }
+    }
 }
 
 impl Bench<'_> {
@@ -159,9 +169,7 @@ pub(super) async fn without_bundle<T>(
     work: impl AsyncFnOnce(&mut Bench<'_>) -> Result<T, BenchError>,
 ) -> Result<T, BenchError> {
     let mut signals = Signals::catch().map_err(BenchError::Signals)?;
-    let clock = SystemClock::new();
-    let mut bench =
-        Bench { agent, clock, session, elsewhere: Some(elsewhere), vms: Vec::new(), bundles: Vec::new(), number: 0 };
+    let mut bench = Bench { elsewhere: Some(elsewhere), ..Bench::new(agent, session) };
     let outcome = tokio::select! {
         outcome = work(&mut bench) => outcome,
         _ = signals.end() => Err(BenchError::Interrupted),
@@ -178,8 +186,7 @@ pub(super) async fn with_bundle<T>(
 ) -> Result<(Bundle, T), BenchError> {
     let mut signals = Signals::catch().map_err(BenchError::Signals)?;
     let session = wanted.session.as_ref().map(|session| session.as_str().to_owned());
-    let clock = SystemClock::new();
-    let mut bench = Bench { agent, clock, session, elsewhere: None, vms: Vec::new(), bundles: Vec::new(), number: 0 };
+    let mut bench = Bench::new(agent, session);
     let working = async {
         let bundle = bench.source(wanted).await?;
         let worked = work(&mut bench, &bundle).await?;
@@ -190,6 +197,7 @@ pub(super) async fn with_bundle<T>(
         _ = signals.end() => Err(BenchError::Interrupted),
     };
     bench.clear().await;
+    bench.leave_pool().await;
     bench.clear_bundles().await;
     outcome
 }

@@ -2,15 +2,20 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use super::{SILENCE_MAX, SILENCE_MAX_HELD, SendError};
-use crate::clock::SystemClock;
+use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::PacketDoor;
 use crate::vmm::socket::BoundedSocket;
 use crate::vmm::tls::{End, Wire};
 use crate::wire::control::SendSpec;
 use crate::wire::link::{Link, LinkError};
 use crate::wire::stream::{Hello, Kind, StreamError};
+
+/// Longest time in which a connection says nothing while memory is sent. Less than the other end waits: one piece comes
+/// between, which takes seconds at the slowest rate there is.
+const SPEAK_AFTER: Duration = Duration::from_secs(10);
 
 /// Most packets of one interface that are sent at once: more than a tap holds, which is a thousand by default.
 const PACKETS_MAX: usize = 4096;
@@ -28,6 +33,9 @@ pub(super) struct Lane {
     /// Frames that are not acknowledged, by number, and how many bytes of guest memory each holds.
     in_flight: VecDeque<(u32, u64)>,
     pub(super) in_flight_bytes: u64,
+    clock: SystemClock,
+    /// When the last frame was pushed.
+    spoke: Monotonic,
 }
 
 impl Lane {
@@ -35,13 +43,14 @@ impl Lane {
         socket: OwnedFd,
         clock: SystemClock,
         (spec, version): (&SendSpec, u16),
-        number: u8,
+        connection: u8,
     ) -> Result<Self, SendError> {
         let socket = BoundedSocket::new(socket, clock, SILENCE_MAX).map_err(SendError::Prepare)?;
         let wire = Wire::new(socket, spec.tls.as_ref(), End::Source)?;
         let link = Link::new(wire, Some(version));
-        let mut lane = Self { link, number: usize::from(number), in_flight: VecDeque::new(), in_flight_bytes: 0 };
-        let hello = Hello { token: spec.token.0, connection: number, connections: spec.connections };
+        let (number, spoke) = (usize::from(connection), clock.monotonic());
+        let mut lane = Self { link, number, in_flight: VecDeque::new(), in_flight_bytes: 0, clock, spoke };
+        let hello = Hello { token: spec.token.0, connection, connections: spec.connections };
         lane.link.greet(hello).map_err(|source| lane.failed(source))?;
         Ok(lane)
     }
@@ -59,12 +68,22 @@ impl Lane {
             Ok::<_, StreamError>(())
         });
         pushed.map_err(|source| self.failed(source))?;
+        self.spoke = self.clock.monotonic();
         self.in_flight.push_back((number, memory));
         self.in_flight_bytes += memory;
         while self.in_flight_bytes > WINDOW_BYTES || self.in_flight.len() > WINDOW_FRAMES {
             self.take_ack()?;
         }
         Ok(())
+    }
+
+    /// Has the other end hear of this one, before it takes it for dead: what was pushed goes out, and if that was long ago,
+    /// a frame that changes nothing (`round`: the round that is under way).
+    pub(super) fn keep_alive(&mut self, round: u32) -> Result<(), SendError> {
+        if self.clock.monotonic().since(self.spoke) >= SPEAK_AFTER {
+            self.push(Kind::RoundEnd, &round.to_le_bytes(), &[], 0)?;
+        }
+        self.link.flush().map_err(|source| self.failed(source))
     }
 
     /// Sends the packets that wait, in order.

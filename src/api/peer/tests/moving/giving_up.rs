@@ -198,3 +198,60 @@ async fn one_that_is_not_waited_for_goes_on_by_itself() {
     assert_eq!((vm(&a), state(&b)), (None, Some(VmState::Running)));
     nothing_was_seen([&a, &b]);
 }
+
+/// The lease service, which decides, does not answer the source: whoever gives up waits as well, and is answered by what
+/// became of it.
+#[tokio::test(start_paused = true)]
+async fn one_that_nobody_can_decide_on_is_not_given_up_before_somebody_can() {
+    let (mut stayed, mut went, mut waited) = (0, 0, 0);
+    for moment in 0..MOMENTS {
+        for verb in [None, Some(Verb::Stop { grace: Duration::from_secs(1) })] {
+            let (wire, a, b) = two_with_a_road().await;
+            a.session(517).await;
+            mover(&a, 2).await;
+            a.door.migrate(NAME, MigrateOrder::to("b")).await.expect("it goes there");
+            let door = Arc::clone(&b.door);
+            let asked = tokio::spawn(async move { door.migrate(NAME, MigrateOrder::to("a")).await.map(drop) });
+            tokio::time::sleep(Duration::from_micros(STEP_US * moment * moment)).await;
+            wire.is_cut.store(true, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let begun = b.door.migrations().await.expect("a list");
+            let Some(id) = begun.iter().find(|one| one.direction == Direction::Out).map(|one| one.way.id.clone())
+            else {
+                continue;
+            };
+            let (door, verb_asked) = (Arc::clone(&b.door), verb.clone());
+            let giving_up = tokio::spawn(async move {
+                match verb_asked {
+                    Some(verb) => door.ask(NAME, verb).await.is_ok(),
+                    None => door.cancel_migration(id.as_str()).await.is_ok(),
+                }
+            });
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            waited += usize::from(!giving_up.is_finished());
+            wire.is_cut.store(false, Ordering::Relaxed);
+            tokio::time::sleep(REST).await;
+            let given_up = giving_up.await.expect("no panic");
+            drop(asked.await.expect("no panic"));
+            let when = format!(
+                "{verb:?}, cut after {} us: {given_up}, {:?}, {:?}",
+                STEP_US * moment * moment,
+                state(&a),
+                state(&b)
+            );
+            match (state(&a), state(&b)) {
+                (Some(VmState::Running), None) => went += 1,
+                (Some(VmState::HandedOver), Some(VmState::Running)) if verb.is_none() => stayed += 1,
+                (Some(VmState::HandedOver), Some(VmState::Stopped)) if verb.is_some() => {
+                    stayed += 1;
+                    nothing_was_seen([&a, &b]);
+                    continue;
+                }
+                _ => panic!("{when}"),
+            }
+            is_in_one_place(&wire, &a, &b, &when).await;
+        }
+    }
+    println!("{stayed} stayed, {went} went, {waited} had to wait");
+    assert!(stayed > 0 && went > 0 && waited > 0, "{stayed} stayed, {went} went, {waited} had to wait");
+}

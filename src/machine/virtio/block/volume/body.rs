@@ -418,7 +418,8 @@ fn can_share(export: &Export) -> bool {
 /// Why an export is not the volume that is attached.
 fn unfit(attached: Attachment, export: Export) -> Option<String> {
     let Export { bytes, block_bytes_min, block_bytes_max, .. } = export;
-    if bytes != attached.bytes {
+    // It may have been made larger meanwhile, of which the guest is told when this is.
+    if bytes < attached.bytes {
         Some(format!("the server exports {bytes} bytes, the volume has {}", attached.bytes))
     } else if !attached.read_only && export.has(nbd::READ_ONLY) {
         Some("the server exports the volume read-only".to_owned())
