@@ -274,11 +274,13 @@ impl Agent {
             };
             was_refused |= source.kind() == io::ErrorKind::ConnectionRefused;
             let path = self.socket.clone();
-            match source.kind() {
-                io::ErrorKind::PermissionDenied => return Err(CallError::Forbidden { path, source }),
-                _ if was_refused && Instant::now() < deadline => sleep(AGAIN).await,
-                _ => return Err(CallError::NoAgent { path, source }),
+            if source.kind() == io::ErrorKind::PermissionDenied {
+                return Err(CallError::Forbidden { path, source });
             }
+            if !was_refused || Instant::now() >= deadline {
+                return Err(CallError::NoAgent { path, source });
+            }
+            sleep(AGAIN).await;
         }
     }
 }
