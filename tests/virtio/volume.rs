@@ -482,10 +482,11 @@ fn servers_of_something_else_are_refused() {
     let mut dialled = Dialled::to(&path);
     std::io::Write::write_all(&mut dialled.0, &[0x5a; 100]).unwrap();
     assert!(dialled.is_hung_up_on());
-    // Ones that say nothing take no place for ever; and one that is right is taken.
+    // Ones that say nothing take no place for ever; and one that is right is taken, also of a volume that was made larger
+    // before the guest is told.
     let silent: Vec<_> = (0..7).map(|_| Dialled::to(&path)).collect();
     let content = content();
-    let _server = guest.dial().serve(&content);
+    let _server = Dialled::exporting(&path, BYTES + 4096, FLAGS, None).unwrap().serve(&content);
     assert_eq!(guest.ask(IN, 3, 512, 0), (OK, vec![3; 512]));
     let counts = guest.counts();
     assert_eq!((counts.connections, counts.trouble, counts.reconnects), (1, None, 0));
