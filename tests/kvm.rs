@@ -28,6 +28,7 @@ mod kvm {
     pub(crate) mod host_harm;
     pub(crate) mod imported;
     pub(crate) mod jail;
+    pub(crate) mod kept;
     pub(crate) mod lab;
     pub(crate) mod lazy;
     pub(crate) mod many;
@@ -129,9 +130,11 @@ const TESTS: &[Test] = &[
     ("volumes_a_root_is_written_kept_and_clean", kvm::root_volume::is_written_kept_and_clean),
     ("debian_boots_and_keeps_what_is_installed", kvm::root_volume::debian_boots_and_keeps_what_is_installed),
     ("lazy_guests_run_while_their_memory_comes", kvm::lazy::guests_run_while_their_memory_comes),
+    ("lazy_half_of_it_is_away", kvm::lazy::half_of_it_is_away),
     ("lazy_thirty_at_once_of_a_bundle_that_is_coming", kvm::lazy::thirty_at_once_of_a_bundle_that_is_coming),
     ("lazy_what_does_not_come_ends_who_waits_for_it", kvm::lazy::what_does_not_come_ends_who_waits_for_it),
     ("lazy_agents_that_end_meanwhile", kvm::lazy::agents_that_end_meanwhile),
+    ("kept_what_is_unused_for_longest_gives_way", kvm::kept::what_is_unused_for_longest_gives_way),
     ("prefault_what_is_reached_first_is_mapped_ahead", kvm::prefault::what_is_reached_first_is_mapped_ahead),
     (
         "trust_a_bundle_leaves_its_host_and_is_asked_who_signed_it",

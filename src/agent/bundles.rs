@@ -11,7 +11,7 @@ use super::sources::SourceError;
 use crate::bundle::admit::Incompatible;
 use crate::bundle::manifest::Provenance;
 use crate::bundle::{
-    CommitError, CompactError, ExportError, FetchedError, FindError, ImportError, Manifest, OpenBundleError,
+    CommitError, CompactError, ExportError, Fetched, FetchedError, FindError, ImportError, Manifest, OpenBundleError,
     PartialError, ReadBundleError, ReadPartError, RemoveError, SignError, Signed, StoreError, VerifyError,
 };
 use crate::ids::{BundleId, VmId};
@@ -29,6 +29,8 @@ pub struct BundleView {
     pub disk_bytes: u64,
     /// Who stands for it.
     pub signed: Signed,
+    /// What is known of it, if it was fetched from elsewhere.
+    pub fetched: Option<Fetched>,
     /// How far it is, if it is on its way here.
     pub fetch: Option<FetchView>,
 }

@@ -77,6 +77,9 @@ struct Failed {
 /// way with few that nobody does.
 const AT_ONCE_MAX: usize = 4;
 
+/// Chunks that are verified and written at once. While so many are, none is asked for.
+const INSTALLS_MAX: usize = 4;
+
 /// Time until a chunk that did not come is asked for again: the first, doubled up to the last.
 const CHUNK_AGAIN_FIRST: Duration = Duration::from_millis(200);
 const CHUNK_AGAIN_LAST: Duration = Duration::from_secs(5);
@@ -90,6 +93,8 @@ struct State {
     soon: BTreeSet<u32>,
     /// Those that are being fetched.
     fetching: BTreeSet<u32>,
+    /// Those that came, and are verified and written.
+    installing: BTreeSet<u32>,
     /// Where to look for what is missing and nobody waits for.
     next: u32,
     /// What came since this agent opened it, in that order.
@@ -106,12 +111,14 @@ impl State {
     /// The chunk to fetch next: what a guest waits for, then what one will soon, then what comes next in memory. The last of
     /// [`AT_ONCE_MAX`] places is for the first of these only: it does not wait behind what nobody waits for.
     fn take(&mut self, chunks: u32, now: Instant, is_missing: impl Fn(u32) -> bool) -> Option<u32> {
-        let Self { wanted, soon, fetching, failed, next, .. } = self;
+        let Self { wanted, soon, fetching, installing, failed, next, .. } = self;
         wanted.retain(|&chunk| is_missing(chunk));
         soon.retain(|&chunk| is_missing(chunk));
         let may_go_ahead = fetching.len() + 1 < AT_ONCE_MAX;
-        let may_come =
-            |chunk: &u32| !fetching.contains(chunk) && failed.get(chunk).is_none_or(|failed| failed.again <= now);
+        let may_come = |chunk: &u32| {
+            let is_coming = fetching.contains(chunk) || installing.contains(chunk);
+            !is_coming && failed.get(chunk).is_none_or(|failed| failed.again <= now)
+        };
         let asked_for = wanted.iter().copied().find(may_come);
         let chunk = match asked_for.or_else(|| soon.iter().copied().find(may_come).filter(|_| may_go_ahead)) {
             Some(chunk) => chunk,
@@ -128,9 +135,16 @@ impl State {
         Some(chunk)
     }
 
+    /// Its bytes are here, to be verified and written.
+    fn fetched(&mut self, chunk: u32) {
+        self.fetching.remove(&chunk);
+        self.installing.insert(chunk);
+    }
+
     /// It is there.
     fn came(&mut self, chunk: u32) {
         self.fetching.remove(&chunk);
+        self.installing.remove(&chunk);
         self.failed.remove(&chunk);
         self.came.push(chunk);
         if self.failed.is_empty() {
@@ -141,6 +155,7 @@ impl State {
     /// It did not come; whether that is the first trouble.
     fn did_not_come(&mut self, chunk: u32, now: Instant, why: String) -> bool {
         self.fetching.remove(&chunk);
+        self.installing.remove(&chunk);
         self.next = self.next.min(chunk);
         let wait = self.failed.get(&chunk).map_or(CHUNK_AGAIN_FIRST, |failed| failed.wait * 2).min(CHUNK_AGAIN_LAST);
         self.failed.insert(chunk, Failed { again: now + wait, wait });
@@ -447,6 +462,19 @@ mod tests {
         assert_eq!(state.take(9, now, missing), None, "three that nobody waits for are under way");
         state.came(8);
         assert_eq!(state.take(9, now, missing), Some(2));
+    }
+
+    #[test]
+    fn what_is_being_written_takes_no_place_and_is_not_asked_for_again() {
+        let (mut state, now) = (State::default(), Instant::now());
+        assert_eq!(std::array::from_fn(|_| state.take(9, now, |_| true)), [Some(0), Some(1), Some(2), None]);
+        state.fetched(1);
+        state.wanted.push_back(1);
+        assert_eq!([state.take(9, now, |_| true), state.take(9, now, |_| true)], [Some(3), None]);
+        // It was not what it has to be.
+        assert!(state.did_not_come(1, now, "another digest".to_owned()));
+        let later = state.again().unwrap();
+        assert_eq!(state.take(9, later, |_| true), Some(1));
     }
 
     #[test]

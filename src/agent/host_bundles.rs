@@ -107,7 +107,7 @@ impl HostBundles {
             // Nobody signed this.
             Signed { manifest_digest: Digest::default(), made_here: false, signatures: Vec::new() }
         });
-        BundleView { id, manifest, disk_bytes, signed, fetch: None }
+        BundleView { fetched: self.fetched_note(&id), id, manifest, disk_bytes, signed, fetch: None }
     }
 
     /// The bundle that was already made of what this order saved: the agent ended between the commit and its record.

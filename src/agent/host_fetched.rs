@@ -6,7 +6,7 @@ use super::bundles::{BundleError, BundleView};
 use super::fetched::{Coming, FetchedBundles};
 use super::host_bundles::HostBundles;
 use crate::bundle::admit::admit;
-use crate::bundle::{FetchedBundle, Manifest, Partial};
+use crate::bundle::{Fetched, FetchedBundle, Manifest, Partial};
 use crate::clock::UnixNanos;
 use crate::ids::BundleId;
 use crate::report::chain;
@@ -67,6 +67,7 @@ impl FetchedBundles for HostBundles {
             manifest: Arc::clone(partial.manifest()),
             disk_bytes: partial.progress().done_bytes,
             signed: partial.signed()?,
+            fetched: self.fetched_note(partial.id()),
             fetch: None,
         })
     }
@@ -91,5 +92,15 @@ impl FetchedBundles for HostBundles {
     async fn pin(&self, bundle: &BundleId, pinned: bool) -> Result<(), BundleError> {
         let id = bundle.clone();
         self.blocking(move |this| Ok(this.store().set_pinned(&id, pinned)?)).await
+    }
+}
+
+impl HostBundles {
+    /// What is known of a bundle that was fetched. A note that cannot be read says nothing.
+    pub(super) fn fetched_note(&self, bundle: &BundleId) -> Option<Fetched> {
+        self.store().fetched(bundle).unwrap_or_else(|error| {
+            tracing::warn!(%bundle, error = %chain(&error), "where it came from is not known");
+            None
+        })
     }
 }

@@ -43,8 +43,6 @@ pub(super) struct Spare<W: World> {
 /// The machines of one bundle.
 struct Pool<W: World> {
     size: u32,
-    /// Guest memory of one, once it is known.
-    memory_mib: u64,
     ready: VecDeque<Spare<W>>,
     /// Launches that took one, and that found none.
     claimed: u64,
@@ -55,7 +53,7 @@ struct Pool<W: World> {
 
 impl<W: World> Pool<W> {
     fn new(size: u32) -> Self {
-        Self { size, memory_mib: 0, ready: VecDeque::new(), claimed: 0, missed: 0, trouble: None }
+        Self { size, ready: VecDeque::new(), claimed: 0, missed: 0, trouble: None }
     }
 }
 

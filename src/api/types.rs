@@ -37,7 +37,7 @@ pub use cluster::{
 };
 pub use error::{ErrorBody, ErrorDetail, RetryHint};
 pub use exec::{Captured, ExecRequest, ExecResult, TerminalSize};
-pub use fetch::{BundleFetch, BundleFetchRequest, LaunchMode, VmFilling, VmMemory};
+pub use fetch::{BundleFetch, BundleFetchRequest, BundleFetched, LaunchMode, VmFilling, VmMemory};
 pub use host::{
     Drain, DrainRequest, Host, HostFailure, HostLedger, HostPressure, HostRoom, HostVms, HostWarning, LedgerBackup,
     LedgerBackupRequest,

@@ -1,6 +1,6 @@
-//! Which pages a guest reaches between its resume and its first answer, as they were seen in one of a bundle's first
-//! launches: what later launches map ahead. Lies beside the bundles, is derived, and is trusted in nothing but speed: one
-//! that is damaged is none.
+//! Which pages guests reach between their resume and their first answer, as they were seen in a bundle's first launches:
+//! what later launches map ahead. In which order they are reached is not kept: all of them are mapped before a guest runs.
+//! Lies beside the bundles, is derived, and is trusted in nothing but speed: one that is damaged is none.
 
 use std::io::{self, Read};
 
@@ -23,6 +23,9 @@ const RUNS_MAX: usize = 2000;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WorkingSet {
+    /// Guests that it was seen at.
+    #[serde(default)]
+    pub guests: u32,
     /// Those that were read.
     pub read: Vec<Run>,
     /// Those that were written.
@@ -55,6 +58,10 @@ impl WorkingSet {
     /// Of all pages of an image, those that were read and those that were written. Where there are more runs than a launch
     /// can ask for, the shortest gaps between them count as read or written as well.
     pub fn of(pages: impl Iterator<Item = Touched>) -> Self {
+        Self::seen_at(1, pages)
+    }
+
+    fn seen_at(guests: u32, pages: impl Iterator<Item = Touched>) -> Self {
         let (mut read, mut written) = (Vec::new(), Vec::new());
         for (page, touched) in (0..).zip(pages) {
             match touched {
@@ -63,7 +70,29 @@ impl WorkingSet {
                 Touched::Written => run::push(&mut written, page),
             }
         }
-        Self { read: bounded(read), written: bounded(written) }
+        Self { guests, read: bounded(read), written: bounded(written) }
+    }
+
+    /// What guests of either reached. What one of them wrote is written.
+    #[must_use]
+    pub fn with(&self, other: &Self) -> Self {
+        let end = |runs: &[Run]| runs.last().and_then(|run| run.end()).unwrap_or(0);
+        let pages = [&self.read, &self.written, &other.read, &other.written].map(|runs| end(runs)).into_iter().max();
+        let mut all = vec![Touched::Not; pages.and_then(|pages| usize::try_from(pages).ok()).unwrap_or(0)];
+        let mut mark = |runs: &[Run], touched| {
+            for page in runs.iter().flat_map(|run| run.first..run.end().unwrap_or(run.first)) {
+                if let Some(known) = usize::try_from(page).ok().and_then(|page| all.get_mut(page)) {
+                    *known = touched;
+                }
+            }
+        };
+        for set in [self, other] {
+            mark(&set.read, Touched::Read);
+        }
+        for set in [self, other] {
+            mark(&set.written, Touched::Written);
+        }
+        Self::seen_at(self.guests.saturating_add(other.guests), all.into_iter())
     }
 
     /// Bytes of memory it names, at most.
@@ -218,20 +247,38 @@ mod tests {
     fn pages_become_runs_and_a_cap_keeps_what_is_written() {
         use Touched::{Not, Read, Written};
         let set = WorkingSet::of([Not, Read, Read, Written, Read, Not, Written, Written].into_iter());
-        assert_eq!(set, WorkingSet { read: vec![run(1, 2), run(4, 1)], written: vec![run(3, 1), run(6, 2)] });
+        assert_eq!(
+            set,
+            WorkingSet { guests: 1, read: vec![run(1, 2), run(4, 1)], written: vec![run(3, 1), run(6, 2)] }
+        );
         assert_eq!(set.bytes(), 6 * PAGE_BYTES);
         let capped = set.clone().capped(4 * PAGE_BYTES);
-        assert_eq!(capped, WorkingSet { read: vec![run(1, 1)], written: vec![run(3, 1), run(6, 2)] });
-        assert_eq!(set.clone().capped(0), WorkingSet::default());
+        assert_eq!(capped, WorkingSet { guests: 1, read: vec![run(1, 1)], written: vec![run(3, 1), run(6, 2)] });
+        assert_eq!(set.clone().capped(0), WorkingSet { guests: 1, ..WorkingSet::default() });
         assert_eq!(read(&written(&set).unwrap(), 8), Ok(set.clone()));
         assert_eq!(read(&written(&set).unwrap(), 7), Err("it names pages that the bundle does not have"));
-        let turned = WorkingSet { read: vec![run(4, 1), run(1, 2)], written: vec![] };
+        let turned = WorkingSet { guests: 1, read: vec![run(4, 1), run(1, 2)], written: vec![] };
         assert_eq!(read(&written(&turned).unwrap(), 8), Err("its runs are not in order"));
     }
 
     #[test]
+    fn several_guests_are_one_set() {
+        use Touched::{Not, Read, Written};
+        let first = WorkingSet::of([Read, Not, Written, Not, Read].into_iter());
+        let second = WorkingSet::of([Written, Read, Read].into_iter());
+        let both = WorkingSet { guests: 2, ..WorkingSet::of([Written, Read, Written, Not, Read].into_iter()) };
+        assert_eq!(first.with(&second), both);
+        assert_eq!(second.with(&first), both);
+        assert_eq!(WorkingSet::default().with(&first), first);
+        // What an earlier version wrote says nothing of guests.
+        let body = br#"{"read":[],"written":[[2,1]]}"#;
+        let bytes = [format!("{}\n", Digest::of(body)).as_bytes(), body].concat();
+        assert_eq!(read(&bytes, 9).unwrap().guests, 0);
+    }
+
+    #[test]
     fn what_was_changed_in_any_place_is_damaged() {
-        let bytes = written(&WorkingSet { read: vec![run(1, 2)], written: vec![run(7, 1)] }).unwrap();
+        let bytes = written(&WorkingSet { guests: 1, read: vec![run(1, 2)], written: vec![run(7, 1)] }).unwrap();
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();
             changed[at] ^= 1;

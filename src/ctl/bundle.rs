@@ -272,6 +272,12 @@ fn details(bundle: &Bundle) -> String {
         ("trust", trust(bundle.trust)),
         ("is here", bundle.fetch.as_ref().map(fetch::progress)),
         ("comes from", bundle.fetch.as_ref().map(|fetch| fetch.from.clone())),
+        (
+            "came from",
+            bundle.fetched.as_ref().filter(|_| bundle.fetch.is_none()).and_then(|fetched| fetched.from.clone()),
+        ),
+        ("last used", bundle.fetched.as_ref().map(|fetched| format!("{} ago", age(fetched.last_used_at)))),
+        ("pinned", bundle.fetched.as_ref().map(|fetched| if fetched.pinned { "yes" } else { "no" }.to_owned())),
         ("trouble", bundle.fetch.as_ref().and_then(|fetch| fetch.trouble.clone())),
         ("created", Some(format!("{:.0} ({} ago)", bundle.created_at, age(bundle.created_at)))),
     ])

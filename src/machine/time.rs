@@ -7,13 +7,14 @@
 //! A worked example: a guest of 2,000,000 kHz paused 10 s after its boot, with its TSC at 20,000,000,000; it goes on
 //! 3 s later, on another host, whose TSC is at 700,000,000,000:
 //!
-//! | | [`GuestTime::Stands`] | [`GuestTime::Passes`], if that long a pause is possible |
+//! | | [`GuestTime::Stands`] | [`GuestTime::Passes`], if it can have stopped so long |
 //! |---|---|---|
 //! | kvmclock | 10 s | 10 s + 3 s = 13 s |
 //! | guest TSC | 20,000,000,000 | 20,000,000,000 + 3 s * 2,000,000 kHz = 26,000,000,000 |
 //! | TSC offset | 20,000,000,000 - 700,000,000,000 | 26,000,000,000 - 700,000,000,000 |
 //!
-//! Neither clock ever goes back: a host whose real-time clock was set back counts as no time passed.
+//! Neither clock ever goes back, and neither leaps: two hosts' real-time clocks may differ by anything, so what they say is
+//! believed only within what the host has measured by itself.
 
 /// Whether a pause is part of the guest's time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -23,8 +24,10 @@ pub enum GuestTime {
     Stands,
     /// The guest's clocks jump over the pause (migration: the pause is short and the wall clock stays right).
     Passes {
-        /// Longest pause there can have been, in nanoseconds. A difference beyond it is one between two hosts' real-time
-        /// clocks, and counts as no time: guests survive a short stop, but hardly a leap of a day.
+        /// The shortest pause there can have been, in nanoseconds by this host's monotonic clock.
+        at_least_ns: u64,
+        /// The longest. What two hosts' real-time clocks say between the two counts; beyond them they differ, and that is
+        /// no time of the guest's.
         at_most_ns: u64,
     },
 }
@@ -72,9 +75,8 @@ pub struct ClockOverflow {
 pub fn adjust(stopped: Stopped, now: HostNow, time: GuestTime) -> Result<Adjusted, ClockOverflow> {
     let elapsed_ns = match time {
         GuestTime::Stands => 0,
-        GuestTime::Passes { at_most_ns } => {
-            let elapsed = now.realtime_ns.saturating_sub(stopped.realtime_ns);
-            if elapsed > at_most_ns { 0 } else { elapsed }
+        GuestTime::Passes { at_least_ns, at_most_ns } => {
+            now.realtime_ns.saturating_sub(stopped.realtime_ns).min(at_most_ns).max(at_least_ns)
         }
     };
     let overflow = ClockOverflow { elapsed_ns };
@@ -94,7 +96,7 @@ mod tests {
     use proptest::prelude::*;
 
     const SECOND: u64 = 1_000_000_000;
-    const PASSES: GuestTime = GuestTime::Passes { at_most_ns: u64::MAX };
+    const PASSES: GuestTime = GuestTime::Passes { at_least_ns: 0, at_most_ns: u64::MAX };
 
     fn example() -> (Stopped, HostNow) {
         let stopped =
@@ -121,11 +123,15 @@ mod tests {
     }
 
     #[test]
-    fn hosts_whose_clocks_differ_by_more_than_a_pause_count_as_no_time() {
+    fn what_two_hosts_clocks_say_counts_within_what_this_one_measured() {
         let (stopped, now) = example();
-        for (at_most_ns, passed) in [(3 * SECOND, 3 * SECOND), (3 * SECOND - 1, 0)] {
-            let adjusted = adjust(stopped, now, GuestTime::Passes { at_most_ns }).unwrap();
-            assert_eq!(adjusted.kvmclock_ns, stopped.kvmclock_ns + passed);
+        let earlier = HostNow { realtime_ns: 1, ..now };
+        for (now, at_least_s, at_most_s, passed_s) in
+            [(now, 0, 9, 3), (now, 2, 3, 3), (now, 1, 2, 2), (now, 4, 5, 4), (earlier, 1, 2, 1), (now, 4, 2, 4)]
+        {
+            let time = GuestTime::Passes { at_least_ns: at_least_s * SECOND, at_most_ns: at_most_s * SECOND };
+            let adjusted = adjust(stopped, now, time).unwrap();
+            assert_eq!(adjusted.kvmclock_ns, stopped.kvmclock_ns + passed_s * SECOND, "{time:?}");
         }
     }
 

@@ -105,7 +105,7 @@ impl State {
         let manifest_digest = digest(&manifest)?;
         let (made_here, signatures) = self.bundles.stood_for.get(id).cloned().unwrap_or_default();
         let signed = Signed { manifest_digest, made_here, signatures };
-        Ok(BundleView { id: id.clone(), manifest, disk_bytes: DISK_BYTES, signed, fetch: None })
+        Ok(BundleView { id: id.clone(), manifest, disk_bytes: DISK_BYTES, signed, fetched: None, fetch: None })
     }
 
     fn find_bundle(&self, word: &str) -> Result<BundleView, BundleError> {

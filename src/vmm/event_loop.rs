@@ -13,6 +13,7 @@ use super::connection::{Connection, ReceiveError};
 use super::console::{Console, Interest};
 use super::fill::FillThread;
 use super::launch::{Launch, LaunchRequestError, Restore, SavedMachine};
+use super::receive::StoppedBetween;
 use super::rings::Rings;
 use super::save::{self, SaveFiles, SealFiles};
 use super::send::SendThread;
@@ -40,7 +41,7 @@ mod moving;
 mod refusals;
 
 use copying::Copying;
-use moving::{ARRIVAL_TIME, Arriving, PACKETS_MAX, Sending};
+use moving::{Arriving, PACKETS_MAX, Sending};
 use refusals::{bad_request, host, refusal_of, refusal_to_save, refusal_to_unseal};
 
 /// Most agents connected at once: one owner, one that takes over, and some that are being refused.
@@ -60,8 +61,9 @@ struct Guest {
     sender: SendThread,
     /// The thread that fills its memory, if it was not all here.
     fill: Option<FillThread>,
-    /// Whether it came from another VMM and has not run here.
-    arrived: bool,
+    /// When it stopped, if it came from another VMM and has not run here. Its clocks are to show how long that was: its
+    /// wall clock stays right.
+    arrived: Option<StoppedBetween>,
     /// When packets from where it was before are waited for no longer.
     door_opens: Option<Monotonic>,
 }
@@ -408,11 +410,10 @@ impl EventLoop {
         }
         if to == MachineState::Running {
             guest.resumed.get_or_insert_with(|| self.clock.monotonic());
-            let time = if guest.arrived { ARRIVAL_TIME } else { GuestTime::Stands };
+            let time = guest.arrived.map_or(GuestTime::Stands, |stopped| stopped.until(self.clock.monotonic()));
             guest.machine.resume_with(time).map_err(|error| host(&error))?;
-            if guest.arrived {
+            if guest.arrived.take().is_some() {
                 guest.door_opens = Some(self.clock.monotonic().after(PACKETS_MAX));
-                guest.arrived = false;
             }
         } else {
             guest.machine.pause().map_err(|error| host(&error))?;
@@ -441,7 +442,7 @@ impl EventLoop {
             clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
         };
         let machine = Machine::build(launch.kvm, spec).map_err(|error| refusal_of(&error))?;
-        self.adopt_guest(machine, console, false)
+        self.adopt_guest(machine, console, None)
     }
 
     /// Builds a paused machine from saved state.
@@ -486,7 +487,7 @@ impl EventLoop {
         if found != Bytes(restore.memory_bytes) {
             return Err(bad(format!("the saved machine has {found} of memory, not {}", Bytes(restore.memory_bytes))));
         }
-        let phases = self.adopt_guest(machine, console, false)?;
+        let phases = self.adopt_guest(machine, console, None)?;
         if let Some(guest) = self.guest.as_mut() {
             guest.fill = fill;
         }
@@ -494,7 +495,12 @@ impl EventLoop {
     }
 
     /// From here on the machine's and its console's events are served.
-    fn adopt_guest(&mut self, machine: Machine, console: Console, arrived: bool) -> Result<LaunchPhases, Refusal> {
+    fn adopt_guest(
+        &mut self,
+        machine: Machine,
+        console: Console,
+        arrived: Option<StoppedBetween>,
+    ) -> Result<LaunchPhases, Refusal> {
         let sender = SendThread::start(*self.clock).map_err(|error| host(&error))?;
         for number in [
             machine.events().as_fd().as_raw_fd(),

@@ -22,9 +22,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::log;
 use super::socket::BoundedSocket;
 use super::tls::{End, TlsError, Wire};
-use crate::clock::SystemClock;
+use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::pages::{ArrivingRam, ReachPagesError};
-use crate::machine::{GuestRam, PacketDoor, PageRun};
+use crate::machine::{GuestRam, GuestTime, PacketDoor, PageRun};
 use crate::sys::thread::{self, ThreadClass};
 use crate::wire::control::{ReceiveSpec, ReceivedMemory, StreamTls};
 use crate::wire::intake::{Intake, Step};
@@ -67,9 +67,67 @@ impl From<StreamError> for ReceiveMachineError {
 #[derive(Debug)]
 pub(super) enum Arrival {
     /// All pages are in memory, and this is the state.
-    State(Vec<u8>),
+    State {
+        /// The state.
+        state: Vec<u8>,
+        /// When its guest came to stand still.
+        stopped: StoppedBetween,
+    },
     /// It will not come about.
     Failed(ReceiveMachineError),
+}
+
+/// When a guest that came from elsewhere stopped, as its new host can tell by its own clock: the other end holds it when all
+/// of a round was acknowledged, and sends its state when it stands still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct StoppedBetween {
+    after: Monotonic,
+    before: Monotonic,
+}
+
+impl StoppedBetween {
+    /// What its clocks are to show if it goes on now.
+    pub(super) fn until(self, now: Monotonic) -> GuestTime {
+        let ns = |since: Monotonic| u64::try_from(now.since(since).as_nanos()).unwrap_or(u64::MAX);
+        GuestTime::Passes { at_least_ns: ns(self.before), at_most_ns: ns(self.after) }
+    }
+}
+
+/// What was seen of a stream that tells when its guest stopped.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    /// When the last round ended, with its number, and when the one before it did: the last one is that of the guest that
+    /// stands still.
+    last: Option<u32>,
+    last_ended: Monotonic,
+    before_ended: Monotonic,
+    /// When the state began to come.
+    state: Option<Monotonic>,
+}
+
+impl Seen {
+    const fn from(greeted: Monotonic) -> Self {
+        Self { last: None, last_ended: greeted, before_ended: greeted, state: None }
+    }
+
+    fn saw(&mut self, kind: Kind, body: &[u8], now: Monotonic) {
+        if kind == Kind::State {
+            self.state.get_or_insert(now);
+        }
+        if kind != Kind::RoundEnd {
+            return;
+        }
+        // The same number may be said several times: connections are kept alive by it.
+        let number = body.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+        if number != self.last {
+            (self.last, self.before_ended) = (number, self.last_ended);
+        }
+        self.last_ended = now;
+    }
+
+    fn stopped(self, now: Monotonic) -> StoppedBetween {
+        StoppedBetween { after: self.before_ended, before: self.state.unwrap_or(now) }
+    }
 }
 
 /// What the thread of connection 0 is told.
@@ -178,7 +236,7 @@ impl Line {
         let socket = BoundedSocket::new(socket, self.clock, SILENCE_MAX).map_err(ReceiveMachineError::Prepare)?;
         let mut link = Link::new(Wire::new(socket, self.tls.as_ref(), End::Target)?, None);
         let result = self.take_pages(&mut link);
-        let Ok(Some(state)) = result else {
+        let Ok(Some((state, stopped))) = result else {
             if let Err(error) = &result {
                 link.give_up(&crate::report::chain(error));
             }
@@ -186,7 +244,7 @@ impl Line {
         };
         let digest = state_digest(&state);
         let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).take();
-        self.tell(Arrival::State(state));
+        self.tell(Arrival::State { state, stopped });
         match verdict.map(|verdict| verdict.recv()) {
             Some(Ok(Verdict::Ready(door))) => {
                 let forwarded = link.send(Kind::Ready, &digest).and_then(|()| take_packets(&mut link, &door));
@@ -205,9 +263,10 @@ impl Line {
 
     /// Takes what comes ([`Intake`] says what that may be) until the state is here too, on connection 0; on the others,
     /// until the other end hangs up.
-    fn take_pages(&self, link: &mut Link<Wire>) -> Result<Option<Vec<u8>>, ReceiveMachineError> {
+    fn take_pages(&self, link: &mut Link<Wire>) -> Result<Option<(Vec<u8>, StoppedBetween)>, ReceiveMachineError> {
         let mut intake = Intake::new(self.token, self.connections, self.memory != ReceivedMemory::Shared);
         let mut body = Vec::new();
+        let mut seen = Seen::from(self.clock.monotonic());
         loop {
             let is_another = intake.number().is_some_and(|number| number > 0);
             let kind = match link.receive(&mut body) {
@@ -218,6 +277,7 @@ impl Line {
                 }
                 Err(error) => return Err(error.into()),
             };
+            seen.saw(kind, &body, self.clock.monotonic());
             match intake.take(kind, &body, |first| self.ram.pages_from(first))? {
                 Step::Greet(hello) => {
                     self.greeted(hello.connection)?;
@@ -226,7 +286,7 @@ impl Line {
                 Step::Put(first, count, content) => self.ram.put(PageRun { first, count }, content)?,
                 Step::PutZeroes(first, count) => self.ram.put_zeroes(PageRun { first, count })?,
                 Step::Nothing => {}
-                Step::State(state) => return Ok(Some(state)),
+                Step::State(state) => return Ok(Some((state, seen.stopped(self.clock.monotonic())))),
             }
             if intake.ack_is_due() {
                 link.send(Kind::Ack, &link.received().to_le_bytes())?;
@@ -257,5 +317,40 @@ fn take_packets(link: &mut Link<Wire>, door: &PacketDoor) -> Result<(), LinkErro
             (Kind::Packet, Some((index, packet))) => drop(door.add(*index, packet)),
             (_, _) => return Err(StreamError::Unexpected { found, wanted: "a packet" }.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn at(ms: u64) -> Monotonic {
+        Monotonic(ms * MS)
+    }
+
+    fn seen(frames: &[(Kind, u32, u64)]) -> GuestTime {
+        let mut seen = Seen::from(at(1));
+        for (kind, number, ms) in frames {
+            seen.saw(*kind, &number.to_le_bytes(), at(*ms));
+        }
+        seen.stopped(at(90)).until(at(100))
+    }
+
+    #[test]
+    fn a_guest_stopped_between_its_last_whole_round_and_its_state() {
+        let passes =
+            |at_least_ms, at_most_ms| GuestTime::Passes { at_least_ns: at_least_ms * MS, at_most_ns: at_most_ms * MS };
+        use Kind::{Pages, RoundEnd, State};
+        // Two rounds while it ran, one while it did not.
+        let rounds = [(RoundEnd, 0, 20), (Pages, 9, 30), (RoundEnd, 1, 40), (Pages, 9, 45), (RoundEnd, 2, 60)];
+        let state = [(State, 9, 70), (State, 9, 80)];
+        assert_eq!(seen(&[&rounds[..], &state].concat()), passes(30, 60));
+        // One that was said again to be heard of, and one that stood still all the time.
+        assert_eq!(seen(&[&[(RoundEnd, 0, 10), (RoundEnd, 0, 30)], &rounds[2..], &state].concat()), passes(30, 60));
+        assert_eq!(seen(&[&[(RoundEnd, 0, 50)], &state[..]].concat()), passes(30, 99));
+        // Nothing is copied of memory that both map.
+        assert_eq!(seen(&state), passes(30, 99));
     }
 }

@@ -112,6 +112,89 @@ pub(crate) fn guests_run_while_their_memory_comes(_shared: &Agent) {
     lab.ends_with_vms();
 }
 
+/// FAMILIES.md A2, check 6.
+pub(crate) fn half_of_it_is_away(_shared: &Agent) {
+    let lab = Lab::start_with("htest-lazy-e", 47, "[waits]\nmemory_s = 4\n");
+    let agent = lab.agent();
+    let store = Store::open("htest-lazy-e");
+    let id = away(&lab, &store);
+    let manifest = std::fs::read_to_string(store.directory().join(&id).join("manifest.json")).expect("a manifest");
+    let manifest: Value = serde_json::from_str(&manifest).expect("JSON");
+    let (chunks, chunk_bytes) = (&manifest["memory"]["chunks"], &manifest["memory"]["chunk_bytes"]);
+    let (chunks, chunk_bytes) = (chunks.as_array().expect("chunks").len(), chunk_bytes.as_u64().expect("bytes"));
+    let half = chunks / 2;
+    let half_bytes = half as u64 * chunk_bytes;
+
+    // Half of it comes, and nobody launched it so far.
+    store.is(Manner::Until(half));
+    agent.ok(&["bundle", "fetch", &id, "--from", &store.source()]);
+    wait_for("half of it is here", || fetched(agent, &id)["fetched_bytes"] == half_bytes);
+
+    // Cut off while it is launched: told in bounded time, with nothing left of it.
+    store.is(Manner::Gone);
+    let begun = Instant::now();
+    let cut = agent.run(&["vm", "launch", "--bundle", &id, "--lazy", "--session", "clones", "--name", "cut"]);
+    if cut.status.success() {
+        // All it needed to say who it is was in the first half.
+        let read = agent.run(&["vm", "exec", "cut", "--", "sh", "-c", CHECK]);
+        assert!(!read.status.success(), "it has all of a memory of which half is here");
+    }
+    let vm = agent.wait_for_state("cut", "failed");
+    assert_eq!(vm["cause"]["code"], "bundle_unavailable", "{vm:#}");
+    assert!(begun.elapsed() < Duration::from_secs(30), "it ended after {:?}", begun.elapsed());
+    println!(
+        "    {half} of {chunks} chunks here, cut off: {} after {} ms: {}",
+        if cut.status.success() { "it ran, and failed" } else { "the launch failed" },
+        begun.elapsed().as_millis(),
+        bundle_event_reason(&vm)
+    );
+    agent.ok(&["vm", "rm", "cut"]);
+    assert_eq!(fetched(agent, &id)["fetched_bytes"], half_bytes);
+
+    // It comes again, slowly: what is launched runs long before all is here, and has all of it.
+    store.is(Manner::After(Duration::from_millis(800)));
+    let vm = lazily(&lab, &id, "half");
+    let coming = fetched(agent, &id);
+    assert!(coming["fetched_bytes"].as_u64().is_some_and(|bytes| bytes >= half_bytes), "{coming:#}");
+    assert!(coming["fetched_bytes"].as_u64() < coming["total_bytes"].as_u64(), "{coming:#}");
+    println!(
+        "    and launched with half of it here: resumed {} ms after the call, answered after {}; {} of {} bytes here",
+        vm["timings"]["resumed_ms"], vm["timings"]["answered_ms"], coming["fetched_bytes"], coming["total_bytes"]
+    );
+    // Nobody who reads all of it has to wait for so long.
+    store.is(Manner::After(Duration::from_millis(50)));
+    assert_eq!(agent.sh("half", CHECK), "kept");
+    wait_for("all of it is here", || is_whole(agent, &id));
+    agent.ok(&["vm", "rm", "half", "--timeout", "0"]);
+    agent.ok(&["bundle", "rm", &id]);
+    half_of_a_directory(&lab, &store, &id);
+    lab.ends_with_vms();
+}
+
+/// A directory whose memory image ends half-way, and is all there later.
+fn half_of_a_directory(lab: &Lab, store: &Store, id: &str) {
+    let agent = lab.agent();
+    let (image, rest) = (store.directory().join(id).join("memory.img"), store.directory().join("rest.img"));
+    std::fs::copy(&image, &rest).expect("a copy");
+    let file = std::fs::File::options().write(true).open(&image).expect("the image");
+    file.set_len(file.metadata().expect("its length").len() / 2).expect("cut it");
+    drop(file);
+    let directory = store.directory().to_str().expect("text");
+    agent.ok(&["bundle", "fetch", id, "--from", directory]);
+    wait_for("half of it does not come", || fetched(agent, id)["trouble"].is_string());
+    let launched = std::thread::scope(|scope| {
+        let launching = scope.spawn(|| lazily(lab, id, "by-hand"));
+        // It waits for what the directory does not have, if it needs any of it; then it is there.
+        wait_for("it is being launched", || agent.json(&["vm", "ls"])["vms"][0]["name"] == "by-hand");
+        std::fs::rename(&rest, &image).expect("the rest of it");
+        launching.join().expect("the launch")
+    });
+    assert_eq!(launched["state"], "running");
+    assert_eq!(agent.sh("by-hand", CHECK), "kept");
+    wait_for("all of it is here", || is_whole(agent, id));
+    agent.ok(&["bundle", "verify", id]);
+}
+
 pub(crate) fn thirty_at_once_of_a_bundle_that_is_coming(_shared: &Agent) {
     let lab = Lab::start("htest-lazy-b", 43);
     let agent = lab.agent();

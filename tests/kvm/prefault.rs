@@ -4,11 +4,16 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::fixture::Agent;
 use super::lab::Lab;
 
 /// Longest wait for a note in the background.
 const LIMIT: Duration = Duration::from_secs(20);
+
+/// How many times fewer faults a guest takes whose pages are mapped ahead.
+const LESS: u64 = 5;
 
 /// Faults that a VM's vCPU has taken so far (proc_pid_stat(5)): pages that were not mapped, whether they had to be read or
 /// not.
@@ -59,14 +64,18 @@ pub(crate) fn what_is_reached_first_is_mapped_ahead(_shared: &Agent) {
     wait_for("it is noted", || set.exists());
     let later: Vec<u64> = (0..3).map(|number| launched(&lab, &format!("later-{number}"))).collect();
     println!("    faults of the vCPU until the first answer: {first} at first, then {later:?}");
-    assert!(later.iter().all(|faults| faults * 2 < first), "{first}, then {later:?}");
+    assert!(later.iter().all(|faults| faults * LESS < first), "{first}, then {later:?}");
+    // Of more than the first of them: one with other work reaches other pages.
+    let noted = std::fs::read_to_string(&set).expect("the working set");
+    let noted: Value = serde_json::from_str(noted.split_once('\n').expect("two lines").1).expect("JSON");
+    assert!(noted["guests"].as_u64().is_some_and(|guests| (2..=3).contains(&guests)), "{}", noted["guests"]);
 
     // One that was kept ready has it mapped before its launch is asked for.
     agent.ok(&["pool", "set", "base", "1"]);
     wait_for("it is ready", || agent.json(&["pool", "ls"])["pools"][0]["ready"] == 1);
     let pooled = launched(&lab, "pooled");
     println!("    of one from the pool: {pooled}");
-    assert!(pooled * 2 < first, "{first}, and {pooled} from the pool");
+    assert!(pooled * LESS < first, "{first}, and {pooled} from the pool");
     agent.ok(&["pool", "rm", "base"]);
 
     for (number, damage) in ["", "not a digest\n{}", "\n"].into_iter().enumerate() {
@@ -77,7 +86,7 @@ pub(crate) fn what_is_reached_first_is_mapped_ahead(_shared: &Agent) {
         wait_for("it is noted again", || std::fs::read(&set).is_ok_and(|bytes| bytes.len() > 100));
     }
     let again = launched(&lab, "again");
-    assert!(again * 2 < first, "{first}, and {again} after damage");
+    assert!(again * LESS < first, "{first}, and {again} after damage");
     assert_eq!(ignored(agent), 3);
     agent.ok(&["bundle", "rm", "base"]);
     assert!(!set.exists(), "it goes with its bundle");

@@ -12,6 +12,8 @@ use std::time::Duration;
 pub(crate) enum Manner {
     /// Answers each after this long.
     After(Duration),
+    /// Answers so many in all since it was opened, and none of the others.
+    Until(usize),
     /// Takes them, and never answers.
     Silent,
     /// Closes connections.
@@ -71,12 +73,17 @@ impl Store {
         &self.shelf.root
     }
 
-    /// Puts a copy of a bundle into it.
+    /// Puts a copy of a bundle into it, and who signed it.
     pub(crate) fn put(&self, bundles: &Path, id: &str) {
         let to = self.shelf.root.join(id);
         std::fs::create_dir(&to).expect("a directory");
         for name in ["manifest.json", "state.bin", "memory.img"] {
             std::fs::copy(bundles.join(id).join(name), to.join(name)).expect("a copy");
+        }
+        let signatures = format!(".signatures/{id}.json");
+        if bundles.join(&signatures).exists() {
+            std::fs::create_dir_all(self.shelf.root.join(".signatures")).expect("a directory");
+            std::fs::copy(bundles.join(&signatures), self.shelf.root.join(&signatures)).expect("a copy");
         }
     }
 
@@ -135,12 +142,12 @@ impl Shelf {
                 stream.write_all(&bytes)?;
                 continue;
             };
-            self.requests.fetch_add(1, Ordering::SeqCst);
+            let number = self.requests.fetch_add(1, Ordering::SeqCst) + 1;
             let count = last + 1 - first;
             let mut bytes = vec![0; usize::try_from(count).expect("a chunk")];
             file.seek(SeekFrom::Start(first))?;
             file.read_exact(&mut bytes)?;
-            if !self.may_send(&mut bytes) {
+            if !self.may_send(number, &mut bytes) {
                 return Ok(());
             }
             let head = format!(
@@ -151,8 +158,8 @@ impl Shelf {
         }
     }
 
-    /// Waits as long as it has to; whether the answer is sent at all.
-    fn may_send(&self, bytes: &mut [u8]) -> bool {
+    /// Waits as long as it has to; whether the answer to the request of this number is sent at all.
+    fn may_send(&self, number: usize, bytes: &mut [u8]) -> bool {
         loop {
             let manner = *self.manner.lock().expect("nobody panics with it");
             match manner {
@@ -166,8 +173,9 @@ impl Shelf {
                     return true;
                 }
                 Manner::Gone => return false,
+                Manner::Until(last) if number <= last => return true,
                 // Until the store is of another manner.
-                Manner::Silent => std::thread::sleep(Duration::from_millis(20)),
+                Manner::Until(_) | Manner::Silent => std::thread::sleep(Duration::from_millis(20)),
             }
         }
     }

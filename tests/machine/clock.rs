@@ -95,7 +95,7 @@ fn the_clock_follows_real_time_when_asked() {
     let (mut machine, _) = boot(1, clock_guest().kernel());
     let before = look(&host, &mut machine);
     std::thread::sleep(STILL);
-    machine.resume_with(GuestTime::Passes { at_most_ns: u64::MAX }).unwrap();
+    machine.resume_with(GuestTime::Passes { at_least_ns: 0, at_most_ns: u64::MAX }).unwrap();
     let after = look(&host, &mut machine);
     let passed = after.clock - before.clock;
     let real = after.ended.since(before.begun);
@@ -113,7 +113,7 @@ fn the_clock_follows_real_time_over_a_restore() {
         machine.stop();
         std::thread::sleep(STILL);
         machine = restore(memory, sections, &Console::default()).unwrap();
-        machine.resume_with(GuestTime::Passes { at_most_ns: u64::MAX }).unwrap();
+        machine.resume_with(GuestTime::Passes { at_least_ns: 0, at_most_ns: u64::MAX }).unwrap();
         let after = look(&host, &mut machine);
         assert!(after.tsc > before.tsc, "the TSC went back by {}", before.tsc - after.tsc);
         let passed = after.clock - before.clock;

@@ -1,10 +1,11 @@
 //! The demo image's Linux as guest: boots by both entries, with one and two vCPUs, and goes on after it was saved in the
-//! middle of its boot or while its agent serves. Needs `HEARTH_IMAGES` with the demo image.
+//! middle of its boot or while its agent serves. Needs `HEARTH_IMAGES` with the demo image, and its kernel as
+//! `HEARTH_BZIMAGE`.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hearth::clock::{Clock, SystemClock};
@@ -20,7 +21,7 @@ use crate::host::{Console, kvm, memory_image, restore_with, spec};
 /// What the guest's agent prints when it listens.
 const READY: &str = "hearth-init: ready";
 
-/// Longest wait for a boot or an answer: a loaded host that emulates the guest's kernel takes a quarter of it.
+/// Longest wait for a boot or an answer: a loaded host that emulates the guest's kernel takes a third of it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A Linux guest and the host's ends of its devices.
@@ -35,7 +36,7 @@ fn image() -> PathBuf {
     PathBuf::from(images).join("demo")
 }
 
-fn command_line(image: &std::path::Path) -> String {
+fn command_line(image: &Path) -> String {
     let probe = std::process::Command::new(env!("CARGO_BIN_EXE_hearth")).args(["vmm", "--probe"]).output().unwrap();
     let facts: serde_json::Value = serde_json::from_slice(&probe.stdout).expect("facts");
     let about: serde_json::Value = serde_json::from_slice(&std::fs::read(image.join("image.json")).unwrap()).unwrap();
@@ -53,10 +54,14 @@ fn devices(folder: &tempfile::TempDir) -> Vec<(Slot, Backend)> {
 
 impl Linux {
     fn boot(vcpus: u8, entry: Entry) -> Self {
+        Self::boot_kernel(vcpus, entry, &image().join("vmlinux"))
+    }
+
+    fn boot_kernel(vcpus: u8, entry: Entry, kernel: &Path) -> Self {
         let image = image();
         let console = Console::default();
         let folder = tempfile::tempdir().unwrap();
-        let mut spec = spec(vcpus, File::open(image.join("vmlinux")).unwrap(), &console);
+        let mut spec = spec(vcpus, File::open(kernel).unwrap(), &console);
         spec.memory = Bytes(128 * MIB);
         spec.initrd = Some(File::open(image.join("initrd.cpio")).unwrap());
         spec.command_line = command_line(&image);
@@ -158,6 +163,14 @@ fn linux_boots_with_one_vcpu() {
 fn linux_boots_by_pvh() {
     let linux = Linux::boot(1, Entry::Pvh);
     linux.expect_ready();
+}
+
+#[test]
+fn linux_boots_from_a_bzimage_that_unpacks_itself() {
+    let kernel = std::env::var_os("HEARTH_BZIMAGE").expect("HEARTH_BZIMAGE is not set: run this by scripts/test kvm");
+    let linux = Linux::boot_kernel(1, Entry::Linux64, Path::new(&kernel));
+    linux.expect_ready();
+    assert!(linux.stats().memory_total_bytes > 64 * MIB);
 }
 
 #[test]

@@ -3,17 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 
-use super::{AT_ONCE_MAX, Filling};
+use super::{AT_ONCE_MAX, Filling, INSTALLS_MAX};
 use crate::agent::fetched::FetchedBundles;
 use crate::agent::shared::Shared;
 use crate::agent::sources::{SourceError, read_part};
 use crate::agent::world::World;
-use crate::bundle::{BundlePart, InstallError, ParseSourceError};
+use crate::bundle::{BundlePart, InstallError, ParseSourceError, Partial};
 use crate::report::chain;
 
 /// Time until a source is asked again after it failed: the first, doubled up to the last.
@@ -60,59 +61,88 @@ pub(super) async fn run<W: World>(shared: Arc<Shared<W>>, filling: Arc<Filling>)
 async fn fetch_missing<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>) {
     let partial = Arc::clone(&filling.partial);
     let mut changed = filling.changed.subscribe();
-    let mut fetches = FuturesUnordered::new();
+    // Apart: what is verified and written keeps nothing from being asked for.
+    let (mut fetches, mut installs) = (FuturesUnordered::new(), FuturesUnordered::new());
     // When the source may be asked again, and how long the next wait is.
     let (mut again, mut wait) = (None::<Instant>, AGAIN_FIRST);
-    while partial.missing() > 0 || !fetches.is_empty() {
+    while partial.missing() > 0 || !fetches.is_empty() || !installs.is_empty() {
         if filling.state().is_over {
             return;
         }
-        while again.is_none() && fetches.len() < AT_ONCE_MAX {
+        // A disk that does not keep up is waited for.
+        while again.is_none() && fetches.len() < AT_ONCE_MAX && installs.len() < INSTALLS_MAX {
             let taken = filling.state().take(partial.chunks(), Instant::now(), |chunk| !partial.is_present(chunk));
             let Some(chunk) = taken else { break };
             fetches.push(async move { (chunk, fetch(shared, filling, chunk).await) });
         }
-        if fetches.is_empty() && again.is_none() {
+        if fetches.is_empty() && installs.is_empty() && again.is_none() {
             again = filling.state().again();
         }
-        tokio::select! {
+        let failed = tokio::select! {
             Some((chunk, fetched)) = fetches.next(), if !fetches.is_empty() => match fetched {
+                Ok(bytes) => {
+                    filling.state().fetched(chunk);
+                    let partial = Arc::clone(&partial);
+                    installs.push(async move { (chunk, install(partial, chunk, bytes).await) });
+                    None
+                }
+                Err(error) => Some((chunk, error)),
+            },
+            Some((chunk, installed)) = installs.next(), if !installs.is_empty() => match installed {
                 Ok(bytes) => {
                     (again, wait) = (None, AGAIN_FIRST);
                     filling.state().came(chunk);
                     shared.metrics.fetched(bytes);
                     filling.note_change();
+                    None
                 }
-                Err(error) => {
-                    let (now, why) = (Instant::now(), chain(&error));
-                    shared.metrics.fetch_failed();
-                    if filling.state().did_not_come(chunk, now, why.clone()) {
-                        tracing::warn!(bundle = %partial.id(), chunk, error = why, "a part of a bundle does not come");
-                        let body = serde_json::json!({ "bundle_id": partial.id(), "chunk": chunk, "reason": why });
-                        shared.bundle_event("bundle_fetch_failing", body).await;
-                    }
-                    if again.is_none() {
-                        again = Some(now + wait);
-                        wait = (wait * 2).min(AGAIN_LAST);
-                    }
-                }
+                Err(error) => Some((chunk, error)),
             },
-            () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => again = None,
+            () = sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {
+                again = None;
+                None
+            }
             // Only its owner ends it, and that is held here.
-            _ = changed.changed() => {}
+            _ = changed.changed() => None,
+        };
+        if let Some((chunk, error)) = failed {
+            let now = Instant::now();
+            tell_of(shared, filling, chunk, now, &error).await;
+            if again.is_none() {
+                again = Some(now + wait);
+                wait = (wait * 2).min(AGAIN_LAST);
+            }
         }
     }
 }
 
-/// One chunk; its size.
-async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>, chunk: u32) -> Result<u64, FetchError> {
-    let partial = Arc::clone(&filling.partial);
+/// A chunk did not come. That is told when it is the first trouble.
+async fn tell_of<W: World>(shared: &Shared<W>, filling: &Filling, chunk: u32, now: Instant, error: &FetchError) {
+    let (bundle, why) = (filling.partial.id(), chain(error));
+    shared.metrics.fetch_failed();
+    if filling.state().did_not_come(chunk, now, why.clone()) {
+        tracing::warn!(%bundle, chunk, error = why, "a part of a bundle does not come");
+        let body = serde_json::json!({ "bundle_id": bundle, "chunk": chunk, "reason": why });
+        shared.bundle_event("bundle_fetch_failing", body).await;
+    }
+}
+
+/// One chunk's bytes, as the source has them.
+async fn fetch<W: World>(shared: &Arc<Shared<W>>, filling: &Filling, chunk: u32) -> Result<Bytes, FetchError> {
+    let partial = &filling.partial;
     // One without content is there.
-    let Some(range) = partial.chunk_range(chunk) else { return Ok(0) };
+    let Some(range) = partial.chunk_range(chunk) else { return Ok(Bytes::new()) };
     let part = BundlePart::Memory { offset: range.start, bytes: range.end - range.start };
     let source = filling.source().spec.clone().map_err(FetchError::Nowhere)?;
-    let bytes = read_part(shared, &source, partial.id(), part).await?;
+    Ok(read_part(shared, &source, partial.id(), part).await?)
+}
+
+/// Has a chunk where it belongs, if it is what it has to be; its size.
+async fn install(partial: Arc<Partial>, chunk: u32, bytes: Bytes) -> Result<u64, FetchError> {
     let count = bytes.len() as u64;
+    if count == 0 {
+        return Ok(0);
+    }
     let installed = spawn_blocking(move || partial.install(chunk, &bytes)).await;
     installed.map_err(|_| FetchError::Ending)??;
     Ok(count)

@@ -7,7 +7,7 @@ use super::{POOL_SIZE_MAX, Pool};
 use crate::agent::Agent;
 use crate::agent::bundles::{BundleError, BundleListed};
 use crate::agent::ledger::{LedgerError, Write};
-use crate::agent::world::{VmBundles, VmDisk, World};
+use crate::agent::world::{Records, VmBundles, VmDisk, World};
 use crate::bundle::manifest::DeviceKind;
 use crate::ids::BundleId;
 use crate::report::Retry;
@@ -154,11 +154,7 @@ impl<W: World> Agent<W> {
         self.shared.world.bundles().find(bundle.as_str()).await?;
         let memory_mib = manifest.machine.memory_bytes / MIB;
         let (total_mib, reserve_mib) = (host.memory_bytes / MIB, self.shared.config.limits.memory_reserve_mib);
-        let pools_mib = {
-            let state = self.shared.pools.state();
-            let others = state.pools.iter().filter(|(other, _)| **other != bundle);
-            others.map(|(_, pool)| u64::from(pool.size).saturating_mul(pool.memory_mib)).sum::<u64>()
-        };
+        let pools_mib = self.promised_to_others(&bundle).await?;
         let free_mib = total_mib.saturating_sub(reserve_mib).saturating_sub(pools_mib);
         if u64::from(size).saturating_mul(memory_mib) > free_mib {
             return Err(PoolError::Memory { bundle, size, memory_mib, total_mib, reserve_mib, pools_mib });
@@ -167,10 +163,24 @@ impl<W: World> Agent<W> {
         {
             let mut state = self.shared.pools.state();
             let pool = state.pools.entry(bundle.clone()).or_insert_with(|| Pool::new(0));
-            (pool.size, pool.memory_mib, pool.trouble) = (size, memory_mib, None);
+            (pool.size, pool.trouble) = (size, None);
         }
         self.shared.pools.changed.notify_one();
         self.pool_view(bundle.as_str()).await
+    }
+
+    /// Guest memory of the machines that are wanted of other bundles, made or not, in MiB.
+    async fn promised_to_others(&self, bundle: &BundleId) -> Result<u64, PoolError> {
+        let pools = self.shared.world.records().with(|store| store.pools()).await?;
+        let mut sum = 0_u64;
+        for (other, size) in pools.iter().filter(|(other, _)| other != bundle) {
+            // Of a bundle that cannot be read no machine is made.
+            if let Ok(view) = self.shared.world.bundles().find(other.as_str()).await {
+                let memory_mib = view.manifest.machine.memory_bytes / MIB;
+                sum = sum.saturating_add(u64::from(*size).saturating_mul(memory_mib));
+            }
+        }
+        Ok(sum)
     }
 
     async fn drop_pool(&self, word: &str) -> Result<(), PoolError> {

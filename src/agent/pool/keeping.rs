@@ -109,7 +109,6 @@ impl<W: World> Agent<W> {
                 {
                     let mut state = self.shared.pools.state();
                     let pool = state.pools.entry(bundle.clone()).or_insert_with(|| Pool::new(0));
-                    pool.memory_mib = record.spec.memory_mib.into();
                     pool.ready.push_back(spare);
                 }
                 tracing::debug!(vm = %id, %bundle, "a machine is ready");

@@ -1,5 +1,5 @@
-//! What a guest from a bundle reaches first is mapped ahead: noted once, from the first of its guests to answer, and asked
-//! for whenever a machine of it is made. Only speed depends on any of this.
+//! What a guest from a bundle reaches first is mapped ahead: noted from the first of its guests to answer, and asked for
+//! whenever a machine of it is made. Only speed depends on any of this.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -13,6 +13,9 @@ use crate::clock::Clock;
 use crate::ids::BundleId;
 use crate::report::chain;
 use crate::units::MIB;
+
+/// How many of a bundle's guests it is noted of: one that had other work than the first reaches other pages.
+const NOTED_GUESTS: u32 = 3;
 
 impl<W: World> Shared<W> {
     /// What is to be mapped ahead for a guest from a bundle, if that is known. It is being read into memory when this
@@ -61,28 +64,33 @@ impl<W: World> Shared<W> {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether this is the one to note what a guest of this bundle reached: once for each, by this agent.
+    /// Whether this is the one to note what a guest of this bundle reached: one after the other, until there were enough.
     fn is_to_note(&self, bundle: &BundleId) -> bool {
         self.config.limits.prefault_mib > 0 && self.noted_sets().insert(bundle.clone())
     }
 }
 
-/// In the background: notes what a guest has reached until now, if nobody did for its bundle.
+/// In the background: notes what a guest has reached until now, if its bundle is not known well enough.
 pub(super) fn note<W: World>(shared: &Arc<Shared<W>>, vm: &VmRecord) {
     let Some(bundle) = vm.spec.bundle.clone().filter(|bundle| shared.is_to_note(bundle)) else { return };
     let (shared, vm) = (Arc::clone(shared), vm.clone());
     tokio::spawn(async move {
         let bundles = shared.world.bundles();
-        if !matches!(bundles.working_set(&bundle, 0).await, Ok(None)) {
+        let known = match bundles.working_set(&bundle, u64::MAX).await {
+            Ok(known) => known.unwrap_or_default(),
+            // The next launch forgets it.
+            Err(_) => return,
+        };
+        if known.guests >= NOTED_GUESTS {
             return;
         }
         let noted = match shared.world.vmm().touched(&vm, shared.epoch).await {
-            Ok(set) => bundles.keep_working_set(&bundle, set).await.map_err(|error| chain(&error)),
+            Ok(set) => bundles.keep_working_set(&bundle, known.with(&set)).await.map_err(|error| chain(&error)),
             Err(error) => Err(chain(&error)),
         };
         if let Err(error) = noted {
             tracing::debug!(%bundle, error, "what a guest reached first is not noted");
-            shared.noted_sets().remove(&bundle);
         }
+        shared.noted_sets().remove(&bundle);
     });
 }

@@ -2,12 +2,12 @@
 
 use super::timestamp;
 use crate::agent::{self, BundleListed, BundleView, DeviceKind, Manifest, Recipe, Trust};
-use crate::api::types::{Bundle, BundleHost, BundleList, BundleRecipe, BundleTrust, UnreadableBundle};
+use crate::api::types::{Bundle, BundleFetched, BundleHost, BundleList, BundleRecipe, BundleTrust, UnreadableBundle};
 use crate::units::MIB;
 
 /// A bundle, and what the agent knows of it.
 pub(in crate::api) fn bundle(view: &BundleView, door: &dyn agent::Door) -> Bundle {
-    let BundleView { id, manifest, disk_bytes, signed, fetch } = view;
+    let BundleView { id, manifest, disk_bytes, signed, fetched, fetch } = view;
     let Manifest { machine, host, provenance, .. } = &**manifest;
     let count = |kind| {
         let devices = machine.devices.iter().filter(|device| device.kind == kind);
@@ -49,6 +49,12 @@ pub(in crate::api) fn bundle(view: &BundleView, door: &dyn agent::Door) -> Bundl
             Trust::MadeHere => BundleTrust::MadeHere,
             Trust::Untrusted => BundleTrust::Untrusted,
         },
+        fetched: fetched.clone().map(|fetched| BundleFetched {
+            from: Some(fetched.from).filter(|from| !from.is_empty()),
+            fetched_at: timestamp(fetched.fetched_at),
+            last_used_at: timestamp(fetched.last_used),
+            pinned: fetched.pinned,
+        }),
         fetch: fetch.clone().map(super::fetch),
     }
 }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{BundleFetch, IMAGE_DEFAULT};
+use super::{BundleFetch, BundleFetched, IMAGE_DEFAULT};
 use crate::ids::{BundleId, VmId};
 use crate::signing::{PublicKey, Signature};
 
@@ -150,6 +150,9 @@ pub struct Bundle {
     pub signed_by: Vec<PublicKey>,
     /// Whether it may be launched here, as far as signatures go.
     pub trust: BundleTrust,
+    /// Where it came from, if it was fetched; null when it was made or imported here.
+    #[serde(default)]
+    pub fetched: Option<BundleFetched>,
     /// How far it is, if some of its memory is still on its way; null when all of it is here.
     pub fetch: Option<BundleFetch>,
 }

@@ -1,5 +1,6 @@
 //! Bundles from elsewhere, and memory that is on its way.
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -16,6 +17,21 @@ pub struct BundleFetchRequest {
     /// it, or `http://HOST[:PORT]/BASE` of a server that has such a directory below `BASE` and answers ranges.
     #[schema(example = "http://[fd00::1]:8080/bundles")]
     pub from: String,
+}
+
+/// Where a bundle came from that was not made here, and whether it may go again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BundleFetched {
+    /// Where it came from; null when that is not known any more.
+    pub from: Option<String>,
+    /// When it began to come.
+    #[schema(value_type = String, format = DateTime)]
+    pub fetched_at: Timestamp,
+    /// When something was last launched from it: the longest unused goes first.
+    #[schema(value_type = String, format = DateTime)]
+    pub last_used_at: Timestamp,
+    /// Whether it stays however little it is used.
+    pub pinned: bool,
 }
 
 /// How far a bundle is that is on its way.

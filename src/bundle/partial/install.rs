@@ -20,6 +20,7 @@ use crate::bundle::store::Store;
 use crate::ids::BundleId;
 use crate::report::Retry;
 use crate::sys::{extent, file};
+use crate::units::PAGE_BYTES;
 
 /// A bundle of which a part is here. To be shared by threads.
 #[derive(Debug)]
@@ -195,6 +196,31 @@ fn make_hole(memory: &File, image: &Image<'_>, range: Range<u64>) -> io::Result<
     Ok(())
 }
 
+/// Writes what a chunk holds; pages of zeros stay holes, as they are where the bundle was made.
+fn write_with_holes(memory: &File, bytes: &[u8], range: &Range<u64>) -> io::Result<()> {
+    // Of one that was damaged, or cut off half-way, there is something.
+    if extent::punch_hole(memory, range.start, range.end - range.start).is_err() {
+        return memory.write_all_at(bytes, range.start);
+    }
+    let mut at = range.start;
+    for pages in bytes.as_chunks::<PAGE>().0.chunk_by(|one, next| is_zero(one) == is_zero(next)) {
+        let content = pages.as_flattened();
+        if !pages.first().is_some_and(is_zero) {
+            memory.write_all_at(content, at)?;
+        }
+        at += content.len() as u64;
+    }
+    Ok(())
+}
+
+/// A page in bytes; chunks hold whole ones.
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_BYTES);
+
+fn is_zero(page: &[u8; PAGE]) -> bool {
+    page.iter().all(|byte| *byte == 0)
+}
+
 /// What is written where there can be no hole.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -316,7 +342,7 @@ impl Partial {
         if self.present().is_here(place) {
             return Ok(Installed::Already);
         }
-        if let Err(source) = self.memory.write_all_at(bytes, range.start) {
+        if let Err(source) = write_with_holes(&self.memory, bytes, &range) {
             // Half of it is of no use, and takes space that may be short. It does not count as here in any case.
             let _ = extent::punch_hole(&self.memory, range.start, wanted);
             return Err(if is_no_space(&source) {

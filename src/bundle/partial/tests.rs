@@ -97,7 +97,7 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     assert_eq!(content_of(&files.state), two.part(BundlePart::State));
     assert!(files.memory.write_at(b"x", 0).is_err(), "it is for reading only");
     // What its guests reach first is known of it as well.
-    let set = WorkingSet { read: runs(&[(1, 2)]), written: runs(&[(MEMORY_BYTES / PAGE_BYTES - 1, 1)]) };
+    let set = WorkingSet { guests: 1, read: runs(&[(1, 2)]), written: runs(&[(MEMORY_BYTES / PAGE_BYTES - 1, 1)]) };
     two.there.store.keep_working_set(&two.id, &set).unwrap();
     assert_eq!(two.there.store.working_set(&two.id).unwrap(), Some(set.clone()));
     for chunk in [2, 0, 7, 3] {
@@ -118,7 +118,7 @@ fn a_bundle_comes_chunk_by_chunk_and_becomes_one() {
     // Who mapped it maps the same file, and what was a hole is one.
     let inode = |file: &File| file.metadata().unwrap().ino();
     assert_eq!(inode(&whole), inode(&files.memory));
-    assert_eq!(sparse::data_ranges(&whole, CHUNK * 2).unwrap(), std::slice::from_ref(&(0..CHUNK)));
+    assert_eq!(sparse::data_ranges(&whole, CHUNK * 2).unwrap(), std::slice::from_ref(&(0..PAGE_BYTES)));
     let directory = two.there.root.join(two.id.as_str());
     assert_eq!(names(&directory), ["manifest.json", "memory.img", "state.bin"]);
     for name in FILES {

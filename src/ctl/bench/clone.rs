@@ -34,6 +34,8 @@ pub(super) struct Series {
     phases_ms: BTreeMap<&'static str, Summary>,
     /// From the first call to the last VM that runs.
     wall_ms: f64,
+    /// Page faults of each one's vCPUs until it ran.
+    vcpu_faults: Option<Summary>,
     /// Proportional set size of each VMM, its guest's memory included, while all of them live.
     pss_bytes: Option<Summary>,
 }
@@ -71,7 +73,7 @@ impl Bench<'_> {
         request: &VmLaunchRequest,
         before: Before<'_>,
     ) -> Result<Series, BenchError> {
-        let (mut vms, mut wall_ms) = (Vec::new(), 0.0);
+        let (mut vms, mut faults, mut wall_ms) = (Vec::new(), Vec::new(), 0.0);
         for index in 0..count {
             match before {
                 Before::Nothing => {}
@@ -80,11 +82,12 @@ impl Bench<'_> {
             }
             let title = format!("{name}: launch {} of {count}", index + 1);
             let (launched, took) = self.launch(&title, 1, request, launch_limit(1)).await?;
+            faults.extend(faults_of(&launched));
             vms.extend(launched);
             wall_ms += took;
             self.clear().await;
         }
-        Ok(series(name.to_owned(), &vms, wall_ms, None))
+        Ok(Series { vcpu_faults: Summary::of(faults), ..series(name.to_owned(), &vms, wall_ms) })
     }
 
     /// All at once.
@@ -99,18 +102,22 @@ impl Bench<'_> {
         let limit = limit.unwrap_or_else(|| launch_limit(wanted));
         let (vms, wall_ms) = self.launch(&name, wanted, request, limit).await?;
         let pss = vms.iter().filter_map(|vm| process::pss_bytes(vm.pid?)).map(float);
-        let pss = Summary::of(pss);
+        let (pss_bytes, vcpu_faults) = (Summary::of(pss), Summary::of(faults_of(&vms)));
         shown(&format!("remove {count} VMs"), self.clear()).await;
-        Ok(series(name, &vms, wall_ms, pss))
+        Ok(Series { vcpu_faults, pss_bytes, ..series(name, &vms, wall_ms) })
     }
 }
 
-fn series(name: String, vms: &[Vm], wall_ms: f64, pss_bytes: Option<Summary>) -> Series {
+fn faults_of(vms: &[Vm]) -> impl Iterator<Item = f64> {
+    vms.iter().filter_map(|vm| process::vcpu_faults(vm.pid?)).map(float)
+}
+
+fn series(name: String, vms: &[Vm], wall_ms: f64) -> Series {
     let phases = PHASES.into_iter().filter_map(|name| {
         let values = vms.iter().filter_map(|vm| phase(&vm.timings, name));
         Some((name, Summary::of(values)?))
     });
-    Series { name, count: vms.len(), phases_ms: phases.collect(), wall_ms, pss_bytes }
+    Series { name, count: vms.len(), phases_ms: phases.collect(), wall_ms, vcpu_faults: None, pss_bytes: None }
 }
 
 fn phase(timings: &Timings, name: &str) -> Option<f64> {
@@ -216,6 +223,11 @@ pub(super) fn table(report: &Report) -> String {
                 rows.push(row(format!("{}: {phase}", series.name), summary, &milliseconds));
             }
         }
+        let faults = series.vcpu_faults.as_ref();
+        rows.extend(
+            faults
+                .map(|faults| row(format!("{}: vCPU faults", series.name), faults, &|value| whole(value).to_string())),
+        );
         let pss = series.pss_bytes.as_ref();
         rows.extend(pss.map(|pss| row(format!("{}: memory (PSS)", series.name), pss, &|value| bytes(whole(value)))));
     }

@@ -11,6 +11,8 @@ const TICKS_PER_SECOND: f64 = 100.0;
 /// Fields of `/proc/PID/stat` behind the program's name (proc_pid_stat(5)): `utime` is field 14 and `stime` 15, and the
 /// first one behind the name is field 3.
 const UTIME_INDEX: usize = 14 - 3;
+const MINFLT_INDEX: usize = 10 - 3;
+const MAJFLT_INDEX: usize = 12 - 3;
 
 /// Memory of a VMM that is not its guest's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,6 +44,25 @@ pub(super) fn overhead(pid: u32, guest: &Range<u64>) -> Option<Overhead> {
 pub(super) fn pss_bytes(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     rollup.lines().find_map(|line| kib(line.strip_prefix("Pss:")?))
+}
+
+/// Page faults so far of a VMM's vCPUs, minor and major: of what the guest reached that was not mapped (proc_pid_stat(5),
+/// `minflt` and `majflt`).
+pub(super) fn vcpu_faults(pid: u32) -> Option<u64> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let stats = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+    let faults: Vec<u64> = stats.filter_map(|stat| parse_vcpu_faults(&stat)).collect();
+    (!faults.is_empty()).then(|| faults.iter().sum())
+}
+
+/// `None` for a thread that is no vCPU's.
+fn parse_vcpu_faults(stat: &str) -> Option<u64> {
+    let (name, rest) = stat.rsplit_once(')')?;
+    if !name.contains("(vcpu") {
+        return None;
+    }
+    let field = |index| rest.split_whitespace().nth(index)?.parse::<u64>().ok();
+    field(MINFLT_INDEX)?.checked_add(field(MAJFLT_INDEX)?)
 }
 
 /// One mapping's line: `start-end perms offset dev inode path`.
@@ -150,6 +171,15 @@ Pss:                 100 kB
         let stat = "7 (a) (b) S 1 7 7 0 -1 4194304 99 0 0 0 150 50 0 0 20 0 1 0 231505 3133440 390";
         assert_eq!(parse_stat(stat), Some(2.0));
         assert_eq!(parse_stat("7 (a"), None);
+    }
+
+    #[test]
+    fn faults_are_those_of_vcpus() {
+        let stat =
+            |name: &str| format!("7 ({name}) S 1 7 7 0 -1 4194304 99 5 3 4 150 50 0 0 20 0 1 0 231505 3133440 390");
+        assert_eq!(parse_vcpu_faults(&stat("vcpu0")), Some(102));
+        assert_eq!(parse_vcpu_faults(&stat("devices")), None);
+        assert_eq!(parse_vcpu_faults("7 (vcpu0"), None);
     }
 
     #[test]

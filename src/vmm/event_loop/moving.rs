@@ -13,14 +13,14 @@ use super::{EventLoop, bad_request, host, nanos, refusal_of};
 use crate::clock::{Clock, Monotonic};
 use crate::machine::layout::Slot;
 use crate::machine::virtio::Backend;
-use crate::machine::{ConsoleSink, GuestTime, Machine, RamBacking, RestoreSpec, ram};
+use crate::machine::{ConsoleSink, Machine, RamBacking, RestoreSpec, ram};
 use crate::report;
 use crate::saved::codec;
 use crate::units::Bytes;
 use crate::vmm::bounded;
 use crate::vmm::console::Console;
 use crate::vmm::launch::Arrival as ArrivalFiles;
-use crate::vmm::receive::{Arrival, Receiving};
+use crate::vmm::receive::{Arrival, Receiving, StoppedBetween};
 use crate::vmm::save;
 use crate::vmm::send::{Job, News, Outgoing, SendError};
 use crate::wire::control::{
@@ -31,9 +31,6 @@ use crate::wire::refusal::Refusal;
 
 /// One turn of vCPUs that are slowed down: they rest for a part of each.
 const THROTTLE_PERIOD: Duration = Duration::from_millis(20);
-
-/// A guest that came from another VMM stood still for moments, which its clocks are to show: its wall clock stays right.
-pub(super) const ARRIVAL_TIME: GuestTime = GuestTime::Passes { at_most_ns: 60_000_000_000 };
 
 /// How long a machine that goes on here waits for packets from where it was, before it takes those that came here.
 pub(super) const PACKETS_MAX: Duration = Duration::from_secs(1);
@@ -286,7 +283,9 @@ impl EventLoop {
         let Some(arriving) = self.take_arriving() else { return };
         let answer = match arrival {
             Arrival::Failed(error) => Answer::Refused(Refusal::Stream { reason: bounded(report::chain(&error)) }),
-            Arrival::State(state) => self.make_of(arriving, &state).map_or_else(Answer::Refused, Answer::Launched),
+            Arrival::State { state, stopped } => {
+                self.make_of(arriving, &state, stopped).map_or_else(Answer::Refused, Answer::Launched)
+            }
         };
         // An agent that hung up will end this VMM, or ask what there is.
         self.answer_waiting(&answer);
@@ -301,7 +300,7 @@ impl EventLoop {
         Some(arriving)
     }
 
-    fn make_of(&mut self, arriving: Arriving, state: &[u8]) -> Result<LaunchPhases, Refusal> {
+    fn make_of(&mut self, arriving: Arriving, state: &[u8], stopped: StoppedBetween) -> Result<LaunchPhases, Refusal> {
         let Arriving { receiving, kvm, mut devices, console, output, memory } = arriving;
         console.go_on();
         self.rings.hand_out(&mut devices);
@@ -314,7 +313,7 @@ impl EventLoop {
             Machine::restore(kvm, from, sections).map_err(|error| refusal_of(&error))
         });
         let made = made.and_then(|machine| match machine.shape().memory == memory {
-            true => self.adopt_guest(machine, console, true),
+            true => self.adopt_guest(machine, console, Some(stopped)),
             false => Err(Refusal::BadState {
                 reason: format!("the machine that came has {} of memory, not {memory}", machine.shape().memory),
             }),
