@@ -9,6 +9,7 @@ mod bundle_file;
 mod cluster;
 mod fetch;
 mod image;
+mod layout;
 mod ledger;
 mod manual;
 mod migration;
@@ -24,7 +25,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 pub use balloon::BalloonArgs;
 pub use bench::{
@@ -83,7 +84,8 @@ pub struct Cli {
 impl Cli {
     /// Reads words (the first is the program's name); the error carries its own text and exit code, help included.
     pub fn parse_checked<W: Into<OsString> + Clone>(words: impl IntoIterator<Item = W>) -> Result<Self, clap::Error> {
-        let cli = Self::try_parse_from(words)?;
+        let mut found = layout::laid_out(Self::command()).try_get_matches_from(words)?;
+        let cli = Self::from_arg_matches_mut(&mut found).map_err(|error| error.format(&mut Self::command()))?;
         if let Command::Client(ClientCommand::Vm(VmCommand::Launch(args))) = &cli.command {
             let wrong = |text| Self::command().error(ErrorKind::TooManyValues, text);
             args.check().map_err(wrong)?;

@@ -217,6 +217,10 @@ pub struct MoveRecord {
     /// Packets that waited for it here and followed it.
     #[serde(default)]
     pub packets: u64,
+    /// Longest that a packet for it can have waited, from the pause until all that waited had followed it and others were
+    /// led there, in microseconds.
+    #[serde(default)]
+    pub network_us: Option<u64>,
     /// Where the pause went.
     #[serde(default)]
     pub steps: PauseSteps,
@@ -239,6 +243,7 @@ impl MoveRecord {
             zero_pages: phases.zero_pages,
             last_pages: phases.last_pages,
             packets: 0,
+            network_us: None,
             steps: PauseSteps {
                 stop_us: phases.pause_ns / 1000,
                 last_pages_us: phases.last_pages_ns / 1000,

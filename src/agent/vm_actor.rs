@@ -243,6 +243,7 @@ impl<W: World> VmActor<W> {
             held_at,
             has_received: false,
             line,
+            ran_there_at: None,
             successor: None,
             others: Vec::new(),
             way: None,

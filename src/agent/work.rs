@@ -58,6 +58,8 @@ pub(super) struct Work<W: World> {
     pub(super) asked_at: Option<Monotonic>,
     /// Since when no vCPU runs, for a save.
     pub(super) held_at: Option<Monotonic>,
+    /// Since when it runs on the other host that it went to, as far as this work knows.
+    pub(super) ran_there_at: Option<Monotonic>,
     /// Whether the machine came from another host, to this work.
     pub(super) has_received: bool,
     /// A line to the host that the machine goes to, which hears on it that it is its.

@@ -242,6 +242,7 @@ fn details(migration: &Migration) -> String {
         ),
         ("on the wire", moved.map(|moved| bytes(moved.bytes))),
         ("compressed", moved.and_then(compressed)),
+        ("without network", moved.and_then(|moved| moved.network_ms).map(milliseconds)),
         ("packets that followed", moved.map(|moved| moved.packets.to_string())),
         ("created", Some(format!("{:.3}", migration.created_at))),
         ("finished", migration.finished_at.map(|at| format!("{at:.3}"))),

@@ -32,7 +32,7 @@ use crate::clock::{Clock, Monotonic, SystemClock};
 use crate::machine::image::{self, WriteImageError};
 use crate::machine::pages::{self, ReachPagesError};
 use crate::machine::pre_copy::{self, Decision, Policy, PreCopy, Round, Unconverged};
-use crate::machine::{BeginWith, DirtyConsumer, GuestRam, Harvester, PacketDoor, PageRun, Presence};
+use crate::machine::{DirtyConsumer, GuestRam, Harvester, PacketDoor, PageRun, Presence};
 use crate::report;
 use crate::sys::kvm::CallError;
 use crate::sys::thread::{self, ThreadClass};
@@ -183,7 +183,7 @@ pub(super) enum SendError {
     Tls(#[from] TlsError),
     /// KVM did not tell what was written.
     #[error("follow what the guest writes")]
-    Log(#[source] CallError),
+    Log(#[from] CallError),
     /// Guest memory could not be read.
     #[error(transparent)]
     Read(ReachPagesError),
@@ -389,10 +389,8 @@ impl Copy<'_> {
         };
         let consumer = match pages {
             Some(pages) => {
-                let consumer = dirty.subscribe(BeginWith::NoPages).map_err(SendError::Log)?;
-                // After the log is on: what is touched from here on is in it.
-                consumer.put_back(&image::touched(&self.ram, pages, pagemap).map_err(SendError::Find)?);
-                Some(consumer)
+                let touched = || image::touched(&self.ram, pages, pagemap).map_err(SendError::Find);
+                Some(dirty.subscribe_touched(touched)?)
             }
             None => None,
         };
@@ -464,7 +462,12 @@ impl Copy<'_> {
         for lane in &mut self.lanes {
             lane.push(Kind::RoundEnd, &number, &[], 0)?;
         }
-        self.lanes.iter_mut().try_for_each(Lane::take_all_acks)?;
+        for at in 0..self.lanes.len() {
+            // Each takes as long as the other end likes, within its silence.
+            while self.lanes.get_mut(at).map_or(Ok(false), Lane::take_ack_if_due)? {
+                self.hear()?;
+            }
+        }
         Ok(sent)
     }
 
@@ -504,12 +507,7 @@ impl Copy<'_> {
             progress.sent_bytes += sent.0 - progress.round_sent_bytes.min(sent.0);
             progress.round_sent_bytes = sent.0;
         });
-        match self.sender.jobs.try_recv() {
-            Err(TryRecvError::Empty) => {}
-            // It is collected while the last pages are sent.
-            Ok(Job::State(state)) => self.state = Some(state),
-            Ok(_) | Err(TryRecvError::Disconnected) => return Err(SendError::Cancelled),
-        }
+        self.hear()?;
         let Some(rate) = self.spec.rate_bytes_max.filter(|_| !self.held) else { return Ok(()) };
         let due = u64::try_from(u128::from(sent.0) * 1_000_000_000 / u128::from(rate)).unwrap_or(u64::MAX);
         let early = Duration::from_nanos(due).saturating_sub(self.sender.clock.monotonic().since(begun));
@@ -521,6 +519,19 @@ impl Copy<'_> {
         match self.sender.jobs.recv_timeout(early) {
             Err(RecvTimeoutError::Timeout) => Ok(()),
             Ok(_) | Err(RecvTimeoutError::Disconnected) => Err(SendError::Cancelled),
+        }
+    }
+
+    /// What the first thread has told meanwhile.
+    fn hear(&mut self) -> Result<(), SendError> {
+        match self.sender.jobs.try_recv() {
+            Err(TryRecvError::Empty) => Ok(()),
+            // It is collected while the last pages are sent.
+            Ok(Job::State(state)) => {
+                self.state = Some(state);
+                Ok(())
+            }
+            Ok(_) | Err(TryRecvError::Disconnected) => Err(SendError::Cancelled),
         }
     }
 

@@ -79,11 +79,9 @@ fn commands() -> Vec<Vec<String>> {
 
 /// What is wrong with a page: what groff says where it is, and its parts.
 fn faults(page: &Path) -> String {
-    let said =
-        match Command::new("groff").args(["-man", "-ww", "-z", "-Tascii"]).arg(page).stdin(Stdio::null()).output() {
-            Ok(said) => format!("{}{}", text(&said.stdout), text(&said.stderr)),
-            Err(_) => String::new(),
-        };
+    let set = Command::new("groff").args(["-man", "-ww", "-z", "-Tascii"]).arg(page).stdin(Stdio::null()).output();
+    let set = set.expect("run groff, of Debian's groff-base");
+    let said = format!("{}{}", text(&set.stdout), text(&set.stderr));
     let source = std::fs::read_to_string(page).expect("a page");
     let lacking: Vec<&str> = [".TH ", ".SH NAME", ".SH SYNOPSIS", ".SH DESCRIPTION", ".SH OPTIONS"]
         .into_iter()

@@ -37,7 +37,7 @@ fn evicted(agent: &Agent) -> Vec<String> {
     let events = agent.json(&["events"]);
     let events = events["events"].as_array().expect("events").iter();
     let evicted = events.filter(|event| event["kind"] == "bundle_evicted");
-    evicted.map(|event| event["bundle_id"].as_str().expect("an id").to_owned()).collect()
+    evicted.map(|event| event["detail"]["bundle_id"].as_str().expect("an id").to_owned()).collect()
 }
 
 /// Starts the agent with another table `[bundles]`.

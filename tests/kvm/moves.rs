@@ -53,6 +53,7 @@ pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     there_by_several_connections_and_back(&fabric, id);
     witness::of_moves_in_the_guest(&fabric, "one");
     slow_and_cancelled(&fabric);
+    slowed_down(&fabric);
     unconverged(&fabric);
     stopped_meanwhile(&fabric);
     evacuated(&fabric);
@@ -144,6 +145,45 @@ fn nothing_is_left_there(agent: &Agent) {
         assert!(begun.elapsed() < Duration::from_secs(30), "{:#}", agent.json(&["vm", "ls"]));
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Time that a VM's vCPU spends on a processor in a second, in hundredths.
+fn busy(agent: &Agent, vm: &str) -> u64 {
+    let ticks = || -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", agent.vmm_pid(vm))).expect("threads");
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        let of_vcpu = stats.filter(|stat| stat.contains("(vcpu"));
+        let used = of_vcpu.map(|stat| {
+            let (_, fields) = stat.rsplit_once(')').expect("a name");
+            // utime and stime, proc_pid_stat(5).
+            let fields = fields.split_whitespace().skip(11).take(2);
+            fields.map(|field| field.parse::<u64>().expect("a number")).sum::<u64>()
+        });
+        used.sum()
+    };
+    let before = ticks();
+    std::thread::sleep(Duration::from_secs(1));
+    ticks() - before
+}
+
+/// A guest that writes faster than it is sent has its vCPUs rest more and more, and none of that is left behind.
+fn slowed_down(fabric: &Fabric) {
+    let a = fabric.agent(0);
+    let before = busy(a, "one");
+    let words = ["vm", "migrate", "one", "--to", fabric.name(1), "--rate", "4M", "--rounds", "1000", "--no-wait"];
+    let id = a.json(&words)["migration_id"].as_str().expect("an id").to_owned();
+    let share = |now: &Value| now["progress"]["vcpu_share"].as_u64();
+    let seen = wait_for(a, &id, "slowed down", |now| share(now).is_some_and(|share| share <= 60));
+    let slowed = busy(a, "one");
+    a.ok(&["migration", "cancel", &id]);
+    let after = busy(a, "one");
+    println!(
+        "    its vCPU ran {before} hundredths of a second, {slowed} of one when it was to run {} % of the time, and \
+         {after} after that",
+        share(&seen).expect("a share")
+    );
+    assert!(slowed * 10 < before * 8 && slowed * 10 < after * 8, "{before}, {slowed}, {after}: {seen:#}");
+    assert_eq!(a.sh("one", "md5sum -c /tmp/kept.sum"), "/tmp/kept: OK");
 }
 
 /// A guest that writes faster than it is sent stays when that is asked for, and its vCPUs run as before; or goes all the

@@ -3,6 +3,8 @@
 use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde_json::Value;
+
 use super::fixture::Agent;
 
 /// How long the guest is paused.
@@ -65,8 +67,26 @@ pub(crate) fn stops_the_counter_and_resume_goes_on(agent: &Agent) {
     let wall = wall.as_duration().as_secs_f64();
     let allowed = asked - WALL_CLOCK_OFF_MAX..answered + WALL_CLOCK_OFF_MAX;
     assert!(allowed.contains(&wall), "the guest's wall clock says {wall}, the host's {asked} to {answered}");
+    let busy = in_top(agent, vm);
+    assert!(busy["cpu_percent"].as_f64().is_some_and(|percent| percent > 0.5), "{busy:#}");
+    assert!(busy["resident_bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 20), "{busy:#}");
+    agent.ok(&["vm", "pause", vm]);
+    let paused = in_top(agent, vm);
+    assert!(paused["cpu_percent"].as_f64() < busy["cpu_percent"].as_f64(), "{paused:#}");
+    assert_eq!((&paused["state"], &paused["rx_packets_per_s"]), (&"paused".into(), &0.0.into()), "{paused:#}");
+    agent.ok(&["vm", "resume", vm]);
+    let table = agent.ok(&["top", "--once", "--interval", "200ms", "--sort", "memory"]);
+    let row = table.lines().find(|line| line.contains(vm)).unwrap_or_else(|| panic!("a row of {vm}: {table}"));
+    assert!(row.contains("running"), "{table}");
     let _ = child.kill();
     let _ = child.wait();
+}
+
+/// A VM's row of `hearth top`.
+fn in_top(agent: &Agent, vm: &str) -> Value {
+    let look = agent.json(&["top", "--once", "--interval", "1"]);
+    let rows = look["vms"].as_array().expect("rows");
+    rows.iter().find(|row| row["name"] == vm).unwrap_or_else(|| panic!("a row of {vm}: {look:#}")).clone()
 }
 
 /// Processor time of a process in ticks of 10 ms: user and system.

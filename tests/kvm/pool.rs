@@ -1,11 +1,13 @@
 //! Machines that are kept ready: launches take them over and are somebody else each, whoever is killed meanwhile.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::fabric::run;
 use super::fixture::{Agent, text};
 use super::lab::Lab;
 
@@ -78,6 +80,9 @@ pub(crate) fn launches_take_what_is_ready_and_are_others(_shared: &Agent) {
     let ready = vmms(agent);
     assert_eq!(ready.len(), 4);
     assert_eq!(agent.json(&["vm", "ls"])["vms"], serde_json::json!([]), "what is ready is no VM");
+    let jails: BTreeSet<String> = ready.iter().map(|(_, pid)| jail_of(*pid)).collect();
+    assert_eq!(jails.len(), 4, "each has a jail of its own: {jails:?}");
+    assert!(jails.iter().all(|jail| is_closed(jail)), "none of them lets anything through");
     six_at_once(agent, &ready);
     killed_ones_are_replaced(agent);
     agents_that_die_leave_none(agent);
@@ -99,6 +104,23 @@ pub(crate) fn launches_take_what_is_ready_and_are_others(_shared: &Agent) {
     lab.ends_with_a_pool();
 }
 
+/// The named network namespace that a VMM is in.
+fn jail_of(pid: u32) -> String {
+    let inode = |path: &Path| std::fs::metadata(path).ok().map(|found| found.ino());
+    let own = inode(Path::new(&format!("/proc/{pid}/ns/net"))).expect("a network namespace");
+    let named = std::fs::read_dir("/run/netns").expect("named namespaces").map(|entry| entry.expect("an entry"));
+    let mut mine = named.filter(|entry| inode(&entry.path()) == Some(own));
+    mine.next().expect("a name for it").file_name().into_string().expect("text")
+}
+
+/// Whether a jail knows of nobody: it has its rules and its tap, and each of its sets is empty.
+fn is_closed(jail: &str) -> bool {
+    let rules = run("ip", &["netns", "exec", jail, "nft", "list", "ruleset"]);
+    let links = run("ip", &["-n", jail, "-o", "link"]);
+    assert!(rules.contains("set ") && links.contains("tap0"), "{rules}\n{links}");
+    !rules.contains("elements = ")
+}
+
 /// Four are taken over and two are made, and all six are somebody else.
 fn six_at_once(agent: &Agent, ready: &BTreeSet<(String, u32)>) {
     let names: Vec<String> = (0..6).map(|number| format!("vm-{number}")).collect();
@@ -110,6 +132,7 @@ fn six_at_once(agent: &Agent, ready: &BTreeSet<(String, u32)>) {
     let now = filled(agent);
     assert_eq!((taken, &now["claimed"], &now["missed"]), (4, &4.into(), &2.into()), "{now:#}");
     for vm in &launched {
+        assert!(!is_closed(&jail_of(agent.vmm_pid(vm["name"].as_str().expect("a name")))), "a VM's is open");
         let pid = agent.vmm_pid(vm["name"].as_str().expect("a name"));
         let was = ready.iter().find(|(id, _)| vm["id"] == **id);
         assert!(was.is_none_or(|(_, ready)| *ready == pid), "the process that was ready is the VM's");

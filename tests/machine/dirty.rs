@@ -1,6 +1,7 @@
 //! What the dirty log sees: the guest's writes, the VMM's writes, each consumer its own.
 
-use hearth::machine::BeginWith;
+use hearth::machine::{BeginWith, PageRun};
+use hearth::sys::kvm::CallError;
 use hearth::units::{MIB, PAGE_BYTES, PageCount, PageIndex};
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -67,6 +68,43 @@ fn writes_of_guest_and_vmm_are_seen_by_every_consumer() {
         assert!(all.snapshot().contains(page(DATA + 0x1000 * step)));
     }
     drop((all, none));
+    assert_eq!(machine.dirty().consumers(), 0);
+}
+
+#[test]
+fn what_is_touched_while_a_consumer_begins_is_not_lost() {
+    let (mut machine, console) = boot(1, step_by_step().kernel());
+    console.expect("a");
+    let touched = PageRun { first: page(DATA + 0x20_0000), count: PageCount(1) };
+    let looks = std::cell::Cell::new(0);
+    let consumer = machine.dirty().subscribe_touched::<CallError>(|| {
+        looks.set(looks.get() + 1);
+        if looks.get() == 1 {
+            // The first look is over when the guest writes: that is in a log which is forgotten for what nobody touched.
+            machine.console_input(b"x");
+            console.expect("b");
+            machine.ram().write_obj(1_u8, GuestAddress(u64::from(DATA + 0x30_0000))).unwrap();
+            return Ok(vec![touched]);
+        }
+        let late = [DATA, DATA + 0x30_0000].map(|address| PageRun { first: page(address), count: PageCount(1) });
+        Ok([&[touched], &late[..]].concat())
+    });
+    let consumer = consumer.unwrap();
+    assert_eq!((looks.get(), consumer.snapshot().len()), (2, PageCount(3)));
+    // What nobody has touched is in no log, and what is taken is seen again.
+    machine.pause().unwrap();
+    assert_eq!(consumer.take_batch(PageCount(u64::MAX)).unwrap().len(), 3);
+    assert!(consumer.harvest().unwrap() < PageCount(8), "{:?}", consumer.snapshot().runs());
+    consumer.take_batch(PageCount(u64::MAX)).unwrap();
+    assert_eq!(consumer.harvest().unwrap(), PageCount(0));
+    machine.resume().unwrap();
+    machine.console_input(b"xxx");
+    console.expect("done");
+    consumer.harvest().unwrap();
+    for step in 1..4 {
+        assert!(consumer.snapshot().contains(page(DATA + 0x1000 * step)));
+    }
+    drop(consumer);
     assert_eq!(machine.dirty().consumers(), 0);
 }
 

@@ -142,6 +142,7 @@ impl<W: World> Work<W> {
                     // The way of the answer is still in it: it is never less than what the guest stood still for.
                     let now = self.now().before(ran).max(begun);
                     self.note_run_at(now);
+                    self.ran_there_at = Some(now);
                     if let Some(moved) = self.operation.moved.as_mut() {
                         moved.steps.start_us = micros(now.since(begun));
                     }
@@ -174,8 +175,10 @@ impl<W: World> Work<W> {
         let forwarded = self.shared.world.vmm().forward_packets(&self.record, self.shared.epoch).await;
         let packets = forwarded.map_err(ask_failed)?;
         tracing::debug!(vm = %self.record.id, packets, "what waited here has followed");
+        let silent = self.ran_there_at.map(|ran| micros(self.now().since(ran)));
         if let Some(moved) = self.operation.moved.as_mut() {
             moved.packets = packets;
+            moved.network_us = moved.pause_us.zip(silent).map(|(pause, silent)| pause.saturating_add(silent));
         }
         Ok(())
     }

@@ -25,6 +25,7 @@ pub(in crate::api) fn moved(moved: &agent::MoveRecord) -> Moved {
         last_pages: moved.last_pages,
         bytes: moved.bytes,
         packets: moved.packets,
+        network_ms: ms(moved.network_us),
         compress: compress(moved.compress),
         uncompressed: moved.uncompressed.map(uncompressed),
         packed_pages: moved.packed_pages,

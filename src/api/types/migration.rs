@@ -110,6 +110,10 @@ pub struct Moved {
     /// Packets that waited for it and followed it.
     #[serde(default)]
     pub packets: u64,
+    /// Longest that a packet for it can have waited: from the pause until all that waited had followed it to the other host,
+    /// and others were led there. Null when it was not measured.
+    #[serde(default)]
+    pub network_ms: Option<f64>,
     /// Where the pause went.
     #[serde(default)]
     pub steps: PauseSteps,

@@ -54,6 +54,8 @@ struct Series {
     pause_ms: Option<Summary>,
     /// Of that, until it stood ready on the other host.
     held_ms: Option<Summary>,
+    /// Longest that a packet for it can have waited.
+    network_ms: Option<Summary>,
     /// The longest gap that a program in the guest saw meanwhile, in each way.
     guest_gap_ms: Option<Summary>,
     /// The longest gap that it saw at other times.
@@ -90,6 +92,7 @@ struct Way {
     total_ms: f64,
     pause_ms: Option<f64>,
     held_ms: Option<f64>,
+    network_ms: Option<f64>,
     rounds: Option<u32>,
     bytes: Option<u64>,
     rate_bytes: Option<f64>,
@@ -241,6 +244,7 @@ impl Bench<'_> {
             total_ms,
             pause_ms: left.and_then(|left| left.pause_ms),
             held_ms: moved.map(|moved| moved.held_ms),
+            network_ms: moved.and_then(|moved| moved.network_ms),
             rounds: moved.map(|moved| moved.rounds),
             bytes: moved.map(|moved| moved.bytes),
             rate_bytes: moved.map(|moved| float(moved.bytes) * 1000.0 / (moved.running_ms + moved.held_ms)),
@@ -266,6 +270,7 @@ fn series(ways: &[Way], stalls: Option<&Stalls>, all: Window, memory_mib: u64) -
         count: ways.len(),
         pause_ms: Summary::of(ways.iter().filter_map(|way| way.pause_ms)),
         held_ms: Summary::of(ways.iter().filter_map(|way| way.held_ms)),
+        network_ms: Summary::of(ways.iter().filter_map(|way| way.network_ms)),
         guest_gap_ms: stalls
             .and_then(|stalls| Summary::of(windows.iter().filter_map(|window| stalls.longest_in(*window)))),
         guest_gap_beside_ms: stalls.and_then(beside),
@@ -333,6 +338,7 @@ fn series_table(series: &Series) -> String {
     };
     add("pause", series.pause_ms.as_ref(), &milliseconds);
     add("held until ready", series.held_ms.as_ref(), &milliseconds);
+    add("without network", series.network_ms.as_ref(), &milliseconds);
     add("seen in the guest", series.guest_gap_ms.as_ref(), &milliseconds);
     add("beside that", Summary::of(series.guest_gap_beside_ms).as_ref(), &milliseconds);
     add("call to running there", series.total_ms.as_ref(), &milliseconds);

@@ -71,10 +71,41 @@ impl Harvester {
                 set.insert(PageRun { first: region.first, count: region.pages });
             }
         }
+        Ok(self.consumer(&mut consumers, set))
+    }
+
+    /// A new consumer of a guest that runs: it begins with the pages that `touched` finds, which are all that hold something.
+    ///
+    /// KVM's log begins with every page in it (KVM API 7.18, `KVM_DIRTY_LOG_INITIALLY_SET`). The pages that nobody has
+    /// touched are taken out of it here, which costs a guest nothing: no vCPU has them mapped. The others are re-protected
+    /// as they are taken, so the guest does not wait until all of its memory is.
+    pub fn subscribe_touched<E: From<CallError>>(
+        &self,
+        touched: impl Fn() -> Result<Vec<PageRun>, E>,
+    ) -> Result<DirtyConsumer, E> {
+        let mut consumers = lock(&self.consumers);
+        if !(consumers.sets.is_empty() && consumers.vm.capabilities().manual_dirty_log) {
+            drop(consumers);
+            let consumer = self.subscribe(BeginWith::NoPages)?;
+            // After the log is on: what is touched from here on is in it.
+            consumer.put_back(&touched()?);
+            return Ok(consumer);
+        }
+        consumers.vm.set_dirty_logging(true)?;
+        match consumers.begin_with(touched) {
+            Ok(set) => Ok(self.consumer(&mut consumers, set)),
+            Err(error) => {
+                consumers.switch_off_if_unused();
+                Err(error)
+            }
+        }
+    }
+
+    fn consumer(&self, consumers: &mut Consumers, set: DirtySet) -> DirtyConsumer {
         let key = consumers.next_key;
         consumers.next_key += 1;
         consumers.sets.push((key, set));
-        Ok(DirtyConsumer { consumers: Arc::clone(&self.consumers), key })
+        DirtyConsumer { consumers: Arc::clone(&self.consumers), key }
     }
 
     /// Number of consumers.
@@ -107,6 +138,18 @@ impl Consumers {
         Ok(())
     }
 
+    /// The set of the first consumer, of a log that was just switched on.
+    fn begin_with<E: From<CallError>>(&mut self, touched: impl Fn() -> Result<Vec<PageRun>, E>) -> Result<DirtySet, E> {
+        let before = touched()?;
+        // What the VMM itself has written until here is touched as well.
+        self.vm.ram().iter().for_each(|mapped| drop(mapped.get_mmap().bitmap().get_and_reset()));
+        self.protect_others(&before)?;
+        // What was touched meanwhile is in the log no more.
+        let mut set = DirtySet::new();
+        before.into_iter().chain(touched()?).for_each(|run| set.insert(run));
+        Ok(set)
+    }
+
     /// Takes a batch out of a set and re-protects its pages: what is written to them from here on is in the next
     /// harvest, and what was written since the last one need not be, as they are yet to be read.
     fn take_batch(&mut self, key: u64, limit: PageCount) -> Result<Vec<PageRun>, CallError> {
@@ -131,17 +174,19 @@ impl Consumers {
     fn protect(&mut self, batch: &[PageRun]) -> Result<(), CallError> {
         let Self { vm, regions, log, .. } = self;
         for region in regions {
-            let end = region.first.0 + region.pages.0;
-            log.clear();
-            log.resize(vm.log_words(region.slot).unwrap_or(0), 0);
-            for run in batch.iter().filter(|run| (region.first.0..end).contains(&run.first.0)) {
-                let last = (run.first.0 + run.count.0).min(end);
-                for page in run.first.0 - region.first.0..last - region.first.0 {
-                    if let Some(word) = usize::try_from(page / PAGES_PER_WORD).ok().and_then(|at| log.get_mut(at)) {
-                        *word |= 1 << (page % PAGES_PER_WORD);
-                    }
-                }
-            }
+            mark(region, batch, vm.log_words(region.slot).unwrap_or(0), log);
+            clear_used(vm, region.slot, log)?;
+        }
+        Ok(())
+    }
+
+    /// Re-protects every page but these.
+    fn protect_others(&mut self, pages: &[PageRun]) -> Result<(), CallError> {
+        let Self { vm, regions, log, .. } = self;
+        for region in regions {
+            mark(region, pages, vm.log_words(region.slot).unwrap_or(0), log);
+            log.iter_mut().for_each(|word| *word = !*word);
+            mask_tail(log, region.pages);
             clear_used(vm, region.slot, log)?;
         }
         Ok(())
@@ -157,6 +202,21 @@ impl Consumers {
     fn set(&mut self, key: u64) -> &mut DirtySet {
         let found = self.sets.iter_mut().find(|(other, _)| *other == key);
         &mut found.expect("a consumer's set lives as long as the consumer").1
+    }
+}
+
+/// Sets the bits of the pages that lie in a region, in a log of so many words.
+fn mark(region: &Region, pages: &[PageRun], words: usize, log: &mut Vec<u64>) {
+    let end = region.first.0 + region.pages.0;
+    log.clear();
+    log.resize(words, 0);
+    for run in pages.iter().filter(|run| (region.first.0..end).contains(&run.first.0)) {
+        let last = (run.first.0 + run.count.0).min(end);
+        for page in run.first.0 - region.first.0..last - region.first.0 {
+            if let Some(word) = usize::try_from(page / PAGES_PER_WORD).ok().and_then(|at| log.get_mut(at)) {
+                *word |= 1 << (page % PAGES_PER_WORD);
+            }
+        }
     }
 }
 
@@ -226,6 +286,15 @@ impl Drop for DirtyConsumer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_of_other_regions_are_not_marked() {
+        let region = Region { slot: 1, first: PageIndex(100), pages: PageCount(70) };
+        let run = |first, count| PageRun { first: PageIndex(first), count: PageCount(count) };
+        let mut log = vec![7; 9];
+        mark(&region, &[run(0, 100), run(100, 2), run(165, 9), run(170, 4)], 2, &mut log);
+        assert_eq!(log, [0b11, 0b11_1110]);
+    }
 
     #[test]
     fn bits_after_the_last_page_are_not_pages() {

@@ -19,7 +19,7 @@ use super::{Job, News, PAUSE_FIXED, PROTECTED_AT_ONCE, Sender, bytes, nanos, pie
 use crate::clock::Clock;
 use crate::machine::image::{self, WriteImageError, Zeroes};
 use crate::machine::pre_copy::{Decision, Policy, PreCopy, Round};
-use crate::machine::{BeginWith, DirtyConsumer, DirtySet, GuestRam, Harvester};
+use crate::machine::{DirtyConsumer, DirtySet, GuestRam, Harvester};
 use crate::sys::kvm::CallError;
 use crate::units::Bytes;
 use crate::wire::control::CopyPhases;
@@ -46,7 +46,7 @@ pub(in crate::vmm) struct Checkpoint {
 pub(in crate::vmm) enum CheckpointError {
     /// KVM did not tell what was written.
     #[error("follow what the guest writes")]
-    Log(#[source] CallError),
+    Log(#[from] CallError),
     /// Guest memory could not be read, or the image not be written.
     #[error(transparent)]
     Image(#[from] WriteImageError),
@@ -86,9 +86,8 @@ struct Copy {
 
 impl Copy {
     fn begin(checkpoint: Checkpoint) -> Result<Self, CheckpointError> {
-        let consumer = checkpoint.dirty.subscribe(BeginWith::NoPages).map_err(CheckpointError::Log)?;
-        // After the log is on: what is touched from here on is in it.
-        consumer.put_back(&image::touched(&checkpoint.ram, checkpoint.pages, &checkpoint.pagemap)?);
+        let touched = || Ok(image::touched(&checkpoint.ram, checkpoint.pages, &checkpoint.pagemap)?);
+        let consumer = checkpoint.dirty.subscribe_touched::<CheckpointError>(touched)?;
         Ok(Self { checkpoint, consumer, written: DirtySet::new() })
     }
 

@@ -118,6 +118,7 @@ impl Lane {
         expected.map_err(|source| self.failed(source))?;
         // Its length was checked.
         let frames = u32::from_le_bytes(body.as_array().copied().unwrap_or([0; 4]));
+        let before = self.in_flight.len();
         while let Some((number, memory)) = self.in_flight.front() {
             // Numbers wrap around; what is under way is far less than half of them.
             if frames.wrapping_sub(number.wrapping_add(1)) > u32::MAX / 2 {
@@ -126,13 +127,21 @@ impl Lane {
             self.in_flight_bytes -= memory;
             self.in_flight.pop_front();
         }
+        if self.in_flight.len() == before {
+            // Whoever says that again and again would keep a guest on its way for ever.
+            let nothing_new =
+                StreamError::Unexpected { found: Kind::Ack, wanted: "an acknowledgement of something new" };
+            return Err(self.failed(nothing_new.into()));
+        }
         Ok(())
     }
 
-    pub(super) fn take_all_acks(&mut self) -> Result<(), SendError> {
-        while !self.in_flight.is_empty() {
+    /// Waits for one acknowledgement, if there is something that was not acknowledged; whether there was.
+    pub(super) fn take_ack_if_due(&mut self) -> Result<bool, SendError> {
+        let is_due = !self.in_flight.is_empty();
+        if is_due {
             self.take_ack()?;
         }
-        Ok(())
+        Ok(is_due)
     }
 }
