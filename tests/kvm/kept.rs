@@ -132,7 +132,7 @@ fn only_signed_ones_are_launched(lab: &Lab, store: &Store, bundle: &str) {
     agent.ok(&["bundle", "fetch", bundle, "--from", &directory, "--wait"]);
     agent.ok(&["bundle", "sign", bundle, "--key", &file]);
     let signatures = format!(".signatures/{bundle}.json");
-    std::fs::create_dir(store.directory().join(".signatures")).expect("a directory");
+    std::fs::create_dir_all(store.directory().join(".signatures")).expect("a directory");
     std::fs::copy(agent.state().join("bundles").join(&signatures), store.directory().join(&signatures))
         .expect("a copy");
     agent.ok(&["bundle", "rm", bundle]);

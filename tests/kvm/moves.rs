@@ -2,6 +2,7 @@
 //! cancelled, refused meanwhile, by whoever takes them, and of all VMs of a host.
 
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -31,6 +32,14 @@ fn wait_for(agent: &Agent, id: &str, what: &str, is_so: impl Fn(&Value) -> bool)
     }
 }
 
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is_so() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "never {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 fn state(migration: &Value) -> &str {
     migration["state"].as_str().expect("a state")
 }
@@ -47,6 +56,9 @@ pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     std::fs::write(&user_data, "of the session").expect("write it");
     let path = user_data.path().display().to_string();
     a.ok(&["session", "create", "--id", "517", "--ttl", "1h", "--user-data", &path]);
+    for agent in [a, b] {
+        agent.ok(&["volume", "create", "--name", "later", "--size", "4"]);
+    }
     for name in ["one", "two"] {
         a.ok(&["vm", "launch", "--bundle", "base", "--name", name, "--session", "517"]);
     }
@@ -57,6 +69,9 @@ pub(crate) fn are_watched_cancelled_and_refused(_shared: &Agent) {
     unconverged(&fabric);
     stopped_meanwhile(&fabric);
     evacuated(&fabric);
+    for agent in [a, b] {
+        agent.ok(&["volume", "rm", "later"]);
+    }
     fabric.finish();
 }
 
@@ -81,8 +96,23 @@ fn there_by_several_connections_and_back(fabric: &Fabric, bundle: &str) {
     a.fill_file("one", "/tmp/kept", 3_000_000);
     let estimate = a.json(&["vm", "migrate", "one", "--to", fabric.name(1), "--estimate"]);
     assert_eq!((&estimate["has_base"], &estimate["based_on"]), (&true.into(), &0.into()), "{estimate:#}");
+    // Who is in the guest meanwhile is cut off, and told so.
+    let mut inside: Vec<_> = [&["vm", "exec", "one", "--", "sleep", "600"][..], &["vm", "console", "one"]]
+        .into_iter()
+        .map(|words| {
+            let mut client = a.command(words);
+            client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run hearth")
+        })
+        .collect();
+    wait_until("the program runs", || a.run(&["vm", "exec", "one", "--", "pidof", "sleep"]).status.success());
     let told = a.ok(&["vm", "migrate", "one", "--to", fabric.name(1), "--connections", "4"]);
     println!("    {}", told.trim());
+    for client in inside.drain(..) {
+        let ended = client.wait_with_output().expect("its end");
+        println!("    {}: {}", ended.status, text(&ended.stderr).trim().replace('\n', "; "));
+        assert!(!ended.status.success(), "{ended:?}");
+    }
+    refused_each(a, 409);
     let there = b.vm("one");
     assert_eq!((&there["bundle_id"], &there["state"]), (&bundle.into(), &"running".into()));
     b.sh("one", "md5sum -c /tmp/kept.sum");
@@ -123,6 +153,8 @@ fn slow_and_cancelled(fabric: &Fabric) {
     assert!(seen["progress"]["round_bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{seen:#}");
     let (status, answer) = a.curl(&["-X", "POST", "-D", "-"], "/v1/vms/one/pause");
     assert_eq!(status, 423, "{answer}");
+    refused_each(a, 423);
+    refused_each(b, 423);
     assert!(answer.to_lowercase().contains("retry-after: 1") && answer.contains("vm_moving"), "{answer}");
     let second = text(&a.run(&["vm", "migrate", "one", "--to", fabric.name(1)]).stderr);
     assert!(second.contains("sending"), "{second}");
@@ -136,6 +168,27 @@ fn slow_and_cancelled(fabric: &Fabric) {
     a.sh("one", "md5sum -c /tmp/kept.sum");
     let again = text(&a.run(&["migration", "cancel", &id]).stderr);
     assert!(again.contains("cannot be cancelled: it is cancelled"), "{again}");
+}
+
+/// Everything that would change the VM is refused, with this status.
+fn refused_each(agent: &Agent, wanted: u16) {
+    for (path, body) in [
+        ("pause", ""),
+        ("resume", ""),
+        ("snapshot", "{}"),
+        ("snapshot", r#"{"live":true}"#),
+        ("hand-over", ""),
+        ("swap-out", r#"{"mode":"hibernate"}"#),
+        ("balloon", r#"{"target_mib":1}"#),
+        ("volumes", r#"{"volume":"later"}"#),
+    ] {
+        let mut words = vec!["-X", "POST"];
+        if !body.is_empty() {
+            words.extend(["--json", body]);
+        }
+        let (status, answer) = agent.curl(&words, &format!("/v1/vms/one/{path}"));
+        assert_eq!(status, wanted, "{path} {body}: {answer}");
+    }
 }
 
 /// The other host forgets what came of it, once it has heard that it does not come.
@@ -173,7 +226,7 @@ fn slowed_down(fabric: &Fabric) {
     let words = ["vm", "migrate", "one", "--to", fabric.name(1), "--rate", "4M", "--rounds", "1000", "--no-wait"];
     let id = a.json(&words)["migration_id"].as_str().expect("an id").to_owned();
     let share = |now: &Value| now["progress"]["vcpu_share"].as_u64();
-    let seen = wait_for(a, &id, "slowed down", |now| share(now).is_some_and(|share| share <= 60));
+    let seen = wait_for(a, &id, "slowed down", |now| share(now).is_some_and(|share| share <= 20));
     let slowed = busy(a, "one");
     a.ok(&["migration", "cancel", &id]);
     let after = busy(a, "one");
@@ -182,7 +235,8 @@ fn slowed_down(fabric: &Fabric) {
          {after} after that",
         share(&seen).expect("a share")
     );
-    assert!(slowed * 10 < before * 8 && slowed * 10 < after * 8, "{before}, {slowed}, {after}: {seen:#}");
+    // The host has other work as well: a fifth of what it ran before is not to be counted on.
+    assert!(slowed * 10 < before * 7 && slowed * 10 < after * 7, "{before}, {slowed}, {after}: {seen:#}");
     assert_eq!(a.sh("one", "md5sum -c /tmp/kept.sum"), "/tmp/kept: OK");
 }
 
