@@ -10,7 +10,7 @@ use super::output::{Output, OutputError, note};
 use super::signal::Signals;
 use super::terminal::Raw;
 use crate::api::stream::Frame;
-use crate::api::types::{Captured, ExecRequest};
+use crate::api::types::{Captured, ExecRequest, Vm, VmState};
 use crate::cli::ConsoleArgs;
 
 /// The key that leaves a console: Ctrl-].
@@ -104,12 +104,26 @@ async fn attach(agent: &Agent, path: &str, vm: &str) -> Result<(), ConsoleError>
     drop(raw);
     let ended = ended?;
     if people {
-        note(match ended {
-            Ended::Left => "\nleft the console",
-            Ended::Closed => "\nthe console ended with its VM",
-        });
+        let what = match ended {
+            Ended::Left => "left the console".to_owned(),
+            Ended::Closed => why_closed(agent, vm).await,
+        };
+        note(&format!("\n{what}"));
     }
     Ok(())
+}
+
+/// A VM that goes to another process, or another host, leaves its consoles behind.
+async fn why_closed(agent: &Agent, vm: &str) -> String {
+    let Ok(found) = agent.get::<Vm>(&format!("/v1/vms/{vm}")).await else {
+        return "the console ended with its VM".to_owned();
+    };
+    let is_over = matches!(found.state, VmState::Stopping | VmState::Stopped | VmState::Failed | VmState::Gone);
+    match found.handed_to {
+        Some(host) => format!("the console was cut off: the VM is on {host} now"),
+        None if is_over => "the console ended with its VM".to_owned(),
+        None => "the console was cut off; the VM goes on: attach again".to_owned(),
+    }
 }
 
 async fn pump(incoming: &mut Incoming) -> Result<(), ConsoleError> {

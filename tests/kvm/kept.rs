@@ -117,7 +117,7 @@ fn only_signed_ones_are_launched(lab: &Lab, store: &Store, bundle: &str) {
     let key = agent.ok(&["bundle", "key", "--output", &file]).trim().to_owned();
     configured(agent, &format!("trusted_keys = [\"{key}\"]"));
     agent.ok(&["bundle", "rm", bundle]);
-    store.is(Manner::After(Duration::from_millis(200)));
+    store.is(Manner::After(Duration::from_millis(700)));
     let fetch = || agent.ok(&["bundle", "fetch", bundle, "--from", &store.source()]);
     let is_coming = || !agent.json(&["bundle", "show", bundle])["fetch"].is_null();
     fetch();
