@@ -77,7 +77,8 @@ struct Failed {
 /// way with few that nobody does.
 const AT_ONCE_MAX: usize = 4;
 
-/// Chunks that are verified and written at once. While so many are, none is asked for.
+/// Chunks that are verified and written at once. While so many are, none is asked for that nobody waits for: a disk that
+/// does not keep up is waited for.
 const INSTALLS_MAX: usize = 4;
 
 /// Time until a chunk that did not come is asked for again: the first, doubled up to the last.
@@ -114,7 +115,7 @@ impl State {
         let Self { wanted, soon, fetching, installing, failed, next, .. } = self;
         wanted.retain(|&chunk| is_missing(chunk));
         soon.retain(|&chunk| is_missing(chunk));
-        let may_go_ahead = fetching.len() + 1 < AT_ONCE_MAX;
+        let may_go_ahead = fetching.len() + 1 < AT_ONCE_MAX && installing.len() < INSTALLS_MAX;
         let may_come = |chunk: &u32| {
             let is_coming = fetching.contains(chunk) || installing.contains(chunk);
             !is_coming && failed.get(chunk).is_none_or(|failed| failed.again <= now)
@@ -475,6 +476,11 @@ mod tests {
         assert!(state.did_not_come(1, now, "another digest".to_owned()));
         let later = state.again().unwrap();
         assert_eq!(state.take(9, later, |_| true), Some(1));
+        // A disk that does not keep up is waited for, but not by guests.
+        let mut state = State { installing: BTreeSet::from([4, 5, 6, 7]), ..State::default() };
+        assert_eq!(state.take(9, now, |_| true), None);
+        state.wanted.push_back(2);
+        assert_eq!(state.take(9, now, |_| true), Some(2));
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Which pages guests reach between their resume and their first answer, as they were seen in a bundle's first launches:
-//! what later launches map ahead. In which order they are reached is not kept: all of them are mapped before a guest runs.
+//! what later launches map ahead. In which order they are reached is not kept: those that were written are mapped first.
 //! Lies beside the bundles, is derived, and is trusted in nothing but speed: one that is damaged is none.
 
 use std::io::{self, Read};

@@ -1,6 +1,7 @@
 //! `hearth vm console`: a guest's serial console on this terminal, or what it kept of the past.
 
 use std::io::{self, IsTerminal};
+use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 
@@ -18,6 +19,10 @@ const DETACH_KEY: u8 = 0x1d;
 
 /// Bytes of the past shown when attaching: a screen or two.
 const ATTACH_HISTORY_BYTES: u32 = 4096;
+
+/// How often, and how many times, it is asked why a console ended.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+const LOOKS: u32 = 20;
 
 /// Why a console could not be shown.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +87,9 @@ async fn attach(agent: &Agent, path: &str, vm: &str) -> Result<(), ConsoleError>
     let path = format!("{path}?history_bytes={ATTACH_HISTORY_BYTES}");
     let connection = agent.upgrade(&path, None::<&ExecRequest>).await?;
     let people = io::stderr().is_terminal();
+    let mut pid = None;
     if people {
+        pid = agent.get::<Vm>(&format!("/v1/vms/{vm}")).await.ok().and_then(|found| found.pid);
         note(&format!("attached to the console of {vm}; Ctrl-] leaves it"));
     }
     let (mut incoming, outgoing, writer) = link::split(connection);
@@ -105,25 +112,33 @@ async fn attach(agent: &Agent, path: &str, vm: &str) -> Result<(), ConsoleError>
     let ended = ended?;
     if people {
         let what = match ended {
-            Ended::Left => "left the console".to_owned(),
-            Ended::Closed => why_closed(agent, vm).await,
+            Ended::Left => "left the console",
+            Ended::Closed => why_closed(agent, vm, pid).await,
         };
         note(&format!("\n{what}"));
     }
     Ok(())
 }
 
-/// A VM that goes to another process, or another host, leaves its consoles behind.
-async fn why_closed(agent: &Agent, vm: &str) -> String {
-    let Ok(found) = agent.get::<Vm>(&format!("/v1/vms/{vm}")).await else {
-        return "the console ended with its VM".to_owned();
-    };
-    let is_over = matches!(found.state, VmState::Stopping | VmState::Stopped | VmState::Failed | VmState::Gone);
-    match found.handed_to {
-        Some(host) => format!("the console was cut off: the VM is on {host} now"),
-        None if is_over => "the console ended with its VM".to_owned(),
-        None => "the console was cut off; the VM goes on: attach again".to_owned(),
+/// Why the VM closed it, whose process was this one. A VM that goes to another process, or another host, leaves its consoles
+/// behind; which of these it was, its agent knows a moment later.
+async fn why_closed(agent: &Agent, vm: &str, pid: Option<u32>) -> &'static str {
+    for _ in 0..LOOKS {
+        match agent.get::<Vm>(&format!("/v1/vms/{vm}")).await {
+            Ok(found) if found.handed_to.is_some() => return "the console was cut off: the VM is on another host now",
+            Ok(Vm { state: VmState::Running | VmState::Paused, pid: now, .. }) if now != pid => {
+                return "the console was cut off; the VM goes on in another process: attach again";
+            }
+            Ok(Vm { state: VmState::Stopping | VmState::Stopped | VmState::Failed | VmState::Gone, .. }) => {
+                return "the console ended with its VM";
+            }
+            Ok(_) => {}
+            Err(error) if error.code() == Some("not_found") => return "the console ended with its VM",
+            Err(_) => return "the console was cut off: the agent does not answer, but VMs go on without it",
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
     }
+    "the console was cut off"
 }
 
 async fn pump(incoming: &mut Incoming) -> Result<(), ConsoleError> {

@@ -30,6 +30,12 @@ pub enum GuestTime {
         /// no time of the guest's.
         at_most_ns: u64,
     },
+    /// The same within one host, whose real-time clock is the same before and after.
+    PassesHere {
+        /// The longest pause there can have been, in nanoseconds. One that is longer began before: somebody had paused the
+        /// guest, and for as long its clocks stand.
+        at_most_ns: u64,
+    },
 }
 
 /// A guest's clocks at the moment it stopped.
@@ -77,6 +83,10 @@ pub fn adjust(stopped: Stopped, now: HostNow, time: GuestTime) -> Result<Adjuste
         GuestTime::Stands => 0,
         GuestTime::Passes { at_least_ns, at_most_ns } => {
             now.realtime_ns.saturating_sub(stopped.realtime_ns).min(at_most_ns).max(at_least_ns)
+        }
+        GuestTime::PassesHere { at_most_ns } => {
+            let elapsed = now.realtime_ns.saturating_sub(stopped.realtime_ns);
+            if elapsed > at_most_ns { 0 } else { elapsed }
         }
     };
     let overflow = ClockOverflow { elapsed_ns };
@@ -132,6 +142,15 @@ mod tests {
             let time = GuestTime::Passes { at_least_ns: at_least_s * SECOND, at_most_ns: at_most_s * SECOND };
             let adjusted = adjust(stopped, now, time).unwrap();
             assert_eq!(adjusted.kvmclock_ns, stopped.kvmclock_ns + passed_s * SECOND, "{time:?}");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_somebody_had_paused_does_not_leap() {
+        let (stopped, now) = example();
+        for (at_most_ns, passed) in [(3 * SECOND, 3 * SECOND), (3 * SECOND - 1, 0)] {
+            let adjusted = adjust(stopped, now, GuestTime::PassesHere { at_most_ns }).unwrap();
+            assert_eq!(adjusted.kvmclock_ns, stopped.kvmclock_ns + passed);
         }
     }
 

@@ -77,19 +77,24 @@ pub(super) enum Arrival {
     Failed(ReceiveMachineError),
 }
 
-/// When a guest that came from elsewhere stopped, as its new host can tell by its own clock: the other end holds it when all
-/// of a round was acknowledged, and sends its state when it stands still.
+/// When a guest that came from elsewhere stopped, as can be told here by the own clock: the other end holds it when all of a
+/// round was acknowledged, and sends its state when it stands still. From another host come only guests that run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct StoppedBetween {
     after: Monotonic,
     before: Monotonic,
+    /// Whether it was another process of this host that it came from.
+    here: bool,
 }
 
 impl StoppedBetween {
     /// What its clocks are to show if it goes on now.
     pub(super) fn until(self, now: Monotonic) -> GuestTime {
         let ns = |since: Monotonic| u64::try_from(now.since(since).as_nanos()).unwrap_or(u64::MAX);
-        GuestTime::Passes { at_least_ns: ns(self.before), at_most_ns: ns(self.after) }
+        match self.here {
+            true => GuestTime::PassesHere { at_most_ns: ns(self.after) },
+            false => GuestTime::Passes { at_least_ns: ns(self.before), at_most_ns: ns(self.after) },
+        }
     }
 }
 
@@ -125,8 +130,8 @@ impl Seen {
         self.last_ended = now;
     }
 
-    fn stopped(self, now: Monotonic) -> StoppedBetween {
-        StoppedBetween { after: self.before_ended, before: self.state.unwrap_or(now) }
+    fn stopped(self, now: Monotonic, here: bool) -> StoppedBetween {
+        StoppedBetween { after: self.before_ended, before: self.state.unwrap_or(now), here }
     }
 }
 
@@ -286,7 +291,10 @@ impl Line {
                 Step::Put(first, count, content) => self.ram.put(PageRun { first, count }, content)?,
                 Step::PutZeroes(first, count) => self.ram.put_zeroes(PageRun { first, count })?,
                 Step::Nothing => {}
-                Step::State(state) => return Ok(Some((state, seen.stopped(self.clock.monotonic())))),
+                Step::State(state) => {
+                    // Between hosts all is encrypted, within one nothing is.
+                    return Ok(Some((state, seen.stopped(self.clock.monotonic(), self.tls.is_none()))));
+                }
             }
             if intake.ack_is_due() {
                 link.send(Kind::Ack, &link.received().to_le_bytes())?;
@@ -335,7 +343,13 @@ mod tests {
         for (kind, number, ms) in frames {
             seen.saw(*kind, &number.to_le_bytes(), at(*ms));
         }
-        seen.stopped(at(90)).until(at(100))
+        let here = seen.stopped(at(90), true).until(at(100));
+        let there = seen.stopped(at(90), false).until(at(100));
+        assert!(matches!(
+            (here, there),
+            (GuestTime::PassesHere { at_most_ns: here }, GuestTime::Passes { at_most_ns: there, .. }) if here == there
+        ));
+        there
     }
 
     #[test]

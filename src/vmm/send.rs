@@ -463,23 +463,30 @@ impl Copy<'_> {
             lane.push(Kind::RoundEnd, &number, &[], 0)?;
         }
         for at in 0..self.lanes.len() {
-            // Each takes as long as the other end likes, within its silence.
-            while self.lanes.get_mut(at).map_or(Ok(false), Lane::take_ack_if_due)? {
-                self.hear()?;
-            }
+            self.take_acks(at, Lane::is_waiting)?;
         }
         Ok(sent)
+    }
+
+    /// Takes acknowledgements of a connection while that is so. Each takes as long as the other end likes, within its silence.
+    fn take_acks(&mut self, at: usize, is_so: impl Fn(&Lane) -> bool) -> Result<(), SendError> {
+        while let Some(lane) = self.lanes.get_mut(at).filter(|lane| is_so(lane)) {
+            lane.take_ack()?;
+            self.hear()?;
+        }
+        Ok(())
     }
 
     /// Sends pages that follow each other on the connection that has least to do.
     fn send_pages(&mut self, run: PageRun, buffer: &mut Vec<u8>) -> Result<(), SendError> {
         pages::read(&self.ram, run, buffer).map_err(SendError::Read)?;
-        let lane = self.lanes.iter_mut().min_by_key(|lane| lane.in_flight_bytes);
+        let least = self.lanes.iter().zip(0..).min_by_key(|(lane, _)| lane.in_flight_bytes);
         // There is at least one.
-        let Some(lane) = lane else { return Ok(()) };
+        let Some((_, at)) = least else { return Ok(()) };
         let mut first = run.first;
         for part in pages::by_kind(buffer) {
             let count = part.count();
+            let Some(lane) = self.lanes.get_mut(at) else { return Ok(()) };
             let Some(head) = Pages::new(first, count).map(Pages::to_bytes) else { continue };
             if part.zero {
                 lane.push(Kind::ZeroPages, &head, &[], 0)?;
@@ -496,6 +503,7 @@ impl Copy<'_> {
                 }
                 self.counts.pages += count.0;
             }
+            self.take_acks(at, Lane::is_full)?;
             first.0 += count.0;
         }
         Ok(())

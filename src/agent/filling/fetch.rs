@@ -9,7 +9,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 
-use super::{AT_ONCE_MAX, Filling, INSTALLS_MAX};
+use super::{AT_ONCE_MAX, Filling};
 use crate::agent::fetched::FetchedBundles;
 use crate::agent::shared::Shared;
 use crate::agent::sources::{SourceError, read_part};
@@ -69,8 +69,7 @@ async fn fetch_missing<W: World>(shared: &Arc<Shared<W>>, filling: &Arc<Filling>
         if filling.state().is_over {
             return;
         }
-        // A disk that does not keep up is waited for.
-        while again.is_none() && fetches.len() < AT_ONCE_MAX && installs.len() < INSTALLS_MAX {
+        while again.is_none() && fetches.len() < AT_ONCE_MAX {
             let taken = filling.state().take(partial.chunks(), Instant::now(), |chunk| !partial.is_present(chunk));
             let Some(chunk) = taken else { break };
             fetches.push(async move { (chunk, fetch(shared, filling, chunk).await) });

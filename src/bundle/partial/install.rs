@@ -196,16 +196,14 @@ fn make_hole(memory: &File, image: &Image<'_>, range: Range<u64>) -> io::Result<
     Ok(())
 }
 
-/// Writes what a chunk holds; pages of zeros stay holes, as they are where the bundle was made.
+/// Writes what a chunk holds; pages of zeros become holes, as they are where the bundle was made. No page is ever something
+/// that neither was there nor is to be: of a chunk that was damaged, guests may have the others mapped.
 fn write_with_holes(memory: &File, bytes: &[u8], range: &Range<u64>) -> io::Result<()> {
-    // Of one that was damaged, or cut off half-way, there is something.
-    if extent::punch_hole(memory, range.start, range.end - range.start).is_err() {
-        return memory.write_all_at(bytes, range.start);
-    }
     let mut at = range.start;
     for pages in bytes.as_chunks::<PAGE>().0.chunk_by(|one, next| is_zero(one) == is_zero(next)) {
         let content = pages.as_flattened();
-        if !pages.first().is_some_and(is_zero) {
+        let hole = pages.first().is_some_and(is_zero);
+        if !hole || extent::punch_hole(memory, at, content.len() as u64).is_err() {
             memory.write_all_at(content, at)?;
         }
         at += content.len() as u64;

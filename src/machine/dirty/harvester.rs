@@ -74,11 +74,12 @@ impl Harvester {
         Ok(self.consumer(&mut consumers, set))
     }
 
-    /// A new consumer of a guest that runs: it begins with the pages that `touched` finds, which are all that hold something.
+    /// A new consumer of a guest that runs: it begins with the pages that `touched` finds, which have to be all that the guest
+    /// or the VMM may have written.
     ///
-    /// KVM's log begins with every page in it (KVM API 7.18, `KVM_DIRTY_LOG_INITIALLY_SET`). The pages that nobody has
-    /// touched are taken out of it here, which costs a guest nothing: no vCPU has them mapped. The others are re-protected
-    /// as they are taken, so the guest does not wait until all of its memory is.
+    /// KVM's log begins with every page in it (KVM API 7.18, `KVM_DIRTY_LOG_INITIALLY_SET`). The other pages are taken out of
+    /// it here, which takes no right from any vCPU: none has them mapped to be written. These are re-protected as they are
+    /// taken, so the guest does not wait until all of its memory is.
     pub fn subscribe_touched<E: From<CallError>>(
         &self,
         touched: impl Fn() -> Result<Vec<PageRun>, E>,

@@ -59,7 +59,7 @@ impl Lane {
         SendError::Link { connection: self.number, source }
     }
 
-    /// Sends a frame that will be acknowledged.
+    /// Sends a frame that will be acknowledged. Whoever sends many waits while it [is full](Self::is_full).
     pub(super) fn push(&mut self, kind: Kind, head: &[u8], body: &[u8], memory: u64) -> Result<(), SendError> {
         let number = self.link.sent();
         let pushed = self.link.push(kind, |bytes| {
@@ -71,10 +71,17 @@ impl Lane {
         self.spoke = self.clock.monotonic();
         self.in_flight.push_back((number, memory));
         self.in_flight_bytes += memory;
-        while self.in_flight_bytes > WINDOW_BYTES || self.in_flight.len() > WINDOW_FRAMES {
-            self.take_ack()?;
-        }
         Ok(())
+    }
+
+    /// Whether more waits to be acknowledged than may.
+    pub(super) fn is_full(&self) -> bool {
+        self.in_flight_bytes > WINDOW_BYTES || self.in_flight.len() > WINDOW_FRAMES
+    }
+
+    /// Whether anything waits to be acknowledged.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.in_flight.is_empty()
     }
 
     /// Has the other end hear of this one, before it takes it for dead: what was pushed goes out, and if that was long ago,
@@ -111,7 +118,7 @@ impl Lane {
     }
 
     /// Waits until at least one more frame is acknowledged.
-    fn take_ack(&mut self) -> Result<(), SendError> {
+    pub(super) fn take_ack(&mut self) -> Result<(), SendError> {
         self.link.flush().map_err(|source| self.failed(source))?;
         let mut body = Vec::new();
         let expected = self.link.expect(Kind::Ack, "an acknowledgement", &mut body);
@@ -134,14 +141,5 @@ impl Lane {
             return Err(self.failed(nothing_new.into()));
         }
         Ok(())
-    }
-
-    /// Waits for one acknowledgement, if there is something that was not acknowledged; whether there was.
-    pub(super) fn take_ack_if_due(&mut self) -> Result<bool, SendError> {
-        let is_due = !self.in_flight.is_empty();
-        if is_due {
-            self.take_ack()?;
-        }
-        Ok(is_due)
     }
 }
